@@ -1,0 +1,273 @@
+"""Models by name, and the name a model was made under.
+
+A spec is a timm name (`resnet18`, `resnet18.a1_in1k`), `torchvision/NAME`, or `package.module:callable`.
+The name and the arguments are remembered on the model as a plain attribute: it is not in the state dict
+and survives `copy.deepcopy`, so that an artifact can say how to build the model again.
+"""
+
+import difflib
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import nn
+
+from growfx.errors import ConfigError
+
+__all__ = ["ModelIdentity", "create_model", "default_input_shape", "identity_of", "remember"]
+
+Library = Literal["timm", "torchvision", "python"]
+
+_ATTRIBUTE = "_growfx_identity"
+_TORCHVISION = "torchvision/"
+# Arguments that say where weights come from. They do not shape the model; an artifact brings its own weights.
+_WEIGHT_SOURCES = {
+    "timm": frozenset(
+        {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+    ),
+    "torchvision": frozenset({"weights", "weights_backbone", "progress"}),
+    "python": frozenset(),
+}
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """How a model is built: `library` ("timm", "torchvision" or "python"), `name` there, keyword arguments.
+
+    For "python" the name is `package.module:callable`.
+    """
+
+    library: Library
+    name: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.library not in get_args(Library):
+            allowed = ", ".join(get_args(Library))
+            raise ConfigError(f"model library `{self.library}` is unknown; allowed: {allowed}")
+
+    @property
+    def spec(self) -> str:
+        """The string that `create_model` takes."""
+        return _TORCHVISION + self.name if self.library == "torchvision" else self.name
+
+
+def create_model(spec: str, **kwargs: Any) -> nn.Module:
+    """Build a model and remember its name.
+
+    Args:
+        spec: a timm name, `torchvision/NAME`, or `package.module:callable` (called with `kwargs`).
+        kwargs: passed on, for example `num_classes`, and for timm `in_chans`, `img_size`, `pretrained`.
+
+    Raises:
+        ConfigError: the name is unknown (close names are given), or its builder refuses the arguments.
+    """
+    identity = _parse(spec, kwargs)
+    builders = {"timm": _build_timm, "torchvision": _build_torchvision, "python": _build_python}
+    model = builders[identity.library](identity.name, kwargs)
+    shaping = {k: v for k, v in kwargs.items() if k not in _WEIGHT_SOURCES[identity.library]}
+    return remember(model, ModelIdentity(identity.library, identity.name, shaping))
+
+
+def remember(model: nn.Module, identity: ModelIdentity | None) -> nn.Module:
+    """Note on `model` how it was built; None forgets. Returns the model."""
+    model.__dict__[_ATTRIBUTE] = identity
+    return model
+
+
+def identity_of(model: nn.Module) -> ModelIdentity | None:
+    """How `model` was built: as remembered, else read back from a timm or torchvision model, else None.
+
+    timm models carry their name; class count, channels and image size are read from the model itself. A
+    torchvision model is recognised when exactly one builder of its library gives the same modules with the
+    same settings.
+    """
+    known = model.__dict__.get(_ATTRIBUTE)
+    if known is not None:
+        return known
+    return _read_timm(model) or _read_torchvision(model)
+
+
+def default_input_shape(model: nn.Module) -> tuple[int, ...]:
+    """Shape (1, C, H, W) of one input: a timm model's own, else (1, 3, 224, 224)."""
+    config = _timm_config(model)
+    size = tuple(config.get("input_size") or (3, 224, 224))
+    channels = getattr(model, "in_chans", None)
+    channels = channels if config and isinstance(channels, int) else size[0]
+    return (1, channels, *(_timm_image_size(model) or size[1:]))
+
+
+def _parse(spec: str, kwargs: Mapping[str, Any]) -> ModelIdentity:
+    if spec.startswith(_TORCHVISION):
+        return ModelIdentity("torchvision", spec.removeprefix(_TORCHVISION), dict(kwargs))
+    source, colon, _ = spec.partition(":")
+    # timm's own prefixes, `hf-hub:` and `local-dir:`, are no importable module names.
+    if colon and all(part.isidentifier() for part in source.split(".")):
+        return ModelIdentity("python", spec, dict(kwargs))
+    return ModelIdentity("timm", spec, dict(kwargs))
+
+
+def _build_timm(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name.split(".")[0]):
+        raise _unknown(name)
+    return _call(lambda: timm.create_model(name, **kwargs), name)
+
+
+def _build_torchvision(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    from torchvision.models import get_model_builder, list_models
+
+    if name not in list_models():
+        raise _unknown(_TORCHVISION + name)
+    # torchvision's weights change settings of the model (transform_input) that its name does not tell.
+    given = sorted(_WEIGHT_SOURCES["torchvision"] & kwargs.keys())
+    if given:
+        raise ConfigError(
+            f"`{given[0]}` is not an argument for `{_TORCHVISION}{name}`: build a model with pretrained "
+            "weights through torchvision itself and pass it to growfx.wrap"
+        )
+    builder = get_model_builder(name)
+    with warnings.catch_warnings():
+        # googlenet and inception_v3 announce a change of their initial weights: nothing to act on here.
+        warnings.simplefilter("ignore", FutureWarning)
+        return _call(lambda: builder(**_no_weights(builder), **kwargs), _TORCHVISION + name)
+
+
+def _build_python(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    module_name, _, attribute = name.partition(":")
+    try:
+        target: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(
+            f"model `{name}`: module `{module_name}` cannot be imported ({error}); "
+            "it must be on the Python path"
+        ) from error
+    for part in attribute.split("."):
+        target = getattr(target, part, None)
+    if not callable(target):
+        raise ConfigError(f"model `{name}`: module `{module_name}` has no callable `{attribute}`")
+    model = _call(lambda: target(**kwargs), name)
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise ConfigError(f"model `{name}` returned a `{kind}`; it must return a torch.nn.Module")
+    return model
+
+
+def _call(build: Callable[[], Any], name: str) -> Any:
+    """Foreign builders raise whatever they like on bad arguments; the caller sees one kind."""
+    try:
+        return build()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        raise ConfigError(f"model `{name}` cannot be built with these arguments ({reason})") from error
+
+
+def _unknown(name: str) -> ConfigError:
+    import timm
+    from torchvision.models import list_models
+
+    known = [*timm.list_models(), *(_TORCHVISION + n for n in list_models())]
+    close = difflib.get_close_matches(name, known, n=4)
+    hint = f"did you mean {' or '.join(f'`{n}`' for n in close)}?" if close else "no known name is close."
+    return ConfigError(
+        f"model `{name}` is unknown; {hint} Allowed: a timm name, `torchvision/NAME`, "
+        "or `package.module:callable`"
+    )
+
+
+def _no_weights(builder: Callable[..., Any]) -> dict[str, None]:
+    parameters = inspect.signature(builder).parameters
+    return {name: None for name in ("weights", "weights_backbone") if name in parameters}
+
+
+def _timm_config(model: nn.Module) -> dict[str, Any]:
+    for name in ("pretrained_cfg", "default_cfg"):
+        config = getattr(model, name, None)
+        if config:
+            return dict(config if isinstance(config, Mapping) else config.to_dict())
+    return {}
+
+
+def _timm_image_size(model: nn.Module) -> tuple[int, int] | None:
+    """The (H, W) a model was built for, where it holds one (patch embedding, or traits recorded by timm)."""
+    traits = getattr(model, "_traits", None)
+    size = traits.get("img_size") if isinstance(traits, Mapping) else None
+    size = size or getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if isinstance(size, int):
+        return (size, size)
+    return (int(size[0]), int(size[1])) if isinstance(size, Sequence) and len(size) == 2 else None
+
+
+def _read_timm(model: nn.Module) -> ModelIdentity | None:
+    config = _timm_config(model)
+    architecture = config.get("architecture")
+    if not architecture or not type(model).__module__.startswith("timm."):
+        return None
+    import timm
+    from timm.models import get_pretrained_cfg
+
+    if not timm.is_model(architecture):
+        return None
+    # Recorded by newer timm releases only; what matters most is read from the model itself below.
+    recorded = getattr(model, "_model_args", {})
+    kwargs = {k: v for k, v in recorded.items() if k not in _WEIGHT_SOURCES["timm"]}
+    classes = getattr(model, "num_classes", None)
+    if isinstance(classes, int):
+        kwargs["num_classes"] = classes
+    source = tuple(config.get("input_size") or ())
+    channels = getattr(model, "in_chans", None)
+    if isinstance(channels, int) and source and channels != source[0]:
+        kwargs["in_chans"] = channels
+    size = _timm_image_size(model)
+    if size is not None and size != source[1:]:
+        kwargs["img_size"] = list(size)
+    tag = config.get("tag") or ""
+    default = get_pretrained_cfg(architecture)
+    plain = not tag or (default is not None and default.tag == tag)
+    return ModelIdentity("timm", architecture if plain else f"{architecture}.{tag}", kwargs)
+
+
+def _read_torchvision(model: nn.Module) -> ModelIdentity | None:
+    if not type(model).__module__.startswith("torchvision.models."):
+        return None
+    from torchvision.models import get_model_builder, list_models
+
+    heads = [m.out_features for m in model.modules() if isinstance(m, nn.Linear)]
+    kwargs = {"num_classes": heads[-1]} if heads else {}
+    wanted = _settings(model)
+    found: list[ModelIdentity] = []
+    for name in list_models():
+        builder = get_model_builder(name)
+        if inspect.signature(builder).return_annotation is not type(model):
+            continue
+        candidate = _on_meta(builder, kwargs)
+        if candidate is not None and _settings(candidate) == wanted:
+            found.append(ModelIdentity("torchvision", name, kwargs))
+    return found[0] if len(found) == 1 else None
+
+
+def _on_meta(builder: Callable[..., nn.Module], kwargs: Mapping[str, Any]) -> nn.Module | None:
+    try:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore", FutureWarning)
+            return builder(**_no_weights(builder), **kwargs)
+    except Exception:  # whatever a foreign builder raises, it is not the builder of this model
+        return None
+
+
+def _settings(model: nn.Module) -> list[Any]:
+    """All that is visible of a model but its weights: classes, sizes, plain attributes, in module order."""
+    facts: list[Any] = [(name, tuple(t.shape)) for name, t in model.state_dict().items()]
+    for name, module in model.named_modules():
+        plain = {
+            k: v
+            for k, v in vars(module).items()
+            if not k.startswith("_") and k != "training" and isinstance(v, bool | int | float | str | tuple)
+        }
+        facts.append((name, type(module), cast(object, plain)))
+    return facts
