@@ -1,0 +1,362 @@
+"""Masked twins: the modules of a model with a mask beside their weight.
+
+A twin is a subclass of the layer it stands for (`MaskedConv2d(MaskedLayer, nn.Conv2d)`), made on demand for any
+convolution, linear layer or multi-head attention and for any subclass of these. The parameter stays where it was
+and keeps its name; a bool buffer `mask` stands beside it.
+
+What a twin computes with is always ``where(mask, weight, 0)``. While training that costs next to nothing, because
+the parameter itself *is* zero outside the mask and stays so: its gradient is masked where it is produced, and the
+optimizer's state is cleared there when a mask changes, so zero weight, zero gradient and zero state leave nothing
+that could revive an edge. Whatever else touches parameter or mask (a manual edit, a loaded state dict, a copy into
+an average) is seen by its version counter and mended before the next use. Without gradients the mask is applied at
+use. An edit through ``weight.data`` leaves no trace in the version counter: it is mended by ``train()``, ``eval()``,
+``state_dict()`` and every use without gradients, but not between two training steps.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from growfx.errors import MaskError
+
+__all__ = ["MaskedLayer", "mask_in_place", "maskable_reason", "masked_class", "to_plain", "to_twin"]
+
+_SAME_SIZE_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _keep_bits(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """All bits set where `mask` is true, none elsewhere, in the integer type of `dtype`'s size."""
+    return mask.to(_SAME_SIZE_INT[dtype.itemsize]).neg_()
+
+
+def mask_in_place(values: Tensor, keep: Tensor) -> Tensor:
+    """Set `values` to exactly +0.0 where `keep` has no bits, at a third of the time of `masked_fill_`.
+
+    Working on the bits also turns an inf or nan outside the mask into zero, which a product with 0 would not.
+    """
+    values.view(keep.dtype).bitwise_and_(keep)
+    return values
+
+
+class _MaskGradient(torch.autograd.Function):
+    """The weight as it is; its gradient masked. In place where the gradient is known to belong to nobody else."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, keep: Tensor, exclusive: bool) -> Tensor:
+        ctx.save_for_backward(keep)
+        ctx.exclusive = exclusive
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grads
+        (keep,) = ctx.saved_tensors
+        if torch.is_grad_enabled() or grad.dtype.itemsize != keep.dtype.itemsize:  # a second derivative is wanted
+            return torch.where(keep.bool(), grad, 0), None, None
+        return mask_in_place(grad if ctx.exclusive else grad.clone(), keep), None, None
+
+
+@dataclass
+class _Settled:
+    """Which tensors, at which version, were last seen to obey each other."""
+
+    weight: Tensor
+    mask: Tensor
+    weight_version: int
+    mask_version: int
+    nnz: int
+    keep: Tensor | None = None
+
+
+class MaskedLayer(nn.Module):
+    """What every masked twin adds to the layer it stands for.
+
+    Attributes:
+        weight: the layer's own parameter, shared with the model it came from.
+        mask: bool buffer of the weight's shape; change it in place (``layer.mask.copy_(m)``) or by ``net.set_masks``.
+        twin_of: the class the twin stands for.
+        weight_name: the parameter the mask belongs to (`in_proj_weight` for multi-head attention).
+    """
+
+    twin_of: ClassVar[type[nn.Module]]
+    weight_name: ClassVar[str] = "weight"
+    mask: Tensor
+    _settled: _Settled | None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter the mask belongs to, as stored (outside the mask it may wait for its next use)."""
+        parameter = self._parameters[self.weight_name]
+        assert parameter is not None
+        return parameter
+
+    @property
+    def effective_weight(self) -> Tensor:
+        """``where(mask, weight, 0)``: shape and dtype of the weight, differentiable with a masked gradient."""
+        return self._effective_weight(exclusive=False)
+
+    @property
+    def nnz(self) -> int:
+        """Number of active weights (an active weight may be zero)."""
+        settled = self._settled
+        if settled is None or settled.mask is not self.mask or settled.mask_version != self.mask._version:
+            return int(torch.count_nonzero(self.mask))
+        return settled.nnz
+
+    @property
+    def numel(self) -> int:
+        """Number of weights, active or not."""
+        return self.parameter.numel()
+
+    @property
+    def density(self) -> float:
+        """Active weights over all weights."""
+        return self.nnz / self.numel
+
+    def settle(self, force: bool = True) -> None:
+        """Make the stored parameter +0.0 outside the mask.
+
+        Args:
+            force: look at the values; otherwise only do so when a version counter shows an edit since last time.
+        """
+        weight, mask, settled = self.parameter, self.mask, self._settled
+        same_mask = settled is not None and settled.mask is mask and settled.mask_version == mask._version
+        if (
+            not force
+            and same_mask
+            and settled is not None
+            and settled.weight is weight
+            and settled.weight_version == weight._version
+        ):
+            return
+        if weight.is_meta:
+            self._settled = _Settled(weight, mask, weight._version, mask._version, mask.numel())
+            return
+        nnz = settled.nnz if same_mask and settled is not None else int(torch.count_nonzero(mask))
+        keep = settled.keep if same_mask and settled is not None else None
+        if nnz < mask.numel():
+            if keep is None or keep.dtype.itemsize != weight.dtype.itemsize:
+                keep = _keep_bits(mask, weight.dtype)
+            # Through `.data`: a backward pass under way must not take this for a change of its saved weight.
+            mask_in_place(weight.data, keep)
+        else:
+            keep = None
+        self._settled = _Settled(weight, mask, weight._version, mask._version, nnz, keep)
+        _LAYER_OF[id(weight)] = self
+
+    def _effective_weight(self, exclusive: bool) -> Tensor:
+        weight = self.parameter
+        if self.training and torch.is_grad_enabled() and weight.requires_grad and not torch.compiler.is_compiling():
+            self.settle(force=False)
+            keep = self._settled.keep if self._settled is not None else None
+            return weight if keep is None else _MaskGradient.apply(weight, keep, exclusive)  # type: ignore[no-any-return]
+        return torch.where(self.mask, weight, 0)
+
+    @contextmanager
+    def _effective_parameters(self) -> Iterator[None]:
+        """Let the code of the original class read the effective weight under the parameter's own name."""
+        # An entry of the instance's dict is found before nn.Module looks among the parameters.
+        self.__dict__[self.weight_name] = self._effective_weight(exclusive=False)
+        try:
+            yield
+        finally:
+            del self.__dict__[self.weight_name]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the original class's forward on the effective weight."""
+        with self._effective_parameters():
+            return super().forward(*args, **kwargs)
+
+    def _optimizer_will_step(self, optimizer: Optimizer) -> None:
+        settled = self._settled
+        if settled is None or settled.mask is not self.mask or settled.mask_version != self.mask._version:
+            self.settle()
+        self.clear_state(optimizer)
+
+    def clear_state(self, optimizer: Optimizer) -> None:
+        """Set the optimizer's state to zero outside the mask, where the mask changed since its last step."""
+        settled = self._settled
+        state = optimizer.state.get(self.parameter)
+        if not state or settled is None or settled.keep is None:
+            return
+        marker = (id(settled.mask), settled.mask_version)
+        if _CLEARED.setdefault(optimizer, {}).get(id(self.parameter)) == marker:
+            return
+        for value in state.values():
+            if isinstance(value, Tensor) and value.shape == self.parameter.shape and value.is_floating_point():
+                value.masked_fill_(~self.mask, 0)
+        _CLEARED[optimizer][id(self.parameter)] = marker
+
+    def _optimizer_stepped(self, version_before: int) -> None:
+        # An optimizer with masked gradient and clean state keeps zeros: its own step is no reason to look again.
+        settled = self._settled
+        if settled is not None and settled.weight is self.parameter and settled.weight_version == version_before:
+            settled.weight_version = self.parameter._version
+
+    def extra_repr(self) -> str:
+        """The original class's line with the layer's density."""
+        return f"{super().extra_repr()}, density={self.density:.4g}"
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _empty_twin, (self.twin_of,), self.__getstate__()
+
+
+# The layer of a parameter, for the optimizer hooks below; entries vanish with their layer.
+_LAYER_OF: weakref.WeakValueDictionary[int, MaskedLayer] = weakref.WeakValueDictionary()
+# Per optimizer and parameter: the mask (identity, version) its state was last cleared for.
+_CLEARED: weakref.WeakKeyDictionary[Optimizer, dict[int, tuple[int, int]]] = weakref.WeakKeyDictionary()
+_VERSIONS: weakref.WeakKeyDictionary[Optimizer, dict[int, int]] = weakref.WeakKeyDictionary()
+
+
+def _masked_layers_of(optimizer: Optimizer) -> Iterator[MaskedLayer]:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            layer = _LAYER_OF.get(id(parameter))
+            if layer is not None and layer.parameter is parameter:
+                yield layer
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if _LAYER_OF:
+        versions = {}
+        for layer in _masked_layers_of(optimizer):
+            layer._optimizer_will_step(optimizer)
+            versions[id(layer.parameter)] = layer.parameter._version
+        _VERSIONS[optimizer] = versions
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    versions = _VERSIONS.pop(optimizer, None)
+    if versions:
+        for layer in _masked_layers_of(optimizer):
+            layer._optimizer_stepped(versions.get(id(layer.parameter), -1))
+
+
+# Every optimizer calls these, so that nobody has to tell growfx about theirs.
+register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)
+
+
+class _MaskedConv(MaskedLayer):
+    """A convolution that takes its weight as an argument: its gradient belongs to nobody else."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of the original
+        return self._conv_forward(input, self._effective_weight(exclusive=True), self.bias)  # type: ignore[operator]
+
+
+class _MaskedLinear(MaskedLayer):
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of the original
+        return F.linear(input, self._effective_weight(exclusive=True), self.bias)  # type: ignore[arg-type]
+
+
+class _MaskedAttention(MaskedLayer):
+    """Multi-head attention: the mask belongs to the joint input projection; the output projection is a layer itself."""
+
+    weight_name = "in_proj_weight"
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The joint projection of queries, keys and values: shape (3 embed_dim, embed_dim)."""
+        return self.parameter
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # The original reads `out_proj.weight` without calling `out_proj`.
+        out_projection: Any = self.out_proj
+        with ExitStack() as stack:
+            if isinstance(out_projection, MaskedLayer):
+                stack.enter_context(out_projection._effective_parameters())
+            return super().forward(*args, **kwargs)
+
+
+_MASKED_CLASSES: dict[type[nn.Module], type[MaskedLayer]] = {}
+_CONV_FORWARDS = {
+    (kind.forward, kind._conv_forward) for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+}
+
+
+def masked_class(original: type[nn.Module]) -> type[MaskedLayer]:
+    """The masked twin of a layer class; one class for each original."""
+    if original not in _MASKED_CLASSES:
+        forwards = (getattr(original, "forward", None), getattr(original, "_conv_forward", None))
+        if issubclass(original, _ConvNd) and forwards in _CONV_FORWARDS:
+            base: type[MaskedLayer] = _MaskedConv
+        elif issubclass(original, nn.Linear) and original.forward is nn.Linear.forward:
+            base = _MaskedLinear
+        elif issubclass(original, nn.MultiheadAttention):
+            base = _MaskedAttention
+        else:
+            base = MaskedLayer
+        members = {"twin_of": original, "__doc__": f"Masked twin of {original.__name__}.", "__module__": __name__}
+        _MASKED_CLASSES[original] = type(f"Masked{original.__name__}", (base, original), members)
+    return _MASKED_CLASSES[original]
+
+
+def _empty_twin(original: type[nn.Module]) -> MaskedLayer:
+    kind = masked_class(original)
+    return kind.__new__(kind)
+
+
+def maskable_reason(module: nn.Module) -> str | None:
+    """Why `module` cannot have a mask though it is a convolution, linear layer or attention; None when it can.
+
+    Raises:
+        TypeError: `module` is none of these.
+    """
+    if not isinstance(module, (_ConvNd, nn.Linear, nn.MultiheadAttention)):
+        raise TypeError(f"`{type(module).__name__}` is no convolution, linear layer or attention")
+    name = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
+    weight = module._parameters.get(name)
+    if weight is None:
+        return f"`{name}` is no parameter of its own (computed by a parametrization, or split over several)"
+    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+        return "its weight has no shape before the first call"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}, not a floating-point tensor"
+    return None
+
+
+def to_twin(module: nn.Module, mask: Tensor | None = None) -> MaskedLayer:
+    """Turn `module` into its masked twin, in place, with all weights active unless `mask` is given."""
+    kind = masked_class(type(module))
+    module.__class__ = kind
+    assert isinstance(module, MaskedLayer)
+    weight = module.parameter
+    module.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool) if mask is None else mask)
+    module._settled = None
+    return module
+
+
+def to_plain(module: MaskedLayer) -> nn.Module:
+    """Turn a masked twin back into the layer it stands for, in place, +0.0 outside its mask."""
+    module.settle()
+    del module._buffers["mask"], module._settled
+    module.__class__ = module.twin_of
+    return module
+
+
+def check_mask(name: str, layer: MaskedLayer, mask: object) -> Tensor:
+    """Return `mask` if it can be the mask of `layer`.
+
+    Raises:
+        MaskError: it is no bool tensor of the weight's shape.
+    """
+    if not isinstance(mask, Tensor):
+        raise MaskError(f"mask of `{name}` is a {type(mask).__name__}; give a bool tensor of shape {tuple(layer.mask.shape)}")
+    if mask.dtype != torch.bool:
+        raise MaskError(f"mask of `{name}` is {mask.dtype}; give a bool tensor (for example `mask != 0`)")
+    if mask.shape != layer.mask.shape:
+        raise MaskError(
+            f"mask of `{name}` has shape {tuple(mask.shape)}; its weight has shape {tuple(layer.mask.shape)}"
+        )
+    return mask
