@@ -1,0 +1,409 @@
+"""`MaskedGraph`: a model as a torch.fx graph over masked layers."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import linecache
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from growfx.errors import MaskError, TraceError
+from growfx.layers import MaskedLayer, check_mask
+from growfx.trace_report import TraceReport
+
+__all__ = ["Inputs", "MaskedGraph", "RecordedGraph", "Recorder"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of one call of the model."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What a recording depends on: everything but the batch size and the values of tensors.
+
+        The batch is dimension 0 of the tensors that are arguments themselves, where all of these agree on it;
+        tensors inside containers (the images of a detector) are structure.
+        """
+        free = self.batch is not None
+        named = tuple((key, _signature(value, free)) for key, value in self.kwargs.items())
+        return tuple(_signature(value, free) for value in self.args), named
+
+    @property
+    def batch(self) -> int | None:
+        """The batch size; None where the arguments do not have one."""
+        values = [*self.args, *self.kwargs.values()]
+        sizes = {v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim > 0}
+        return sizes.pop() if len(sizes) == 1 else None
+
+    def with_batch(self, batch: int) -> Inputs:
+        """The same inputs with rows repeated or dropped; unchanged where there is no batch."""
+        old = self.batch
+        if old is None or old == 0 or old == batch:
+            return self
+
+        def resize(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.ndim == 0:
+                return value
+            return value[torch.arange(batch, device=value.device) % old]
+
+        return Inputs(tuple(map(resize, self.args)), {k: resize(v) for k, v in self.kwargs.items()})
+
+    def redrawn(self, seed: int) -> Inputs:
+        """Inputs of the same shapes with other values: noise around the float ones, rows of the others shuffled."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def redraw(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.is_meta or value.numel() == 0:
+                return value
+            if value.is_floating_point():
+                noise = torch.randn(value.shape, generator=generator).to(value)
+                spread = float(value.float().std()) if value.numel() > 1 else 0.0
+                return value + noise * (spread or 1.0)
+            if value.ndim == 0:
+                return value
+            return value.flip(0)
+
+        args, kwargs = pytree.tree_map(redraw, (self.args, dict(self.kwargs)))
+        return Inputs(args, kwargs)
+
+
+def _signature(value: Any, batch_is_free: bool) -> Any:
+    if isinstance(value, Tensor):
+        shape = tuple(value.shape[1:]) if batch_is_free else tuple(value.shape)
+        return value.ndim, shape, value.dtype, value.device
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(_signature(v, False) for v in value)
+    if isinstance(value, dict):
+        return type(value), tuple((k, _signature(v, False)) for k, v in value.items())
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value
+
+
+@dataclass(frozen=True)
+class RecordedGraph:
+    """A recording in use: the graph, its compiled function, and whether it may be run."""
+
+    graph: fx.Graph
+    faithful: bool
+    run: Callable[..., Any]
+
+
+# Records `shell` in its current mode for these inputs: (the model's own modules, inputs, the report) -> graph, faithful.
+Recorder = Callable[["MaskedGraph", Inputs], tuple[fx.Graph, bool]]
+
+
+class MaskedGraph(fx.GraphModule):
+    """A model rewritten into a torch.fx graph over masked layers; made by `growfx.wrap`.
+
+    It behaves as the model in train and eval mode and has the model's parameters, buffers and submodules under
+    their own names, with a bool buffer `<layer>.mask` beside each masked weight. A recorded graph holds for one mode
+    and one input signature (shapes without the batch size, dtypes, devices); others are recorded when they first
+    occur, and kept.
+
+    Attributes:
+        layers: masked layers by name, in data-flow order; tied weights appear once.
+        trace_report: what was recorded and what was left out.
+        identity: where the model came from, for `growfx.save` (None when unknown).
+    """
+
+    layers: dict[str, MaskedLayer]
+    trace_report: TraceReport
+    identity: Any
+
+    def __init__(self, shell: nn.Module, example: Inputs, recorder: Recorder, report: TraceReport, identity: Any = None):
+        nn.Module.__init__(self)
+        self._adopt(shell)
+        self._example, self._recorder = example, recorder
+        self._recordings: dict[tuple[bool, Any], RecordedGraph] = {}
+        self._graph = fx.Graph()
+        self._code = ""
+        self.meta: dict[str, Any] = {}
+        self.training = shell.training
+        self.trace_report, self.identity = report, identity
+        # In a plain dict the layers would become submodules of their own.
+        self._named_layers: tuple[dict[str, MaskedLayer]] = ({},)
+        self._tied: tuple[list[list[MaskedLayer]]] = ([],)
+
+    def _adopt(self, shell: nn.Module) -> None:
+        """Be the shell's root: share its very registries, so that whatever changes one changes the other."""
+        self._shell = (shell,)  # in a tuple, or it would be registered as a submodule
+        for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[registry] = shell.__dict__[registry]
+
+    # -- masks --------------------------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> dict[str, MaskedLayer]:  # type: ignore[no-redef]
+        """Masked layers by name, in data-flow order; layers with tied weights appear once."""
+        return self._named_layers[0]
+
+    @property
+    def nnz(self) -> int:
+        """Active weights of all masked layers."""
+        return sum(layer.nnz for layer in self.layers.values())
+
+    @property
+    def numel(self) -> int:
+        """Weights of all masked layers, active or not."""
+        return sum(layer.numel for layer in self.layers.values())
+
+    @property
+    def density(self) -> float:
+        """Active weights over all weights of the masked layers."""
+        return self.nnz / self.numel if self.numel else 1.0
+
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Replace the masks of the named layers; weights outside the new masks become +0.0.
+
+        Args:
+            masks: layer name -> bool tensor of the weight's shape. Nothing is changed unless all of them fit.
+
+        Raises:
+            MaskError: unknown layer, wrong shape or dtype.
+        """
+        for name, mask in masks.items():
+            if name not in self.layers:
+                raise MaskError(f"`{name}` is no masked layer; {_names(self.layers)}")
+            check_mask(name, self.layers[name], mask)
+        for name, mask in masks.items():
+            layer = self.layers[name]
+            layer.mask.copy_(mask)
+            layer.settle()
+
+    def mask_digest(self) -> str:
+        """SHA-256, in hex, over the names, shapes and packed masks of all masked layers, in order of their names."""
+        digest = hashlib.sha256()
+        for name in sorted(self.layers):
+            mask = self.layers[name].mask
+            digest.update(f"{name}:{','.join(map(str, mask.shape))};".encode())
+            digest.update(np.packbits(mask.cpu().numpy()).tobytes())
+        return digest.hexdigest()
+
+    def settle(self) -> None:
+        """Make every stored parameter +0.0 outside its mask."""
+        for layer in self.layers.values():
+            layer.settle()
+
+    def verify(self) -> None:
+        """Check that every stored parameter is exactly +0.0 outside its mask.
+
+        Raises:
+            MaskError: names the layers where it is not.
+        """
+        wrong = []
+        for name, layer in self.layers.items():
+            outside = layer.parameter.detach()[~layer.mask]
+            if bool((outside != 0).any() | torch.signbit(outside).any()):
+                wrong.append(name)
+        if wrong:
+            raise MaskError(f"stored weights outside the mask are not +0.0 in {', '.join(f'`{n}`' for n in wrong)}")
+
+    # -- graphs -------------------------------------------------------------------------------------------------------
+
+    def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
+        """Inputs the model accepts: those given to `growfx.wrap`, with `batch` rows, on the net's device."""
+        device = next(chain_tensors(self), torch.empty(0)).device
+        move = lambda v: v.to(device) if isinstance(v, Tensor) else v  # noqa: E731
+        return pytree.tree_map(move, self._example.with_batch(batch).args)
+
+    def graph_at(self, *inputs: Any, training: bool = False) -> fx.Graph:
+        """The recorded graph for inputs like these in the given mode; targets of its nodes are names in this net.
+
+        Raises:
+            TraceError: the model cannot be recorded faithfully for these inputs.
+        """
+        recording = self._recording(Inputs(inputs, {}), training)
+        if not recording.faithful:
+            raise TraceError(
+                f"the recording is not faithful, so there is no graph to work on: {self.trace_report.opaque or self.trace_report.notes}"
+            )
+        return recording.graph
+
+    def _recording(self, inputs: Inputs, training: bool) -> RecordedGraph:
+        key = (training, inputs.signature)
+        found = self._recordings.get(key)
+        return found if found is not None else self._record(key, inputs)
+
+    @torch.compiler.disable
+    def _record(self, key: tuple[bool, Any], inputs: Inputs) -> RecordedGraph:
+        with in_mode(self.shell, key[0]):
+            graph, faithful = self._recorder(self, inputs)
+        self._recordings[key] = RecordedGraph(graph, faithful, compiled(graph)[0])
+        if len(self._recordings) == 1 or key == (self.training, self._example.signature):
+            self._show(self._recordings[key].graph)
+        return self._recordings[key]
+
+    def _show(self, graph: fx.Graph) -> None:
+        self._graph = graph
+        self._code = graph.python_code("self").src
+
+    def recompile(self) -> Any:
+        """Compile the shown graph again after it was edited."""
+        run, code = compiled(self._graph)
+        for key, recording in self._recordings.items():
+            if recording.graph is self._graph:
+                self._recordings[key] = replace(recording, run=run)
+        self._code = code.src
+        return code
+
+    @property
+    def shell(self) -> nn.Module:
+        """The model's own class over the same masked modules and parameters."""
+        return self._shell[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model computes with its masked weights."""
+        recording = self._recording(Inputs(args, kwargs), self.training)
+        if recording.faithful:
+            return recording.run(self, *args, **kwargs)
+        with _MaskedUses(self):
+            return self.shell(*args, **kwargs)
+
+    # -- what an nn.Module does, with masks in mind -------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> MaskedGraph:
+        """Switch the mode, show its graph, and make stored weights obey their masks."""
+        self.shell.train(mode)
+        self.training = mode
+        self.settle()
+        recording = self._recordings.get((mode, self._example.signature))
+        if recording is not None and recording.graph is not self._graph:
+            self._show(recording.graph)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's state dict with one `<layer>.mask` per masked layer; weights are +0.0 outside their masks."""
+        self.settle()
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load the net's own state dict, or the plain model's: then the masks stay as they are.
+
+        Raises:
+            MaskError: some masks are missing, or have another shape or dtype; names them.
+        """
+        names = [name for name in (f"{layer}.mask" for layer in self._mask_owners())]
+        given = [name for name in names if name in state_dict]
+        if given and len(given) < len(names):
+            missing = [f"`{n}`" for n in names if n not in state_dict]
+            raise MaskError(f"the state dict has {len(given)} of {len(names)} masks; missing: {', '.join(missing)}")
+        for name in given:
+            check_mask(name.removesuffix(".mask"), self.get_submodule(name.removesuffix(".mask")), state_dict[name])  # type: ignore[arg-type]
+        if not given:
+            own = {name: self.get_buffer(name) for name in names}
+            state_dict = {**state_dict, **own}
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        self._tie_masks()
+        self.settle()
+        return result
+
+    def _mask_owners(self) -> Iterator[str]:
+        return (name for name, module in self.named_modules(remove_duplicate=False) if isinstance(module, MaskedLayer))
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MaskedGraph:
+        super()._apply(fn, recurse)
+        self._tie_masks()
+        return self
+
+    def _tie_masks(self) -> None:
+        for first, *others in self._tied[0]:
+            for other in others:
+                other._buffers["mask"] = first.mask
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MaskedGraph:
+        clone = fx.GraphModule.__new__(MaskedGraph)
+        memo[id(self)] = clone
+        self.settle()
+        recordings = self.__dict__["_recordings"]
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_recordings", "_graph", "_recorder", "meta")}
+        clone.__dict__.update(copy.deepcopy(state, memo))
+        clone.__dict__.update(_recorder=self._recorder, meta=dict(self.meta))
+        # A graph is never changed by running it; only one who edits a copy's graph needs a copy of the graph.
+        clone.__dict__["_recordings"] = {
+            key: replace(r, graph=copy.deepcopy(r.graph)) for key, r in recordings.items()
+        }
+        shown = next((key for key, r in recordings.items() if r.graph is self._graph), None)
+        clone.__dict__["_graph"] = fx.Graph() if shown is None else clone._recordings[shown].graph
+        return clone
+
+    def __copy__(self) -> MaskedGraph:
+        return copy.deepcopy(self)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a MaskedGraph is not pickled: save `net.state_dict()`, or the network with `growfx.save(net, path)`"
+        )
+
+    __reduce_ex__ = lambda self, protocol: self.__reduce__()  # type: ignore[assignment]  # noqa: E731
+
+    def __str__(self) -> str:
+        head = f"MaskedGraph of {type(self.shell).__name__}: {len(self.layers)} masked layers, density {self.density:.4g}"
+        return f"{head}\n{self._code}"
+
+
+class _MaskedUses(TorchFunctionMode):
+    """Where a model's own forward reads a masked parameter directly, give it the effective weight."""
+
+    def __init__(self, net: MaskedGraph):
+        super().__init__()
+        self.layer_of = {id(layer.parameter): layer for layer in net.layers.values()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def effective(value: Any) -> Any:
+            layer = self.layer_of.get(id(value)) if isinstance(value, nn.Parameter) else None
+            return value if layer is None else layer.effective_weight
+
+        if getattr(func, "__name__", "") in ("__get__", "__set__", "size", "dim"):
+            return func(*args, **(kwargs or {}))
+        args, kwargs = pytree.tree_map(effective, (tuple(args), kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def chain_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters, then buffers."""
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _names(layers: Mapping[str, Any], limit: int = 6) -> str:
+    shown = ", ".join(f"`{name}`" for name in list(layers)[:limit])
+    return f"the masked layers are {shown}{f' and {len(layers) - limit} more' if len(layers) > limit else ''}"
+
+
+def compiled(graph: fx.Graph) -> tuple[Callable[..., Any], Any]:
+    """The Python function of a graph; its source can be read in a traceback."""
+    code = graph.python_code("self")
+    file = f"<growfx graph {hashlib.sha256(code.src.encode()).hexdigest()[:12]}>"
+    scope = dict(code.globals)
+    exec(compile(code.src, file, "exec"), scope)
+    linecache.cache[file] = (len(code.src), None, code.src.splitlines(keepends=True), file)
+    return scope["forward"], code
+
+
+@contextmanager
+def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """`module` in train or eval mode; afterwards every submodule is in the mode it was in."""
+    before = [(m, m.training) for m in module.modules()]
+    if module.training != training:
+        module.train(training)
+    try:
+        yield
+    finally:
+        for m, flag in before:
+            m.training = flag

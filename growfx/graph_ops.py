@@ -1,0 +1,24 @@
+"""Functions that recorded graphs call where the recorded program did something a graph cannot say as it stands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["set_item", "swap_grad_enabled"]
+
+
+def set_item(base: Tensor, index: Any, value: Any) -> Tensor:
+    """A copy of `base` with ``copy[index] = value``: the functional form of an assignment to a part of a tensor."""
+    changed = base.clone()
+    changed[index] = value
+    return changed
+
+
+def swap_grad_enabled(enabled: bool) -> bool:
+    """Switch the recording of gradients and return what it was, for the matching switch back."""
+    before = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(enabled)
+    return before

@@ -1,0 +1,247 @@
+"""Swap the maskable modules of a model for masked twins (`wrap`), and back (`unwrap`)."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils import _pytree as pytree
+
+from growfx.density import random_masks
+from growfx.errors import ConfigError, TraceError
+from growfx.graph import Inputs, MaskedGraph, chain_tensors, compiled, in_mode
+from growfx.layers import MaskedLayer, maskable_reason, to_plain, to_twin
+from growfx.models import default_input_shape, identity_of, remember
+from growfx.passes.record import DataDependentError, record
+from growfx.trace_report import TraceReport
+
+__all__ = ["unwrap", "wrap"]
+
+_MASKABLE = (_ConvNd, nn.Linear, nn.MultiheadAttention)
+
+
+def wrap(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...] | None = None,
+    *,
+    density: float = 1.0,
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+) -> MaskedGraph:
+    """Record a model into a masked graph.
+
+    Args:
+        model: any module. Its parameters and buffers are shared with the result; the model's modules are not changed.
+        example_inputs: what the model is called with: a tensor or a tuple of arguments. Default: one input of the
+            size in the model's `pretrained_cfg` (timm), else of shape (1, 3, 224, 224).
+        density: below 1, masks are drawn at random: Erdos-Renyi-kernel densities, exactly ``round(density * numel)``
+            active weights in all.
+        exclude: glob patterns of names of layers to leave without a mask.
+        seed: of the random masks.
+
+    Raises:
+        TraceError: the model fails on the example inputs.
+        ConfigError: density outside (0, 1], or an `exclude` pattern that matches no layer.
+    """
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"growfx.wrap takes an nn.Module; a {type(model).__name__} arrived")
+    if isinstance(model, MaskedGraph):
+        raise TraceError("the model is a MaskedGraph already; change its masks with `net.set_masks`")
+    if not 0 < density <= 1:
+        raise ConfigError(f"density is {density}; it must lie in (0, 1]")
+    example = _example(model, example_inputs)
+    shell = copy.deepcopy(model, {id(t): t for t in chain_tensors(model)})
+    report = TraceReport()
+    _swap_in(shell, exclude, report)
+    net = MaskedGraph(shell, example, _recorder, report, identity_of(model))
+    called = {}
+    with _originals(net, model):
+        for training in (model.training, not model.training):
+            net._record((training, example.signature), example)
+            called.update(dict.fromkeys(net._called))
+    _name_layers(net, list(called))
+    report.faithful = all(r.faithful for r in net._recordings.values())
+    if density < 1:
+        net.set_masks(random_masks({n: tuple(m.mask.shape) for n, m in net.layers.items()}, density, seed=seed))
+    return net
+
+
+def unwrap(net: MaskedGraph) -> nn.Module:
+    """The plain model of the original class, a copy, with weights outside the masks +0.0."""
+    if not isinstance(net, MaskedGraph):
+        raise TraceError(f"growfx.unwrap takes a MaskedGraph; a {type(net).__name__} arrived")
+    net.settle()
+    model = copy.deepcopy(net.shell)
+    model.train(net.training)
+    for name, module in net.shell.named_modules():
+        model.get_submodule(name).training = module.training
+    for module in list(model.modules()):
+        if isinstance(module, MaskedLayer):
+            to_plain(module)
+    for name in [n for n in model._buffers if n.startswith("_recorded_constant_")]:
+        del model._buffers[name]
+        model._non_persistent_buffers_set.discard(name)
+    if net.identity is not None:
+        remember(model, net.identity)
+    return model
+
+
+def _example(model: nn.Module, example_inputs: Any) -> Inputs:
+    if example_inputs is None:
+        tensor = next(chain_tensors(model), torch.empty(0))
+        dtype = tensor.dtype if tensor.is_floating_point() else torch.float32
+        generator = torch.Generator().manual_seed(0)
+        values = torch.randn(default_input_shape(model), generator=generator)
+        return Inputs((values.to(device=tensor.device, dtype=dtype),), {})
+    if isinstance(example_inputs, Tensor):
+        return Inputs((example_inputs,), {})
+    if isinstance(example_inputs, tuple):
+        return Inputs(example_inputs, {})
+    raise TraceError(f"example_inputs is a {type(example_inputs).__name__}; give a tensor or a tuple of arguments")
+
+
+def _swap_in(shell: nn.Module, exclude: Sequence[str], report: TraceReport) -> None:
+    patterns = [exclude] if isinstance(exclude, str) else list(exclude)
+    unmatched = dict.fromkeys(patterns)
+    masks: dict[int, Tensor] = {}
+    for name, module in list(shell.named_modules()):
+        if not isinstance(module, _MASKABLE):
+            continue
+        hits = [p for p in patterns if fnmatch.fnmatchcase(name, p)]
+        for pattern in hits:
+            unmatched.pop(pattern, None)
+        reason = f"excluded by `{hits[0]}`" if hits else maskable_reason(module)
+        if not name:
+            reason = "it is the model itself: wrap it in nn.Sequential to mask it"
+        if reason is not None:
+            report.unmasked[name] = reason
+            continue
+        twin = to_twin(module)
+        # Layers that share a weight share its mask.
+        twin._buffers["mask"] = masks.setdefault(id(twin.parameter), twin.mask)
+    if unmatched:
+        raise ConfigError(f"exclude: no convolution, linear layer or attention is named like {list(unmatched)}")
+
+
+def _name_layers(net: MaskedGraph, called: list[str]) -> None:
+    """Order the layers by data flow, drop those never called, and tie those that share a weight."""
+    report, by_weight = net.trace_report, {}
+    twins = {name: m for name, m in net.shell.named_modules() if isinstance(m, MaskedLayer)}
+    order = {name: i for i, name in enumerate(called)}
+    for name, twin in sorted(twins.items(), key=lambda item: order.get(item[0], len(order))):
+        used = name in order or (name.endswith(".out_proj") and name.removesuffix(".out_proj") in order)
+        if not used:
+            report.unmasked[name] = "never called"
+            to_plain(twin)
+            continue
+        group = by_weight.setdefault(id(twin.parameter), [])
+        if group:
+            report.tied[name] = group[0][0]
+        else:
+            net.layers[name] = twin
+        group.append((name, twin))
+    net._tied[0].extend([twin for _, twin in group] for group in by_weight.values() if len(group) > 1)
+    report.layers = list(net.layers)
+    for name in list(report.opaque):
+        if name not in order and name:
+            del report.opaque[name]
+
+
+# -- recording, checked against the model ---------------------------------------------------------------------------
+
+
+@contextmanager
+def _originals(net: MaskedGraph, model: nn.Module) -> Iterator[None]:
+    """While wrapping, recordings are compared with the model that came in; later ones with the net's own shell."""
+    net._reference = (model,)  # in a tuple, or it would become a submodule
+    try:
+        yield
+    finally:
+        del net._reference
+
+
+def _recorder(net: MaskedGraph, inputs: Inputs) -> tuple[fx.Graph, bool]:
+    """Record the net's shell in its current mode and compare the graph with the model's own forward."""
+    shell, report = net.shell, net.trace_report
+    with _restored(shell), torch.random.fork_rng(devices=_cuda_devices(shell)):
+        small = inputs.with_batch(2)
+        opaque = {name for name in report.opaque if name}
+        while True:
+            try:
+                recording = record(shell, small.args, small.kwargs, opaque=opaque)
+                break
+            except DataDependentError as stop:
+                report.opaque[stop.module] = stop.reason
+                if not stop.module:
+                    recording = record(shell, small.args, small.kwargs, opaque=opaque, allow_data=True)
+                    net._called = recording.called
+                    return recording.graph, False
+                opaque.add(stop.module)
+    net._called = recording.called
+    difference = _difference(net, recording.graph, inputs)
+    if difference:
+        mode = "train" if shell.training else "eval"
+        report.notes.append(f"{mode} mode: {difference}")
+        report.opaque.setdefault("", difference)
+    return recording.graph, not difference
+
+
+def _difference(net: MaskedGraph, graph: fx.Graph, inputs: Inputs) -> str:
+    """How the graph's outputs differ from the model's, on other values and another batch size; "" if they do not."""
+    run = compiled(graph)[0]
+    model = getattr(net, "_reference", (None,))[0]
+    other = inputs.with_batch(3).redrawn(seed=1)
+    outputs = []
+    for function in (model or net.shell, lambda *a, **k: run(net, *a, **k)):
+        module = function if isinstance(function, nn.Module) else net.shell
+        devices = _cuda_devices(net.shell)
+        with in_mode(module, net.shell.training), _restored(module), torch.random.fork_rng(devices), torch.no_grad():
+            torch.manual_seed(0)
+            try:
+                outputs.append(pytree.tree_leaves(function(*other.args, **other.kwargs)))
+            except Exception as error:
+                if isinstance(function, nn.Module):
+                    return ""  # the model itself refuses this batch size: nothing to compare with
+                return f"the graph fails at a batch size of 3: {type(error).__name__}: {error}"
+    return _first_difference(*outputs)
+
+
+def _first_difference(expected: list[Any], got: list[Any]) -> str:
+    if len(expected) != len(got):
+        return f"the model returns {len(expected)} values, the graph {len(got)}"
+    for i, (a, b) in enumerate(zip(expected, got, strict=True)):
+        if not isinstance(a, Tensor):
+            if not isinstance(b, Tensor) and a == b:
+                continue
+            return f"output {i} is {a!r} from the model and {b!r} from the graph"
+        if a.shape != b.shape:
+            return f"output {i} has shape {tuple(a.shape)} from the model and {tuple(b.shape)} from the graph"
+        if a.is_meta or a.numel() == 0 or torch.equal(a, b):
+            continue
+        scale = float(a.abs().nan_to_num().max())
+        if not torch.allclose(a, b, rtol=1e-5, atol=1e-5 * scale, equal_nan=True):
+            error = float((a.double() - b.double()).abs().max())
+            return f"output {i} differs by {error:.3g} (largest value {scale:.3g}) between the model and the graph"
+    return ""
+
+
+@contextmanager
+def _restored(module: nn.Module) -> Iterator[None]:
+    """Put back the buffers that a forward in train mode changes."""
+    saved = [(b, b.detach().clone()) for b in module.buffers()] if module.training else []
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)
+
+
+def _cuda_devices(module: nn.Module) -> list[int]:
+    return sorted({t.device.index or 0 for t in chain_tensors(module) if t.device.type == "cuda"})
