@@ -32,6 +32,7 @@ __all__ = [
     "INDEX_CODECS",
     "VALUE_CODECS",
     "IndexStream",
+    "Positions",
     "ValueStream",
     "decode_index",
     "decode_values",

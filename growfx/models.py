@@ -18,14 +18,22 @@ from torch import nn
 
 from growfx.errors import ConfigError
 
-__all__ = ["ModelIdentity", "create_model", "default_input_shape", "identity_of", "remember"]
+__all__ = [
+    "WEIGHT_SOURCES",
+    "ModelIdentity",
+    "blueprint",
+    "create_model",
+    "default_input_shape",
+    "identity_of",
+    "remember",
+]
 
 Library = Literal["timm", "torchvision", "python"]
 
 _ATTRIBUTE = "_growfx_identity"
 _TORCHVISION = "torchvision/"
 # Arguments that say where weights come from. They do not shape the model; an artifact brings its own weights.
-_WEIGHT_SOURCES = {
+WEIGHT_SOURCES = {
     "timm": frozenset(
         {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
     ),
@@ -69,7 +77,7 @@ def create_model(spec: str, **kwargs: Any) -> nn.Module:
     identity = _parse(spec, kwargs)
     builders = {"timm": _build_timm, "torchvision": _build_torchvision, "python": _build_python}
     model = builders[identity.library](identity.name, kwargs)
-    shaping = {k: v for k, v in kwargs.items() if k not in _WEIGHT_SOURCES[identity.library]}
+    shaping = {k: v for k, v in kwargs.items() if k not in WEIGHT_SOURCES[identity.library]}
     return remember(model, ModelIdentity(identity.library, identity.name, shaping))
 
 
@@ -88,8 +96,23 @@ def identity_of(model: nn.Module) -> ModelIdentity | None:
     """
     known = model.__dict__.get(_ATTRIBUTE)
     if known is not None:
-        return known
+        return _with_current_classes(known, model)
     return _read_timm(model) or _read_torchvision(model)
+
+
+def blueprint(identity: ModelIdentity) -> nn.Module:
+    """The model `identity` builds, without memory for its weights (meta device) where its builder allows.
+
+    Raises:
+        ConfigError: it cannot be built.
+    """
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return create_model(identity.spec, **identity.kwargs)
+        except ConfigError:
+            # Some builders compute with values of tensors; these can only be built for real.
+            return create_model(identity.spec, **identity.kwargs)
 
 
 def default_input_shape(model: nn.Module) -> tuple[int, ...]:
@@ -99,6 +122,15 @@ def default_input_shape(model: nn.Module) -> tuple[int, ...]:
     channels = getattr(model, "in_chans", None)
     channels = channels if config and isinstance(channels, int) else size[0]
     return (1, channels, *(_timm_image_size(model) or size[1:]))
+
+
+def _with_current_classes(identity: ModelIdentity, model: nn.Module) -> ModelIdentity:
+    """timm's `reset_classifier` changes the number of classes after the model was made."""
+    classes = getattr(model, "num_classes", None)
+    known = identity.kwargs.get("num_classes", _timm_config(model).get("num_classes"))
+    if identity.library != "timm" or not isinstance(classes, int) or classes == known:
+        return identity
+    return ModelIdentity(identity.library, identity.name, {**identity.kwargs, "num_classes": classes})
 
 
 def _parse(spec: str, kwargs: Mapping[str, Any]) -> ModelIdentity:
@@ -125,7 +157,7 @@ def _build_torchvision(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
     if name not in list_models():
         raise _unknown(_TORCHVISION + name)
     # torchvision's weights change settings of the model (transform_input) that its name does not tell.
-    given = sorted(_WEIGHT_SOURCES["torchvision"] & kwargs.keys())
+    given = sorted(WEIGHT_SOURCES["torchvision"] & kwargs.keys())
     if given:
         raise ConfigError(
             f"`{given[0]}` is not an argument for `{_TORCHVISION}{name}`: build a model with pretrained "
@@ -215,7 +247,7 @@ def _read_timm(model: nn.Module) -> ModelIdentity | None:
         return None
     # Recorded by newer timm releases only; what matters most is read from the model itself below.
     recorded = getattr(model, "_model_args", {})
-    kwargs = {k: v for k, v in recorded.items() if k not in _WEIGHT_SOURCES["timm"]}
+    kwargs = {k: v for k, v in recorded.items() if k not in WEIGHT_SOURCES["timm"]}
     classes = getattr(model, "num_classes", None)
     if isinstance(classes, int):
         kwargs["num_classes"] = classes

@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 
 from growfx.errors import ConfigError
-from growfx.models import ModelIdentity, create_model, default_input_shape, identity_of, remember
+from growfx.models import ModelIdentity, blueprint, create_model, default_input_shape, identity_of, remember
 
 
 def make_tiny(width: int = 3) -> nn.Module:
@@ -85,6 +85,21 @@ def test_a_timm_model_is_read_back_from_its_attributes_where_timm_recorded_no_ar
     identity = identity_of(model)
     assert identity is not None
     assert identity.kwargs == {"img_size": [32, 32], "num_classes": 2, "in_chans": 1}
+
+
+def test_a_classifier_that_was_reset_is_part_of_the_identity():
+    model = create_model("resnet10t", in_chans=1)
+    assert identity_of(model) == ModelIdentity("timm", "resnet10t", {"in_chans": 1})
+    model.reset_classifier(6)  # pyright: ignore[reportCallIssue]
+    assert identity_of(model) == ModelIdentity("timm", "resnet10t", {"in_chans": 1, "num_classes": 6})
+
+
+def test_a_blueprint_has_all_shapes_and_draws_no_random_number():
+    state = torch.get_rng_state()
+    plan = blueprint(ModelIdentity("timm", "resnet10t", {"num_classes": 3}))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(t.is_meta for t in plan.state_dict().values())
+    assert settings(plan) == settings(timm.create_model("resnet10t", num_classes=3))
 
 
 def test_a_model_made_by_torchvision_itself_is_recognised():

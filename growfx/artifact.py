@@ -1,0 +1,321 @@
+"""The artifact: a pruned network on disk, near the entropy of its masks and weights.
+
+A folder with `sparse.safetensors` (all tensors and a manifest, see `growfx.manifest` and `growfx.codec`),
+`config.json` (timm's keys and a `growfx` block) and a model card. The weights file alone is enough to load
+the network. Masks are stored, never inferred from values: a freshly grown weight is active and zero.
+
+`save` writes it, `load` rebuilds the plain network, `inspect` reads the header, `load_masks` the masks.
+"""
+
+import hashlib
+import json
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from growfx.artifact_info import ArtifactInfo, describe
+from growfx.artifact_reader import CONFIG, DEFAULT_MAX_BYTES, inspect, load, load_masks
+from growfx.codec import encode_index, encode_values
+from growfx.errors import ArtifactError, ConfigError
+from growfx.graph import MaskedGraph
+from growfx.layers import MaskedLayer
+from growfx.manifest import (
+    DTYPES,
+    FORMAT,
+    VERSION,
+    DenseEntry,
+    LayerEntry,
+    Manifest,
+    SparseEntry,
+    canonical,
+    to_metadata,
+)
+from growfx.model_card import model_card
+from growfx.models import ModelIdentity, blueprint
+from growfx.staging import staged_folder
+
+__all__ = ["DEFAULT_MAX_BYTES", "inspect", "load", "load_masks", "save"]
+
+WEIGHTS = "sparse.safetensors"
+# timm and transformers load a file of this name without asking; it must hold every tensor, dense.
+DENSE_WEIGHTS = "model.safetensors"
+CARD = "README.md"
+
+Buffer = bytes | memoryview
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# These describe the weights timm would fetch, not those stored here.
+_WEIGHT_ORIGIN = (
+    "custom_load",
+    "file",
+    "hf_hub_filename",
+    "hf_hub_id",
+    "license",
+    "origin_url",
+    "paper_ids",
+    "paper_name",
+    "source",
+    "state_dict",
+    "tag",
+    "url",
+)
+
+
+def save(
+    net: MaskedGraph,
+    path: str | Path,
+    *,
+    dense: bool = False,
+    provenance: Mapping[str, Any] | None = None,
+) -> ArtifactInfo:
+    """Write `net` to the folder `path`, whole or not at all; the same net gives the same bytes.
+
+    Args:
+        net: a masked network; weights outside its masks are stored as nothing and load as +0.0.
+        path: a new folder, or one to whose other files nothing happens; an artifact in it is replaced.
+        dense: also write `model.safetensors`, which timm and others can load, at full size.
+        provenance: JSON values to keep beside the weights, for example how the network was trained.
+
+    Returns:
+        What was written, as `inspect` would tell.
+
+    Raises:
+        ArtifactError: no masked network, a tensor that cannot be stored, or a path that cannot be written.
+    """
+    if not isinstance(net, MaskedGraph):
+        raise ArtifactError(
+            f"save takes a growfx.MaskedGraph, not a `{type(net).__name__}`; make one with growfx.wrap(model)"
+        )
+    target = Path(path)
+    if target.is_file() or target.suffix == ".safetensors":
+        raise ArtifactError(f"`{target}` is a file; save writes a folder: give the folder's path")
+    content = _encode(net, dict(provenance or {}))
+    try:
+        return _write(content, target, dense)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ArtifactError(
+            f"the artifact cannot be written to `{target}` ({reason}); nothing was changed"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Content:
+    """Everything to be written: the manifest, the streams of the weights file, and the dense tensors."""
+
+    manifest: Manifest
+    streams: Mapping[str, Buffer]
+    dense: Mapping[str, Tensor]
+
+
+def _encode(net: MaskedGraph, provenance: Mapping[str, Any]) -> _Content:
+    state, layers = _plain_state(net)
+    entries: dict[str, DenseEntry | SparseEntry] = {}
+    aliases: dict[str, str] = {}
+    streams: dict[str, Buffer] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in state.items():
+        # Tied tensors: the same memory under another name.
+        place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and place in first:
+            aliases[name] = first[place]
+            continue
+        first[place] = name
+        layer = layers.get(name)
+        if layer is None or layer.nnz == layer.numel:
+            entry, parts = _encode_dense(name, tensor)
+        else:
+            entry, parts = _encode_sparse(name, layer.mask, tensor)
+        entries[name] = entry
+        if streams.keys() & parts.keys():
+            raise ArtifactError(f"`{name}` would be stored under a name that is taken; rename the parameter")
+        streams.update(parts)
+    names = {id(layer): name for name, layer in net.layers.items()}
+    listed = {id(layer): tensor for tensor, layer in layers.items() if tensor in entries}
+    order = tuple(LayerEntry(names[key], listed[key]) for key in names)
+    model = _model_recipe(net)
+    manifest = Manifest(entries, aliases, order, _config(net, model), model, provenance)
+    return _Content(manifest, streams, state)
+
+
+def _plain_state(net: MaskedGraph) -> tuple[dict[str, Tensor], dict[str, MaskedLayer]]:
+    """The state dict of the plain model, and which of its names are masked by which layer."""
+    state = net.state_dict(keep_vars=True)
+    masks = {id(layer.mask) for layer in net.layers.values()}
+    owner = {id(layer.parameter): layer for layer in net.layers.values()}
+    plain: dict[str, Tensor] = {}
+    layers: dict[str, MaskedLayer] = {}
+    for name, tensor in state.items():
+        if id(tensor) in masks:
+            continue
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.dtype not in _NAMES:
+            kind = f"{tensor.dtype} {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ArtifactError(
+                f"`{name}` ({kind}) cannot be stored; allowed: dense tensors of {', '.join(DTYPES)}"
+            )
+        if id(tensor) in owner:
+            layers[name] = owner[id(tensor)]
+        plain[name] = tensor.detach()
+    return plain, layers
+
+
+def _encode_dense(name: str, tensor: Tensor) -> tuple[DenseEntry, dict[str, Buffer]]:
+    data = _bytes(tensor)
+    return DenseEntry(_NAMES[tensor.dtype], tuple(tensor.shape), zlib.crc32(data)), {name: data}
+
+
+def _encode_sparse(name: str, mask: Tensor, tensor: Tensor) -> tuple[SparseEntry, dict[str, Buffer]]:
+    positions = np.flatnonzero(mask.detach().cpu().contiguous().reshape(-1).numpy())
+    itemsize = tensor.dtype.itemsize
+    flat = tensor.cpu().contiguous().reshape(-1).view(_WORDS[itemsize]).numpy().view(f"u{itemsize}")
+    index = encode_index(positions, flat.size)
+    values = encode_values(flat[positions], floating=tensor.is_floating_point())
+    entry = SparseEntry(
+        dtype=_NAMES[tensor.dtype],
+        shape=tuple(tensor.shape),
+        nnz=positions.size,
+        index_codec=index.codec,
+        index_raw=index.raw_size,
+        index_bytes=len(index.data),
+        index_crc32=zlib.crc32(index.data),
+        value_codec=values.codec,
+        planes=values.planes,
+        values_crc32=zlib.crc32(values.data),
+    )
+    return entry, {f"{name}::index": index.data, f"{name}::values": values.data}
+
+
+def _bytes(tensor: Tensor) -> Buffer:
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _model_recipe(net: MaskedGraph) -> dict[str, Any] | None:
+    """How to build the model again; None when that is not known, or would give another model.
+
+    A model that was changed after it was made (another head, other activations) keeps the name it had before.
+    """
+    identity = net.identity
+    if not isinstance(identity, ModelIdentity):
+        return None
+    recipe = {"kwargs": identity.kwargs, "library": identity.library, "name": identity.name}
+    try:
+        canonical(recipe)
+        same = identity.library == "python" or _structure(blueprint(identity)) == _structure(net.shell)
+    except (ArtifactError, ConfigError):
+        return None
+    return recipe if same else None
+
+
+def _structure(model: nn.Module) -> dict[str, Any]:
+    """Class of every module and shape of every tensor; a masked layer counts as the layer it stands for."""
+    facts: dict[str, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        twin = isinstance(module, MaskedLayer)
+        facts[f"module {name}"] = module.twin_of if twin else type(module)
+        own = {**module._parameters, **module._buffers}
+        facts |= {
+            f"{name}.{k}": t.shape for k, t in own.items() if t is not None and not (twin and k == "mask")
+        }
+    return facts
+
+
+def _config(net: MaskedGraph, model: Mapping[str, Any] | None) -> dict[str, Any]:
+    """timm's keys. They describe the network for other programs; `load` builds it from the `growfx` block."""
+    kwargs = dict(model["kwargs"]) if model else {}
+    architecture = None
+    if model:
+        # timm keeps the tag of the pretrained weights apart.
+        architecture = model["name"].split(".")[0] if model["library"] == "timm" else _spec(model)
+    source = getattr(net.shell, "pretrained_cfg", None)
+    source = source if isinstance(source, Mapping) else {}
+    pretrained = {k: v for k, v in source.items() if v is not None and k not in _WEIGHT_ORIGIN}
+    classes = getattr(net.shell, "num_classes", kwargs.get("num_classes"))
+    config = {
+        "architecture": architecture,
+        "model_args": kwargs,
+        "num_classes": classes if isinstance(classes, int) else None,
+        "pretrained_cfg": pretrained,
+    }
+    # Through JSON and back, for tuples become lists and the two copies of it must be equal.
+    return json.loads(canonical(config))
+
+
+def _spec(model: Mapping[str, Any]) -> str:
+    return ModelIdentity(model["library"], model["name"]).spec
+
+
+def _write(content: _Content, target: Path, dense: bool) -> ArtifactInfo:
+    manifest = content.manifest
+    stored = {k: v for name, entry in manifest.tensors.items() for k, v in entry.stored(name).items()}
+    stale = [] if dense else [DENSE_WEIGHTS] if _has_dense(target) else []
+    with staged_folder(target, last=CONFIG, stale=stale) as folder:
+        size, digest = _write_safetensors(
+            folder / WEIGHTS, {"growfx": to_metadata(manifest)}, stored, content.streams
+        )
+        info = describe(manifest, size)
+        if dense:
+            shapes = {name: (_NAMES[t.dtype], tuple(t.shape)) for name, t in content.dense.items()}
+            tensors = {name: _bytes(t) for name, t in content.dense.items()}
+            _write_safetensors(folder / DENSE_WEIGHTS, {"format": "pt"}, shapes, tensors)
+        block = {
+            "bytes": size,
+            "dense_weights": DENSE_WEIGHTS if dense else None,
+            "density": info.density,
+            "format": FORMAT,
+            "model": manifest.model,
+            "nnz": info.nnz,
+            "numel": info.numel,
+            "provenance": manifest.provenance,
+            "sha256": digest,
+            "version": VERSION,
+            "weights": WEIGHTS,
+        }
+        config = json.dumps({**manifest.config, "growfx": block}, indent=2, sort_keys=True)
+        (folder / CONFIG).write_text(config + "\n", encoding="utf-8")
+        (folder / CARD).write_text(model_card(info, manifest.config), encoding="utf-8")
+    return info
+
+
+def _has_dense(target: Path) -> bool:
+    """Whether `target` holds dense weights that an earlier `save` wrote."""
+    try:
+        config = json.loads((target / CONFIG).read_text(encoding="utf-8"))
+        return config["growfx"]["dense_weights"] == DENSE_WEIGHTS
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _write_safetensors(
+    file: Path,
+    metadata: Mapping[str, str],
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    data: Mapping[str, Buffer],
+) -> tuple[int, str]:
+    """Write a safetensors file stream by stream; returns its size and SHA-256.
+
+    The layout is the safetensors library's: widest dtypes first, then by name, header padded to 8 bytes.
+    """
+    order = sorted(tensors, key=lambda name: (-DTYPES[tensors[name][0]].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        start, end = end, end + memoryview(data[name]).nbytes
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest, size = hashlib.sha256(), 0
+    with file.open("wb") as out:
+        for part in (struct.pack("<Q", len(text)), text, *(data[name] for name in order)):
+            out.write(part)
+            digest.update(part)
+            size += memoryview(part).nbytes
+    return size, digest.hexdigest()

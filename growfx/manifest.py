@@ -1,0 +1,351 @@
+"""The manifest of an artifact: what the weights file holds, checked before anything of it is used.
+
+It stands as canonical JSON in the weights file's one metadata entry, beside its own SHA-256: two entries
+would be written in an order that differs from run to run. Per tensor it gives dtype, shape and a CRC-32 of each
+stored stream; per sparse tensor also the number of active weights and the codecs. Digest and checksums show
+damage, not who wrote the file.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from growfx.codec import INDEX_CODECS, VALUE_CODECS
+from growfx.errors import ArtifactError
+
+__all__ = [
+    "DTYPES",
+    "FORMAT",
+    "VERSION",
+    "DenseEntry",
+    "LayerEntry",
+    "Manifest",
+    "SparseEntry",
+    "check_version",
+    "from_metadata",
+    "to_metadata",
+]
+
+FORMAT = "growfx.sparse"
+VERSION = "1.0"
+# safetensors' names.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# No model comes near it; beyond it sizes would not fit the integers of other readers.
+_MAX_NUMEL = 1 << 34
+_SEMANTICS = {"fill": "+0.0", "mask": "explicit", "order": "C"}
+
+
+@dataclass(frozen=True)
+class DenseEntry:
+    """A tensor under its own name, all elements stored."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    crc32: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    def stored(self, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Names in the weights file -> dtype and shape there."""
+        return {name: (self.dtype, self.shape)}
+
+    def to_json(self) -> dict[str, Any]:
+        """As in the manifest."""
+        return {"crc32": self.crc32, "dtype": self.dtype, "shape": list(self.shape)}
+
+
+@dataclass(frozen=True)
+class SparseEntry:
+    """A tensor of which `nnz` elements are active: `NAME::index` and `NAME::values`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nnz: int
+    index_codec: str
+    index_raw: int
+    index_bytes: int
+    index_crc32: int
+    value_codec: str
+    planes: tuple[int, ...]
+    values_crc32: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements, active or not."""
+        return prod(self.shape)
+
+    def stored(self, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Names in the weights file -> dtype and shape there."""
+        raw = self.value_codec == "raw"
+        values = (self.dtype, (self.nnz,)) if raw else ("U8", (sum(self.planes),))
+        return {f"{name}::index": ("U8", (self.index_bytes,)), f"{name}::values": values}
+
+    def to_json(self) -> dict[str, Any]:
+        """As in the manifest."""
+        values: dict[str, Any] = {"codec": self.value_codec, "crc32": self.values_crc32}
+        if self.value_codec == "planes":
+            values["planes"] = list(self.planes)
+        return {
+            "dtype": self.dtype,
+            "index": {
+                "bytes": self.index_bytes,
+                "codec": self.index_codec,
+                "crc32": self.index_crc32,
+                "raw": self.index_raw,
+            },
+            "nnz": self.nnz,
+            "shape": list(self.shape),
+            "values": values,
+        }
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """A masked layer and the tensor its mask belongs to."""
+
+    layer: str
+    tensor: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a weights file says about itself.
+
+    Attributes:
+        tensors: name in the state dict -> entry.
+        aliases: further names of tied tensors -> the name that is stored.
+        layers: the masked layers in data-flow order; one with a dense entry is full.
+        config: the folder's `config.json` without its `growfx` block.
+        model: how the model is built (`library`, `name`, `kwargs`), or None.
+        provenance: what the writer wanted to note.
+    """
+
+    tensors: Mapping[str, DenseEntry | SparseEntry]
+    aliases: Mapping[str, str]
+    layers: tuple[LayerEntry, ...]
+    config: Mapping[str, Any]
+    model: Mapping[str, Any] | None
+    provenance: Mapping[str, Any]
+    version: str = VERSION
+
+    @property
+    def names(self) -> set[str]:
+        """All names of the state dict."""
+        return {*self.tensors, *self.aliases}
+
+    def entry(self, name: str) -> DenseEntry | SparseEntry:
+        """The entry of a name of the state dict, tied names included."""
+        return self.tensors[self.aliases.get(name, name)]
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Bytes of all tensors once they are decoded."""
+        return sum(e.numel * DTYPES[e.dtype].itemsize for e in self.tensors.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as JSON values."""
+        return {
+            **_SEMANTICS,
+            "aliases": dict(self.aliases),
+            "config": dict(self.config),
+            "format": FORMAT,
+            "layers": [[entry.layer, entry.tensor] for entry in self.layers],
+            "model": None if self.model is None else dict(self.model),
+            "provenance": dict(self.provenance),
+            "tensors": {name: entry.to_json() for name, entry in self.tensors.items()},
+            "version": self.version,
+        }
+
+
+def to_metadata(manifest: Manifest) -> str:
+    """Canonical JSON `{manifest, sha256}`.
+
+    Raises:
+        ArtifactError: config, model arguments or provenance hold something that JSON cannot.
+    """
+    body = manifest.to_json()
+    return canonical({"manifest": body, "sha256": _digest(body)})
+
+
+def from_metadata(text: str) -> Manifest:
+    """Read and check a manifest.
+
+    Raises:
+        ArtifactError: damaged, of a newer major version, with an unknown codec, or inconsistent.
+    """
+    try:
+        outer = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"the artifact is damaged: its manifest is no JSON ({error})") from error
+    if not isinstance(outer, dict) or not isinstance(outer.get("manifest"), dict):
+        raise ArtifactError("the artifact is damaged: its metadata holds no manifest")
+    body: dict[str, Any] = outer["manifest"]
+    if outer.get("sha256") != _digest(body) or canonical(outer) != text:
+        raise ArtifactError("the artifact is damaged: its manifest does not agree with its SHA-256")
+    check_version(body.get("format"), body.get("version"))
+    return _Reader("manifest", body).manifest()
+
+
+def check_version(name: object, version: object) -> None:
+    """Refuse another format, and a version whose major number is above this reader's.
+
+    Raises:
+        ArtifactError: see above.
+    """
+    if name != FORMAT:
+        raise ArtifactError(f"the artifact's format is `{name}`; this reads `{FORMAT}`")
+    major, dot, minor = version.partition(".") if isinstance(version, str) else ("", "", "")
+    if not (dot and all(part.isascii() and part.isdigit() and len(part) < 6 for part in (major, minor))):
+        raise ArtifactError(f"the artifact is damaged: `{version}` is no format version")
+    if int(major) > int(VERSION.partition(".")[0]):
+        raise ArtifactError(
+            f"the artifact was written in format version {version}; this growfx reads versions up to "
+            f"{VERSION}: upgrade growfx"
+        )
+
+
+def canonical(value: Any) -> str:
+    """The one JSON text of `value`: sorted keys, no spaces, ASCII, no NaN.
+
+    Raises:
+        ArtifactError: `value` holds something that JSON cannot.
+    """
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"only JSON values can be stored beside the weights ({error})") from error
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical(body).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Typed access to a JSON object; every complaint says where."""
+
+    where: str
+    body: Mapping[str, Any]
+
+    def fail(self, what: str) -> ArtifactError:
+        return ArtifactError(f"the artifact is damaged: {self.where}: {what}")
+
+    def take(self, key: str, kind: type | tuple[type, ...]) -> Any:
+        value = self.body.get(key)
+        # bool is an int to Python, not to JSON.
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise self.fail(f"field `{key}` is missing or of the wrong type")
+        return value
+
+    def count(self, key: str) -> int:
+        value = self.take(key, int)
+        if value < 0:
+            raise self.fail(f"field `{key}` is negative")
+        return value
+
+    def counts(self, key: str) -> tuple[int, ...]:
+        values = self.take(key, list)
+        if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
+            raise self.fail(f"field `{key}` is no list of sizes")
+        return tuple(values)
+
+    def inner(self, key: str) -> "_Reader":
+        return _Reader(f"{self.where}, {key}", self.take(key, dict))
+
+    def codec(self, known: tuple[str, ...]) -> str:
+        name = self.take("codec", str)
+        if name not in known:
+            raise ArtifactError(
+                f"{self.where}: codec `{name}` is unknown to this growfx; known: {', '.join(known)}. "
+                "A newer growfx may read it"
+            )
+        return name
+
+    def manifest(self) -> Manifest:
+        for key, value in _SEMANTICS.items():
+            if self.body.get(key) != value:
+                raise self.fail(f"field `{key}` is not `{value}`")
+        tensors = {
+            name: _Reader(f"tensor `{name}`", e).tensor() for name, e in self._objects("tensors").items()
+        }
+        aliases = self.take("aliases", dict)
+        for alias, name in aliases.items():
+            if alias in tensors or not isinstance(name, str) or name not in tensors:
+                raise self.fail(f"`{alias}` is no further name of a stored tensor")
+        return Manifest(
+            tensors=tensors,
+            aliases=aliases,
+            layers=self._layers(tensors),
+            config=self.take("config", dict),
+            model=self.take("model", (dict, type(None))),
+            provenance=self.take("provenance", dict),
+            version=self.take("version", str),
+        )
+
+    def _objects(self, key: str) -> dict[str, Mapping[str, Any]]:
+        objects = self.take(key, dict)
+        for name, value in objects.items():
+            if not isinstance(value, dict):
+                raise self.fail(f"`{name}` in `{key}` is no object")
+        return objects
+
+    def _layers(self, tensors: Mapping[str, Any]) -> tuple[LayerEntry, ...]:
+        pairs = self.take("layers", list)
+        for pair in pairs:
+            if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) for p in pair)):
+                raise self.fail("field `layers` is no list of name pairs")
+        entries = tuple(LayerEntry(*pair) for pair in pairs)
+        owners = {e.tensor: e.layer for e in entries}
+        if len(owners) != len(entries) or len({e.layer for e in entries}) != len(entries):
+            raise self.fail("a layer or its tensor is listed twice")
+        sparse = {name for name, entry in tensors.items() if isinstance(entry, SparseEntry)}
+        if not sparse <= owners.keys() <= tensors.keys():
+            raise self.fail("the masked layers do not agree with the tensors")
+        return entries
+
+    def tensor(self) -> DenseEntry | SparseEntry:
+        dtype, shape = self.take("dtype", str), self.counts("shape")
+        if dtype not in DTYPES:
+            raise self.fail(f"dtype `{dtype}` is unknown; allowed: {', '.join(DTYPES)}")
+        if prod(shape) > _MAX_NUMEL:
+            raise self.fail(f"its shape has more elements than the format allows ({_MAX_NUMEL})")
+        if "index" not in self.body:
+            return DenseEntry(dtype, shape, self.count("crc32"))
+        nnz = self.count("nnz")
+        if nnz > prod(shape):
+            raise self.fail(f"{nnz} active weights in {prod(shape)} elements")
+        index, values = self.inner("index"), self.inner("values")
+        value_codec = values.codec(VALUE_CODECS)
+        return SparseEntry(
+            dtype=dtype,
+            shape=shape,
+            nnz=nnz,
+            index_codec=index.codec(INDEX_CODECS),
+            index_raw=index.count("raw"),
+            index_bytes=index.count("bytes"),
+            index_crc32=index.count("crc32"),
+            value_codec=value_codec,
+            planes=values.counts("planes") if value_codec == "planes" else (),
+            values_crc32=values.count("crc32"),
+        )
