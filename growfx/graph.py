@@ -271,9 +271,14 @@ class MaskedGraph(fx.GraphModule):
         """What the model computes with its masked weights."""
         recording = self._recording(Inputs(args, kwargs), self.training)
         if recording.faithful:
-            return recording.run(self, *args, **kwargs)
+            # On the shell, not on the net: a submodule of the model may be called `layers` or `graph`.
+            return recording.run(self.shell, *args, **kwargs)
         with _MaskedUses(self):
             return self.shell(*args, **kwargs)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """The submodule of that name, also where the model calls one `layers` or `graph`."""
+        return self.shell.get_submodule(target) if target else self
 
     # -- what an nn.Module does, with masks in mind -------------------------------------------------------------------
 

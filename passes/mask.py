@@ -134,9 +134,11 @@ def _name_layers(net: MaskedGraph, called: list[str]) -> None:
     report, by_weight = net.trace_report, {}
     twins = {name: m for name, m in net.shell.named_modules() if isinstance(m, MaskedLayer)}
     order = {name: i for i, name in enumerate(called)}
+    # Attention reads its output projection without calling it; what an opaque module calls may depend on data.
+    attentions = [name for name, m in twins.items() if isinstance(m, nn.MultiheadAttention) and name in order]
+    whole_modules = [*report.opaque, *attentions]
     for name, twin in sorted(twins.items(), key=lambda item: order.get(item[0], len(order))):
-        used = name in order or (name.endswith(".out_proj") and name.removesuffix(".out_proj") in order)
-        if not used:
+        if name not in order and not any(name.startswith(f"{whole}." if whole else "") for whole in whole_modules):
             report.unmasked[name] = "never called"
             to_plain(twin)
             continue
@@ -148,9 +150,6 @@ def _name_layers(net: MaskedGraph, called: list[str]) -> None:
         group.append((name, twin))
     net._tied[0].extend([twin for _, twin in group] for group in by_weight.values() if len(group) > 1)
     report.layers = list(net.layers)
-    for name in list(report.opaque):
-        if name not in order and name:
-            del report.opaque[name]
 
 
 # -- recording, checked against the model ---------------------------------------------------------------------------
@@ -198,7 +197,7 @@ def _difference(net: MaskedGraph, graph: fx.Graph, inputs: Inputs) -> str:
     model = getattr(net, "_reference", (None,))[0]
     other = inputs.with_batch(3).redrawn(seed=1)
     outputs = []
-    for function in (model or net.shell, lambda *a, **k: run(net, *a, **k)):
+    for function in (model or net.shell, lambda *a, **k: run(net.shell, *a, **k)):
         module = function if isinstance(function, nn.Module) else net.shell
         devices = _cuda_devices(net.shell)
         with in_mode(module, net.shell.training), _restored(module), torch.random.fork_rng(devices), torch.no_grad():
