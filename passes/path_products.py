@@ -1,0 +1,235 @@
+"""Path products through a whole network: the score of every edge, present or absent.
+
+The score of an edge i -> j is C_i G_j, with C_i the sum of path products from the input to i and G_j that from j to the
+outputs: the gradient of the sum of the path graph's outputs with respect to the edge's magnitude (the PWMP score of
+Yao & Dovrolis, arXiv 2509.25665, carried through every operator of a modern network).
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from growfx.errors import ConfigError, MaskError, TraceError
+from growfx.layers import MaskedLayer
+from growfx.passes.path_graph import PathGraph
+from growfx.paths import PathProducts
+
+if TYPE_CHECKING:
+    from growfx.graph import MaskedGraph
+
+__all__ = ["path_gradients", "path_products"]
+
+# Layers that no path can cross whatever the weights, per recorded graph: found once, when a score is zero throughout.
+_UNREACHED: weakref.WeakKeyDictionary[fx.Graph, frozenset[str]] = weakref.WeakKeyDictionary()
+
+
+def path_products(
+    net: MaskedGraph,
+    norm: str = "fold",
+    power: float = 1,
+    example_inputs: Tensor | Sequence[Tensor] | None = None,
+) -> PathProducts:
+    """Score every edge of every masked layer by the paths that run, or would run, through it.
+
+    Args:
+        net: a masked graph from `growfx.wrap`, in training or evaluation mode; nothing of it is changed.
+        norm: "fold" counts a norm as its learned scale (over the running deviation for batch norm), "identity" as one.
+        power: exponent of every learned factor (weights, norm and learned scales); averages stay as they are.
+        example_inputs: only shapes and kinds count, at batch 1; default: as recorded. Smaller is faster, but taps
+            that only ever see padding score zero.
+
+    Returns:
+        Scores in float64 with one common scale; see `PathProducts`.
+
+    Raises:
+        UnsupportedOperatorError: an operator between input and output has no path rule.
+        TraceError: the network was not recorded faithfully, is on the meta device, has no layer on a path, or a value
+            is not finite.
+        ConfigError: an unknown `norm` or a `power` that is not positive.
+    """
+    return path_gradients(net, norm=norm, power=power, example_inputs=example_inputs)
+
+
+def path_gradients(
+    net: MaskedGraph,
+    magnitudes: Mapping[str, Tensor] | None = None,
+    *,
+    norm: str = "fold",
+    power: float = 1,
+    example_inputs: Tensor | Sequence[Tensor] | None = None,
+    unit_scales: bool = False,
+) -> PathProducts:
+    """`path_products` over edge magnitudes of the caller's choice.
+
+    With each unit's outgoing magnitudes normalised to one, ``magnitudes * scores`` are the expected visits of forward
+    random walks; with incoming ones, of backward walks. With the masks themselves and ``unit_scales``, units are alive
+    exactly when active edges connect them, whatever the weights.
+
+    Args:
+        net: a masked graph.
+        magnitudes: layer name -> non-negative finite tensor of the weight's shape, used as it is (no mask, no power);
+            layers left out keep their own magnitudes.
+        norm: as in `path_products`.
+        power: as in `path_products`.
+        example_inputs: as in `path_products`.
+        unit_scales: count learned scales (LayerScale, gains) and unmasked weights as one.
+
+    Raises:
+        MaskError: an unknown layer name, or magnitudes of another shape or outside [0, inf).
+    """
+    _check_options(norm, power)
+    _check_network(net)
+    chosen = _checked_magnitudes(net, magnitudes or {})
+    inputs = _inputs(net, example_inputs)
+    graph = net.graph_at(*inputs, training=False)
+    run = PathGraph(net, graph, norm=norm, power=power, magnitudes=chosen, unit_scales=unit_scales)
+    scores = _scored(run, inputs)
+    off_path = _off_path(run, scores, inputs)
+    on_path = {name: score for name, score in scores.items() if name not in off_path}
+    if not on_path:
+        reasons = "; ".join(f"`{name}`: {reason}" for name, reason in list(off_path.items())[:5])
+        raise TraceError(
+            f"no masked layer lies on a path from input to output ({reasons}); nothing can be scored"
+        )
+    return _facts(run, on_path, off_path)
+
+
+def _check_options(norm: str, power: float) -> None:
+    if norm not in ("fold", "identity"):
+        raise ConfigError(f"`norm` is {norm!r}; allowed are 'fold' and 'identity'")
+    if isinstance(power, bool) or not isinstance(power, (int, float)) or not 0 < power < math.inf:
+        raise ConfigError(f"`power` is {power!r}; give a positive number (1 or 2)")
+
+
+def _check_network(net: MaskedGraph) -> None:
+    if not net.layers:
+        raise TraceError(
+            "the network has no masked layer, so there is no edge to score; wrap it without `exclude`"
+        )
+    if not net.trace_report.faithful:
+        raise TraceError(
+            "path products need a faithful recording, and this network's recording differs from its model; "
+            "`net.trace_report` says where"
+        )
+    for name, layer in net.layers.items():
+        if layer.parameter.is_meta:
+            raise TraceError(
+                f"layer `{name}` is on the meta device and has no values; move the network to a real device"
+            )
+
+
+def _checked_magnitudes(net: MaskedGraph, magnitudes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    for name, magnitude in magnitudes.items():
+        if name not in net.layers:
+            raise MaskError(
+                f"magnitudes for `{name}`, which is no masked layer; allowed are the names in `net.layers`"
+            )
+        shape = net.layers[name].parameter.shape
+        if magnitude.shape != shape:
+            raise MaskError(
+                f"magnitudes of `{name}` have shape {tuple(magnitude.shape)}; its weight has shape {tuple(shape)}"
+            )
+        if magnitude.dtype != torch.bool and not bool(
+            (magnitude >= 0).all() & torch.isfinite(magnitude).all()
+        ):
+            raise MaskError(
+                f"magnitudes of `{name}` are not all in [0, inf); give finite non-negative values"
+            )
+    return dict(magnitudes)
+
+
+def _inputs(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None) -> tuple[Any, ...]:
+    if example_inputs is None:
+        return tuple(net.example_inputs(batch=1))
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    for item in inputs:
+        if not isinstance(item, Tensor) or (item.ndim and item.shape[0] < 1):
+            raise ConfigError(
+                f"`example_inputs` holds {type(item).__name__}; give tensors with at least one sample"
+            )
+    device = next(iter(net.layers.values())).parameter.device
+    return tuple(item[:1].to(device) if item.ndim else item.to(device) for item in inputs)
+
+
+def _scored(run: PathGraph, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Run the path graph forward and backward; layer name -> score, for layers that a gradient reached."""
+    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+    precise = torch.autocast(run.device.type, enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), cudnn, precise:
+        run.run(inputs)
+        assert run.total is not None
+        if run.total.requires_grad:
+            run.total.backward()
+    scores: dict[str, Tensor] = {}
+    for name, parts in run.leaves.items():
+        gradients = [part.grad for part in parts if part.grad is not None]
+        if gradients:
+            scores[name] = gradients[0] if len(gradients) == 1 else torch.stack(gradients).sum(0)
+            if not math.isfinite(float(scores[name].sum())):
+                raise TraceError(
+                    f"the scores of layer `{name}` are not finite; look for extreme weights or norm scales"
+                )
+    return {name: scores[name] for name in run.layers if name in scores}
+
+
+def _off_path(run: PathGraph, scores: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> dict[str, str]:
+    """Why layers have no score."""
+    unreached: frozenset[str] = frozenset()
+    if any(not bool(score.any()) for score in scores.values()):
+        unreached = _unreached(run, inputs)
+    reasons: dict[str, str] = {}
+    for name in run.layers:
+        if name in scores and name not in unreached:
+            continue
+        if name in run.leaves:
+            reasons[name] = "none of its results reaches an output"
+        elif name in run.constant_fed:
+            reasons[name] = "it is fed by constants only, not by the network's input"
+        else:
+            reasons[name] = "it is not used in evaluation mode"
+    return reasons
+
+
+def _unreached(run: PathGraph, inputs: Sequence[Tensor]) -> frozenset[str]:
+    """Layers that no path crosses even with every edge present and every scale one."""
+    if run.graph not in _UNREACHED:
+        ones = {name: torch.ones_like(layer.mask, dtype=torch.float64) for name, layer in run.layers.items()}
+        full = PathGraph(run.net, run.graph, norm="identity", magnitudes=ones, unit_scales=True)
+        scores = _scored(full, inputs)
+        _UNREACHED[run.graph] = frozenset(name for name, score in scores.items() if not bool(score.any()))
+    return _UNREACHED[run.graph]
+
+
+def _facts(run: PathGraph, scores: dict[str, Tensor], off_path: dict[str, str]) -> PathProducts:
+    assert run.total is not None
+    log_scale, total = run.exponent * math.log(2), float(run.total)
+    alive_in, alive_out = {}, {}
+    for name, score in scores.items():
+        sources, targets = _crossed_units(run, name, score)
+        alive_in[name] = run.alive_in.get(name, sources)
+        alive_out[name] = targets
+    log_total = math.log(total) + log_scale if total > 0 else -math.inf
+    return PathProducts(scores, log_scale, log_total, off_path, alive_in, alive_out)
+
+
+def _crossed_units(run: PathGraph, name: str, score: Tensor) -> tuple[Tensor, Tensor]:
+    """Input and output units of a layer with a path through one of the layer's own edges."""
+    layer = run.layers[name]
+    crossed = (score > 0).logical_and_(run.leaves[name][0].detach() > 0)
+    return _by_unit(layer, crossed)
+
+
+def _by_unit(layer: MaskedLayer, edges: Tensor) -> tuple[Tensor, Tensor]:
+    """Which input and output units have a marked edge; weights are (out, in / groups, taps) or, transposed, (in, ...)."""
+    groups = int(getattr(layer, "groups", 1))
+    pairs = edges.flatten(2).any(2) if edges.ndim > 2 else edges
+    pairs = pairs.unflatten(0, (groups, -1))  # group, one side, the other side
+    first, second = pairs.any(2).flatten(), pairs.any(1).flatten()
+    return (first, second) if isinstance(layer, _ConvTransposeNd) else (second, first)

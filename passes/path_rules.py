@@ -1,0 +1,123 @@
+"""The table of path rules: which rule an operator on a path value follows.
+
+Keys are exact: the function object, the name of the tensor method, or the module's class (as a dotted name for classes
+of the model libraries, which are not imported here). A class without a row of its own follows its base only when it
+changes nothing but construction and printing. There is no default: an operator without a row is an error.
+"""
+
+from __future__ import annotations
+
+import collections
+import operator
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from growfx.passes import (
+    path_rules_arithmetic,
+    path_rules_layers,
+    path_rules_norm,
+    path_rules_products,
+    path_rules_reduce,
+    path_rules_shape,
+)
+
+__all__ = [
+    "APPLIED",
+    "FUNCTIONS",
+    "METHODS",
+    "MODULES",
+    "function_rule",
+    "is_moving",
+    "method_rule",
+    "module_rule",
+    "row_of",
+]
+
+Rule = Callable[..., Any]
+
+
+def _merged(name: str, *sources: Any) -> dict[Any, Any]:
+    """One table of all rule files; two rules for one operator are a mistake in this library."""
+    table: dict[Any, Any] = {}
+    for source in sources:
+        rows = getattr(source, name)
+        twice = table.keys() & rows.keys()
+        assert not twice, f"two path rules for {twice}"
+        table.update(rows)
+    return table
+
+
+_FILES = (path_rules_arithmetic, path_rules_products, path_rules_reduce, path_rules_shape)
+FUNCTIONS: dict[Any, Rule] = _merged("FUNCTIONS", *_FILES, path_rules_norm)
+METHODS: dict[str, Rule] = _merged("METHODS", *_FILES)
+MODULES: dict[Any, Rule] = _merged("MODULES", path_rules_layers, path_rules_norm)
+APPLIED = path_rules_layers.APPLIED
+
+_CONTAINERS = (dict, list, tuple, collections.OrderedDict)
+_CASTS = {"to", "type_as", "float", "double", "contiguous", "clone", "detach", "type"}
+_SUMS = {"sum", "cumsum", "nansum", torch.sum, torch.cumsum, torch.nn.functional.fold}
+# Names a subclass may define and still compute what its base computes.
+_HARMLESS = {
+    "__init__",
+    "__repr__",
+    "__str__",
+    "extra_repr",
+    "reset_parameters",
+    "__reduce__",
+    "__reduce_ex__",
+}
+_NOT_CODE = {
+    "__module__",
+    "__doc__",
+    "__annotations__",
+    "__constants__",
+    "__dict__",
+    "__weakref__",
+    "__qualname__",
+}
+_NOT_CODE |= {"__firstlineno__", "__static_attributes__", "__annotate__", "__annotate_func__", "_version"}
+
+
+def row_of(table: dict[Any, Any], cls: type) -> Any:
+    """The row of a class: its own, or its base's when the class overrides nothing of it; None when there is none."""
+    for ancestor in cls.__mro__:
+        row = table.get(ancestor) or table.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
+        if row is not None:
+            return row
+        overridden = {
+            name for name in vars(ancestor) if any(name in vars(base) for base in ancestor.__mro__[1:])
+        }
+        if overridden - _HARMLESS - _NOT_CODE:
+            return None
+    return None
+
+
+def function_rule(target: Any) -> Rule | None:
+    """The rule of a function, or the construction of a container class."""
+    rule = FUNCTIONS.get(target)
+    if rule is None and isinstance(target, type):
+        named_tuple = issubclass(target, tuple) and hasattr(target, "_fields")
+        if target in _CONTAINERS or is_dataclass(target) or named_tuple:
+            return lambda run, *args, **kwargs: target(*args, **kwargs)
+    return rule
+
+
+def method_rule(name: str) -> Rule | None:
+    """The rule of a tensor method."""
+    return METHODS.get(name)
+
+
+def module_rule(module: nn.Module) -> Rule | None:
+    """The rule of a module's class; a masked twin follows the class it stands for."""
+    return row_of(MODULES, getattr(type(module), "twin_of", type(module)))
+
+
+def is_moving(operation: str, target: Any) -> bool:
+    """Whether an operator only moves elements or changes their type."""
+    if operation == "call_method":
+        return target in _CASTS or (target in path_rules_shape.MOVING_METHODS and target not in _SUMS)
+    return target is operator.getitem or (target in path_rules_shape.MOVING_FUNCTIONS and target not in _SUMS)

@@ -1,0 +1,266 @@
+"""Path rules of sums, products, quotients, powers and identities."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from growfx.passes.path_values import Learned, NoPathRuleError, PathValue, Weight, broadcast
+
+if TYPE_CHECKING:
+    from growfx.passes.path_graph import PathGraph
+
+__all__ = ["FUNCTIONS", "METHODS", "add", "balanced", "bounded", "identity", "multiply"]
+
+
+def identity(run: PathGraph, value: Any, *args: Any, **kwargs: Any) -> Any:
+    """Every path passes as it is; further arguments (rates, slopes, limits, dtypes) carry no path."""
+    if not isinstance(value, PathValue):
+        raise NoPathRuleError("a constant is combined with an activation in a way that has no path rule")
+    return value
+
+
+def bounded(run: PathGraph, value: Any, *args: Any, **kwargs: Any) -> Any:
+    """Identity that marks the value as bounded: as a gate it shares paths without adding magnitude."""
+    if not isinstance(value, PathValue):
+        raise NoPathRuleError("a constant is combined with an activation in a way that has no path rule")
+    return value.same(bounded=True)
+
+
+def add(run: PathGraph, left: Any, right: Any, *, alpha: float = 1) -> Any:
+    """Sum of the path operands; a constant operand is dropped, its shape is not."""
+    paths = [item for item in (left, right) if isinstance(item, PathValue) and not item.divisor]
+    if not paths:  # divisors stay divisors, whatever is added to the data they divide by
+        return broadcast(left, right) if isinstance(left, PathValue) else broadcast(right, left)
+    factor = abs(float(alpha))
+    if len(paths) == 2:
+        return PathValue(left.tensor + (right.tensor if factor == 1 else factor * right.tensor))
+    if paths[0] is left:
+        return broadcast(left, right)
+    value = broadcast(right, left)
+    return value if factor == 1 else PathValue(value.tensor * factor, value.bounded)
+
+
+def reverse_add(run: PathGraph, left: Any, right: Any, *, alpha: float = 1) -> Any:
+    """`rsub`: right - alpha * left."""
+    return add(run, right, left, alpha=alpha)
+
+
+def balanced(left: Tensor, right: Tensor, left_bounded: bool, right_bounded: bool) -> Tensor:
+    """M/2 (a/n_a + b/n_b): both factors of a product count equally, whatever their fan-in.
+
+    n_a and n_b are the factors' means, held fixed. M is the mean of the unbounded factor when exactly one is bounded,
+    else the geometric mean. When a factor has no mass the result is the plain sum.
+    """
+    mean_left, mean_right = float(left.detach().mean()), float(right.detach().mean())
+    if mean_left == 0 or mean_right == 0:
+        return left + right
+    ratio = mean_right / mean_left
+    if left_bounded == right_bounded:
+        factor_left, factor_right = math.sqrt(ratio), math.sqrt(1 / ratio)
+    elif right_bounded:
+        factor_left, factor_right = 1.0, 1 / ratio
+    else:
+        factor_left, factor_right = ratio, 1.0
+    return left * (factor_left / 2) + right * (factor_right / 2)
+
+
+def multiply(run: PathGraph, left: Any, right: Any) -> Any:
+    """Path times constant: magnitude. Path times path: balanced product; a value times itself is itself."""
+    if not isinstance(left, PathValue):
+        left, right = right, left
+    if not isinstance(right, PathValue):
+        factor = run.magnitude(right)
+        if isinstance(factor, float) and factor == 1:
+            return left
+        return PathValue(left.tensor * factor, left.bounded, left.divisor)
+    if left.divisor or right.divisor:
+        value, divisor = (left, right) if right.divisor else (right, left)
+        return PathValue(value.tensor * divisor.tensor, value.bounded, value.divisor)
+    both = left.bounded and right.bounded
+    if left.tensor is right.tensor:
+        return left.same(bounded=both)
+    return PathValue(balanced(left.tensor, right.tensor, left.bounded, right.bounded), both)
+
+
+def divide(run: PathGraph, left: Any, right: Any, *, rounding_mode: str | None = None) -> Any:
+    """Path / constant: by its magnitude. Path / path: the numerator. Constant / path: a divisor."""
+    if not isinstance(right, PathValue):
+        divisor = run.magnitude(right)
+        if isinstance(divisor, float) and divisor == 1:
+            return left
+        return PathValue(left.tensor / divisor, left.bounded, left.divisor)
+    if isinstance(left, PathValue):
+        if right.divisor:
+            return PathValue(left.tensor / right.tensor, left.bounded, left.divisor)
+        return broadcast(left, right)
+    if right.divisor:
+        raise NoPathRuleError("a constant is divided by a reciprocal of data")
+    return as_divisor(run, right, run.magnitude(left))
+
+
+def as_divisor(run: PathGraph, value: PathValue, numerator: float | Tensor = 1.0) -> PathValue:
+    """numerator / value: multiplying by it multiplies by the numerator's magnitude alone."""
+    return PathValue(torch.ones_like(value.tensor, requires_grad=False) * numerator, divisor=True)
+
+
+def reciprocal(run: PathGraph, value: Any) -> Any:
+    """`rsqrt` and `reciprocal`."""
+    return as_divisor(run, value)
+
+
+def power(run: PathGraph, base: Any, exponent: Any) -> Any:
+    """Positive powers and exponentials: identity. Negative powers: a divisor. Power zero: the path ends."""
+    if not isinstance(base, PathValue):
+        return broadcast(exponent, base)
+    if isinstance(exponent, PathValue):
+        return add(run, base, exponent)
+    if isinstance(exponent, (Learned, Weight)):
+        exponent = exponent.tensor
+    low, high = (
+        (float(exponent.min()), float(exponent.max())) if isinstance(exponent, Tensor) else (exponent,) * 2
+    )
+    if low > 0:
+        return broadcast(base, exponent)
+    if high < 0:
+        return as_divisor(run, broadcast(base, exponent))
+    if low == high == 0:
+        return torch.ones_like(base.tensor, requires_grad=False)
+    raise NoPathRuleError(f"powers from {low:g} to {high:g} mix factors and divisors")
+
+
+def reverse_power(run: PathGraph, exponent: Any, base: Any) -> Any:
+    """`__rpow__`: base ** exponent."""
+    return power(run, base, exponent)
+
+
+def reverse_divide(run: PathGraph, right: Any, left: Any) -> Any:
+    """`__rtruediv__`: left / right."""
+    return divide(run, left, right)
+
+
+def addcmul(run: PathGraph, base: Any, left: Any, right: Any, *, value: float = 1) -> Any:
+    """base + value * left * right."""
+    if not isinstance(left, PathValue) and not isinstance(right, PathValue):
+        return broadcast(base, torch.empty(torch.broadcast_shapes(shape_of(left), shape_of(right))))
+    return add(run, base, multiply(run, multiply(run, left, right), value))
+
+
+def shape_of(item: Any) -> torch.Size:
+    """Shape of a tensor-like operand, empty for a number."""
+    if isinstance(item, (PathValue, Learned, Weight)):
+        item = item.tensor
+    return item.shape if isinstance(item, Tensor) else torch.Size()
+
+
+def gated(run: PathGraph, value: PathValue, dim: int = -1) -> Any:
+    """Gated linear unit: the first half times the sigmoid of the second."""
+    first, second = value.tensor.chunk(2, dim)
+    return PathValue(balanced(first, second, False, True))
+
+
+def maximum(run: PathGraph, left: Any, right: Any) -> Any:
+    """Maximum and minimum of two tensors: either may pass, so both sum."""
+    return add(run, left, right)
+
+
+def clamp(run: PathGraph, value: Any, min: Any = None, max: Any = None) -> Any:  # noqa: A002 - torch's names
+    """Clamping by constants; limits that carry paths themselves have no rule."""
+    if isinstance(min, PathValue) or isinstance(max, PathValue) or not isinstance(value, PathValue):
+        raise NoPathRuleError("clamping by data has no path rule")
+    return value
+
+
+_ADD = (operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub, torch.subtract)
+_MULTIPLY = (operator.mul, operator.imul, torch.mul, torch.multiply)
+_DIVIDE = (operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide)
+_IDENTITY_FUNCTIONS = (
+    operator.neg, operator.pos, abs, torch.neg, torch.negative, torch.abs, torch.exp, torch.expm1, torch.log,
+    torch.log1p, torch.log2, torch.sqrt, torch.square, torch.clone, torch.detach, torch.relu, torch.relu_,
+    torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.celu, torch.selu, torch.prelu, torch.rrelu,
+    torch.erf, torch.log_softmax, torch.nan_to_num, F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu,
+    F.mish, F.hardswish, F.softplus, F.softsign, F.celu, F.selu, F.prelu, F.rrelu, F.hardtanh, F.threshold,
+    F.logsigmoid, F.log_softmax, F.hardshrink, F.softshrink, F.tanhshrink, F.dropout, F.dropout1d, F.dropout2d,
+    F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+)  # fmt: skip
+_BOUNDED_FUNCTIONS = (
+    torch.sigmoid, torch.tanh, torch.softmax, F.sigmoid, F.tanh, F.softmax, F.softmin, F.hardsigmoid, F.normalize,
+)  # fmt: skip
+_IDENTITY_METHODS = [
+    "neg",
+    "neg_",
+    "__neg__",
+    "abs",
+    "abs_",
+    "__abs__",
+    "exp",
+    "exp_",
+    "log",
+    "log_",
+    "log1p",
+    "log2",
+    "sqrt",
+    "sqrt_",
+    "square",
+    "square_",
+    "clone",
+    "detach",
+    "contiguous",
+    "relu",
+    "relu_",
+    "to",
+    "type",
+    "type_as",
+    "float",
+    "double",
+    "half",
+    "bfloat16",
+    "cpu",
+    "cuda",
+    "log_softmax",
+    "nan_to_num",
+    "erf",
+    "requires_grad_",
+    "dropout",
+    "__pos__",
+    "prelu",
+    "hardshrink",
+]
+_BOUNDED_METHODS = ["sigmoid", "sigmoid_", "tanh", "tanh_", "softmax"]
+
+FUNCTIONS: dict[Any, Any] = {
+    **dict.fromkeys(_ADD, add),
+    **dict.fromkeys(_MULTIPLY, multiply),
+    **dict.fromkeys(_DIVIDE, divide),
+    **dict.fromkeys(_IDENTITY_FUNCTIONS, identity),
+    **dict.fromkeys(_BOUNDED_FUNCTIONS, bounded),
+    **dict.fromkeys((torch.clamp, torch.clip, torch.clamp_min, torch.clamp_max), clamp),
+    **dict.fromkeys((operator.pow, operator.ipow, torch.pow, torch.float_power), power),
+    **dict.fromkeys((torch.rsqrt, torch.reciprocal), reciprocal),
+    **dict.fromkeys((torch.maximum, torch.minimum), maximum),
+    torch.rsub: reverse_add,
+    torch.addcmul: addcmul,
+    F.glu: gated,
+}  # fmt: skip
+
+METHODS: dict[str, Any] = {
+    **dict.fromkeys(["add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__isub__"], add),
+    **dict.fromkeys(["__rsub__", "rsub"], reverse_add),
+    **dict.fromkeys(["mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply", "multiply_"], multiply),
+    **dict.fromkeys(["div", "div_", "__truediv__", "__itruediv__", "divide", "true_divide"], divide),
+    **dict.fromkeys(["__rtruediv__", "__rdiv__"], reverse_divide),
+    **dict.fromkeys(_IDENTITY_METHODS, identity),
+    **dict.fromkeys(_BOUNDED_METHODS, bounded),
+    **dict.fromkeys(["clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_"], clamp),
+    **dict.fromkeys(["pow", "pow_", "__pow__", "float_power"], power),
+    "__rpow__": reverse_power,
+    **dict.fromkeys(["rsqrt", "rsqrt_", "reciprocal", "reciprocal_"], reciprocal),
+    **dict.fromkeys(["maximum", "minimum"], maximum),
+    "addcmul": addcmul,
+    "addcmul_": addcmul,
+}  # fmt: skip

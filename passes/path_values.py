@@ -1,0 +1,163 @@
+"""The values of a path graph: path values, layer weights, learned constants; and what a factor counts for.
+
+A *path value* descends from the model's input through data. Everything else is a constant: a plain tensor or number,
+a `Learned` tensor (a parameter or something computed from parameters) or the `Weight` of a masked layer. Constants
+act on path values by their magnitude; `power` applies to learned ones only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from growfx.errors import UnsupportedOperatorError
+
+__all__ = [
+    "Learned",
+    "NoPathRuleError",
+    "PathValue",
+    "Token",
+    "Weight",
+    "broadcast",
+    "leaves",
+    "map_leaves",
+    "move",
+    "paths_in",
+    "raw",
+]
+
+
+class NoPathRuleError(UnsupportedOperatorError):
+    """Raised inside a rule that cannot follow its arguments; the interpreter adds node, operator and source line."""
+
+
+@dataclass(slots=True, eq=False)
+class PathValue:
+    """Sums of path products, one per unit.
+
+    Attributes:
+        tensor: float64, no negative element. Two path values that hold the same tensor object are the same value.
+        bounded: it came from a sigmoid, softmax, tanh, hardsigmoid or normalization through data movement and constant
+            factors only.
+        divisor: a reciprocal of data. Its tensor holds the constant factors alone and carries no path.
+        peak: an upper bound of the elements, None before the interpreter has looked.
+    """
+
+    tensor: Tensor
+    bounded: bool = False
+    divisor: bool = False
+    peak: float | None = None
+
+    def same(self, *, bounded: bool | None = None) -> PathValue:
+        """The same value after an identity rule."""
+        return PathValue(self.tensor, self.bounded if bounded is None else bounded, self.divisor, self.peak)
+
+
+@dataclass(slots=True, eq=False)
+class Learned:
+    """A constant that is a parameter or was computed from parameters."""
+
+    tensor: Tensor
+
+
+@dataclass(slots=True, eq=False)
+class Weight:
+    """The effective weight of a masked layer, used directly by the graph rather than through its module.
+
+    Attributes:
+        layer: the layer's name.
+        tensor: the signed effective weight after `moves`.
+        applied: the signed weight in the layer's own layout, when it was transformed elementwise; else None.
+        moves: data movements since the layer's own layout, to be repeated on the magnitudes.
+    """
+
+    layer: str
+    tensor: Tensor
+    applied: Tensor | None = None
+    moves: tuple[Callable[[Tensor], Tensor], ...] = field(default=())
+
+
+def map_leaves(function: Callable[[Any], Any], nest: Any) -> Any:
+    """Apply `function` to every element of a nest of tuples, lists, dicts and slices, keeping their classes."""
+    if isinstance(nest, tuple):
+        items = [map_leaves(function, item) for item in nest]
+        if hasattr(nest, "_fields"):
+            return type(nest)(*items)
+        return torch.Size(items) if isinstance(nest, torch.Size) else tuple(items)
+    if isinstance(nest, list):
+        return [map_leaves(function, item) for item in nest]
+    if isinstance(nest, dict):
+        copy = {key: map_leaves(function, item) for key, item in nest.items()}
+        return copy if type(nest) is dict else type(nest)(copy)
+    if isinstance(nest, slice):
+        return slice(*(map_leaves(function, item) for item in (nest.start, nest.stop, nest.step)))
+    return function(nest)
+
+
+def leaves(nest: Any) -> Iterator[Any]:
+    """The elements of a nest, also of objects that hold path values as attributes (model outputs)."""
+    if isinstance(nest, (tuple, list)):
+        for item in nest:
+            yield from leaves(item)
+    elif isinstance(nest, dict):
+        for item in nest.values():
+            yield from leaves(item)
+    elif isinstance(nest, slice):
+        yield from (nest.start, nest.stop, nest.step)
+    elif hasattr(nest, "__dataclass_fields__") and not isinstance(nest, (PathValue, Learned, Weight, type)):
+        for name in nest.__dataclass_fields__:
+            yield from leaves(getattr(nest, name, None))
+    else:
+        yield nest
+
+
+def paths_in(*nests: Any) -> list[PathValue]:
+    """All path values in the nests."""
+    return [item for item in leaves(nests) if isinstance(item, PathValue)]
+
+
+def raw(nest: Any) -> Any:
+    """The nest with plain tensors in place of path values, learned constants and weights."""
+    return map_leaves(
+        lambda item: item.tensor if isinstance(item, (PathValue, Learned, Weight)) else item, nest
+    )
+
+
+def move(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a function that only moves, repeats or drops elements on the tensors of path values."""
+    sources = paths_in(args, kwargs)
+    bounded = all(source.bounded for source in sources)
+    divisor = all(source.divisor for source in sources)
+    peaks = [source.peak for source in sources if source.peak is not None]
+    peak = max(peaks) if len(peaks) == len(sources) else None
+    tensors = {id(source.tensor) for source in sources}
+
+    def wrap(item: Any) -> Any:
+        if not isinstance(item, Tensor):
+            return item
+        if id(item) in tensors:
+            return next(source.same() for source in sources if source.tensor is item)
+        return PathValue(item, bounded, divisor, peak)
+
+    return map_leaves(wrap, function(*raw(args), **raw(kwargs)))
+
+
+def broadcast(value: PathValue, other: Any) -> PathValue:
+    """`value` in the shape that an elementwise operation with `other` gives."""
+    if isinstance(other, (PathValue, Learned, Weight)):
+        other = other.tensor
+    if not isinstance(other, Tensor):
+        return value
+    shape = torch.broadcast_shapes(value.tensor.shape, other.shape)
+    if shape == value.tensor.shape:
+        return value
+    return PathValue(value.tensor.expand(shape), value.bounded, value.divisor, value.peak)
+
+
+@dataclass(slots=True, eq=False)
+class Token(Learned):
+    """Integer data from an input (token ids): no path of its own, the source of paths where it is embedded."""
