@@ -1,0 +1,236 @@
+"""Options: frozen dataclasses whose constructors refuse values out of range.
+
+The same names are keyword arguments in Python, `--set key=value` on the command line, and keys of
+`config.json`.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from growfx.errors import ConfigError
+
+__all__ = ["DataOptions", "TrainOptions", "as_json", "option", "parse_assignments"]
+
+
+def option(
+    default: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    open_low: bool = False,
+    open_high: bool = False,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field whose value `check_ranges` holds between `low` and `high`, or to `choices`."""
+    limits = {"low": low, "high": high, "open_low": open_low, "open_high": open_high, "choices": choices}
+    return field(default=default, metadata=limits)
+
+
+def check_ranges(options: Any) -> None:
+    """Check every field of a dataclass of `option`s: its type, then its range; None passes where allowed.
+
+    Raises:
+        ConfigError: names the option, what arrived and what is allowed.
+    """
+    hints = typing.get_type_hints(type(options))
+    for f in dataclasses.fields(options):
+        value = getattr(options, f.name)
+        kinds = _kinds(hints[f.name])
+        if value is None and type(None) in kinds:
+            continue
+        if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+            object.__setattr__(options, f.name, float(value))
+        elif type(value) not in kinds:
+            wanted = " or ".join(k.__name__.replace("NoneType", "none") for k in kinds)
+            raise ConfigError(f"`{f.name}` = {value!r} is not of type {wanted}")
+        _check_range(f.name, getattr(options, f.name), f.metadata)
+
+
+def _check_range(name: str, value: Any, limits: Mapping[str, Any]) -> None:
+    choices = limits.get("choices")
+    if choices:
+        if value not in choices:
+            allowed = ", ".join(f"`{c}`" for c in choices)
+            raise ConfigError(f"`{name}` = {value!r} is unknown; allowed: {allowed}")
+        return
+    low, high = limits.get("low"), limits.get("high")
+    if isinstance(value, str) or (low is None and high is None):
+        return
+    inside = math.isfinite(value)
+    if low is not None:
+        inside &= value > low if limits["open_low"] else value >= low
+    if high is not None:
+        inside &= value < high if limits["open_high"] else value <= high
+    if not inside:
+        raise ConfigError(f"`{name}` = {value!r} is out of range; allowed: {_interval(limits)}")
+
+
+def _interval(limits: Mapping[str, Any]) -> str:
+    low, high = limits["low"], limits["high"]
+    left = "(-inf" if low is None else f"{'(' if limits['open_low'] else '['}{low}"
+    right = "inf)" if high is None else f"{high}{')' if limits['open_high'] else ']'}"
+    return f"{left}, {right}"
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How a network is trained. Learning rates are per step of the optimizer; lengths are in epochs.
+
+    Attributes:
+        epochs: length of the (final) training; growth rounds come on top.
+        optimizer: a name that `timm.optim.create_optimizer_v2` knows.
+        lr: peak learning rate of the final training.
+        momentum: for optimizers that have one.
+        weight_decay: on tensors of two or more dimensions.
+        warmup_epochs: linear warmup of the final training, at most half of it is used.
+        min_lr: learning rate at the end of every cosine, as a fraction of its peak.
+        round_lr: peak learning rate of a growth round, as a fraction of `lr`.
+        round_warmup: linear warmup of a growth round, as a fraction of the round.
+        label_smoothing: of the cross-entropy.
+        clip_grad: largest norm of the gradient; None leaves it alone.
+        ema_decay: longest memory of the averaged weights that score a growth round.
+        seed: of the data order and of everything drawn in training.
+        device: "auto" (an accelerator when there is one), or a torch device.
+    """
+
+    epochs: int = option(30, low=1)
+    optimizer: str = "sgd"
+    lr: float = option(0.1, low=0, open_low=True)
+    momentum: float = option(0.9, low=0, high=1, open_high=True)
+    weight_decay: float = option(5e-4, low=0)
+    warmup_epochs: float = option(1.0, low=0)
+    min_lr: float = option(1e-3, low=0, high=1)
+    round_lr: float = option(1.0, low=0, high=10, open_low=True)
+    round_warmup: float = option(0.1, low=0, high=0.9)
+    label_smoothing: float = option(0.0, low=0, high=1, open_high=True)
+    clip_grad: float | None = option(None, low=0, open_low=True)
+    ema_decay: float = option(0.999, low=0, high=1, open_high=True)
+    seed: int = option(0, low=0, high=2**63 - 1)
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How a data set is read.
+
+    Attributes:
+        batch_size: images a training step; a smaller training set gives smaller batches.
+        img_size: height and width in pixels; None fits data and model (see `growfx.data.fit_size`).
+        workers: loading processes; 0 loads in the training process.
+        augment: "crop" (random resized crop and flip), "none", or "auto": "none" for `digits`, else "crop".
+        crop_scale: smallest area of a random crop, as a fraction of the image.
+        hflip: probability of a horizontal flip.
+        color_jitter: strength of brightness, contrast and saturation jitter.
+        auto_augment: a timm policy such as `rand-m9-mstd0.5`; None for none.
+        random_erase: probability of erasing a random rectangle.
+        val_fraction: part of the training images held out for validation where there is no `val` split.
+        split_seed: of that hold-out, and of the splits of `digits`.
+        data_dir: where data sets given by a timm spec lie.
+        download: allow fetching such a data set when it is not there.
+    """
+
+    batch_size: int = option(128, low=1)
+    img_size: int | None = option(None, low=1)
+    workers: int = option(0, low=0, high=1024)
+    augment: str = option("auto", choices=("auto", "crop", "none"))
+    crop_scale: float = option(0.5, low=0, high=1, open_low=True)
+    hflip: float = option(0.5, low=0, high=1)
+    color_jitter: float = option(0.0, low=0, high=1)
+    auto_augment: str | None = None
+    random_erase: float = option(0.0, low=0, high=1)
+    val_fraction: float = option(0.1, low=0, high=0.5, open_low=True)
+    split_seed: int = option(0, low=0, high=2**63 - 1)
+    data_dir: str = "data"
+    download: bool = False
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+def as_json(options: Any) -> dict[str, Any]:
+    """The init fields of a dataclass of options as a dictionary that JSON can hold."""
+    return {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.init}
+
+
+def parse_assignments(assignments: Iterable[str], kinds: Mapping[str, type]) -> dict[str, dict[str, Any]]:
+    """Sort `key=value` texts into the option classes that have the key.
+
+    Args:
+        assignments: texts as after `--set`. `model.KEY=VALUE` goes to "model", with VALUE a Python literal
+            or else a text.
+        kinds: dataclass of options by name. A key that several classes have goes to each of them.
+
+    Returns:
+        the values, typed as the fields are, by class name; "model" is always among them.
+
+    Raises:
+        ConfigError: no `=`, an unknown key (close keys are given), a value of another type.
+    """
+    found: dict[str, dict[str, Any]] = {"model": {}, **{name: {} for name in kinds}}
+    fields = {name: _init_hints(kind) for name, kind in kinds.items()}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"`--set {text}` has no value; write `--set key=value`")
+        if key.startswith("model."):
+            found["model"][key.removeprefix("model.")] = _literal(value)
+            continue
+        owners = [name for name, hints in fields.items() if key in hints]
+        if not owners:
+            known = sorted({k for hints in fields.values() for k in hints})
+            close = difflib.get_close_matches(key, known, n=3) or known
+            raise ConfigError(f"option `{key}` is unknown; allowed: {', '.join(f'`{k}`' for k in close)}")
+        for name in owners:
+            found[name][key] = _parse(key, value, _kinds(fields[name][key]))
+    return found
+
+
+def _init_hints(kind: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.init}
+
+
+def _kinds(hint: Any) -> tuple[type, ...]:
+    """The plain types of an annotation: `float | None` gives (float, NoneType), a Literal gives (str,)."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return tuple(k for part in typing.get_args(hint) for k in _kinds(part))
+    if typing.get_origin(hint) is typing.Literal:
+        return tuple({type(value) for value in typing.get_args(hint)})
+    return (typing.get_origin(hint) or hint,)
+
+
+def _parse(key: str, text: str, kinds: tuple[type, ...]) -> Any:
+    if type(None) in kinds and text.lower() in ("none", "null"):
+        return None
+    for kind in kinds:
+        if kind is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+        if kind is str:
+            return text
+    if any(kind in (tuple, list) for kind in kinds):
+        return _literal(text)
+    wanted = " or ".join(k.__name__.replace("NoneType", "none") for k in kinds)
+    raise ConfigError(f"`{key}` = `{text}` is not of type {wanted}")
+
+
+def _literal(text: str) -> Any:
+    import ast
+
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
