@@ -1,0 +1,224 @@
+"""What a network costs: multiply-accumulates per layer, and training cost in dense-equivalent epochs.
+
+Counting follows the sparse-training literature (Evci et al., RigL, ICML 2020, app. H; Sundar & Dwaraknath,
+ReScience C 2021): a layer's cost is its dense cost times its density, a training step is one forward pass and
+a backward pass of twice that, f_S + 2 f_S. Deviations: what no mask touches (unmasked layers, products of
+activations as in attention) is counted too, at full cost; biases, norms, activations and pooling are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from growfx.errors import CheckpointError
+from growfx.layers import MaskedLayer
+
+if TYPE_CHECKING:
+    from growfx.graph import MaskedGraph
+
+__all__ = ["CostMeter", "ForwardCost", "forward_cost", "forward_flops", "layer_flops"]
+
+_WEIGHT_SUFFIX = ".effective_weight"
+
+
+@dataclass(frozen=True)
+class ForwardCost:
+    """Dense multiply-accumulates of one sample's forward pass.
+
+    `layers`: by masked layer, 0 for layers that evaluation never uses. `rest`: of everything no mask touches.
+    """
+
+    layers: Mapping[str, float]
+    rest: float
+
+    @property
+    def dense(self) -> float:
+        """MACs of the whole network with every weight active."""
+        return sum(self.layers.values()) + self.rest
+
+    def sparse(self, densities: Mapping[str, float]) -> float:
+        """MACs of the whole network at the given layer densities."""
+        return sum(macs * densities[name] for name, macs in self.layers.items()) + self.rest
+
+
+def forward_cost(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None = None) -> ForwardCost:
+    """Count one evaluation forward pass over the recorded graph.
+
+    `example_inputs`: as the network takes them, any batch size; default: those it was recorded with. Weights
+    used functionally (`F.linear(x, weight)`, attention) count for their layer. A network whose recording is
+    not faithful is counted by running its modules; weights it uses outside their module then count as `rest`.
+    """
+    if example_inputs is None:
+        inputs: tuple[Any, ...] = tuple(net.example_inputs(batch=1))
+    else:
+        inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    batch = next((value.shape[0] for value in inputs if isinstance(value, Tensor) and value.ndim), 1)
+    macs = dict.fromkeys(net.layers, 0.0)
+    with _counting(net) as counter:
+        if net.trace_report.faithful:
+            graph = net.graph_at(*inputs, training=False)
+            _GraphCounter(net, graph, counter, macs).run(*inputs)
+        else:
+            _run_modules(net, inputs, counter, macs)
+        total = counter.get_total_flops() / 2
+    rest = max(total - sum(macs.values()), 0.0)
+    return ForwardCost({name: value / batch for name, value in macs.items()}, rest / batch)
+
+
+def layer_flops(
+    net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None = None
+) -> dict[str, float]:
+    """Return the dense MACs of each masked layer for one sample; arguments as `forward_cost`."""
+    return dict(forward_cost(net, example_inputs).layers)
+
+
+def forward_flops(
+    net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None = None
+) -> tuple[float, float]:
+    """Return (sparse, dense) MACs of one sample's forward pass under the masks of the moment."""
+    cost = forward_cost(net, example_inputs)
+    return cost.sparse(_densities(net)), cost.dense
+
+
+class CostMeter:
+    """Adds up the cost of a training, epoch by epoch, in units of one dense epoch.
+
+    An epoch under masks with forward cost f_S counts f_S / f_D (forward and backward, 3 f_S over 3 f_D). The
+    masks are read when `add_epoch` is called; call it before masks change at the end of an epoch.
+    """
+
+    def __init__(self, net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None = None) -> None:
+        self._net = net
+        self.cost = forward_cost(net, example_inputs)
+        self.dense_equivalent_epochs = 0.0
+        self.epochs = 0.0
+
+    def add_epoch(self, epochs: float = 1.0) -> float:
+        """Count `epochs` epochs (may be a fraction) under the masks of the moment; return what was added."""
+        dense = self.cost.dense
+        added = epochs * (self.cost.sparse(_densities(self._net)) / dense if dense else 1.0)
+        self.epochs += epochs
+        self.dense_equivalent_epochs += added
+        return added
+
+    def state_dict(self) -> dict[str, float]:
+        """Return both sums."""
+        return {"epochs": self.epochs, "dense_equivalent_epochs": self.dense_equivalent_epochs}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Continue from `state_dict()`; anything else is a `CheckpointError`."""
+        if set(state) != set(self.state_dict()):
+            raise CheckpointError(
+                f"a cost meter's state has {sorted(self.state_dict())}, not {sorted(state)}"
+            )
+        self.epochs = float(state["epochs"])
+        self.dense_equivalent_epochs = float(state["dense_equivalent_epochs"])
+
+
+def _densities(net: MaskedGraph) -> dict[str, float]:
+    return {name: layer.density for name, layer in net.layers.items()}
+
+
+@contextmanager
+def _counting(net: MaskedGraph) -> Iterator[FlopCounterMode]:
+    """Evaluation mode without gradients, in operators that torch's counter knows; modes are put back."""
+    before = [(module, module.training) for module in net.shell.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder operators are not counted
+    net.shell.eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            yield counter
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, training in before:
+            module.training = training
+
+
+class _GraphCounter(fx.Interpreter):
+    """Runs a recorded graph and books what each node costs on the layer whose weight it contracts."""
+
+    def __init__(
+        self, net: MaskedGraph, graph: fx.Graph, counter: FlopCounterMode, macs: dict[str, float]
+    ) -> None:
+        super().__init__(net.shell, graph=graph)
+        self._counter, self._macs = counter, macs
+        self._names = {id(layer): name for name, layer in net.layers.items()}
+        self._weight_of: dict[fx.Node, str] = {}  # nodes that are a layer's weight, or computed from it alone
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = self._counter.get_total_flops()
+        result = super().run_node(n)
+        macs = (self._counter.get_total_flops() - before) / 2
+        owner = self._owner(n)
+        if n.op == "get_attr" or (owner is not None and macs == 0):
+            if owner is not None:
+                self._weight_of[n] = owner  # a view, a transposition or a standardisation is still the weight
+        elif n.op == "call_module" and isinstance(
+            module := self.fetch_attr(str(n.target)), nn.MultiheadAttention
+        ):
+            self._add_attention(module, n)
+        elif owner is not None:
+            self._macs[owner] += macs
+        return result
+
+    def _owner(self, n: fx.Node) -> str | None:
+        if n.op == "get_attr":
+            target = str(n.target)
+            layer = (
+                self.fetch_attr(target.removesuffix(_WEIGHT_SUFFIX))
+                if target.endswith(_WEIGHT_SUFFIX)
+                else None
+            )
+            return self._names.get(id(layer))
+        if n.op == "call_module":
+            return self._names.get(id(self.fetch_attr(str(n.target))))
+        owners = [self._weight_of[arg] for arg in n.all_input_nodes if arg in self._weight_of]
+        return owners[0] if owners else None
+
+    def _add_attention(self, module: nn.MultiheadAttention, n: fx.Node) -> None:
+        """Book the two projections of an attention layer; its products of activations stay in the rest."""
+        arguments = [*n.args, *(n.kwargs[key] for key in ("query", "key", "value") if key in n.kwargs)]
+        tokens = [
+            self.env[arg].numel() // self.env[arg].shape[-1]
+            for arg in arguments[:3]
+            if isinstance(arg, fx.Node)
+        ]
+        width = module.embed_dim
+        for part, macs in (
+            (module, width * width * sum(tokens)),
+            (module.out_proj, width * width * tokens[0]),
+        ):
+            if id(part) in self._names:
+                self._macs[self._names[id(part)]] += macs
+
+
+def _run_modules(
+    net: MaskedGraph, inputs: Sequence[Any], counter: FlopCounterMode, macs: dict[str, float]
+) -> None:
+    """Run the model itself and book what happens inside each masked module."""
+    started: list[int] = []
+
+    def leave(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            macs[name] += (counter.get_total_flops() - started.pop()) / 2
+
+        return hook
+
+    handles = []
+    for name, layer in net.layers.items():
+        assert isinstance(layer, MaskedLayer)
+        handles.append(layer.register_forward_pre_hook(lambda *_: started.append(counter.get_total_flops())))
+        handles.append(layer.register_forward_hook(leave(name)))
+    try:
+        net(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
