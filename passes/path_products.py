@@ -209,7 +209,7 @@ def _unreached(run: PathGraph, inputs: Sequence[Tensor]) -> frozenset[str]:
 
 def _facts(run: PathGraph, scores: dict[str, Tensor], off_path: dict[str, str]) -> PathProducts:
     assert run.total is not None
-    log_scale, total = run.exponent * math.log(2), float(run.total)
+    log_scale, total = run.exponent * math.log(2), float(run.total.detach())
     alive_in, alive_out = {}, {}
     for name, score in scores.items():
         sources, targets = _crossed_units(run, name, score)
