@@ -1,0 +1,97 @@
+"""Accuracy of a network, and how far a measured accuracy can be trusted."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from growfx.errors import ConfigError, DataError
+
+__all__ = ["Score", "evaluate", "logits_of", "paired_noise"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy on one split.
+
+    Attributes:
+        correct: bool, one entry an image, in the order of the loader.
+    """
+
+    correct: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of images classified correctly."""
+        return int(self.correct.sum()) / len(self.correct)
+
+    @property
+    def standard_error(self) -> float:
+        """Binomial standard deviation of the accuracy over draws of other images.
+
+        One error each way is added (Agresti and Coull's idea), so that it does not vanish at 0 and 1.
+        """
+        n = len(self.correct)
+        p = (int(self.correct.sum()) + 1) / (n + 2)
+        return math.sqrt(p * (1 - p) / (n + 2))
+
+
+def evaluate(net: nn.Module, loader: Iterable[Any], device: torch.device | str) -> Score:
+    """Top-1 score of `net` in eval mode; the mode it was in is restored.
+
+    Args:
+        loader: gives (images (B, ...), class numbers (B)).
+
+    Raises:
+        DataError: the loader is empty, or has class numbers the network has no output for.
+    """
+    training = net.training
+    net.eval()
+    found: list[Tensor] = []
+    try:
+        with torch.no_grad():
+            for images, targets in loader:
+                logits = logits_of(net(images.to(device, non_blocking=True)))
+                if int(targets.max()) >= logits.shape[1]:
+                    raise DataError(
+                        f"the data has class number {int(targets.max())}, but the network has "
+                        f"{logits.shape[1]} outputs"
+                    )
+                found.append(logits.argmax(1).cpu() == targets.cpu())
+    finally:
+        net.train(training)
+    if not found:
+        raise DataError("the loader to evaluate on gives no images")
+    return Score(torch.cat(found))
+
+
+def logits_of(output: Any) -> Tensor:
+    """The class scores (B, classes) in a network's output: the output itself, or the first part of a tuple
+    (torchvision's networks with auxiliary heads).
+    """
+    first = output[0] if isinstance(output, tuple) and output else output
+    if isinstance(first, Tensor) and first.ndim == 2:
+        return first
+    kind = f"a tensor of shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
+    raise ConfigError(
+        f"the network's output is {kind}; training needs class scores of shape (batch, classes)"
+    )
+
+
+def paired_noise(now: Score, before: Score) -> float:
+    """Standard deviation of one accuracy, seen against another one on the same images.
+
+    Two networks scored on the same images share most of the binomial error, and only what they classify
+    differently tells them apart: the difference of their accuracies has variance (d - diff^2) / n with d the
+    fraction of images that one has right and the other wrong (McNemar 1947); half of it belongs to each. One
+    disagreement is added, so that it does not vanish for equal networks.
+    """
+    n = len(now.correct)
+    if len(before.correct) != n:
+        raise ValueError("scores of different images cannot be paired")
+    disagree = (int((now.correct ^ before.correct).sum()) + 1) / n
+    difference = now.accuracy - before.accuracy
+    return math.sqrt((disagree - difference**2) / (2 * n))

@@ -1,0 +1,185 @@
+"""The folder of a run: `config.json`, `log.jsonl`, `checkpoint/`, `result.json`, `curve.png`, `summary.txt`,
+`artifact/`.
+
+`config.json` says what the run is; continuing it with other options is refused by the name of the first one
+that differs.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from growfx.checkpoint import Checkpoints
+from growfx.errors import CheckpointError, ConfigError
+
+__all__ = ["RunFolder", "refuse_existing"]
+
+_CONTENT = ("config.json", "log.jsonl", "checkpoint", "result.json", "curve.png", "summary.txt", "artifact")
+# What may differ between the start of a run and its continuation: where it runs, and where its data lies.
+_FREE = {"versions", "train.device", "data.spec", "data.data_dir", "data.download", "data.workers"}
+
+
+def refuse_existing(path: Path, *, resume: bool, overwrite: bool) -> None:
+    """Check that a run may be written to `path`, before anything costly is done; leaves nothing behind.
+
+    Raises:
+        ConfigError: both `resume` and `overwrite`.
+        CheckpointError: a run is there and neither is given, the folder holds something else, or it cannot be
+            written.
+    """
+    if resume and overwrite:
+        raise ConfigError("`resume` and `overwrite` exclude each other: continue the run, or replace it")
+    try:
+        present = sorted(p.name for p in path.iterdir()) if path.exists() else []
+    except OSError as error:
+        raise CheckpointError(f"run folder `{path}` cannot be used ({error.strerror})") from error
+    if present and "config.json" not in present:
+        raise CheckpointError(
+            f"`{path}` is not a run folder (it holds `{present[0]}` and no `config.json`); "
+            "choose another folder"
+        )
+    if present and not (resume or overwrite):
+        raise CheckpointError(
+            f"run folder `{path}` exists; continue it with `--resume`, replace it with `--overwrite` "
+            "(in Python `resume=True`, `overwrite=True`), or choose another folder"
+        )
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink()
+        for folder in missing:
+            folder.rmdir()
+    except OSError as error:
+        raise CheckpointError(f"run folder `{path}` cannot be written ({error.strerror})") from error
+
+
+class RunFolder:
+    """One run on disk. Opened by `start`; the log is kept in step with the checkpoint.
+
+    Attributes:
+        path: the folder.
+        config: what `config.json` holds.
+        checkpoints: the run's checkpoints.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        self.path = path
+        self.config = dict(config)
+        self.checkpoints = Checkpoints(path / "checkpoint")
+
+    @classmethod
+    def start(
+        cls, path: Path, config: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
+    ) -> "RunFolder":
+        """Create the folder, or open it again.
+
+        Args:
+            config: nested dictionaries of JSON values that say what the run is.
+
+        Raises:
+            CheckpointError: as `refuse_existing`, or with `resume` the run there was made with other options.
+        """
+        refuse_existing(path, resume=resume, overwrite=overwrite)
+        folder = cls(path, config)
+        if resume and (path / "config.json").exists():
+            folder._require_same(cls.open(path).config)
+            return folder
+        path.mkdir(parents=True, exist_ok=True)
+        for name in _CONTENT:
+            target = path / name
+            shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        folder.write_json("config.json", config)
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """Read an existing run folder; CheckpointError when it is none."""
+        try:
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            if not isinstance(config, dict) or "train" not in config:
+                raise ValueError("it does not describe a run")
+        except FileNotFoundError as error:
+            raise CheckpointError(f"`{path}` is not a run folder: it has no `config.json`") from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"`{path / 'config.json'}` cannot be read ({error})") from error
+        return cls(path, config)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write one JSON file, whole or not at all."""
+        self.write_text(name, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write one text file, whole or not at all; CheckpointError when that fails."""
+        new = self.path / (name + ".new")
+        try:
+            with new.open("w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            new.replace(self.path / name)
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            raise CheckpointError(f"`{self.path / name}` cannot be written ({error.strerror})") from error
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The content of one JSON file, None when it is not there yet."""
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"`{self.path / name}` cannot be read ({error})") from error
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one record to `log.jsonl`."""
+        try:
+            with (self.path / "log.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(record, allow_nan=False) + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"`{self.path / 'log.jsonl'}` cannot be written ({error.strerror})"
+            ) from error
+
+    def log_position(self) -> int:
+        """Length of `log.jsonl` in bytes."""
+        path = self.path / "log.jsonl"
+        return path.stat().st_size if path.exists() else 0
+
+    def rewind_log(self, position: int) -> None:
+        """Drop the records written after a checkpoint that is about to be continued."""
+        path = self.path / "log.jsonl"
+        if self.log_position() > position:
+            with path.open("r+b") as stream:
+                stream.truncate(position)
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """All records of `log.jsonl`."""
+        path = self.path / "log.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def _require_same(self, recorded: Mapping[str, Any]) -> None:
+        before, now = _flat(recorded), _flat(json.loads(json.dumps(self.config)))
+        for key in sorted(before.keys() | now.keys()):
+            if key in _FREE or key.startswith("versions."):
+                continue
+            if before.get(key) != now.get(key):
+                raise CheckpointError(
+                    f"run folder `{self.path}` was started with `{key}` = {before.get(key)!r}, now it is "
+                    f"{now.get(key)!r}; continue with the same options, or start a new run in another folder"
+                )
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

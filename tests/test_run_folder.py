@@ -1,0 +1,119 @@
+import pytest
+
+from growfx.errors import CheckpointError, ConfigError
+from growfx.run_folder import RunFolder, refuse_existing
+
+
+def config(**train) -> dict:
+    return {
+        "versions": {"torch": "2"},
+        "model": {"name": "resnet18", "kwargs": {"num_classes": 10}},
+        "data": {"spec": "digits", "fingerprint": "f", "batch_size": 8, "workers": 0},
+        "train": {"lr": 0.1, "device": "auto", **train},
+    }
+
+
+def test_an_existing_run_needs_resume_or_overwrite(tmp_path):
+    path = tmp_path / "run"
+    RunFolder.start(path, config())
+    with pytest.raises(
+        CheckpointError, match=r"exists; continue it with `--resume`, replace it with `--overwrite`"
+    ):
+        RunFolder.start(path, config())
+    RunFolder.start(path, config(), resume=True)
+    RunFolder.start(path, config(), overwrite=True)
+
+
+def test_resume_starts_a_run_that_is_not_there_yet(tmp_path):
+    folder = RunFolder.start(tmp_path / "run", config(), resume=True)
+    assert RunFolder.open(folder.path).config == config()
+    assert not folder.checkpoints.exists()
+
+
+def test_resume_and_overwrite_exclude_each_other(tmp_path):
+    with pytest.raises(ConfigError, match="`resume` and `overwrite` exclude each other"):
+        RunFolder.start(tmp_path, config(), resume=True, overwrite=True)
+
+
+def test_overwrite_removes_the_run_and_nothing_else(tmp_path):
+    folder = RunFolder.start(tmp_path / "run", config())
+    folder.log({"event": "epoch"})
+    folder.checkpoints.save({"epoch": 1})
+    (folder.path / "notes.txt").write_text("mine")
+    again = RunFolder.start(folder.path, config(lr=0.2), overwrite=True)
+    assert sorted(p.name for p in again.path.iterdir()) == ["config.json", "notes.txt"]
+    assert RunFolder.open(again.path).config["train"]["lr"] == 0.2
+
+
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_folder_of_something_else_is_never_touched(tmp_path, flags):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"is not a run folder \(it holds `thesis.tex`"):
+        RunFolder.start(tmp_path, config(), **flags)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("model", {"name": "resnet50", "kwargs": {}}), ("train", {"lr": 0.2, "device": "auto"})],
+)
+def test_another_model_or_option_is_refused_by_name_on_resume(tmp_path, key, value):
+    path = RunFolder.start(tmp_path / "run", config()).path
+    with pytest.raises(CheckpointError) as caught:
+        RunFolder.start(path, {**config(), key: value}, resume=True)
+    expected = {
+        "model": "`model.kwargs.num_classes` = 10, now it is None",
+        "train": "`train.lr` = 0.1, now it is 0.2",
+    }
+    assert expected[key] in str(caught.value)
+
+
+def test_device_workers_place_of_the_data_and_versions_may_change_on_resume(tmp_path):
+    path = RunFolder.start(tmp_path / "run", config()).path
+    moved = config(device="cpu")
+    moved["data"] |= {"workers": 4, "spec": "/elsewhere"}
+    moved["versions"] = {"torch": "3"}
+    RunFolder.start(path, moved, resume=True)
+
+
+def test_checking_a_place_leaves_nothing_behind(tmp_path):
+    refuse_existing(tmp_path / "a" / "b", resume=False, overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be"):
+        refuse_existing(tmp_path / "file" / "run", resume=False, overwrite=False)
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        refuse_existing(tmp_path / "file", resume=False, overwrite=False)
+
+
+def test_the_log_is_cut_back_to_a_position(tmp_path):
+    folder = RunFolder.start(tmp_path / "run", config())
+    assert folder.log_position() == 0
+    folder.log({"epoch": 1})
+    position = folder.log_position()
+    folder.log({"epoch": 2})
+    folder.rewind_log(position)
+    assert folder.read_log() == [{"epoch": 1}]
+    folder.rewind_log(position + 100)
+    assert folder.log_position() == position
+
+
+def test_json_is_read_back_and_missing_or_damaged_is_told_apart(tmp_path):
+    folder = RunFolder.start(tmp_path / "run", config())
+    assert folder.read_json("result.json") is None
+    folder.write_json("result.json", {"a": 1})
+    assert folder.read_json("result.json") == {"a": 1}
+    (folder.path / "result.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"result\.json` cannot be read"):
+        folder.read_json("result.json")
+
+
+def test_a_folder_without_a_run_or_with_a_damaged_one_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"is not a run folder: it has no `config\.json`"):
+        RunFolder.open(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"cannot be read .it does not describe a run"):
+        RunFolder.open(tmp_path)
