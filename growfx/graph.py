@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import linecache
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,95 +18,32 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from growfx.errors import MaskError, TraceError
+from growfx.inputs import Inputs
 from growfx.layers import MaskedLayer, check_mask
 from growfx.trace_report import TraceReport
 
-__all__ = ["Inputs", "MaskedGraph", "RecordedGraph", "Recorder"]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The arguments of one call of the model."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-    @property
-    def signature(self) -> tuple[Any, ...]:
-        """What a recording depends on: everything but the batch size and the values of tensors.
-
-        The batch is dimension 0 of the tensors that are arguments themselves, where all of these agree on it;
-        tensors inside containers (the images of a detector) are structure.
-        """
-        free = self.batch is not None
-        named = tuple((key, _signature(value, free)) for key, value in self.kwargs.items())
-        return tuple(_signature(value, free) for value in self.args), named
-
-    @property
-    def batch(self) -> int | None:
-        """The batch size; None where the arguments do not have one."""
-        values = [*self.args, *self.kwargs.values()]
-        sizes = {v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim > 0}
-        return sizes.pop() if len(sizes) == 1 else None
-
-    def with_batch(self, batch: int) -> Inputs:
-        """The same inputs with rows repeated or dropped; unchanged where there is no batch."""
-        old = self.batch
-        if old is None or old == 0 or old == batch:
-            return self
-
-        def resize(value: Any) -> Any:
-            if not isinstance(value, Tensor) or value.ndim == 0:
-                return value
-            return value[torch.arange(batch, device=value.device) % old]
-
-        return Inputs(tuple(map(resize, self.args)), {k: resize(v) for k, v in self.kwargs.items()})
-
-    def redrawn(self, seed: int) -> Inputs:
-        """Inputs of the same shapes with other values: noise around the float ones, rows of the others shuffled."""
-        generator = torch.Generator().manual_seed(seed)
-
-        def redraw(value: Any) -> Any:
-            if not isinstance(value, Tensor) or value.is_meta or value.numel() == 0:
-                return value
-            if value.is_floating_point():
-                noise = torch.randn(value.shape, generator=generator).to(value)
-                spread = float(value.float().std()) if value.numel() > 1 else 0.0
-                return value + noise * (spread or 1.0)
-            if value.ndim == 0:
-                return value
-            return value.flip(0)
-
-        args, kwargs = pytree.tree_map(redraw, (self.args, dict(self.kwargs)))
-        return Inputs(args, kwargs)
-
-
-def _signature(value: Any, batch_is_free: bool) -> Any:
-    if isinstance(value, Tensor):
-        shape = tuple(value.shape[1:]) if batch_is_free else tuple(value.shape)
-        return value.ndim, shape, value.dtype, value.device
-    if isinstance(value, (list, tuple)):
-        return type(value), tuple(_signature(v, False) for v in value)
-    if isinstance(value, dict):
-        return type(value), tuple((k, _signature(v, False)) for k, v in value.items())
-    try:
-        hash(value)
-    except TypeError:
-        return id(value)
-    return value
+__all__ = ["MaskedGraph", "RecordFunction", "RecordedGraph"]
 
 
 @dataclass(frozen=True)
 class RecordedGraph:
-    """A recording in use: the graph, its compiled function, and whether it may be run."""
+    """A recording in use.
+
+    Attributes:
+        graph: what was recorded.
+        called: the modules it calls, in order.
+        faithful: whether it computes what the model computes, and so may be run.
+        run: its compiled function.
+    """
 
     graph: fx.Graph
+    called: list[str]
     faithful: bool
     run: Callable[..., Any]
 
 
-# Records `shell` in its current mode for these inputs: (the model's own modules, inputs, the report) -> graph, faithful.
-Recorder = Callable[["MaskedGraph", Inputs], tuple[fx.Graph, bool]]
+# Records the net's shell in its current mode for these inputs and checks the graph against the model.
+RecordFunction = Callable[["MaskedGraph", Inputs], RecordedGraph]
 
 
 class MaskedGraph(fx.GraphModule):
@@ -117,16 +55,16 @@ class MaskedGraph(fx.GraphModule):
     occur, and kept.
 
     Attributes:
-        layers: masked layers by name, in data-flow order; tied weights appear once.
         trace_report: what was recorded and what was left out.
         identity: where the model came from, for `growfx.save` (None when unknown).
     """
 
-    layers: dict[str, MaskedLayer]
     trace_report: TraceReport
     identity: Any
 
-    def __init__(self, shell: nn.Module, example: Inputs, recorder: Recorder, report: TraceReport, identity: Any = None):
+    def __init__(
+        self, shell: nn.Module, example: Inputs, recorder: RecordFunction, report: TraceReport, identity: Any = None
+    ):
         nn.Module.__init__(self)
         self._adopt(shell)
         self._example, self._recorder = example, recorder
@@ -149,7 +87,7 @@ class MaskedGraph(fx.GraphModule):
     # -- masks --------------------------------------------------------------------------------------------------------
 
     @property
-    def layers(self) -> dict[str, MaskedLayer]:  # type: ignore[no-redef]
+    def layers(self) -> dict[str, MaskedLayer]:
         """Masked layers by name, in data-flow order; layers with tied weights appear once."""
         return self._named_layers[0]
 
@@ -180,7 +118,7 @@ class MaskedGraph(fx.GraphModule):
         for name, mask in masks.items():
             if name not in self.layers:
                 raise MaskError(f"`{name}` is no masked layer; {_names(self.layers)}")
-            check_mask(name, self.layers[name], mask)
+            check_mask(name, self.layers[name].mask, mask)
         for name, mask in masks.items():
             layer = self.layers[name]
             layer.mask.copy_(mask)
@@ -231,7 +169,8 @@ class MaskedGraph(fx.GraphModule):
         recording = self._recording(Inputs(inputs, {}), training)
         if not recording.faithful:
             raise TraceError(
-                f"the recording is not faithful, so there is no graph to work on: {self.trace_report.opaque or self.trace_report.notes}"
+                "the recording is not faithful, so there is no graph to work on: "
+                f"{self.trace_report.opaque.get('', '')} {' '.join(self.trace_report.notes)}"
             )
         return recording.graph
 
@@ -240,18 +179,23 @@ class MaskedGraph(fx.GraphModule):
         found = self._recordings.get(key)
         return found if found is not None else self._record(key, inputs)
 
-    @torch.compiler.disable
     def _record(self, key: tuple[bool, Any], inputs: Inputs) -> RecordedGraph:
-        with in_mode(self.shell, key[0]):
-            graph, faithful = self._recorder(self, inputs)
-        self._recordings[key] = RecordedGraph(graph, faithful, compiled(graph)[0])
+        with _without_compiler(), in_mode(self.shell, key[0]):
+            self._recordings[key] = self._recorder(self, inputs)
         if len(self._recordings) == 1 or key == (self.training, self._example.signature):
             self._show(self._recordings[key].graph)
         return self._recordings[key]
 
+    # What `torch.compiler.disable` sets; calling that here would import the whole compiler with growfx.
+    _record._torchdynamo_disable = True  # type: ignore[attr-defined]
+
     def _show(self, graph: fx.Graph) -> None:
         self._graph = graph
-        self._code = graph.python_code("self").src
+        self._take_code(graph.python_code("self"))
+
+    def _take_code(self, code: Any) -> None:
+        # torch.compile reads these of every GraphModule.
+        self._code, self._lineno_map, self._prologue_start = code.src, code._lineno_map, code._prologue_start
 
     def recompile(self) -> Any:
         """Compile the shown graph again after it was edited."""
@@ -259,7 +203,7 @@ class MaskedGraph(fx.GraphModule):
         for key, recording in self._recordings.items():
             if recording.graph is self._graph:
                 self._recordings[key] = replace(recording, run=run)
-        self._code = code.src
+        self._take_code(code)
         return code
 
     @property
@@ -303,13 +247,14 @@ class MaskedGraph(fx.GraphModule):
         Raises:
             MaskError: some masks are missing, or have another shape or dtype; names them.
         """
-        names = [name for name in (f"{layer}.mask" for layer in self._mask_owners())]
+        names = [f"{layer}.mask" for layer in self._mask_owners()]
         given = [name for name in names if name in state_dict]
         if given and len(given) < len(names):
             missing = [f"`{n}`" for n in names if n not in state_dict]
             raise MaskError(f"the state dict has {len(given)} of {len(names)} masks; missing: {', '.join(missing)}")
         for name in given:
-            check_mask(name.removesuffix(".mask"), self.get_submodule(name.removesuffix(".mask")), state_dict[name])  # type: ignore[arg-type]
+            layer = name.removesuffix(".mask")
+            check_mask(layer, self.get_buffer(name), state_dict[name])
         if not given:
             own = {name: self.get_buffer(name) for name in names}
             state_dict = {**state_dict, **own}
@@ -340,9 +285,7 @@ class MaskedGraph(fx.GraphModule):
         clone.__dict__.update(copy.deepcopy(state, memo))
         clone.__dict__.update(_recorder=self._recorder, meta=dict(self.meta))
         # A graph is never changed by running it; only one who edits a copy's graph needs a copy of the graph.
-        clone.__dict__["_recordings"] = {
-            key: replace(r, graph=copy.deepcopy(r.graph)) for key, r in recordings.items()
-        }
+        clone.__dict__["_recordings"] = {key: replace(r, graph=copy.deepcopy(r.graph)) for key, r in recordings.items()}
         shown = next((key for key, r in recordings.items() if r.graph is self._graph), None)
         clone.__dict__["_graph"] = fx.Graph() if shown is None else clone._recordings[shown].graph
         return clone
@@ -355,11 +298,12 @@ class MaskedGraph(fx.GraphModule):
             "a MaskedGraph is not pickled: save `net.state_dict()`, or the network with `growfx.save(net, path)`"
         )
 
-    __reduce_ex__ = lambda self, protocol: self.__reduce__()  # type: ignore[assignment]  # noqa: E731
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.__reduce__()
 
     def __str__(self) -> str:
-        head = f"MaskedGraph of {type(self.shell).__name__}: {len(self.layers)} masked layers, density {self.density:.4g}"
-        return f"{head}\n{self._code}"
+        kind = type(self.shell).__name__
+        return f"MaskedGraph of {kind}: {len(self.layers)} masked layers, density {self.density:.4g}\n{self._code}"
 
 
 class _MaskedUses(TorchFunctionMode):
@@ -401,8 +345,13 @@ def compiled(graph: fx.Graph) -> tuple[Callable[..., Any], Any]:
     return scope["forward"], code
 
 
+def _without_compiler() -> AbstractContextManager[Any]:
+    """A recording started from compiled code runs as plain Python."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
 @contextmanager
-def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
+def in_mode(module: nn.Module, training: bool) -> Generator[None]:
     """`module` in train or eval mode; afterwards every submodule is in the mode it was in."""
     before = [(m, m.training) for m in module.modules()]
     if module.training != training:

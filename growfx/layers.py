@@ -16,21 +16,22 @@ use. An edit through ``weight.data`` leaves no trace in the version counter: it 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from growfx.errors import MaskError
 
-__all__ = ["MaskedLayer", "mask_in_place", "maskable_reason", "masked_class", "to_plain", "to_twin"]
+__all__ = ["MaskedLayer", "check_mask", "mask_in_place", "maskable_reason", "masked_class", "to_plain", "to_twin"]
 
 _SAME_SIZE_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -160,11 +161,11 @@ class MaskedLayer(nn.Module):
         if self.training and torch.is_grad_enabled() and weight.requires_grad and not torch.compiler.is_compiling():
             self.settle(force=False)
             keep = self._settled.keep if self._settled is not None else None
-            return weight if keep is None else _MaskGradient.apply(weight, keep, exclusive)  # type: ignore[no-any-return]
+            return weight if keep is None else _MaskGradient.apply(weight, keep, exclusive)
         return torch.where(self.mask, weight, 0)
 
     @contextmanager
-    def _effective_parameters(self) -> Iterator[None]:
+    def _effective_parameters(self) -> Generator[None]:
         """Let the code of the original class read the effective weight under the parameter's own name."""
         # An entry of the instance's dict is found before nn.Module looks among the parameters.
         self.__dict__[self.weight_name] = self._effective_weight(exclusive=False)
@@ -280,9 +281,7 @@ class _MaskedAttention(MaskedLayer):
 
 
 _MASKED_CLASSES: dict[type[nn.Module], type[MaskedLayer]] = {}
-_CONV_FORWARDS = {
-    (kind.forward, kind._conv_forward) for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-}
+_CONV_FORWARDS = {(kind.forward, kind._conv_forward) for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
 
 def masked_class(original: type[nn.Module]) -> type[MaskedLayer]:
@@ -297,8 +296,14 @@ def masked_class(original: type[nn.Module]) -> type[MaskedLayer]:
             base = _MaskedAttention
         else:
             base = MaskedLayer
-        members = {"twin_of": original, "__doc__": f"Masked twin of {original.__name__}.", "__module__": __name__}
-        _MASKED_CLASSES[original] = type(f"Masked{original.__name__}", (base, original), members)
+        members = {
+            "twin_of": original,
+            "__doc__": f"Masked twin of {original.__name__}.",
+            "__module__": __name__,
+        }
+        _MASKED_CLASSES[original] = cast(
+            type[MaskedLayer], type(f"Masked{original.__name__}", (base, original), members)
+        )
     return _MASKED_CLASSES[original]
 
 
@@ -319,7 +324,7 @@ def maskable_reason(module: nn.Module) -> str | None:
     weight = module._parameters.get(name)
     if weight is None:
         return f"`{name}` is no parameter of its own (computed by a parametrization, or split over several)"
-    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+    if isinstance(weight, UninitializedParameter):
         return "its weight has no shape before the first call"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not a floating-point tensor"
@@ -340,23 +345,25 @@ def to_twin(module: nn.Module, mask: Tensor | None = None) -> MaskedLayer:
 def to_plain(module: MaskedLayer) -> nn.Module:
     """Turn a masked twin back into the layer it stands for, in place, +0.0 outside its mask."""
     module.settle()
+    if _LAYER_OF.get(id(module.parameter)) is module:
+        del _LAYER_OF[id(module.parameter)]
     del module._buffers["mask"], module._settled
-    module.__class__ = module.twin_of
+    original: Any = module.twin_of
+    module.__class__ = original
     return module
 
 
-def check_mask(name: str, layer: MaskedLayer, mask: object) -> Tensor:
-    """Return `mask` if it can be the mask of `layer`.
+def check_mask(name: str, own: Tensor, mask: object) -> Tensor:
+    """Return `mask` if it can replace `own`, the mask of the layer `name`.
 
     Raises:
-        MaskError: it is no bool tensor of the weight's shape.
+        MaskError: it is no bool tensor of the same shape.
     """
+    shape = tuple(own.shape)
     if not isinstance(mask, Tensor):
-        raise MaskError(f"mask of `{name}` is a {type(mask).__name__}; give a bool tensor of shape {tuple(layer.mask.shape)}")
+        raise MaskError(f"mask of `{name}` is a {type(mask).__name__}; give a bool tensor of shape {shape}")
     if mask.dtype != torch.bool:
         raise MaskError(f"mask of `{name}` is {mask.dtype}; give a bool tensor (for example `mask != 0`)")
-    if mask.shape != layer.mask.shape:
-        raise MaskError(
-            f"mask of `{name}` has shape {tuple(mask.shape)}; its weight has shape {tuple(layer.mask.shape)}"
-        )
+    if tuple(mask.shape) != shape:
+        raise MaskError(f"mask of `{name}` has shape {tuple(mask.shape)}; its weight has shape {shape}")
     return mask

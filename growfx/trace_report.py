@@ -40,5 +40,9 @@ class TraceReport:
         from tabulate import tabulate
 
         verdict = "equal to the model" if self.faithful else "not equal to the model; its own forward runs instead"
-        lines = [tabulate(self.rows(), headers=["layer", "state", "reason"]), f"recorded graph: {verdict}", *self.notes]
+        lines = [
+            tabulate(self.rows(), headers=["layer", "state", "reason"]),
+            f"recorded graph: {verdict}",
+            *self.notes,
+        ]
         return "\n".join(lines)

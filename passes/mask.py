@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import fnmatch
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils import _pytree as pytree
 
 from growfx.density import random_masks
 from growfx.errors import ConfigError, TraceError
-from growfx.graph import Inputs, MaskedGraph, chain_tensors, compiled, in_mode
+from growfx.graph import MaskedGraph, RecordedGraph, chain_tensors, compiled, in_mode
+from growfx.inputs import Inputs
 from growfx.layers import MaskedLayer, maskable_reason, to_plain, to_twin
 from growfx.models import default_input_shape, identity_of, remember
 from growfx.passes.record import DataDependentError, record
@@ -56,17 +58,15 @@ def wrap(
     if not 0 < density <= 1:
         raise ConfigError(f"density is {density}; it must lie in (0, 1]")
     example = _example(model, example_inputs)
-    shell = copy.deepcopy(model, {id(t): t for t in chain_tensors(model)})
+    shared: dict[int, Any] = {id(t): t for t in chain_tensors(model)}
+    shell = copy.deepcopy(model, shared)
     report = TraceReport()
     _swap_in(shell, exclude, report)
-    net = MaskedGraph(shell, example, _recorder, report, identity_of(model))
-    called = {}
-    with _originals(net, model):
-        for training in (model.training, not model.training):
-            net._record((training, example.signature), example)
-            called.update(dict.fromkeys(net._called))
-    _name_layers(net, list(called))
-    report.faithful = all(r.faithful for r in net._recordings.values())
+    net = MaskedGraph(shell, example, functools.partial(record_checked, model=model), report, identity_of(model))
+    recordings = [net._recording(example, training) for training in (model.training, not model.training)]
+    net._recorder = record_checked
+    _name_layers(net, list(dict.fromkeys(name for recording in recordings for name in recording.called)))
+    report.faithful = all(recording.faithful for recording in recordings)
     if density < 1:
         net.set_masks(random_masks({n: tuple(m.mask.shape) for n, m in net.layers.items()}, density, seed=seed))
     return net
@@ -131,7 +131,8 @@ def _swap_in(shell: nn.Module, exclude: Sequence[str], report: TraceReport) -> N
 
 def _name_layers(net: MaskedGraph, called: list[str]) -> None:
     """Order the layers by data flow, drop those never called, and tie those that share a weight."""
-    report, by_weight = net.trace_report, {}
+    report = net.trace_report
+    by_weight: dict[int, list[tuple[str, MaskedLayer]]] = {}
     twins = {name: m for name, m in net.shell.named_modules() if isinstance(m, MaskedLayer)}
     order = {name: i for i, name in enumerate(called)}
     # Attention reads its output projection without calling it; what an opaque module calls may depend on data.
@@ -152,63 +153,70 @@ def _name_layers(net: MaskedGraph, called: list[str]) -> None:
     report.layers = list(net.layers)
 
 
-# -- recording, checked against the model ---------------------------------------------------------------------------
+# -- recording, checked against the model -----------------------------------------------------------------------------
 
 
-@contextmanager
-def _originals(net: MaskedGraph, model: nn.Module) -> Iterator[None]:
-    """While wrapping, recordings are compared with the model that came in; later ones with the net's own shell."""
-    net._reference = (model,)  # in a tuple, or it would become a submodule
-    try:
-        yield
-    finally:
-        del net._reference
+def record_checked(net: MaskedGraph, inputs: Inputs, model: nn.Module | None = None) -> RecordedGraph:
+    """Record the net's shell in its current mode and compare the graph with the model's own forward.
 
-
-def _recorder(net: MaskedGraph, inputs: Inputs) -> tuple[fx.Graph, bool]:
-    """Record the net's shell in its current mode and compare the graph with the model's own forward."""
+    Args:
+        net: the net whose report is filled in.
+        inputs: what to record for; recorded with two rows, compared with three.
+        model: the model that came in; later recordings are compared with the net's own shell.
+    """
     shell, report = net.shell, net.trace_report
-    with _restored(shell), torch.random.fork_rng(devices=_cuda_devices(shell)):
-        small = inputs.with_batch(2)
-        opaque = {name for name in report.opaque if name}
-        while True:
-            try:
-                recording = record(shell, small.args, small.kwargs, opaque=opaque)
-                break
-            except DataDependentError as stop:
-                report.opaque[stop.module] = stop.reason
-                if not stop.module:
-                    recording = record(shell, small.args, small.kwargs, opaque=opaque, allow_data=True)
-                    net._called = recording.called
-                    return recording.graph, False
-                opaque.add(stop.module)
-    net._called = recording.called
-    difference = _difference(net, recording.graph, inputs)
-    if difference:
-        mode = "train" if shell.training else "eval"
-        report.notes.append(f"{mode} mode: {difference}")
-        report.opaque.setdefault("", difference)
-    return recording.graph, not difference
+    small = inputs.with_batch(2)
+    opaque = {name for name in report.opaque if name}
+    recording = None
+    while recording is None:
+        try:
+            with _restored(shell), torch.random.fork_rng(_cuda_devices(shell)):
+                # Once the model itself reads data there is nothing left to record whole: the graph is only to look at.
+                recording = record(shell, small.args, small.kwargs, opaque=opaque, allow_data="" in opaque)
+        except DataDependentError as stop:
+            report.opaque[stop.module] = stop.reason
+            opaque.add(stop.module)
+    run = compiled(recording.graph)[0]
+    if "" not in opaque:
+        difference = _difference(model or shell, shell, run, inputs)
+        if difference:
+            mode = "train" if shell.training else "eval"
+            report.notes.append(f"{mode} mode: {difference}")
+            report.opaque.setdefault("", difference)
+    return RecordedGraph(recording.graph, recording.called, "" not in report.opaque, run)
 
 
-def _difference(net: MaskedGraph, graph: fx.Graph, inputs: Inputs) -> str:
+def _difference(model: nn.Module, shell: nn.Module, run: Callable[..., Any], inputs: Inputs) -> str:
     """How the graph's outputs differ from the model's, on other values and another batch size; "" if they do not."""
-    run = compiled(graph)[0]
-    model = getattr(net, "_reference", (None,))[0]
     other = inputs.with_batch(3).redrawn(seed=1)
-    outputs = []
-    for function in (model or net.shell, lambda *a, **k: run(net.shell, *a, **k)):
-        module = function if isinstance(function, nn.Module) else net.shell
-        devices = _cuda_devices(net.shell)
-        with in_mode(module, net.shell.training), _restored(module), torch.random.fork_rng(devices), torch.no_grad():
+
+    def outputs(function: Callable[..., Any], module: nn.Module) -> list[Any]:
+        devices = _cuda_devices(shell)
+        with in_mode(module, shell.training), _restored(module), torch.random.fork_rng(devices), torch.no_grad():
             torch.manual_seed(0)
-            try:
-                outputs.append(pytree.tree_leaves(function(*other.args, **other.kwargs)))
-            except Exception as error:
-                if isinstance(function, nn.Module):
-                    return ""  # the model itself refuses this batch size: nothing to compare with
-                return f"the graph fails at a batch size of 3: {type(error).__name__}: {error}"
-    return _first_difference(*outputs)
+            return list(_leaves(function(*other.args, **other.kwargs)))
+
+    try:
+        expected = outputs(model, model)
+    except Exception:
+        return ""  # the model itself refuses another batch size: there is nothing to compare with
+    try:
+        return _first_difference(expected, outputs(functools.partial(run, shell), shell))
+    except Exception as error:
+        return f"the graph fails at a batch size of 3: {type(error).__name__}: {error}"
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What a nest of containers holds, in order."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = vars(value).values()
+    elif not isinstance(value, (list, tuple)):
+        yield value
+        return
+    for item in value:
+        yield from _leaves(item)
 
 
 def _first_difference(expected: list[Any], got: list[Any]) -> str:
@@ -231,7 +239,7 @@ def _first_difference(expected: list[Any], got: list[Any]) -> str:
 
 
 @contextmanager
-def _restored(module: nn.Module) -> Iterator[None]:
+def _restored(module: nn.Module) -> Generator[None]:
     """Put back the buffers that a forward in train mode changes."""
     saved = [(b, b.detach().clone()) for b in module.buffers()] if module.training else []
     try:

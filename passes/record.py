@@ -12,60 +12,17 @@ recorded: the innermost module doing so is named by `DataDependentError` and can
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import operator
-import sys
-import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 
-from growfx import graph_ops
 from growfx.errors import TraceError
-from growfx.layers import MaskedLayer
-from growfx.traced_number import TracedFloat, TracedInt, plain, traced
+from growfx.recorder import DataDependentError, Recorder, is_own_or_torch
 
 __all__ = ["DataDependentError", "Recording", "record"]
-
-# Subclasses of these compute what their base computes, in their own way: one node each, whatever is inside.
-_LEAF_KINDS = (
-    nn.modules.conv._ConvNd,
-    nn.Linear,
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.MultiheadAttention,
-    nn.RNNBase,
-    nn.modules.dropout._DropoutNd,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    torch.jit.ScriptModule,
-)
-# Library modules that are one operator though they are not torch's; named, so that nothing has to be imported.
-_LEAF_NAMES = {
-    "timm.layers.drop.DropPath",
-    "torchvision.ops.misc.FrozenBatchNorm2d",
-    "torchvision.ops.stochastic_depth.StochasticDepth",
-}
-_DATA_TO_PYTHON = {
-    "__array__", "__bool__", "__complex__", "__contains__", "__float__", "__index__", "__int__", "allclose", "equal",
-    "is_nonzero", "item", "numpy", "tolist",
-}  # fmt: skip
-_NO_VALUE = {"_assert", "_assert_async", "_log_api_usage_once"}
-
-
-class DataDependentError(BaseException):
-    """Python took a value out of data inside `module`. A BaseException, so that the model's own code lets it pass."""
-
-    def __init__(self, module: str, reason: str):
-        super().__init__(module, reason)
-        self.module, self.reason = module, reason
 
 
 @dataclasses.dataclass
@@ -105,7 +62,7 @@ def record(
         TraceError: the forward itself failed; names the module and the source line.
         DataDependentError: see above.
     """
-    recorder = _Recorder(module, frozenset(opaque), allow_data)
+    recorder = Recorder(module, frozenset(opaque), allow_data)
     inputs = recorder.placeholders(args, dict(kwargs or {}))
     try:
         with _intercepted_calls(recorder), recorder, torch.enable_grad():
@@ -125,259 +82,8 @@ def record(
     return Recording(recorder.graph, list(recorder.called), output)
 
 
-class _Recorder(TorchFunctionMode):
-    """The recording under way."""
-
-    def __init__(self, root: nn.Module, opaque: frozenset[str], allow_data: bool):
-        super().__init__()
-        self.root, self.opaque, self.allow_data = root, opaque, allow_data
-        self.graph = fx.Graph()
-        self.called: dict[str, None] = {}
-        self.stack: list[str] = []
-        self.inside_leaf = 0
-        self.failed_in = ""
-        self.module_names = {id(m): name for name, m in root.named_modules() if name}
-        self.tensor_names = {id(t): name for name, t in chain(root.named_buffers(), root.named_parameters())}
-        self.plain_tensors: dict[int, str] | None = None
-        self.nodes: dict[int, fx.Node | Callable[[], fx.Node]] = {}
-        self.alive: list[Any] = []  # an id is only good as long as its tensor lives
-        self.from_data: set[fx.Node] = set()
-        self.grad_switches: list[tuple[bool, fx.Node]] = []
-
-    # -- values to nodes ------------------------------------------------------------------------------------------
-
-    def placeholders(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        names = [p for p in _forward_parameters(self.root) if p not in kwargs]
-        inputs = []
-        for i, value in enumerate(args):
-            node = self.graph.placeholder(names[i] if i < len(names) else f"input_{i}")
-            inputs.append(self._input(value, node))
-        named = {}
-        for name, value in kwargs.items():
-            named[name] = self._input(value, self.graph.placeholder(name))
-        return tuple(inputs), named
-
-    def _input(self, value: Any, node: fx.Node) -> Any:
-        self.from_data.add(node)
-        if isinstance(value, Tensor):
-            # A fresh tensor object: an input that is also a buffer or another input must not share its node.
-            value = value.view_as(value)
-            node.meta["shape"] = tuple(value.shape)
-        self._track(value, lambda: node)
-        return value
-
-    def _track(self, value: Any, node: Callable[[], fx.Node]) -> None:
-        """Remember the node of every tensor in `value`; parts of a container get theirs when first used."""
-        if isinstance(value, Tensor):
-            self.nodes[id(value)] = node
-            self.alive.append(value)
-        elif isinstance(value, (tuple, list)):
-            for i, item in enumerate(value):
-                self._track(item, self._part(node, i, item))
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                self._track(item, self._part(node, key, item))
-
-    def _part(self, whole: Callable[[], fx.Node], key: Any, item: Any) -> Callable[[], fx.Node]:
-        made: list[fx.Node] = []
-
-        def make() -> fx.Node:
-            if not made:
-                made.append(self._emit("call_function", operator.getitem, (whole(), key), {}, item))
-                if whole() in self.from_data:
-                    self.from_data.add(made[0])
-            return made[0]
-
-        return make
-
-    def node_of(self, tensor: Tensor) -> fx.Node:
-        entry = self.nodes.get(id(tensor))
-        if entry is None:
-            entry = self._constant(tensor)
-        node = entry() if callable(entry) else entry
-        self.nodes[id(tensor)] = node
-        return node
-
-    def _constant(self, tensor: Tensor) -> fx.Node:
-        """The `get_attr` node of a parameter, a buffer, or a tensor from outside the recording."""
-        name = self.tensor_names.get(id(tensor))
-        if name is not None:
-            owner_name, _, leaf = name.rpartition(".")
-            owner = self.root.get_submodule(owner_name)
-            if isinstance(owner, MaskedLayer) and leaf == owner.weight_name:
-                self.called.setdefault(owner_name)
-                name = f"{owner_name}.effective_weight"
-        else:
-            if self.plain_tensors is None:
-                self.plain_tensors = _plain_tensor_names(self.root)
-            name = self.plain_tensors.get(id(tensor))
-        if name is None:
-            name = f"_recorded_constant_{sum(n.startswith('_recorded_constant_') for n in self.root._buffers)}"
-            self.root.register_buffer(name, tensor.detach().clone(), persistent=False)
-        self.alive.append(tensor)
-        node = self.graph.create_node("get_attr", name)
-        node.meta.update(shape=tuple(tensor.shape), source=_source_line(), module=self.stack[-1] if self.stack else "")
-        return node
-
-    def as_argument(self, value: Any, build: bool = False) -> Any:
-        """`value` with nodes for its tensors and numbers. `build`: classes of containers become calls of them."""
-        if isinstance(value, Tensor):
-            return self.node_of(value)
-        if isinstance(value, (TracedInt, TracedFloat)):
-            node = value.node_in(self)
-            return plain(value) if node is None else node
-        if isinstance(value, slice):
-            return slice(*(self.as_argument(v) for v in (value.start, value.stop, value.step)))
-        if isinstance(value, tuple):
-            items = [self.as_argument(v, build) for v in value]
-            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-        if isinstance(value, list):
-            return [self.as_argument(v, build) for v in value]
-        if isinstance(value, dict):
-            items_of = {k: self.as_argument(v, build) for k, v in value.items()}
-            if build and type(value) is not dict:
-                return self.graph.call_function(type(value), (list(items_of.items()),))
-            return items_of
-        if build and dataclasses.is_dataclass(value) and not isinstance(value, type):
-            fields = {f.name: self.as_argument(getattr(value, f.name), build) for f in dataclasses.fields(value)}
-            return self.graph.call_function(type(value), (), fields)
-        return value
-
-    def _emit(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> fx.Node:
-        node = self.graph.create_node(op, target, self.as_argument(args), self.as_argument(kwargs))
-        node.meta["source"] = _source_line()
-        node.meta["module"] = self.stack[-1] if self.stack else ""
-        node.meta["shape"] = tuple(value.shape) if isinstance(value, Tensor) else None
-        if any(n in self.from_data for n in node.all_input_nodes):
-            self.from_data.add(node)
-        return node
-
-    def emit_number(self, function: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
-        """The node of a computed size (see growfx.traced_number)."""
-        node = self.graph.create_node("call_function", function, self.as_argument(args))
-        node.meta.update(shape=None, source=_source_line(), module=self.stack[-1] if self.stack else "", number=True)
-        return node
-
-    def _size(self, tensor: Tensor, dim: int) -> Callable[[], fx.Node]:
-        def make() -> fx.Node:
-            node = self.graph.create_node("call_method", "size", (self.node_of(tensor), dim))
-            node.meta.update(shape=None, source="", module=self.stack[-1] if self.stack else "", number=True)
-            return node
-
-        return make
-
-    def traced_shape(self, tensor: Tensor) -> torch.Size:
-        sizes = [traced(int(n), self, self._size(tensor, i)) for i, n in enumerate(tensor.shape)]
-        return torch.Size(sizes)
-
-    # -- what happens in the run ------------------------------------------------------------------------------------
-
-    def __torch_function__(self, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        plain_args, plain_kwargs = _plain(args), _plain(kwargs)
-        if self.inside_leaf:
-            return func(*plain_args, **plain_kwargs)
-        name = getattr(func, "__name__", "")
-        if name == "__get__":
-            return self._attribute(func.__self__.__name__, func, args)
-        if name == "_set_grad_enabled":
-            return self._grad_switch(bool(plain_args[0]))
-        if name in _DATA_TO_PYTHON:
-            return self._to_python(name, func, plain_args, plain_kwargs)
-        if name == "__setitem__":
-            return self._set_item(*args)
-        if name == "__iter__":
-            return iter(self.__torch_function__(Tensor.unbind, (), (args[0], 0)))
-        # Arguments are looked up before the call: one that is changed in place keeps the node it had.
-        op, target = _operation(func, name)
-        node_args, node_kwargs = self.as_argument(tuple(args)), self.as_argument(kwargs)
-        value = func(*plain_args, **plain_kwargs)
-        if name in _NO_VALUE:
-            return value
-        if name == "size" or name == "numel":
-            return self._number_result(name, args, kwargs, value)
-        if not _holds_tensor(value):
-            return value
-        node = self._emit(op, target, node_args, node_kwargs, value)
-        self._track(value, lambda: node)
-        return value
-
-    def _attribute(self, name: str, getter: Any, args: tuple[Any, ...]) -> Any:
-        tensor = args[0]
-        if name == "shape":
-            return self.traced_shape(tensor) if id(tensor) in self.nodes else tensor.shape
-        value = getter(*args)
-        if isinstance(value, Tensor) and value is not tensor and name != "grad":
-            node = self._emit("call_function", getattr, (tensor, name), {}, value)
-            self._track(value, lambda: node)
-        return value
-
-    def _number_result(self, name: str, args: Any, kwargs: Any, value: Any) -> Any:
-        tensor = args[0]
-        if id(tensor) not in self.nodes:
-            return value
-        if name == "numel":
-            return traced(value, self, lambda: self._emit("call_method", "numel", (tensor,), {}, None))
-        dim = args[1] if len(args) > 1 else kwargs.get("dim")
-        return self.traced_shape(tensor) if dim is None else self.traced_shape(tensor)[int(dim)]
-
-    def _grad_switch(self, enabled: bool) -> None:
-        """`with no_grad()` becomes a pair of nodes, the second of which restores what the first one found."""
-        before = torch.is_grad_enabled()
-        if self.grad_switches and self.grad_switches[-1][0] == enabled:
-            _, entry = self.grad_switches.pop()
-            node = self.graph.create_node("call_function", torch._C._set_grad_enabled, (entry,))
-        elif before != enabled:
-            node = self.graph.create_node("call_function", graph_ops.swap_grad_enabled, (enabled,))
-            self.grad_switches.append((before, node))
-        else:
-            return
-        node.meta.update(shape=None, source=_source_line(), module=self.stack[-1] if self.stack else "")
-        torch._C._set_grad_enabled(enabled)
-
-    def _to_python(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        tensors = [a for a in chain(args, kwargs.values()) if isinstance(a, Tensor)]
-        if not self.allow_data and any(id(t) in self.nodes and self.node_of(t) in self.from_data for t in tensors):
-            reason = f"`{name.strip('_')}` of a tensor computed from the input, at {_source_line()}"
-            raise DataDependentError(self.stack[-1] if self.stack else "", reason)
-        return func(*args, **kwargs)
-
-    def _set_item(self, base: Tensor, index: Any, value: Any) -> None:
-        base_node = self.node_of(base)
-        args = (base, index, value)
-        if base._is_view() or base_node.op == "get_attr":
-            # A write that other tensors see must stay a write.
-            self._emit("call_function", operator.setitem, args, {}, None)
-            base[_plain(index)] = _plain(value)
-            return
-        node = self._emit("call_function", graph_ops.set_item, args, {}, base)
-        base[_plain(index)] = _plain(value)
-        self.nodes[id(base)] = node
-
-    def call_leaf(self, original: Callable[..., Any], module: nn.Module, name: str, args: Any, kwargs: Any) -> Any:
-        """A module recorded as one node."""
-        node_args, node_kwargs = self.as_argument(tuple(args)), self.as_argument(kwargs)
-        self.inside_leaf += 1
-        try:
-            value = original(module, *_plain(args), **_plain(kwargs))
-        finally:
-            self.inside_leaf -= 1
-        node = self._emit("call_module", name, node_args, node_kwargs, value)
-        self._track(value, lambda: node)
-        return value
-
-    def is_leaf(self, module: nn.Module, name: str) -> bool:
-        if name in self.opaque or isinstance(module, _LEAF_KINDS):
-            return True
-        kind = type(module)
-        if f"{kind.__module__}.{kind.__qualname__}" in _LEAF_NAMES:
-            return True
-        childless = next(module.children(), None) is None
-        return childless and kind.__module__.startswith("torch.nn.")
-
-
 @contextmanager
-def _intercepted_calls(recorder: _Recorder) -> Iterator[None]:
+def _intercepted_calls(recorder: Recorder) -> Generator[None]:
     """Every module call passes the recorder; only one recording runs at a time in a process."""
     original = nn.Module.__call__
 
@@ -399,59 +105,11 @@ def _intercepted_calls(recorder: _Recorder) -> Iterator[None]:
         finally:
             recorder.stack.pop()
 
-    nn.Module.__call__ = call  # type: ignore[method-assign]
+    nn.Module.__call__ = call
     try:
         yield
     finally:
-        nn.Module.__call__ = original  # type: ignore[method-assign]
-
-
-def _operation(func: Any, name: str) -> tuple[str, Any]:
-    if name == "__getitem__":
-        return "call_function", operator.getitem
-    if isinstance(func, (types.MethodDescriptorType, types.WrapperDescriptorType)) or _is_tensor_method(func, name):
-        return "call_method", name
-    return "call_function", func
-
-
-def _is_tensor_method(func: Any, name: str) -> bool:
-    return getattr(func, "__module__", None) == "torch._tensor" and hasattr(Tensor, name)
-
-
-def _plain(value: Any) -> Any:
-    """`value` with ordinary numbers, as torch's functions want them."""
-    if isinstance(value, (TracedInt, TracedFloat)):
-        return plain(value)
-    if isinstance(value, torch.Size):
-        return torch.Size([int(v) for v in value])
-    if isinstance(value, slice):
-        return slice(_plain(value.start), _plain(value.stop), _plain(value.step))
-    if type(value) is tuple or type(value) is list:
-        return type(value)(_plain(v) for v in value)
-    if type(value) is dict:
-        return {k: _plain(v) for k, v in value.items()}
-    return value
-
-
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return any(_holds_tensor(v) for v in value)
-    return isinstance(value, Tensor)
-
-
-def _forward_parameters(module: nn.Module) -> list[str]:
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
-
-
-def _plain_tensor_names(root: nn.Module) -> dict[int, str]:
-    """Tensors that are attributes of modules without being parameters or buffers."""
-    found = {}
-    for name, module in root.named_modules():
-        for key, value in vars(module).items():
-            if isinstance(value, Tensor):
-                found[id(value)] = f"{name}.{key}" if name else key
-    return found
+        nn.Module.__call__ = original
 
 
 def _drop_unused_numbers(graph: fx.Graph) -> None:
@@ -462,26 +120,11 @@ def _drop_unused_numbers(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-_OWN_FILES = tuple(sys.modules[name].__file__ for name in ("growfx.layers", "growfx.traced_number")) + (__file__,)
-_TORCH_FOLDER = str(torch.__file__).rsplit("__init__", 1)[0]
-
-
-def _source_line() -> str:
-    """File, line and function of the model's code that is running."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith(_TORCH_FOLDER) and file not in _OWN_FILES:
-            return f"{file}:{frame.f_lineno} in {frame.f_code.co_name}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""
-
-
 def _source_of_error(error: BaseException) -> str:
     source, traceback = "", error.__traceback__
     while traceback is not None:
         code = traceback.tb_frame.f_code
-        if not code.co_filename.startswith(_TORCH_FOLDER) and code.co_filename not in _OWN_FILES:
+        if not is_own_or_torch(code.co_filename):
             source = f"{code.co_filename}:{traceback.tb_lineno} in {code.co_name}"
         traceback = traceback.tb_next
     return source or "source unknown"

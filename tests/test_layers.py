@@ -22,7 +22,11 @@ OPTIMIZERS = {
 
 def small_net(density: float = 0.3) -> growfx.MaskedGraph:
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 36, 5),
     )
     return growfx.wrap(model, torch.randn(2, 3, 6, 6), density=density)
 

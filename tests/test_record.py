@@ -1,0 +1,292 @@
+"""Recording: whatever a forward does is in the graph, in order, with a free batch size."""
+
+import dataclasses
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import growfx
+from growfx.passes.record import DataDependentError, record
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+class Attention(nn.Module):
+    """Functional weights, sizes, a table and an assert, as hand-written attention blocks have them."""
+
+    def __init__(self, dim: int = 8, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.register_buffer("table", torch.randn(heads, 5, 5))
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, dim = x.shape
+        torch._assert(dim % self.heads == 0, "heads")
+        qkv = F.linear(x, self.qkv.weight, self.qkv.bias)
+        q, k, v = qkv.reshape(batch, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = (q * (dim // self.heads) ** -0.5) @ k.transpose(-2, -1) + self.table
+        x = (self.drop(scores.softmax(dim=-1)) @ v).transpose(1, 2).reshape(batch, tokens, dim)
+        return self.proj(x)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = self.conv2(x).add_(x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(("model", "shape"), [(Residual(), (2, 3, 6, 6)), (Attention(), (2, 5, 8))])
+def test_the_recorded_graph_reads_as_the_golden_text(model: nn.Module, shape: tuple[int, ...]) -> None:
+    net = growfx.wrap(model.eval(), torch.randn(shape))
+    text = "\n".join(line.split(";")[0].rstrip() for line in net.code.strip().splitlines()) + "\n"
+    file = GOLDEN / f"graph_{type(model).__name__.lower()}.txt"
+    assert text == file.read_text()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_the_batch_size_is_free(batch: int) -> None:
+    model = Attention().eval()
+    net = growfx.wrap(model, torch.randn(2, 5, 8))
+    x = torch.randn(batch, 5, 8)
+    assert torch.equal(net(x), model(x))
+    assert len(net._recordings) == 2
+
+
+def test_dropout_and_batch_norm_follow_the_mode() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(64, 2))
+    net = growfx.wrap(model, torch.randn(2, 3, 6, 6))
+    x = torch.randn(4, 3, 6, 6)
+    for mode in (True, False):
+        net.train(mode), model.train(mode)
+        outputs = []
+        for module in (net, model):
+            torch.manual_seed(3)
+            outputs.append(module(x))
+        torch.testing.assert_close(outputs[0], outputs[1])
+
+
+def test_wrapping_changes_neither_buffers_nor_mode_nor_random_state() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)).train()
+    model[1].eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    net = growfx.wrap(model, torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(torch.rand(1), expected)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.training
+    assert not model[1].training
+    assert net.training
+    assert not net.get_submodule("1").training
+
+
+def test_containers_in_and_out_keep_their_kinds() -> None:
+    @dataclasses.dataclass
+    class Output:
+        main: torch.Tensor
+        rest: list[torch.Tensor]
+
+    class Many(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 2)
+
+        def forward(self, pair: list[torch.Tensor], scale: float = 1.0) -> OrderedDict:
+            first, second = pair
+            out = Output(self.a(first) * scale, [self.b(second), first])
+            return OrderedDict(out=out, sizes=(first.shape[0], first.ndim))
+
+    model = Many()
+    net = growfx.wrap(model, ([torch.randn(2, 4), torch.randn(2, 4)],))
+    assert net.trace_report.faithful
+    pair = [torch.randn(2, 4), torch.randn(2, 4)]
+    out, expected = net(pair), model(pair)
+    assert type(out) is OrderedDict
+    assert torch.equal(out["out"].main, expected["out"].main)
+    assert torch.equal(out["out"].rest[1], pair[0])
+    assert out["sizes"] == (2, 2)
+    assert torch.equal(net(pair, scale=2.0)["out"].main, model(pair, scale=2.0)["out"].main)
+
+
+def test_another_input_size_is_recorded_anew_and_kept() -> None:
+    model = Residual().eval()
+    net = growfx.wrap(model, torch.randn(2, 3, 6, 6))
+    x = torch.randn(3, 3, 9, 7)
+    assert torch.equal(net(x), model(x))
+    recordings = len(net._recordings)
+    net(x)
+    assert len(net._recordings) == recordings == 3
+
+
+def test_a_branch_on_the_size_is_taken_anew_at_another_size() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x) if x.shape[-1] > 4 else -self.conv(x)
+
+    model = Branch()
+    net = growfx.wrap(model, torch.randn(1, 3, 8, 8))
+    for size in (8, 3):
+        x = torch.randn(2, 3, size, size)
+        assert torch.equal(net(x), model(x))
+
+
+def test_writing_into_a_part_of_a_tensor_is_recorded() -> None:
+    class Write(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.fc(x) * 2
+            y[:, 1:3] = x[:, :2]
+            z = torch.zeros_like(y)
+            z[:, 0] = y[:, 1]
+            z[:, 2:].copy_(y[:, :2])
+            return y + z
+
+    model = Write()
+    net = growfx.wrap(model, torch.randn(2, 4))
+    assert net.trace_report.faithful
+    x = torch.randn(3, 4, requires_grad=True)
+    assert torch.equal(net(x), model(x))
+    (a,), (b,) = torch.autograd.grad(net(x).sum(), x), torch.autograd.grad(model(x).sum(), x)
+    assert torch.equal(a, b)
+
+
+def test_no_grad_inside_a_forward_is_recorded_and_ends() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                x = self.a(x)
+            return self.b(x)
+
+    net = growfx.wrap(Frozen(), torch.randn(2, 4)).train()
+    net(torch.randn(3, 4)).sum().backward()
+    assert net.get_parameter("a.weight").grad is None
+    assert net.get_parameter("b.weight").grad is not None
+    with torch.no_grad():
+        assert not net(torch.randn(3, 4)).requires_grad
+    assert torch.is_grad_enabled()
+
+
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.yes, self.no = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.yes(x) if x.sum() > 0 else self.no(x)
+
+
+def test_a_module_that_branches_on_data_is_recorded_whole_and_named() -> None:
+    model = nn.Sequential(OrderedDict(first=nn.Linear(4, 4), gate=Gate(), last=nn.Linear(4, 4)))
+    net = growfx.wrap(model, torch.randn(2, 4), density=0.5)
+    assert list(net.trace_report.opaque) == ["gate"]
+    assert "in forward" in net.trace_report.opaque["gate"]
+    assert net.trace_report.faithful
+    assert set(net.layers) == {"first", "gate.yes", "gate.no", "last"}
+    plain = growfx.unwrap(net)
+    for _ in range(6):
+        x = torch.randn(3, 4)
+        torch.testing.assert_close(net(x), plain(x))
+
+
+def test_a_model_that_branches_on_data_runs_its_own_forward_over_masked_layers() -> None:
+    class Functional(Gate):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + F.linear(x, self.no.weight)
+
+    net = growfx.wrap(Functional(), torch.randn(2, 4), density=0.5)
+    assert not net.trace_report.faithful
+    assert "" in net.trace_report.opaque
+    assert "its own forward runs" in str(net.trace_report)
+    plain = growfx.unwrap(net)
+    net.train()
+    for sign in (1, -1):
+        x = sign * torch.rand(3, 4)
+        torch.testing.assert_close(net(x), plain(x))
+        net(x).sum().backward()
+    for layer in net.layers.values():
+        assert not layer.parameter.grad[~layer.mask].any()
+    with pytest.raises(growfx.TraceError, match="not faithful"):
+        net.graph_at(torch.randn(2, 4))
+
+
+def test_record_alone_names_the_module_that_reads_data() -> None:
+    with pytest.raises(DataDependentError) as caught:
+        record(nn.Sequential(nn.Linear(4, 4), Gate()), (torch.randn(2, 4),))
+    assert caught.value.module == "1"
+
+
+def test_a_wrong_shape_is_a_trace_error_with_module_and_line() -> None:
+    model = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 4, 3)))
+    with pytest.raises(growfx.TraceError, match=r"module `conv`.*expected input.*to have 3 channels.*example_inputs"):
+        growfx.wrap(model, torch.randn(1, 5, 8, 8))
+    net = growfx.wrap(model, torch.randn(1, 3, 8, 8))
+    with pytest.raises(growfx.TraceError, match="to have 3 channels"):
+        net(torch.randn(1, 5, 8, 8))
+
+
+def test_sizes_computed_by_arithmetic_stay_free() -> None:
+    import math
+
+    class Sizes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            n = x.size(0)
+            half = math.ceil(n * 2 / 2)
+            x = self.fc(x).repeat(2 * n // n, 1)
+            return x.view(half, -1)[: abs(-n)] + torch.arange(x.numel() // (8 * 1)).view(-1, 1)
+
+    model = Sizes()
+    net = growfx.wrap(model, torch.randn(2, 4))
+    assert net.trace_report.faithful
+    for batch in (1, 7):
+        x = torch.randn(batch, 4)
+        assert torch.equal(net(x), model(x))
+
+
+def test_tensors_from_outside_the_model_are_constants_of_the_graph() -> None:
+    outside = torch.randn(4)
+
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.plain = nn.Linear(4, 4), torch.randn(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x) + outside * self.plain
+
+    model = Constant()
+    net = growfx.wrap(model, torch.randn(2, 4))
+    x = torch.randn(3, 4)
+    assert torch.equal(net(x), model(x))
+    assert set(net.state_dict()) == {*model.state_dict(), "fc.mask"}
+    assert set(growfx.unwrap(net).state_dict()) == set(model.state_dict())
