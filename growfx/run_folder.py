@@ -6,6 +6,7 @@ that differs.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from typing import Any
 from growfx.checkpoint import Checkpoints
 from growfx.errors import CheckpointError, ConfigError
 
-__all__ = ["RunFolder", "refuse_existing"]
+__all__ = ["RunFolder", "finite", "refuse_existing"]
 
 _CONTENT = ("config.json", "log.jsonl", "checkpoint", "result.json", "curve.png", "summary.txt", "artifact")
 # What may differ between the start of a run and its continuation: where it runs, and where its data lies.
@@ -38,8 +39,7 @@ def refuse_existing(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise CheckpointError(f"run folder `{path}` cannot be used ({error.strerror})") from error
     if present and "config.json" not in present:
         raise CheckpointError(
-            f"`{path}` is not a run folder (it holds `{present[0]}` and no `config.json`); "
-            "choose another folder"
+            f"`{path}` is not a run folder (it holds `{present[0]}` and no `config.json`); choose another folder"
         )
     if present and not (resume or overwrite):
         raise CheckpointError(
@@ -139,11 +139,9 @@ class RunFolder:
         """Append one record to `log.jsonl`."""
         try:
             with (self.path / "log.jsonl").open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(record, allow_nan=False) + "\n")
+                stream.write(json.dumps(finite(record), allow_nan=False) + "\n")
         except OSError as error:
-            raise CheckpointError(
-                f"`{self.path / 'log.jsonl'}` cannot be written ({error.strerror})"
-            ) from error
+            raise CheckpointError(f"`{self.path / 'log.jsonl'}` cannot be written ({error.strerror})") from error
 
     def log_position(self) -> int:
         """Length of `log.jsonl` in bytes."""
@@ -183,3 +181,14 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def finite(value: Any) -> Any:
+    """A copy that JSON can hold: inf and nan become None."""
+    if isinstance(value, Mapping):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    return float(value) if math.isfinite(value) else None

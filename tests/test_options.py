@@ -26,9 +26,9 @@ def test_a_value_out_of_range_is_refused_with_its_name_and_the_range(name, value
 
 def test_a_value_of_another_type_is_refused():
     with pytest.raises(ConfigError, match=r"`epochs` = 2\.5 is not of type int"):
-        TrainOptions(epochs=2.5)  # type: ignore[arg-type]
+        TrainOptions(epochs=2.5)
     with pytest.raises(ConfigError, match="`download` = 1 is not of type bool"):
-        DataOptions(download=1)  # type: ignore[arg-type]
+        DataOptions(download=1)
 
 
 def test_an_integer_is_taken_where_a_float_is_asked_for():

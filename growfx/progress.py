@@ -1,0 +1,86 @@
+"""Progress bars of a training run, on standard error."""
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+__all__ = ["Progress"]
+
+
+class Progress:
+    """Bars for growth rounds, epochs and steps; silent when not `shown`.
+
+    tqdm gives the remaining time of the bar it shows: of the round while growing (how many rounds
+    follow is for the data to say), of the whole final training afterwards.
+    """
+
+    def __init__(self, shown: bool) -> None:
+        self.shown = shown
+        self._epochs: tqdm[Any] | None = None
+        self._steps: tqdm[Any] | None = None
+        self._rounds = 0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for bar in (self._steps, self._epochs):
+            if bar is not None:
+                bar.close()
+        self._steps = self._epochs = None
+
+    def say(self, text: str) -> None:
+        """Print one line above the bars; shown always, because it reports what the user has to know."""
+        tqdm.write(text, file=_stderr())
+
+    def round(self, record: Mapping[str, Any]) -> None:
+        """Report a scored growth round: its density, accuracy, noise and what the method decided."""
+        self._rounds += 1
+        if not self.shown:
+            return
+        verdict = "growing" if record["growing"] else f"stop: {record['stop_reason']}"
+        self.say(
+            f"round {record['round']}: density {100 * record['density']:.2f} %, accuracy "
+            f"{100 * record['val_accuracy']:.2f} +- {100 * record['noise']:.2f} %, {verdict}"
+        )
+
+    def begin_final(self, epochs: int, done: int) -> None:
+        """Show the bar of the final training."""
+        self._epochs = tqdm(
+            total=epochs, initial=done, desc="training", unit="epoch", disable=not self.shown, file=_stderr()
+        )
+
+    def final_epoch(self, accuracy: float, density: float) -> None:
+        """Advance the bar of the final training."""
+        if self._epochs is not None:
+            self._epochs.set_postfix_str(
+                f"accuracy {100 * accuracy:.2f} %, density {100 * density:.2f} %", refresh=False
+            )
+            self._epochs.update()
+
+    @contextmanager
+    def epoch(self, phase: str, epoch: int, epochs: int, steps: int) -> Generator[Callable[[], Any]]:
+        """A bar over the steps of one epoch (over those of the whole round while growing)."""
+        growing = phase == "rounds"
+        name = f"growing, round {self._rounds + 1}" if growing else f"epoch {epoch + 1}/{epochs}"
+        with tqdm(
+            total=steps * epochs if growing else steps,
+            initial=steps * epoch if growing else 0,
+            desc=name,
+            unit="step",
+            leave=False,
+            position=0 if growing else 1,
+            disable=not self.shown,
+            file=_stderr(),
+        ) as bar:
+            self._steps = bar
+            yield bar.update
+        self._steps = None
+
+
+def _stderr() -> Any:
+    import sys
+
+    return sys.stderr

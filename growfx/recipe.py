@@ -1,0 +1,138 @@
+"""The parts of a training recipe, made by timm's factories: optimizer, schedule, loss, weight averaging.
+
+And the randomness of an epoch.
+"""
+
+import math
+import random
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from growfx.errors import ConfigError, DataError
+from growfx.options import TrainOptions
+
+__all__ = [
+    "cosine",
+    "make_average",
+    "make_loss",
+    "make_optimizer",
+    "pick_device",
+    "private_randomness",
+    "seed_globally",
+    "steps_of",
+]
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name, or with "auto" an accelerator if there is one; ConfigError if not usable."""
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator if accelerator is not None else torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"`device` = `{name}` cannot be used ({reason}); `auto` takes what there is") from error
+
+
+def steps_of(loader: Any) -> int:
+    """Batches of an epoch; DataError when the loader does not know, or has none."""
+    try:
+        steps = len(loader)
+    except TypeError as error:
+        raise DataError("the training loader has no length; growfx needs to know the steps of an epoch") from error
+    if steps == 0:
+        raise DataError("the training loader gives no batches: there are fewer images than one batch")
+    return steps
+
+
+def make_optimizer(net: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
+    """By timm's name; tensors of one dimension are not decayed. ConfigError when timm does not have it."""
+    from timm import optim
+
+    try:
+        return optim.create_optimizer_v2(  # pyright: ignore[reportPrivateImportUsage]
+            net,
+            opt=options.optimizer,
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            momentum=options.momentum,
+        )
+    except (ValueError, AssertionError, ImportError, KeyError) as error:
+        raise ConfigError(f"`optimizer` = `{options.optimizer}` cannot be used ({error})") from error
+
+
+def make_loss(options: TrainOptions) -> nn.Module:
+    """Cross-entropy, with label smoothing where asked for."""
+    from timm.loss.cross_entropy import LabelSmoothingCrossEntropy
+
+    smoothing = options.label_smoothing
+    return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
+
+
+def make_average(net: nn.Module, options: TrainOptions) -> Any:
+    """timm's ModelEmaV3 over a copy of `net`; `update(net, step=0)` starts it anew."""
+    from timm.utils.model_ema import ModelEmaV3
+
+    # The warm-up makes it the mean of the last tenth or so of however short a round is.
+    return ModelEmaV3(net, decay=options.ema_decay, use_warmup=True)
+
+
+def seed_globally(seed: int, epoch: int, loader: Any = None) -> None:
+    """Seed every global generator, and a loader's own, from the run's seed and the epoch's number."""
+    from timm.utils.random import random_seed
+
+    state = np.random.SeedSequence([seed, epoch + 1]).generate_state(1)
+    random_seed(int(state[0]) >> 1)
+    generator = getattr(loader, "generator", None)
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(int(state[0]))
+
+
+@contextmanager
+def private_randomness() -> Generator[None]:
+    """Leave the global generators as they were found."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - timm's transforms draw from it
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+def cosine(
+    optimizer: torch.optim.Optimizer,
+    options: TrainOptions,
+    *,
+    peak: float,
+    epochs: int,
+    warmup: float,
+    steps: int,
+) -> Any:
+    """A cosine from `peak` to `peak * options.min_lr` over `epochs` of `steps` steps, after a linear warmup.
+
+    Returns:
+        a timm scheduler; its `step_update(n)` sets the rate of step n and needs no state to be continued.
+    """
+    from timm.scheduler.scheduler_factory import create_scheduler_v2
+
+    for group in optimizer.param_groups:
+        # timm's schedulers take their peak from here and would keep that of the phase before.
+        group["lr"] = group["initial_lr"] = peak
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine",
+        num_epochs=epochs,
+        warmup_epochs=math.floor(warmup * steps) / steps,  # type: ignore[arg-type]
+        warmup_lr=peak * 0.1,
+        min_lr=peak * options.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=steps,
+    )
+    return schedule

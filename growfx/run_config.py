@@ -1,0 +1,47 @@
+"""What `config.json` says of a run: enough to make it again, and to refuse continuing another one."""
+
+import platform
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+import growfx
+from growfx.graph import MaskedGraph
+from growfx.options import TrainOptions, as_json
+
+if TYPE_CHECKING:
+    from growfx.methods.base import Method
+
+__all__ = ["describe_run", "model_name"]
+
+
+def describe_run(net: MaskedGraph, method: "Method | None", options: TrainOptions) -> dict[str, Any]:
+    """Versions, model, masks, method and options as JSON values, for `config.json`."""
+    import timm
+
+    versions = {
+        "growfx": growfx.__version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+    identity = net.identity
+    model = {"name": model_name(net), "kwargs": dict(identity.kwargs) if identity else {}}
+    # A dense control and a static mask differ in nothing but these.
+    masks = {"numel": net.numel, "digest": net.mask_digest()} if method is None else {"numel": net.numel}
+    described = {"name": method.name, **as_json(method)} if method else None
+    return {
+        "versions": versions,
+        "model": model,
+        "masks": masks,
+        "method": described,
+        "train": as_json(options),
+        "seed": options.seed,
+    }
+
+
+def model_name(net: MaskedGraph) -> str:
+    """The spec the model was made from, else its class."""
+    return net.identity.spec if net.identity else type(net.shell).__name__

@@ -1,0 +1,390 @@
+"""Training a masked network: growth rounds while the method asks for them, then one full schedule.
+
+A growth round is a short cosine that anneals to near zero, so that rounds can be compared; what is scored on
+the validation split are the averaged (EMA) weights under the masks of the moment. When the method stops, the
+final training starts from the masks and weights it has put back.
+
+Optimizer, schedule, loss and averaging are timm's. Everything random in an epoch is drawn from the global
+generators, seeded at its start from the run's seed and the epoch's number; so a run that is continued from
+the checkpoint of an epoch ends bit for bit as one that was never interrupted (same machine and threads).
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from growfx.cost import CostMeter
+from growfx.errors import CheckpointError, ConfigError, DataError, GrowfxError
+from growfx.evaluation import Score, evaluate, logits_of, paired_noise
+from growfx.graph import MaskedGraph
+from growfx.options import TrainOptions
+from growfx.progress import Progress
+from growfx.recipe import (
+    cosine,
+    make_average,
+    make_loss,
+    make_optimizer,
+    pick_device,
+    private_randomness,
+    seed_globally,
+    steps_of,
+)
+from growfx.report import write_report
+from growfx.run_config import describe_run, model_name
+from growfx.run_folder import RunFolder, finite
+
+if TYPE_CHECKING:
+    from growfx.methods.base import Method
+
+__all__ = ["Result", "train"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to; `result.json` holds the same fields. Accuracies are fractions.
+
+    Attributes:
+        dense_equivalent_epochs: training FLOPs the sparse network needs over those of one dense epoch.
+        epochs: all epochs run, growth included; `steps` the optimizer steps in them.
+        test_accuracy: None without a test loader.
+        trace: one `{round, density, nnz, val_accuracy, fit}` a growth round.
+    """
+
+    method: str
+    model: str
+    density: float
+    nnz: int
+    numel: int
+    mask_digest: str
+    val_accuracy: float
+    test_accuracy: float | None
+    dense_equivalent_epochs: float
+    epochs: int
+    steps: int
+    stop_reason: str
+    trace: list[dict[str, Any]]
+
+
+def train(
+    net: MaskedGraph,
+    train_loader: Iterable[Any],
+    val_loader: Iterable[Any],
+    *,
+    method: "Method | None" = None,
+    test_loader: Iterable[Any] | None = None,
+    options: TrainOptions | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    about: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> Result:
+    """Train `net` in place; with `out` everything is kept in a run folder.
+
+    Args:
+        net: from `growfx.wrap`. It is moved to `options.device`.
+        train_loader: gives (images (B, ...), class numbers (B)); its length must be known. Its order follows
+            torch's global generator, or a `generator` of its own, which is then seeded every epoch.
+        val_loader: scores growth rounds and epochs, always in the same order.
+        method: from `growfx.methods.create`, not yet attached; None trains the masks as they are.
+        test_loader: scored once, at the end.
+        options: see `TrainOptions`; `changes` are single fields of it (`epochs=10`).
+        out: run folder. `resume` continues the run in it (or starts one), `overwrite` replaces it.
+        about: further facts for `config.json` and the artifact, which a continued run must share.
+
+    Raises:
+        ConfigError: an option out of its range, an unknown optimizer, a network without class scores.
+        CheckpointError: the run folder exists, is of another run, is damaged, or cannot be written.
+        DataError: an empty loader.
+        GrowfxError: the loss is not finite.
+    """
+    options = _changed(options or TrainOptions(), changes)
+    if not isinstance(net, MaskedGraph):
+        raise ConfigError(
+            f"growfx.train needs a growfx.MaskedGraph, not a `{type(net).__name__}`; wrap the model first"
+        )
+    run = _Run(net, train_loader, val_loader, test_loader, method, options, progress)
+    if out is not None:
+        config = {**describe_run(net, method, options), **(about or {})}
+        run.folder = RunFolder.start(Path(out), config, resume=resume, overwrite=overwrite)
+    elif resume:
+        raise ConfigError("`resume` needs `out`, the folder of the run to continue")
+    with private_randomness():
+        return run.all()
+
+
+@dataclass
+class _Position:
+    """Where a run is, between two epochs. `epoch` and `steps` count from its beginning."""
+
+    phase: str = "rounds"
+    phase_epoch: int = 0
+    epoch: int = 0
+    steps: int = 0
+
+
+class _Run:
+    """The mutable state of one `train` call."""
+
+    def __init__(
+        self,
+        net: MaskedGraph,
+        train_loader: Iterable[Any],
+        val_loader: Iterable[Any],
+        test_loader: Iterable[Any] | None,
+        method: "Method | None",
+        options: TrainOptions,
+        progress: bool,
+    ) -> None:
+        self.net, self.method, self.options = net, method, options
+        self.train_loader, self.val_loader, self.test_loader = train_loader, val_loader, test_loader
+        self.folder: RunFolder | None = None
+        self.progress = Progress(progress)
+        self.device = pick_device(options.device)
+        self.epoch_steps = steps_of(train_loader)
+        self.at = _Position()
+        self.best = -1.0
+        self.last_score: Score | None = None
+        self.val_accuracy = math.nan
+
+    def all(self) -> Result:
+        """The whole run, or what is left of it."""
+        self._set_up()
+        self._restore()
+        with self.progress:
+            if self.at.phase == "rounds":
+                self._rounds()
+                self.at = dataclasses.replace(self.at, phase="final", phase_epoch=0)
+            self._final()
+        return self._finish()
+
+    # -- beginning ------------------------------------------------------------------------------------------
+
+    def _set_up(self) -> None:
+        self.net.to(self.device)
+        seed_globally(self.options.seed, -1)
+        self.optimizer = make_optimizer(self.net, self.options)
+        if self.method is not None:
+            total = self.options.epochs * self.epoch_steps
+            self.method.attach(self.net, self.optimizer, total_steps=total, steps_per_epoch=self.epoch_steps)
+        self.loss = make_loss(self.options).to(self.device)
+        self.ema = make_average(self.net, self.options) if self._grows() else None
+        images, _ = next(iter(self.val_loader), (None, None))
+        if images is None:
+            raise DataError("the validation loader gives no images")
+        self.meter = CostMeter(self.net, images[:1].to(self.device))
+
+    def _grows(self) -> bool:
+        return self.method is not None and self.method.epochs_per_round is not None
+
+    # -- growth rounds --------------------------------------------------------------------------------------
+
+    def _rounds(self) -> None:
+        method = self.method
+        while method is not None and method.growing and method.epochs_per_round is not None:
+            length = method.epochs_per_round
+            peak = self.options.lr * self.options.round_lr
+            schedule = self._schedule(peak, length, self.options.round_warmup * length)
+            for epoch in range(self.at.phase_epoch, length):
+                loss = self._epoch(schedule, epoch, length)
+                self._log_epoch("round", schedule, loss, None)
+                last = epoch == length - 1
+                if last:
+                    self._score_round()
+                self.at.phase_epoch = 0 if last else epoch + 1
+                self._checkpoint()
+
+    def _score_round(self) -> None:
+        assert self.method is not None
+        assert self.ema is not None
+        averaged = evaluate(self.ema.module, self.val_loader, self.device)
+        raw = evaluate(self.net, self.val_loader, self.device)
+        before = self.last_score if self.last_score is not None else raw
+        noise = paired_noise(averaged, before)
+        self.last_score = averaged
+        self.method.report(averaged.accuracy, noise)
+        entry = self.method.trace[-1]
+        record = {
+            "event": "round",
+            **entry,
+            "raw_accuracy": raw.accuracy,
+            "noise": noise,
+            "standard_error": averaged.standard_error,
+            "growing": self.method.growing,
+            "stop_reason": self.method.stop_reason,
+        }
+        if self.folder:
+            self.folder.log(record)
+        self.progress.round(record)
+
+    # -- final training -------------------------------------------------------------------------------------
+
+    def _final(self) -> None:
+        options = self.options
+        schedule = self._schedule(options.lr, options.epochs, min(options.warmup_epochs, options.epochs / 2))
+        self.progress.begin_final(options.epochs, self.at.phase_epoch)
+        for epoch in range(self.at.phase_epoch, options.epochs):
+            loss = self._epoch(schedule, epoch, options.epochs)
+            self.val_accuracy = evaluate(self.net, self.val_loader, self.device).accuracy
+            if self.method is not None and not self._grows():
+                self.method.report(self.val_accuracy)
+            self._log_epoch("final", schedule, loss, self.val_accuracy)
+            self.progress.final_epoch(self.val_accuracy, self.net.density)
+            self.at.phase_epoch = epoch + 1
+            better = self.val_accuracy > self.best
+            self.best = max(self.best, self.val_accuracy)
+            self._checkpoint(best=better)
+
+    def _finish(self) -> Result:
+        test = None
+        if self.test_loader is not None:
+            test = evaluate(self.net, self.test_loader, self.device).accuracy
+        method, net = self.method, self.net
+        result = Result(
+            method=method.name if method else "dense" if net.nnz == net.numel else "static",
+            model=model_name(net),
+            density=net.density,
+            nnz=net.nnz,
+            numel=net.numel,
+            mask_digest=net.mask_digest(),
+            val_accuracy=self.val_accuracy,
+            test_accuracy=test,
+            dense_equivalent_epochs=self.meter.dense_equivalent_epochs,
+            epochs=self.at.epoch,
+            steps=self.at.steps,
+            stop_reason=(method.stop_reason if method else "") or "end of the schedule",
+            trace=[finite(entry) for entry in method.trace] if method else [],
+        )
+        if self.folder:
+            write_report(self.folder, net, dataclasses.asdict(result))
+        return result
+
+    # -- one epoch ------------------------------------------------------------------------------------------
+
+    def _schedule(self, peak: float, epochs: int, warmup: float) -> Any:
+        steps = self.epoch_steps
+        return cosine(self.optimizer, self.options, peak=peak, epochs=epochs, warmup=warmup, steps=steps)
+
+    def _epoch(self, schedule: Any, phase_epoch: int, phase_epochs: int) -> float:
+        """Train for one epoch; the mean loss."""
+        seed_globally(self.options.seed, self.at.epoch, self.train_loader)
+        self.net.train()
+        step = phase_epoch * self.epoch_steps
+        total = torch.zeros((), device=self.device)
+        self._started = time.perf_counter()
+        done = 0
+        with self.progress.epoch(self.at.phase, phase_epoch, phase_epochs, self.epoch_steps) as tick:
+            for images, targets in self.train_loader:
+                schedule.step_update(step)
+                total += self._step(images, targets)
+                step, done = step + 1, done + 1
+                if self.ema is not None and self.at.phase == "rounds":
+                    self.ema.update(self.net, step=step - 1)
+                # A look at the value waits for the device: now and then is enough to stop in time.
+                if done % 20 == 0 or done == self.epoch_steps:
+                    self._require_finite(total, schedule)
+                tick()
+        if done != self.epoch_steps:
+            raise DataError(f"the training loader gave {done} batches; its length says {self.epoch_steps}")
+        self.at.epoch += 1
+        self.at.steps += done
+        self.meter.add_epoch()
+        return float(total) / done
+
+    def _step(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        images = images.to(self.device, non_blocking=True)
+        loss = self.loss(logits_of(self.net(images)), targets.to(self.device, non_blocking=True))
+        loss.backward()
+        if self.options.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.net.parameters(), self.options.clip_grad)
+        self.optimizer.step()
+        if self.method is not None:
+            self.method.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def _require_finite(self, total: torch.Tensor, schedule: Any) -> None:
+        if not bool(torch.isfinite(total)):
+            kept = f"; the checkpoint of epoch {self.at.epoch} is kept" if self.folder else ""
+            rate = self.optimizer.param_groups[0]["lr"]
+            raise GrowfxError(
+                f"the loss is not finite in epoch {self.at.epoch + 1} (`{self.options.optimizer}`, learning "
+                f"rate {rate:.3g}); lower `lr`, lengthen `warmup_epochs` or set `clip_grad`{kept}"
+            )
+
+    def _log_epoch(self, phase: str, schedule: Any, loss: float, accuracy: float | None) -> None:
+        if self.folder is None:
+            return
+        record = {
+            "event": "epoch",
+            "phase": phase,
+            "epoch": self.at.epoch,
+            "steps": self.at.steps,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_loss": loss,
+            "val_accuracy": accuracy,
+            "density": self.net.density,
+            "nnz": self.net.nnz,
+            "dense_equivalent_epochs": self.meter.dense_equivalent_epochs,
+            "seconds": round(time.perf_counter() - self._started, 3),
+        }
+        self.folder.log(record)
+
+    # -- checkpoints ----------------------------------------------------------------------------------------
+
+    def _checkpoint(self, *, best: bool = False) -> None:
+        if self.folder is None:
+            return
+        state = {
+            "position": dataclasses.asdict(self.at),
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "method": self.method.state_dict() if self.method else None,
+            "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "cost": self.meter.state_dict(),
+            "best": self.best,
+            "val_accuracy": self.val_accuracy,
+            "last_score": None if self.last_score is None else self.last_score.correct,
+            "log_position": self.folder.log_position(),
+        }
+        self.folder.checkpoints.save(state, best=best)
+
+    def _restore(self) -> None:
+        if self.folder is None or not self.folder.checkpoints.exists():
+            return
+        state, notice = self.folder.checkpoints.load()
+        if notice:
+            self.progress.say(notice)
+        try:
+            self.at = _Position(**state["position"])
+            self.net.load_state_dict(state["net"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.method is not None:
+                self.method.load_state_dict(state["method"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(state["ema"])
+            self.meter.load_state_dict(state["cost"])
+            self.best, self.val_accuracy = state["best"], state["val_accuracy"]
+            self.last_score = None if state["last_score"] is None else Score(state["last_score"])
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[:1]
+            raise CheckpointError(
+                f"the checkpoint in `{self.folder.checkpoints.folder}` does not fit this run ({' '.join(reason)})"
+            ) from error
+        self.folder.rewind_log(state["log_position"])
+
+
+def _changed(options: TrainOptions, changes: Mapping[str, Any]) -> TrainOptions:
+    known = [f.name for f in dataclasses.fields(options)]
+    unknown = sorted(set(changes) - set(known))
+    if unknown:
+        raise ConfigError(f"option `{unknown[0]}` is unknown; allowed: {', '.join(f'`{k}`' for k in known)}")
+    return dataclasses.replace(options, **changes)

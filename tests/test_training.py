@@ -1,0 +1,383 @@
+import dataclasses
+import json
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import growfx
+from growfx.checkpoint import content_digest, read
+from growfx.density import random_masks
+from growfx.errors import CheckpointError, ConfigError, DataError, GrowfxError
+from growfx.options import TrainOptions
+from growfx.progress import Progress
+from growfx.training import train
+
+
+class Tiny(nn.Module):
+    """Two convolutions with batch norm and dropout: everything that carries state or draws numbers."""
+
+    def __init__(self, classes: int = 4):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 8, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(8)
+        self.drop = nn.Dropout(0.1)
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm1(self.conv1(x)))
+        x = torch.relu(self.norm2(self.conv2(x)))
+        return self.head(self.drop(x.amax((2, 3))))
+
+
+@dataclass
+class Doubling:
+    """As small as a growing method can be: doubles random masks, stops after `rounds`, goes back one."""
+
+    name = "doubling"
+    rounds: int = 3
+    epochs_per_round: int = 2
+    seed: int = 0
+    trace: list = field(default_factory=list, init=False)
+    growing: bool = field(default=True, init=False)
+    stop_reason: str = field(default="", init=False)
+    noises: list = field(default_factory=list, init=False)
+    steps: int = field(default=0, init=False)
+
+    def attach(self, net, optimizer, *, total_steps, steps_per_epoch):
+        self.net, self.optimizer = net, optimizer
+        self.before: dict = {}
+        self._draw(0.1)
+
+    def _draw(self, density):
+        shapes = {name: tuple(layer.mask.shape) for name, layer in self.net.layers.items()}
+        self.net.set_masks(random_masks(shapes, density, seed=self.seed))
+
+    def step(self):
+        self.steps += 1
+        return False
+
+    def report(self, accuracy, noise=None):
+        entry = {"round": len(self.trace), "density": self.net.density, "nnz": self.net.nnz}
+        self.trace.append({**entry, "val_accuracy": accuracy, "fit": None})
+        self.noises.append(noise)
+        if len(self.trace) < self.rounds:
+            self.before = {k: v.clone() for k, v in self.net.state_dict().items()}
+            self._draw(0.1 * 2 ** len(self.trace))
+        else:
+            self.net.load_state_dict(self.before)
+            self.growing, self.stop_reason = False, "rounds are over"
+
+    def state_dict(self):
+        names = ("trace", "growing", "stop_reason", "noises", "steps", "before")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state):
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+def loaders(count: int = 96, batch: int = 16):
+    """Four classes told apart by the brightest corner."""
+    generator = torch.Generator().manual_seed(1)
+    targets = torch.arange(count) % 4
+    images = torch.randn(count, 1, 8, 8, generator=generator)
+    for i, target in enumerate(targets.tolist()):
+        row, column = 4 * (target // 2), 4 * (target % 2)
+        images[i, 0, row : row + 3, column : column + 3] += 1.0 + target
+    data = TensorDataset(images, targets)
+    return DataLoader(data, batch_size=batch, shuffle=True, drop_last=True), DataLoader(data, batch_size=40)
+
+
+def fresh_net() -> growfx.MaskedGraph:
+    torch.manual_seed(3)
+    return growfx.wrap(Tiny(), torch.randn(1, 1, 8, 8))
+
+
+QUICK = TrainOptions(epochs=3, lr=0.1, warmup_epochs=1, device="cpu")
+
+
+def interrupt_at(monkeypatch, epoch: int, step: int) -> None:
+    """Raise in the given step of the given epoch (both counted from the beginning of the run)."""
+    from growfx import training
+
+    original = training._Run._step
+    count = {"steps": 0}
+
+    def stop(self, images, targets):
+        if (self.at.epoch, count["steps"] % self.epoch_steps) == (epoch, step):
+            raise KeyboardInterrupt
+        count["steps"] += 1
+        return original(self, images, targets)
+
+    monkeypatch.setattr(training._Run, "_step", stop)
+
+
+def final_state(path) -> dict:
+    state = read(path / "checkpoint" / "latest.pt")
+    del state["log_position"]  # the log holds times
+    return state
+
+
+def test_a_dense_network_learns_and_the_result_says_what_was_done():
+    train_loader, val_loader = loaders()
+    net = fresh_net()
+    result = train(net, train_loader, val_loader, options=QUICK, epochs=8, test_loader=val_loader, progress=False)
+    assert result.method == "dense"
+    assert result.val_accuracy > 0.6
+    assert result.test_accuracy == result.val_accuracy
+    assert (result.epochs, result.steps) == (8, 48)
+    assert (result.density, result.nnz, result.numel) == (1.0, net.numel, net.numel)
+    assert result.mask_digest == net.mask_digest()
+    assert result.dense_equivalent_epochs == pytest.approx(8)
+    assert result.trace == []
+
+
+def test_a_growing_method_runs_its_rounds_then_the_full_schedule_from_what_it_put_back():
+    train_loader, val_loader = loaders()
+    net, method = fresh_net(), Doubling()
+    result = train(net, train_loader, val_loader, method=method, options=QUICK, progress=False)
+    assert [round(entry["density"], 2) for entry in result.trace] == [0.1, 0.2, 0.4]
+    assert result.density == pytest.approx(0.2, abs=0.01)
+    assert result.epochs == 3 * 2 + 3
+    assert method.steps == result.steps == 6 * 9
+    assert result.stop_reason == "rounds are over"
+    # Every round and the final training cost their density, and no more.
+    assert 2 * (0.1 + 0.2 + 0.4) * 0.3 < result.dense_equivalent_epochs < 9 * 0.8
+    assert all(noise > 0 for noise in method.noises)
+    for layer in net.layers.values():
+        assert bool((layer.weight[~layer.mask] == 0).all())
+
+
+def test_a_round_is_scored_on_averaged_weights_and_ends_near_a_rate_of_zero(tmp_path):
+    train_loader, val_loader = loaders()
+    train(fresh_net(), train_loader, val_loader, method=Doubling(), options=QUICK, out=tmp_path / "run", progress=False)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    rounds = [r for r in log if r["event"] == "round"]
+    epochs = [r for r in log if r["event"] == "epoch"]
+    assert len(rounds) == 3
+    assert {"raw_accuracy", "noise", "standard_error", "val_accuracy", "density", "fit"} <= set(rounds[0])
+    assert [r["phase"] for r in epochs] == ["round"] * 6 + ["final"] * 3
+    # The last step of a round is one step short of the end of its cosine.
+    assert epochs[1]["lr"] < 0.1 * QUICK.lr < epochs[0]["lr"]
+    assert epochs[-1]["lr"] < 0.1 * QUICK.lr
+
+
+@pytest.mark.parametrize(("epoch", "step"), [(0, 3), (1, 0), (3, 4), (4, 0), (6, 2), (8, 5)])
+def test_a_run_that_is_interrupted_and_resumed_ends_as_one_that_was_not(tmp_path, monkeypatch, epoch, step):
+    """Epochs 0 to 5 are those of the growth rounds, two each; 6 to 8 the final training."""
+
+    def run(path, **flags):
+        train_loader, val_loader = loaders()
+        torch.manual_seed(len(str(path)))  # what came before the run must not matter
+        return train(
+            net := fresh_net(),
+            train_loader,
+            val_loader,
+            method=Doubling(),
+            options=QUICK,
+            out=path,
+            progress=False,
+            **flags,
+        ), net
+
+    whole, net = run(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, epoch, step)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts")
+    resumed, again = run(tmp_path / "parts", resume=True)
+    assert content_digest(dict(again.state_dict())) == content_digest(dict(net.state_dict()))
+    assert dataclasses.asdict(resumed) == dataclasses.asdict(whole)
+    assert content_digest(final_state(tmp_path / "parts")) == content_digest(final_state(tmp_path / "whole"))
+    logs = [[json.loads(x) for x in (tmp_path / p / "log.jsonl").read_text().splitlines()] for p in ("whole", "parts")]
+    for records in logs:
+        for record in records:
+            record.pop("seconds", None)
+    assert logs[0] == logs[1]
+
+
+def test_a_damaged_newest_checkpoint_costs_an_epoch_and_nothing_else(tmp_path, monkeypatch, capfd):
+    def run(path, **flags):
+        train_loader, val_loader = loaders()
+        net = fresh_net()
+        return train(net, train_loader, val_loader, options=QUICK, out=path, progress=False, **flags), net
+
+    whole, _ = run(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2, 1)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts")
+    latest = tmp_path / "parts" / "checkpoint" / "latest.pt"
+    latest.write_bytes(latest.read_bytes()[:-500])
+    resumed, _ = run(tmp_path / "parts", resume=True)
+    assert dataclasses.asdict(resumed) == dataclasses.asdict(whole)
+    assert "continuing from the previous one" in capfd.readouterr().err
+
+
+def test_resuming_a_finished_run_gives_its_result_again(tmp_path):
+    def run(**flags):
+        train_loader, val_loader = loaders()
+        return train(fresh_net(), train_loader, val_loader, options=QUICK, out=tmp_path / "r", progress=False, **flags)
+
+    assert run() == run(resume=True)
+
+
+def test_the_best_checkpoint_is_of_the_best_validation_accuracy(tmp_path):
+    train_loader, val_loader = loaders()
+    path = tmp_path / "run"
+    train(fresh_net(), train_loader, val_loader, options=QUICK, epochs=6, out=path, progress=False)
+    log = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+    best = max(r["val_accuracy"] for r in log)
+    state = read(path / "checkpoint" / "best.pt")
+    assert state["val_accuracy"] == state["best"] == best
+
+
+def test_the_run_folder_is_complete(tmp_path):
+    train_loader, val_loader = loaders()
+    path = tmp_path / "run"
+    result = train(fresh_net(), train_loader, val_loader, options=QUICK, out=path, progress=False, about={"note": 1})
+    names = {"config.json", "log.jsonl", "checkpoint", "result.json", "curve.png", "summary.txt", "artifact"}
+    assert {p.name for p in path.iterdir()} == names
+    assert json.loads((path / "result.json").read_text()) == dataclasses.asdict(result)
+    config = json.loads((path / "config.json").read_text())
+    assert config["train"]["epochs"] == 3
+    assert config["note"] == 1
+    assert "validation accuracy" in (path / "summary.txt").read_text()
+    loaded = growfx.load(path / "artifact", model=Tiny())
+    images = torch.randn(4, 1, 8, 8)
+    state = read(path / "checkpoint" / "latest.pt")["net"]
+    assert torch.equal(loaded.state_dict()["conv2.weight"], state["conv2.weight"])
+    assert loaded(images).shape == (4, 4)
+
+
+def test_resuming_with_another_method_option_or_network_is_refused_by_name(tmp_path):
+    train_loader, val_loader = loaders()
+    path = tmp_path / "run"
+    train(fresh_net(), train_loader, val_loader, options=QUICK, out=path, progress=False)
+    with pytest.raises(CheckpointError, match=r"`train\.epochs` = 3, now it is 4"):
+        train(fresh_net(), train_loader, val_loader, options=QUICK, epochs=4, out=path, resume=True)
+    with pytest.raises(CheckpointError, match=r"`masks\.digest`"):
+        train(fresh_net(), train_loader, val_loader, method=Doubling(), options=QUICK, out=path, resume=True)
+    other = growfx.wrap(Tiny(classes=5), torch.randn(1, 1, 8, 8))
+    with pytest.raises(CheckpointError, match=r"`masks\.\w+` = "):
+        train(other, train_loader, val_loader, options=QUICK, out=path, resume=True)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path):
+    train_loader, val_loader = loaders()
+    path = tmp_path / "run"
+    with pytest.raises(GrowfxError, match=r"loss is not finite in epoch \d.*lower `lr`.*checkpoint of epoch"):
+        train(fresh_net(), train_loader, val_loader, options=QUICK, lr=1e30, out=path, progress=False)
+    assert not (path / "result.json").exists()
+
+
+def test_the_callers_random_numbers_are_left_alone():
+    import random
+
+    train_loader, val_loader = loaders()
+    net = fresh_net()
+    torch.manual_seed(7)
+    random.seed(7)
+    expected = torch.rand(3), random.random()
+    torch.manual_seed(7)
+    random.seed(7)
+    train(net, train_loader, val_loader, options=QUICK, epochs=1, progress=False)
+    assert torch.equal(torch.rand(3), expected[0])
+    assert random.random() == expected[1]
+
+
+def test_the_seed_decides_the_outcome_and_another_one_changes_it():
+    def weights(seed):
+        train_loader, val_loader = loaders()
+        net = fresh_net()
+        train(net, train_loader, val_loader, options=QUICK, epochs=1, seed=seed, progress=False)
+        return content_digest(dict(net.state_dict()))
+
+    assert weights(1) == weights(1) != weights(2)
+
+
+def test_a_loader_with_a_generator_of_its_own_is_seeded_too(tmp_path, monkeypatch):
+    def run(path, **flags):
+        train_loader, val_loader = loaders()
+        own = DataLoader(train_loader.dataset, batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(5))
+        return train(fresh_net(), own, val_loader, options=QUICK, out=path, progress=False, **flags)
+
+    whole = run(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1, 1)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts")
+    run(tmp_path / "parts", resume=True)
+    assert content_digest(final_state(tmp_path / "parts")) == content_digest(final_state(tmp_path / "whole"))
+    assert whole.epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": "sdg"}, "`optimizer` = `sdg` cannot be used"),
+        ({"device": "abacus"}, "`device` = `abacus` cannot be used"),
+        ({"epoch": 3}, "option `epoch` is unknown"),
+        ({"resume": True}, "`resume` needs `out`"),
+    ],
+)
+def test_a_bad_option_is_refused_by_name(changes, message):
+    train_loader, val_loader = loaders()
+    with pytest.raises(ConfigError) as caught:
+        train(fresh_net(), train_loader, val_loader, progress=False, **changes)
+    assert message in str(caught.value)
+
+
+def test_a_plain_model_and_an_empty_loader_are_refused():
+    train_loader, val_loader = loaders()
+    with pytest.raises(ConfigError, match=r"needs a growfx\.MaskedGraph, not a `Tiny`; wrap the model first"):
+        train(Tiny(), train_loader, val_loader)
+    empty = DataLoader(train_loader.dataset, batch_size=1000, drop_last=True)
+    with pytest.raises(DataError, match="training loader gives no batches"):
+        train(fresh_net(), empty, val_loader, progress=False)
+    with pytest.raises(DataError, match="has no length"):
+        train(fresh_net(), iter([]), val_loader, progress=False)
+    with pytest.raises(DataError, match="validation loader gives no images"):
+        train(fresh_net(), train_loader, [], progress=False)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb", "rmsprop"])
+def test_optimizers_of_timm_train_and_resume(tmp_path, monkeypatch, optimizer):
+    def run(path, **flags):
+        train_loader, val_loader = loaders()
+        changes = {"optimizer": optimizer, "lr": 0.01, "clip_grad": 1.0, "label_smoothing": 0.1}
+        return train(fresh_net(), train_loader, val_loader, options=QUICK, out=path, progress=False, **changes, **flags)
+
+    run(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1, 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts")
+    run(tmp_path / "parts", resume=True)
+    assert content_digest(final_state(tmp_path / "parts")) == content_digest(final_state(tmp_path / "whole"))
+
+
+def test_progress_shows_rounds_epochs_accuracy_and_density(capfd):
+    train_loader, val_loader = loaders()
+    train(fresh_net(), train_loader, val_loader, method=Doubling(), options=QUICK)
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert "round 0: density" in shown.err
+    assert "stop: rounds are over" in shown.err
+    assert "training: 100%" in shown.err
+
+
+def test_progress_is_silent_when_not_wanted_but_for_notices(capfd):
+    with Progress(False) as progress:
+        progress.begin_final(3, 0)
+        with progress.epoch("final", 0, 3, 5) as tick:
+            tick()
+        progress.final_epoch(0.5, 0.1)
+        assert capfd.readouterr().err == ""
+        progress.say("a notice")
+    assert capfd.readouterr().err == "a notice\n"
