@@ -102,9 +102,7 @@ def save(
         return _write(content, target, dense)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ArtifactError(
-            f"the artifact cannot be written to `{target}` ({reason}); nothing was changed"
-        ) from error
+        raise ArtifactError(f"the artifact cannot be written to `{target}` ({reason}); nothing was changed") from error
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def _encode(net: MaskedGraph, provenance: Mapping[str, Any]) -> _Content:
             continue
         first[place] = name
         layer = layers.get(name)
-        if layer is None or layer.nnz == layer.numel:
+        if layer is None or bool(layer.mask.all()):
             entry, parts = _encode_dense(name, tensor)
         else:
             entry, parts = _encode_sparse(name, layer.mask, tensor)
@@ -158,9 +156,7 @@ def _plain_state(net: MaskedGraph) -> tuple[dict[str, Tensor], dict[str, MaskedL
             continue
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.dtype not in _NAMES:
             kind = f"{tensor.dtype} {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ArtifactError(
-                f"`{name}` ({kind}) cannot be stored; allowed: dense tensors of {', '.join(DTYPES)}"
-            )
+            raise ArtifactError(f"`{name}` ({kind}) cannot be stored; allowed: dense tensors of {', '.join(DTYPES)}")
         if id(tensor) in owner:
             layers[name] = owner[id(tensor)]
         plain[name] = tensor.detach()
@@ -221,9 +217,7 @@ def _structure(model: nn.Module) -> dict[str, Any]:
         twin = isinstance(module, MaskedLayer)
         facts[f"module {name}"] = module.twin_of if twin else type(module)
         own = {**module._parameters, **module._buffers}
-        facts |= {
-            f"{name}.{k}": t.shape for k, t in own.items() if t is not None and not (twin and k == "mask")
-        }
+        facts |= {f"{name}.{k}": t.shape for k, t in own.items() if t is not None and not (twin and k == "mask")}
     return facts
 
 
@@ -257,9 +251,7 @@ def _write(content: _Content, target: Path, dense: bool) -> ArtifactInfo:
     stored = {k: v for name, entry in manifest.tensors.items() for k, v in entry.stored(name).items()}
     stale = [] if dense else [DENSE_WEIGHTS] if _has_dense(target) else []
     with staged_folder(target, last=CONFIG, stale=stale) as folder:
-        size, digest = _write_safetensors(
-            folder / WEIGHTS, {"growfx": to_metadata(manifest)}, stored, content.streams
-        )
+        size, digest = _write_safetensors(folder / WEIGHTS, {"growfx": to_metadata(manifest)}, stored, content.streams)
         info = describe(manifest, size)
         if dense:
             shapes = {name: (_NAMES[t.dtype], tuple(t.shape)) for name, t in content.dense.items()}

@@ -3,14 +3,14 @@
 Nothing is believed before it is checked: the folder's config names plain files inside the folder and gives
 the weights file's SHA-256; the manifest gives its own; names, dtypes and shapes of the file are those of the
 manifest; the decoded size is bounded and the tensors are those of the model before anything is decoded; every
-stream has its CRC-32. No code, no pickle: only timm's and torchvision's own builders are called, by registered
-name.
+stream has its CRC-32. No code, no pickle: only timm's and torchvision's own builders are called, by their
+registered names.
 """
 
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,7 @@ _PREPROCESSING = (
 )
 
 
-def load(
-    path: str | Path, *, model: nn.Module | None = None, max_bytes: int = DEFAULT_MAX_BYTES
-) -> nn.Module:
+def load(path: str | Path, *, model: nn.Module | None = None, max_bytes: int = DEFAULT_MAX_BYTES) -> nn.Module:
     """The network of an artifact as a plain module in eval mode, every bit of its weights as saved.
 
     Args:
@@ -139,12 +137,8 @@ class _Weights:
             positions = self.positions(name, entry)
             data = self._bytes(f"{name}::values", entry.values_crc32)
             flat = np.zeros(entry.numel, dtype=f"u{itemsize}")
-            flat[positions] = decode_values(
-                ValueStream(entry.value_codec, entry.planes, data), entry.nnz, itemsize
-            )
-            return (
-                torch.from_numpy(flat.view(_SIGNED[itemsize])).view(DTYPES[entry.dtype]).reshape(entry.shape)
-            )
+            flat[positions] = decode_values(ValueStream(entry.value_codec, entry.planes, data), entry.nnz, itemsize)
+            return torch.from_numpy(flat.view(_SIGNED[itemsize])).view(DTYPES[entry.dtype]).reshape(entry.shape)
 
     def positions(self, name: str, entry: SparseEntry) -> Positions:
         """Positions of the active weights of one tensor, in C order."""
@@ -171,13 +165,11 @@ class _Weights:
         for name, (dtype, shape) in expected.items():
             part = self._handle.get_slice(name)
             if part.get_dtype() != dtype or tuple(part.get_shape()) != shape:
-                raise ArtifactError(
-                    f"the artifact is damaged: `{name}` is not the {dtype} {shape} of its manifest"
-                )
+                raise ArtifactError(f"the artifact is damaged: `{name}` is not the {dtype} {shape} of its manifest")
 
 
 @contextmanager
-def _opened(path: str | Path, *, verify: bool) -> Iterator[_Weights]:
+def _opened(path: str | Path, *, verify: bool) -> Generator[_Weights]:
     with _where(f"`{path}`"):
         place = Path(path)
         config = _read_config(place) if place.is_dir() else None
@@ -211,16 +203,12 @@ def _weights_file(folder: Path, config: Mapping[str, Any], verify: bool) -> Path
     check_version(block.get("format"), block.get("version"))
     name = block.get("weights")
     if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\:\0"):
-        raise ArtifactError(
-            f"its `{CONFIG}` names the weights file `{name}`; only a plain file name is allowed"
-        )
+        raise ArtifactError(f"its `{CONFIG}` names the weights file `{name}`; only a plain file name is allowed")
     file = folder / name
     if not file.is_file():
         raise ArtifactError(f"its weights file `{name}` is missing")
     if file.resolve().parent != folder.resolve():
-        raise ArtifactError(
-            f"its weights file `{name}` is a link out of the folder; load that file by its own path"
-        )
+        raise ArtifactError(f"its weights file `{name}` is a link out of the folder; load that file by its own path")
     if block.get("bytes") != file.stat().st_size or (verify and block.get("sha256") != _sha256(file)):
         raise ArtifactError(f"the artifact is damaged: `{name}` is not the file that `{CONFIG}` describes")
     return file
@@ -236,9 +224,7 @@ def _check_config(config: Mapping[str, Any], manifest: Manifest) -> None:
     if config["growfx"].get("model") != manifest.model:
         wrong.append("`growfx.model`")
     if wrong:
-        raise ArtifactError(
-            f"its `{CONFIG}` was changed: {', '.join(wrong)} differ from the weights file's copy"
-        )
+        raise ArtifactError(f"its `{CONFIG}` was changed: {', '.join(wrong)} differ from the weights file's copy")
 
 
 def _identity(manifest: Manifest) -> ModelIdentity:
@@ -262,7 +248,7 @@ def _identity(manifest: Manifest) -> ModelIdentity:
 
 
 @contextmanager
-def _building() -> Iterator[None]:
+def _building() -> Generator[None]:
     try:
         yield
     except ConfigError as error:
@@ -280,9 +266,7 @@ def _check_fit(model: nn.Module, manifest: Manifest) -> None:
         complaints.append(f"the artifact lacks {_listed(extra)}")
     for name in sorted(own.keys() & manifest.names):
         if own[name] != manifest.entry(name).shape:
-            complaints.append(
-                f"`{name}` is {own[name]} in the model and {manifest.entry(name).shape} in the artifact"
-            )
+            complaints.append(f"`{name}` is {own[name]} in the model and {manifest.entry(name).shape} in the artifact")
     if complaints:
         shown = "; ".join(complaints[:_SHOWN_NAMES])
         raise ArtifactError(f"the model is not the artifact's ({type(model).__name__}): {shown}")
@@ -299,9 +283,7 @@ def _fill(model: nn.Module, manifest: Manifest, state: Mapping[str, Tensor]) -> 
         before = filled.setdefault(id(target), name)
         same = manifest.aliases.get(before, before) == manifest.aliases.get(name, name)
         if before != name and not same:
-            raise ArtifactError(
-                f"`{before}` and `{name}` are one tensor in the model and two in the artifact"
-            )
+            raise ArtifactError(f"`{before}` and `{name}` are one tensor in the model and two in the artifact")
         if before == name:
             # A name that is tied in the artifact but not in this model gets a tensor of its own.
             plan.append((target, tensor.clone() if name in manifest.aliases else tensor))
@@ -319,11 +301,12 @@ def _restore_preprocessing(model: nn.Module, manifest: Manifest) -> None:
 
 
 @contextmanager
-def _where(what: str) -> Iterator[None]:
+def _where(what: str) -> Generator[None]:
     try:
         yield
     except ArtifactError as error:
-        raise ArtifactError(f"{what}: {error}") from error
+        # What is behind it stays; the same complaint without its place would only be noise.
+        raise ArtifactError(f"{what}: {error}") from error.__cause__
 
 
 def _check_crc(data: Any, crc32: int) -> None:

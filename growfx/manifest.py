@@ -1,9 +1,9 @@
 """The manifest of an artifact: what the weights file holds, checked before anything of it is used.
 
 It stands as canonical JSON in the weights file's one metadata entry, beside its own SHA-256: two entries
-would be written in an order that differs from run to run. Per tensor it gives dtype, shape and a CRC-32 of each
-stored stream; per sparse tensor also the number of active weights and the codecs. Digest and checksums show
-damage, not who wrote the file.
+would be written in an order that differs from run to run. Per tensor it gives dtype, shape and a CRC-32 of
+each stored stream; per sparse tensor also the number of active weights and the codecs. Digest and checksums
+show damage, not who wrote the file.
 """
 
 import hashlib
@@ -286,9 +286,7 @@ class _Reader:
         for key, value in _SEMANTICS.items():
             if self.body.get(key) != value:
                 raise self.fail(f"field `{key}` is not `{value}`")
-        tensors = {
-            name: _Reader(f"tensor `{name}`", e).tensor() for name, e in self._objects("tensors").items()
-        }
+        tensors = {name: _Reader(f"tensor `{name}`", e).tensor() for name, e in self._objects("tensors").items()}
         aliases = self.take("aliases", dict)
         for alias, name in aliases.items():
             if alias in tensors or not isinstance(name, str) or name not in tensors:

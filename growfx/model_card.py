@@ -41,9 +41,7 @@ may be zero. Checksums find damage; they do not tell who made the file.
 def model_card(info: ArtifactInfo, config: Mapping[str, Any]) -> str:
     """Markdown with the metadata block that model hubs read. The same artifact gives the same text."""
     own = ", model=my_model" if info.model is None or info.model["library"] == "python" else ""
-    rows = [
-        f"| `{x.name}` | {'x'.join(map(str, x.shape))} | {x.nnz:,} | {x.density:.4f} |" for x in info.layers
-    ]
+    rows = [f"| `{x.name}` | {'x'.join(map(str, x.shape))} | {x.nnz:,} | {x.density:.4f} |" for x in info.layers]
     layers = "\n".join(["\n## Layers\n", "| layer | shape | nnz | density |", "|---|---|---|---|", *rows, ""])
     return _CARD.format(
         title=config.get("architecture") or "A network of its own class",

@@ -34,9 +34,7 @@ _ATTRIBUTE = "_growfx_identity"
 _TORCHVISION = "torchvision/"
 # Arguments that say where weights come from. They do not shape the model; an artifact brings its own weights.
 WEIGHT_SOURCES = {
-    "timm": frozenset(
-        {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
-    ),
+    "timm": frozenset({"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}),
     "torchvision": frozenset({"weights", "weights_backbone", "progress"}),
     "python": frozenset(),
 }
@@ -176,8 +174,7 @@ def _build_python(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
         target: Any = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(
-            f"model `{name}`: module `{module_name}` cannot be imported ({error}); "
-            "it must be on the Python path"
+            f"model `{name}`: module `{module_name}` cannot be imported ({error}); it must be on the Python path"
         ) from error
     for part in attribute.split("."):
         target = getattr(target, part, None)
@@ -207,8 +204,7 @@ def _unknown(name: str) -> ConfigError:
     close = difflib.get_close_matches(name, known, n=4)
     hint = f"did you mean {' or '.join(f'`{n}`' for n in close)}?" if close else "no known name is close."
     return ConfigError(
-        f"model `{name}` is unknown; {hint} Allowed: a timm name, `torchvision/NAME`, "
-        "or `package.module:callable`"
+        f"model `{name}` is unknown; {hint} Allowed: a timm name, `torchvision/NAME`, or `package.module:callable`"
     )
 
 

@@ -3,7 +3,7 @@
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -11,7 +11,7 @@ __all__ = ["staged_folder"]
 
 
 @contextmanager
-def staged_folder(target: Path, *, last: str, stale: Iterable[str] = ()) -> Iterator[Path]:
+def staged_folder(target: Path, *, last: str, stale: Iterable[str] = ()) -> Generator[Path]:
     """Yield an empty folder; when the block ends well, its files are on disk and move to `target` together.
 
     A new `target` appears by one rename. In an existing one each file is replaced by one rename, the one
