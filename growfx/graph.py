@@ -34,12 +34,14 @@ class RecordedGraph:
         called: the modules it calls, in order.
         faithful: whether it computes what the model computes, and so may be run.
         run: its compiled function.
+        code: the function's source, as fx prints it.
     """
 
     graph: fx.Graph
     called: list[str]
     faithful: bool
     run: Callable[..., Any]
+    code: Any
 
 
 # Records the net's shell in its current mode for these inputs and checks the graph against the model.
@@ -183,17 +185,18 @@ class MaskedGraph(fx.GraphModule):
         with _without_compiler(), in_mode(self.shell, key[0]):
             self._recordings[key] = self._recorder(self, inputs)
         if len(self._recordings) == 1 or key == (self.training, self._example.signature):
-            self._show(self._recordings[key].graph)
+            self._show(self._recordings[key])
         return self._recordings[key]
 
     # What `torch.compiler.disable` sets; calling that here would import the whole compiler with growfx.
     _record._torchdynamo_disable = True  # type: ignore[attr-defined]
 
-    def _show(self, graph: fx.Graph) -> None:
-        self._graph = graph
-        self._take_code(graph.python_code("self"))
+    def recorded(self, inputs: Inputs, training: bool) -> RecordedGraph | None:
+        """The recording for inputs like these in the given mode, if there is one already."""
+        return self._recordings.get((training, inputs.signature))
 
-    def _take_code(self, code: Any) -> None:
+    def _show(self, recording: RecordedGraph) -> None:
+        self._graph, code = recording.graph, recording.code
         # torch.compile reads these of every GraphModule.
         self._code, self._lineno_map, self._prologue_start = code.src, code._lineno_map, code._prologue_start
 
@@ -202,8 +205,8 @@ class MaskedGraph(fx.GraphModule):
         run, code = compiled(self._graph)
         for key, recording in self._recordings.items():
             if recording.graph is self._graph:
-                self._recordings[key] = replace(recording, run=run)
-        self._take_code(code)
+                self._recordings[key] = replace(recording, run=run, code=code)
+                self._show(self._recordings[key])
         return code
 
     @property
@@ -231,9 +234,9 @@ class MaskedGraph(fx.GraphModule):
         self.shell.train(mode)
         self.training = mode
         self.settle()
-        recording = self._recordings.get((mode, self._example.signature))
-        if recording is not None and recording.graph is not self._graph:
-            self._show(recording.graph)
+        recording = self.recorded(self._example, mode)
+        if recording is not None:
+            self._show(recording)
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
