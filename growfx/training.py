@@ -264,7 +264,9 @@ class _Run:
             trace=[finite(entry) for entry in method.trace] if method else [],
         )
         if self.folder:
-            write_report(self.folder, net, dataclasses.asdict(result))
+            notice = write_report(self.folder, net, dataclasses.asdict(result))
+            if notice:
+                self.progress.say(notice)
         return result
 
     # -- one epoch ------------------------------------------------------------------------------------------

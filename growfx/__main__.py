@@ -1,0 +1,5 @@
+"""`python -m growfx`."""
+
+from growfx.cli import main
+
+main()

@@ -1,0 +1,273 @@
+"""The command line. Commands import what they need when they run, so that `growfx --help` is quick."""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+import growfx
+from growfx.errors import ConfigError, GrowfxError
+
+__all__ = ["main"]
+
+_DATA_HELP = "`digits`, a folder with train/ and val/ or test/ of class folders, or a spec such as torch/cifar10"
+_CONTROLS = {"dense": "all weights, no mask", "static": "random masks of --density, never changed"}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 a `GrowfxError`, 2 wrong usage, 130 interrupted."""
+    try:
+        status = commands.main(arguments, prog_name="growfx", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        click.echo("growfx: interrupted; `--resume` continues a run from its checkpoint", err=True)
+        sys.exit(130)
+    except GrowfxError as error:
+        # One line: an error raised in a loading process carries that process's traceback before its own text.
+        click.echo(f"growfx: {type(error).__name__}: {' '.join(_own_text(error).split())}", err=True)
+        sys.exit(1)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(growfx.__version__, prog_name="growfx")
+def commands() -> None:
+    """Grow sparse networks: any timm, torchvision or own model, from a sparse seed to its plateau.
+
+    MODEL is a timm name, torchvision/NAME or package.module:callable.
+    """
+
+
+def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a command that makes a run."""
+    decorators = [
+        click.argument("model"),
+        click.option("--data", required=True, help=_DATA_HELP),
+        click.option("--out", required=True, type=click.Path(path_type=Path), help="run folder"),
+        click.option("--epochs", type=int, help="length of the (final) training"),
+        click.option("--seed", type=int, default=0, show_default=True, help="of everything drawn"),
+        click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="any other option"),
+        click.option("--resume", is_flag=True, help="continue the run in --out (or start it)"),
+        click.option("--overwrite", is_flag=True, help="replace the run in --out"),
+        click.option("--json", "as_json", is_flag=True, help="print the result as JSON"),
+        click.option("--quiet", is_flag=True, help="no progress bars"),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+@commands.command()
+@_run_options
+@click.option("--seed-density", type=float, help="density growth starts from")
+@click.option("--max-density", type=float, help="density growth ends at, plateau or not")
+def grow(seed_density: float | None, max_density: float | None, **given: Any) -> None:
+    """Grow MODEL on DATA until accuracy stops paying for density, train it, write the artifact."""
+    densities = {"seed_density": seed_density, "max_density": max_density}
+    _run("pwmpr", {k: v for k, v in densities.items() if v is not None}, **given)
+
+
+@commands.command()
+@_run_options
+@click.option("--method", required=True, metavar="NAME", help="see `growfx methods`; or dense, static")
+@click.option("--density", type=float, help="density to train at")
+def train(method: str, density: float | None, **given: Any) -> None:
+    """Train MODEL on DATA by another method, or as a dense or static control."""
+    from growfx import methods
+
+    allowed = [*_CONTROLS, *(n for n in methods.names() if not _grows(n))]
+    if method not in allowed:
+        hint = " (that one is `growfx grow`)" if method in methods.names() else ""
+        names = ", ".join(f"`{n}`" for n in allowed)
+        raise ConfigError(f"method `{method}` is unknown to `growfx train`{hint}; allowed: {names}")
+    if method == "dense" and density not in (None, 1.0):
+        raise ConfigError(f"method `dense` has density 1; `--density {density}` contradicts it")
+    if method == "static" and density is None:
+        raise ConfigError("method `static` needs `--density`")
+    _run(method, {} if density is None else {"density": density}, **given)
+
+
+@commands.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="artifact folder")
+@click.option("--dense", is_flag=True, help="also write a dense model.safetensors that timm loads")
+@click.option("--best", is_flag=True, help="from the checkpoint of the best validation accuracy, not the last")
+@click.option("--json", "as_json", is_flag=True, help="print the facts as JSON")
+def export(run: Path, out: Path, dense: bool, best: bool, as_json: bool) -> None:
+    """Write the artifact of a run from its checkpoint."""
+    from growfx.artifact import save
+    from growfx.job import reopen
+    from growfx.report import percent, provenance
+
+    net, folder = reopen(run, best=best)
+    # The result's figures are those of the last epoch, not of the best one.
+    info = save(
+        net,
+        out,
+        dense=dense,
+        provenance=provenance(folder, None if best else folder.read_json("result.json")),
+    )
+    facts = {
+        "path": str(out),
+        "nnz": info.nnz,
+        "numel": info.numel,
+        "density": info.density,
+        "bytes": info.bytes,
+    }
+    _show(
+        facts,
+        as_json,
+        f"{out}: density {percent(info.density)}, {info.nnz:,} active weights, {info.bytes:,} bytes",
+    )
+
+
+@commands.command("inspect")
+@click.argument("path")
+@click.option("--set", "assignments", multiple=True, metavar="model.KEY=VALUE", help="argument of a named model")
+@click.option("--json", "as_json", is_flag=True, help="print the facts as JSON")
+def inspect_command(path: str, assignments: tuple[str, ...], as_json: bool) -> None:
+    """Show the layers of an artifact, a run or a model by name: shape, nnz, density, bytes, alive units."""
+    from growfx.inspection import facts_of
+    from growfx.options import parse_assignments
+    from growfx.report import layer_rows, percent, table
+
+    facts = facts_of(path, parse_assignments(assignments, {})["model"])
+    size = f", {facts['bytes']:,} bytes" if facts.get("bytes") else ""
+    head = (
+        f"{facts['kind']} {path}: {facts['model']}, density {percent(facts['density'])}, "
+        f"{facts['nnz']:,} of {facts['numel']:,} masked weights active{size}"
+    )
+    note = [facts["alive_note"]] if facts.get("alive_note") else []
+    _show(facts, as_json, "\n".join([head, table(layer_rows(facts["layers"])), *note]))
+
+
+@commands.command("eval")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--data", required=True, help=_DATA_HELP)
+@click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True)
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="a data option, or device")
+@click.option("--json", "as_json", is_flag=True, help="print the facts as JSON")
+def eval_command(path: Path, data: str, split: str, assignments: tuple[str, ...], as_json: bool) -> None:
+    """Measure the accuracy of an artifact or a run."""
+    from growfx.inspection import accuracy_of
+    from growfx.report import percent
+
+    facts = accuracy_of(path, data, split, assignments)
+    _show(
+        facts,
+        as_json,
+        f"{split} accuracy {percent(facts['accuracy'])} +- {percent(facts['standard_error'])} "
+        f"({facts['images']:,} images)",
+    )
+
+
+@commands.command("methods")
+@click.option("--json", "as_json", is_flag=True, help="print the facts as JSON")
+def methods_command(as_json: bool) -> None:
+    """List the methods with the defaults of their options."""
+    from growfx import methods
+    from growfx.options import as_json as defaults
+    from growfx.report import table
+
+    facts = {name: defaults(methods.create(name)) for name in methods.names()}
+    rows = [
+        {
+            "method": name,
+            "options": ", ".join(f"{k}={v}" for k, v in options.items()),
+            "command": "grow" if _grows(name) else "train",
+        }
+        for name, options in facts.items()
+    ]
+    rows += [{"method": name, "options": what, "command": "train"} for name, what in _CONTROLS.items()]
+    _show({"methods": facts, "controls": _CONTROLS}, as_json, table(rows))
+
+
+def _run(
+    method_name: str,
+    method_options: dict[str, Any],
+    *,
+    model: str,
+    data: str,
+    out: Path,
+    epochs: int | None,
+    seed: int,
+    assignments: tuple[str, ...],
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Put a run together from the options of `grow` and `train`, and train."""
+    import dataclasses
+
+    from growfx.job import assemble
+    from growfx.options import DataOptions, TrainOptions, parse_assignments
+    from growfx.report import result_rows, table
+    from growfx.run_folder import refuse_existing
+    from growfx.training import train as run_training
+
+    kinds: dict[str, type] = {"data": DataOptions, "train": TrainOptions}
+    if method_name not in _CONTROLS:
+        kinds["method"] = _method_class(method_name)
+    values = parse_assignments(assignments, kinds)
+    given: dict[str, Any] = {"seed": seed} if epochs is None else {"seed": seed, "epochs": epochs}
+    train_options = TrainOptions(**{**given, **values["train"]})
+    data_options = DataOptions(**values["data"])
+    method = _method(method_name, {"seed": seed, **method_options, **values.get("method", {})})
+    refuse_existing(out, resume=resume, overwrite=overwrite)
+    job = assemble(
+        model,
+        data,
+        data_options,
+        model_kwargs=values["model"],
+        density=method_options["density"] if method_name == "static" else 1.0,
+        seed=train_options.seed,
+    )
+    result = run_training(
+        job.net,
+        job.loader("train", train=True),
+        job.loader("val"),
+        method=method,
+        test_loader=job.loader("test") if "test" in job.source.splits else None,
+        options=train_options,
+        out=out,
+        resume=resume,
+        overwrite=overwrite,
+        progress=not quiet,
+        about=job.about(),
+    )
+    facts = dataclasses.asdict(result)
+    _show(facts, as_json, f"{table(result_rows(facts))}\nwritten to {out}")
+
+
+def _method(name: str, options: Mapping[str, Any]) -> Any:
+    from growfx import methods
+
+    return None if name in _CONTROLS else methods.create(name, **options)
+
+
+def _method_class(name: str) -> type:
+    from growfx import methods
+
+    return type(methods.create(name))
+
+
+def _grows(name: str) -> bool:
+    from growfx import methods
+
+    return methods.create(name).epochs_per_round is not None
+
+
+def _own_text(error: GrowfxError) -> str:
+    text = str(error)
+    marker = f"{type(error).__name__}: "
+    return text.rpartition(marker)[2] if "Traceback" in text else text
+
+
+def _show(facts: Mapping[str, Any], as_json: bool, text: str) -> None:
+    click.echo(json.dumps(facts, indent=2) if as_json else text)

@@ -1,0 +1,160 @@
+"""What `growfx inspect` and `growfx eval` report of an artifact, a run or a model name."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from growfx.data import InputFormat, fit_input, make_loader, open_data
+from growfx.errors import ArtifactError, ConfigError, DataError, TraceError
+from growfx.evaluation import evaluate
+from growfx.graph import MaskedGraph
+from growfx.job import reopen, wrap_for
+from growfx.models import create_model, default_input_shape
+from growfx.options import DataOptions, TrainOptions, parse_assignments
+from growfx.recipe import pick_device
+
+__all__ = ["accuracy_of", "facts_of"]
+
+_WEIGHTS_FILE = "sparse.safetensors"
+
+
+def facts_of(path: str, model_kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Layer by layer: shape, nnz, numel, density, bytes (of an artifact) and the numbers of alive units.
+
+    Args:
+        path: an artifact, a run folder, or a model spec.
+        model_kwargs: arguments of the model when `path` is its spec.
+
+    Returns:
+        `kind`, `model`, `nnz`, `numel`, `density`, `layers`, and `bytes` of an artifact. A layer has
+        `alive_in` and `alive_out` as [alive, all]; `alive_note` says why when units could not be followed.
+
+    Raises:
+        ArtifactError, CheckpointError, ConfigError: damaged, or nothing of that name.
+    """
+    kind = _kind(Path(path))
+    if kind == "artifact":
+        return _facts_of_artifact(Path(path))
+    if kind == "run":
+        net, folder = reopen(Path(path))
+        return _facts_of_net("run", folder.config["model"]["name"], net)
+    if Path(path).exists():
+        raise ArtifactError(f"`{path}` is neither an artifact (no `{_WEIGHTS_FILE}`) nor a run (no `config.json`)")
+    model = create_model(path, **(model_kwargs or {}))
+    return _facts_of_net("model", path, wrap_for(model, _default_format(model)))
+
+
+def accuracy_of(path: Path, data: str, split: str, assignments: Sequence[str] = ()) -> dict[str, Any]:
+    """Accuracy of an artifact or a run on one split of a DATA spec.
+
+    Images are prepared as in training where that is recorded; `assignments` (`key=value`) change data options
+    and `device`.
+
+    Raises:
+        DataError: no such data or split, or other classes than the network has.
+        ArtifactError, CheckpointError, ConfigError: damaged, or neither of the two.
+    """
+    import growfx.artifact
+
+    values = parse_assignments(assignments, {"data": DataOptions, "device": TrainOptions})
+    if values["model"] or set(values["device"]) - {"device"}:
+        raise ConfigError("`growfx eval` takes data options and `device` after `--set`, no training options")
+    kind = _kind(path)
+    if kind == "artifact":
+        net: nn.Module = growfx.artifact.load(path)
+        known: Mapping[str, Any] = growfx.artifact.inspect(path).provenance
+    elif kind == "run":
+        net, folder = reopen(path)
+        known = folder.config
+    else:
+        raise ArtifactError(f"`{path}` is neither an artifact (no `{_WEIGHTS_FILE}`) nor a run (no `config.json`)")
+    recorded = {k: v for k, v in known.get("data", {}).items() if k not in ("spec", "fingerprint")}
+    options = DataOptions(**{**recorded, **values["data"]})
+    source = open_data(data, options)
+    refit = "img_size" in values["data"] or "input" not in known
+    form = fit_input(source, net, options) if refit else InputFormat.from_json(known["input"])
+    device = pick_device(values["device"].get("device", "auto"))
+    score = evaluate(net.to(device), make_loader(source, split, form, options), device)
+    return {
+        "path": str(path),
+        "data": data,
+        "split": split,
+        "accuracy": score.accuracy,
+        "standard_error": score.standard_error,
+        "images": len(score.correct),
+    }
+
+
+def _kind(path: Path) -> str:
+    if (path / _WEIGHTS_FILE).is_file() or (path.is_file() and path.suffix == ".safetensors"):
+        return "artifact"
+    return "run" if (path / "checkpoint").is_dir() or (path / "log.jsonl").is_file() else "other"
+
+
+def _facts_of_artifact(path: Path) -> dict[str, Any]:
+    import growfx.artifact
+
+    info = growfx.artifact.inspect(path)
+    name = info.model["name"] if info.model else "own model"
+    facts = {"kind": "artifact", "model": name, **info.to_dict()}
+    try:
+        model = growfx.artifact.load(path)
+        net = wrap_for(model, _recorded_format(info.provenance, model))
+    except (ConfigError, TraceError, DataError, ArtifactError) as error:
+        return {**facts, "alive_note": f"alive units are not known: {error}"}
+    # The plain model has no masks; a weight that is active and zero carries no path either.
+    net.set_masks({name: layer.effective_weight.detach() != 0 for name, layer in net.layers.items()})
+    return _with_alive(facts, net)
+
+
+def _facts_of_net(kind: str, model: str, net: MaskedGraph) -> dict[str, Any]:
+    layers = [
+        {
+            "name": name,
+            "shape": list(layer.mask.shape),
+            "nnz": layer.nnz,
+            "numel": layer.numel,
+            "density": layer.density,
+        }
+        for name, layer in net.layers.items()
+    ]
+    facts = {
+        "kind": kind,
+        "model": model,
+        "nnz": net.nnz,
+        "numel": net.numel,
+        "density": net.density,
+        "mask_digest": net.mask_digest(),
+        "layers": layers,
+    }
+    return _with_alive(facts, net)
+
+
+def _with_alive(facts: dict[str, Any], net: MaskedGraph) -> dict[str, Any]:
+    from growfx.passes.path_products import path_products
+
+    try:
+        with torch.no_grad():
+            # Connections count, not the scale of a norm: many models start with the last scale of a block at 0.
+            paths = path_products(net.eval(), norm="identity")
+    except TraceError as error:
+        return {**facts, "alive_note": f"alive units are not known: {error}"}
+    for layer in facts["layers"]:
+        name = layer["name"]
+        if name in paths.alive_in:
+            for key, alive in (("alive_in", paths.alive_in[name]), ("alive_out", paths.alive_out[name])):
+                layer[key] = [int(alive.sum()), alive.numel()]
+    return facts
+
+
+def _recorded_format(provenance: Mapping[str, Any], model: nn.Module) -> InputFormat:
+    recorded = provenance.get("input")
+    return InputFormat.from_json(recorded) if recorded else _default_format(model)
+
+
+def _default_format(model: nn.Module) -> InputFormat:
+    _, channels, height, width = default_input_shape(model)
+    return InputFormat((channels, height, width), (0.0,) * channels, (1.0,) * channels)

@@ -1,0 +1,208 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from growfx.checkpoint import content_digest, read
+from growfx.cli import main
+
+RUN = ["test_resnet", "--data", "digits", "--quiet", "--set", "img_size=16", "--set", "lr=0.05"]
+
+
+def call(*arguments) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main([str(a) for a in arguments])
+    return int(caught.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A sparse control, trained once for all tests that only read it."""
+    torch.set_num_threads(1)
+    path = tmp_path_factory.mktemp("cli") / "run"
+    assert call("train", *RUN, "--method", "static", "--density", 0.2, "--epochs", 2, "--out", path) == 0
+    return path
+
+
+def test_the_command_line_is_there_before_torch_is():
+    code = "import sys, growfx.cli; sys.exit(any(m in sys.modules for m in ('torch', 'timm', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["grow", "train", "export", "inspect", "eval", "methods"])
+def test_every_command_explains_itself(command, capsys):
+    assert call(command, "--help") == 0
+    assert command in capsys.readouterr().out
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    import growfx
+
+    assert call("--version") == 0
+    assert growfx.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["grow"], ["grow", "test_resnet"], ["bake"], ["train", *RUN, "--out", "x"], ["train", *RUN, "--epochs", "few"]],
+)
+def test_wrong_usage_ends_with_status_2(arguments, capsys):
+    assert call(*arguments) == 2
+    assert "Usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "dense", "--data", "nowhere"], "DataError: data `nowhere` is not there"),
+        (["--method", "magic"], "ConfigError: method `magic` is unknown"),
+        (["--method", "static"], "ConfigError: method `static` needs `--density`"),
+        (["--method", "dense", "--density", "0.5"], "ConfigError: method `dense` has density 1"),
+        (["--method", "static", "--density", "1.5"], "ConfigError: density is 1.5"),
+        (["--method", "dense", "--epochs", "0"], "ConfigError: `epochs` = 0 is out of range"),
+        (["--method", "dense", "--set", "lr=-1"], "ConfigError: `lr` = -1.0 is out of range"),
+        (["--method", "dense", "--set", "model.nonsense=1"], "ConfigError: model `test_resnet` cannot be built"),
+        (["--method", "dense", "--resume", "--overwrite"], "ConfigError: `resume` and `overwrite` exclude"),
+    ],
+)
+def test_a_bad_value_is_one_line_with_status_1_and_leaves_nothing(tmp_path, capsys, arguments, message):
+    assert call("train", *RUN, "--out", tmp_path / "run", *arguments) == 1
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.err.count("\n") == 1
+    assert "Traceback" not in shown.err
+    assert shown.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_model_gets_a_hint(tmp_path, capsys):
+    assert call("train", "test_resnte", *RUN[1:], "--method", "dense", "--out", tmp_path / "run") == 1
+    assert "did you mean `test_resnet`" in capsys.readouterr().err
+
+
+def test_a_run_folder_that_exists_or_is_of_another_model_is_refused(run, capsys):
+    again = [*RUN, "--method", "static", "--density", 0.2, "--epochs", 2, "--out", run]
+    assert call("train", *again) == 1
+    assert "exists; continue it with `--resume`" in capsys.readouterr().err
+    assert call("train", "test_vit", *RUN[1:], *again[len(RUN) :], "--resume") == 1
+    assert "was started with" in capsys.readouterr().err
+
+
+def test_a_finished_run_resumes_to_the_same_result_as_json(run, capsys):
+    again = [*RUN, "--method", "static", "--density", 0.2, "--epochs", 2, "--out", run]
+    assert call("train", *again, "--resume", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((run / "result.json").read_text())
+    assert result["density"] == pytest.approx(0.2, abs=1e-5)
+    assert result["method"] == "static"
+    assert result["epochs"] == 2
+
+
+def test_a_run_its_artifact_and_its_export_have_the_accuracy_of_the_result(run, tmp_path, capsys):
+    assert call("export", run, "--out", tmp_path / "artifact") == 0
+    assert "active weights" in capsys.readouterr().out
+    expected = json.loads((run / "result.json").read_text())["test_accuracy"]
+    for path in (run, run / "artifact", tmp_path / "artifact"):
+        assert call("eval", path, "--data", "digits", "--json") == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["accuracy"] == expected
+        assert facts["images"] == 359
+    assert call("eval", run, "--data", "digits", "--split", "val") == 0
+    assert "val accuracy" in capsys.readouterr().out
+
+
+def test_an_artifact_is_evaluated_alike_in_a_new_process(run):
+    command = [sys.executable, "-m", "growfx", "eval", str(run / "artifact"), "--data", "digits", "--json"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    expected = json.loads((run / "result.json").read_text())["test_accuracy"]
+    assert json.loads(shown.stdout)["accuracy"] == expected
+
+
+def test_the_best_checkpoint_can_be_exported_too(run, tmp_path, capsys):
+    import growfx
+
+    assert call("export", run, "--out", tmp_path / "best", "--best") == 0
+    state = read(run / "checkpoint" / "best.pt")["net"]
+    loaded = growfx.load(tmp_path / "best").state_dict()
+    assert torch.equal(loaded["fc.weight"], torch.where(state["fc.mask"], state["fc.weight"], 0))
+
+
+def test_inspect_tells_the_same_of_a_run_and_its_artifact(run, capsys):
+    facts = {}
+    for name, path in (("run", run), ("artifact", run / "artifact")):
+        assert call("inspect", path, "--json") == 0
+        facts[name] = json.loads(capsys.readouterr().out)
+        assert facts[name]["kind"] == name
+    ours = [{k: layer[k] for k in ("name", "shape", "nnz", "alive_out")} for layer in facts["run"]["layers"]]
+    theirs = [{k: layer[k] for k in ("name", "shape", "nnz", "alive_out")} for layer in facts["artifact"]["layers"]]
+    assert ours == theirs
+    assert facts["run"]["nnz"] == sum(layer["nnz"] for layer in ours)
+    assert facts["artifact"]["bytes"] == (run / "artifact" / "sparse.safetensors").stat().st_size
+    assert call("inspect", run / "artifact") == 0
+    table = capsys.readouterr().out
+    assert "layer4.0.conv1" in table
+    assert "alive out" in table
+    assert "20.00 %" in table
+
+
+def test_inspect_builds_a_model_by_name(capsys):
+    assert call("inspect", "test_resnet", "--set", "model.num_classes=7", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["density"] == 1.0
+    last = facts["layers"][-1]
+    assert last["shape"][0] == 7
+    assert last["alive_out"] == [7, 7]
+
+
+def test_inspect_and_eval_refuse_what_is_neither(tmp_path, capsys):
+    assert call("inspect", tmp_path) == 1
+    assert "neither an artifact" in capsys.readouterr().err
+    assert call("eval", tmp_path, "--data", "digits") == 1
+    assert "neither an artifact" in capsys.readouterr().err
+    assert call("export", tmp_path, "--out", tmp_path / "out") == 1
+    assert "is not a run folder" in capsys.readouterr().err
+
+
+def test_eval_takes_data_options_and_no_training_options(run, capsys):
+    assert call("eval", run, "--data", "digits", "--set", "lr=1") == 1
+    assert "no training options" in capsys.readouterr().err
+    assert call("eval", run, "--data", "digits", "--set", "batch_size=50", "--json") == 0
+    expected = json.loads((run / "result.json").read_text())["test_accuracy"]
+    assert json.loads(capsys.readouterr().out)["accuracy"] == expected
+
+
+def test_methods_are_listed_with_their_defaults(capsys):
+    from growfx import methods
+
+    assert call("methods", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert list(facts["methods"]) == list(methods.names())
+    assert call("methods") == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in [*methods.names(), "dense", "static"])
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resume_finishes_as_if_nothing_happened(tmp_path, capsys):
+    options = [*RUN, "--method", "static", "--density", "0.2", "--epochs", "5"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "growfx", "train", *options, "--out", str(tmp_path / "parts")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    latest = tmp_path / "parts" / "checkpoint" / "latest.pt"
+    deadline = time.monotonic() + 60
+    while not latest.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "growfx: interrupted; `--resume` continues" in errors
+    assert "Traceback" not in errors
+    assert read(latest)["position"]["epoch"] < 5
+    assert call("train", *options, "--out", tmp_path / "parts", "--resume") == 0
+    assert call("train", *options, "--out", tmp_path / "whole") == 0
+    states = [read(tmp_path / part / "checkpoint" / "latest.pt")["net"] for part in ("parts", "whole")]
+    assert content_digest(states[0]) == content_digest(states[1])
