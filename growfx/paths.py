@@ -15,8 +15,8 @@ class PathProducts:
     """What `growfx.path_products` computes.
 
     Attributes:
-        scores: layer name -> float64 tensor of the weight's shape. For every edge i -> j, present or absent, C_i G_j: the
-            sum over all paths through it of the product of the *other* edges' magnitudes, divided by
+        scores: layer name -> float64 tensor of the weight's shape. For every edge i -> j, present or absent, C_i G_j:
+            the sum over all paths through it of the product of the *other* edges' magnitudes, divided by
             ``exp(log_scale)``; for a shared weight summed over its positions.
         log_scale: natural logarithm; true score = ``score * exp(log_scale)``, one value for the whole network.
         log_total: natural logarithm of the sum over all paths of the product of all their magnitudes; -inf when the

@@ -7,20 +7,20 @@ magnitudes whose gradients are the scores, and which of the layer's input units 
 
 from __future__ import annotations
 
-import copy
 import math
-import operator
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 from torch.nn import functional as F
 
 from growfx import graph_ops
 from growfx.errors import TraceError, UnsupportedOperatorError
 from growfx.layers import MaskedLayer
+from growfx.passes.path_constants import changed_weight, evaluating_copy, execute, writes_in_place
 from growfx.passes.path_rules import APPLIED, function_rule, is_moving, method_rule, module_rule, row_of
 from growfx.passes.path_rules_arithmetic import bounded, identity
 from growfx.passes.path_values import (
@@ -44,14 +44,11 @@ __all__ = ["PathGraph", "describe"]
 _RESCALE_AT = 2.0**43
 _SWITCHES = (torch._C._set_grad_enabled, graph_ops.swap_grad_enabled)
 _EMBEDDINGS = (F.embedding, torch.embedding)
-_WRITING_FUNCTIONS = (operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
 def describe(node: fx.Node) -> str:
     """Operator, node and source line, for messages."""
-    target = (
-        node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    )
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     source = node.meta.get("source")
     return f"`{target}` (node `{node.name}`{f', {source}' if source else ''})"
 
@@ -102,7 +99,7 @@ class PathGraph:
         self._watched: dict[int, tuple[weakref.ref[Tensor], list[tuple[str, int]]]] = {}
         self._environment: dict[fx.Node, Any] = {}
         self._position = {node: position for position, node in enumerate(graph.nodes)}
-        self._writes = any(_writes_in_place(node) for node in graph.nodes)
+        self._writes = any(writes_in_place(node) for node in graph.nodes)
 
     # What rules ask for
 
@@ -302,7 +299,7 @@ class PathGraph:
 
     def _check_write(self, node: fx.Node) -> None:
         """Refuse to write into a part of a path value whose whole is read again: the whole would miss the write."""
-        if not _writes_in_place(node) or method_rule(str(node.target)) in (identity, bounded):
+        if not writes_in_place(node) or method_rule(str(node.target)) in (identity, bounded):
             return
         source = node.args[0]
         while isinstance(source, fx.Node) and is_moving(source.op, source.target):
@@ -321,9 +318,7 @@ class PathGraph:
                 return Weight(name, self.signed(owner))
         value = getattr(owner, last)
         if self._writes and isinstance(value, Tensor):
-            copied = (
-                value.detach().clone()
-            )  # the graph writes into tensors; the network's own stay as they are
+            copied = value.detach().clone()  # the graph writes into tensors; the network's own stay as they are
             return Learned(copied) if isinstance(value, nn.Parameter) else copied
         return Learned(value.detach()) if isinstance(value, nn.Parameter) else value
 
@@ -338,22 +333,18 @@ class PathGraph:
             module = self.net.get_submodule(str(node.target))
             self._note_constant_fed(module)
             embeds = isinstance(module, nn.Embedding)
-            result = _evaluating_copy(module)(*raw(args), **raw(kwargs))
+            result = evaluating_copy(module)(*raw(args), **raw(kwargs))
             learned = next(module.parameters(), None) is not None
         else:
             weights = [item for item in inputs if isinstance(item, Weight)]
             if len(weights) == 1 and args and args[0] is weights[0]:
-                return _changed_weight(
-                    node, weights[0], args, kwargs, self.layers[weights[0].layer].parameter.shape
-                )
-            result = _execute(node, raw(args), raw(kwargs))
+                return changed_weight(node, weights[0], args, kwargs, self.layers[weights[0].layer].parameter.shape)
+            result = execute(node, raw(args), raw(kwargs))
             learned = any(isinstance(item, (Learned, Weight)) for item in inputs)
         if token and embeds:
             return self._source(result.shape)
         kind = Token if token else Learned
-        return map_leaves(
-            lambda item: kind(item) if isinstance(item, Tensor) and (learned or token) else item, result
-        )
+        return map_leaves(lambda item: kind(item) if isinstance(item, Tensor) and (learned or token) else item, result)
 
     def _note_constant_fed(self, module: nn.Module) -> None:
         for part in module.modules():
@@ -403,60 +394,4 @@ class PathGraph:
 
 def map_leaves_of(nest: Any, environment: dict[fx.Node, Any]) -> Any:
     """Node arguments with values in place of nodes."""
-    return fx.node.map_arg(nest, lambda node: environment[node])
-
-
-def _evaluating_copy(module: nn.Module) -> nn.Module:
-    """A shallow copy in evaluation mode that shares parameters and buffers: the module's own mode stays."""
-    twin = copy.copy(module)
-    twin.__dict__["_modules"] = {
-        name: None if child is None else _evaluating_copy(child) for name, child in module._modules.items()
-    }
-    twin.__dict__["training"] = False
-    return twin
-
-
-def _writes_in_place(node: fx.Node) -> bool:
-    """Whether a node changes a tensor that was there before."""
-    if node.op == "call_function":
-        return node.target in _WRITING_FUNCTIONS
-    name = str(node.target)
-    return node.op == "call_method" and name.endswith("_") and not name.startswith("__")
-
-
-def _execute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a function or method node on constants."""
-    if node.op == "call_function":
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-    return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-
-
-def _changed_weight(
-    node: fx.Node, weight: Weight, args: tuple[Any, ...], kwargs: dict[str, Any], shape: torch.Size
-) -> Any:
-    """A layer's weight moved or transformed by the graph before use: still the layer's weight where that is clear."""
-    rest = raw(args[1:])
-    options = raw(kwargs)
-
-    def step(tensor: Tensor) -> Any:
-        return _execute(node, (tensor, *rest), options)
-
-    result = step(weight.tensor)
-    if not isinstance(result, Tensor):
-        return result
-    if is_moving(node.op, node.target):
-        return Weight(weight.layer, result, weight.applied, (*weight.moves, _as_float64(step)))
-    if not weight.moves and result.shape == shape:
-        return Weight(weight.layer, result, result)
-    raise NoPathRuleError(
-        f"the weight of layer `{weight.layer}` is transformed in a way that hides its edges"
-    )
-
-
-def _as_float64(step: Any) -> Any:
-    """A move repeated on magnitudes; casts among the moves do not change their type."""
-
-    def moved(tensor: Tensor) -> Tensor:
-        return step(tensor).to(torch.float64)
-
-    return moved
+    return map_arg(nest, lambda node: environment[node])

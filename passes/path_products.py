@@ -95,9 +95,7 @@ def path_gradients(
     on_path = {name: score for name, score in scores.items() if name not in off_path}
     if not on_path:
         reasons = "; ".join(f"`{name}`: {reason}" for name, reason in list(off_path.items())[:5])
-        raise TraceError(
-            f"no masked layer lies on a path from input to output ({reasons}); nothing can be scored"
-        )
+        raise TraceError(f"no masked layer lies on a path from input to output ({reasons}); nothing can be scored")
     return _facts(run, on_path, off_path)
 
 
@@ -110,9 +108,7 @@ def _check_options(norm: str, power: float) -> None:
 
 def _check_network(net: MaskedGraph) -> None:
     if not net.layers:
-        raise TraceError(
-            "the network has no masked layer, so there is no edge to score; wrap it without `exclude`"
-        )
+        raise TraceError("the network has no masked layer, so there is no edge to score; wrap it without `exclude`")
     if not net.trace_report.faithful:
         raise TraceError(
             "path products need a faithful recording, and this network's recording differs from its model; "
@@ -128,20 +124,14 @@ def _check_network(net: MaskedGraph) -> None:
 def _checked_magnitudes(net: MaskedGraph, magnitudes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, magnitude in magnitudes.items():
         if name not in net.layers:
-            raise MaskError(
-                f"magnitudes for `{name}`, which is no masked layer; allowed are the names in `net.layers`"
-            )
+            raise MaskError(f"magnitudes for `{name}`, which is no masked layer; allowed are the names in `net.layers`")
         shape = net.layers[name].parameter.shape
         if magnitude.shape != shape:
             raise MaskError(
                 f"magnitudes of `{name}` have shape {tuple(magnitude.shape)}; its weight has shape {tuple(shape)}"
             )
-        if magnitude.dtype != torch.bool and not bool(
-            (magnitude >= 0).all() & torch.isfinite(magnitude).all()
-        ):
-            raise MaskError(
-                f"magnitudes of `{name}` are not all in [0, inf); give finite non-negative values"
-            )
+        if magnitude.dtype != torch.bool and not bool((magnitude >= 0).all() & torch.isfinite(magnitude).all()):
+            raise MaskError(f"magnitudes of `{name}` are not all in [0, inf); give finite non-negative values")
     return dict(magnitudes)
 
 
@@ -151,9 +141,7 @@ def _inputs(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None) 
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     for item in inputs:
         if not isinstance(item, Tensor) or (item.ndim and item.shape[0] < 1):
-            raise ConfigError(
-                f"`example_inputs` holds {type(item).__name__}; give tensors with at least one sample"
-            )
+            raise ConfigError(f"`example_inputs` holds {type(item).__name__}; give tensors with at least one sample")
     device = next(iter(net.layers.values())).parameter.device
     return tuple(item[:1].to(device) if item.ndim else item.to(device) for item in inputs)
 
@@ -227,7 +215,7 @@ def _crossed_units(run: PathGraph, name: str, score: Tensor) -> tuple[Tensor, Te
 
 
 def _by_unit(layer: MaskedLayer, edges: Tensor) -> tuple[Tensor, Tensor]:
-    """Which input and output units have a marked edge; weights are (out, in / groups, taps) or, transposed, (in, ...)."""
+    """Input and output units with a marked edge; weights are (out, in / groups, taps) or, transposed, (in, ...)."""
     groups = int(getattr(layer, "groups", 1))
     pairs = edges.flatten(2).any(2) if edges.ndim > 2 else edges
     pairs = pairs.unflatten(0, (groups, -1))  # group, one side, the other side

@@ -71,15 +71,9 @@ _HARMLESS = {
     "__reduce_ex__",
 }
 _NOT_CODE = {
-    "__module__",
-    "__doc__",
-    "__annotations__",
-    "__constants__",
-    "__dict__",
-    "__weakref__",
-    "__qualname__",
+    *("__module__", "__doc__", "__annotations__", "__constants__", "__dict__", "__weakref__", "__qualname__"),
+    *("__firstlineno__", "__static_attributes__", "__annotate__", "__annotate_func__", "_version"),
 }
-_NOT_CODE |= {"__firstlineno__", "__static_attributes__", "__annotate__", "__annotate_func__", "_version"}
 
 
 def row_of(table: dict[Any, Any], cls: type) -> Any:
@@ -88,9 +82,7 @@ def row_of(table: dict[Any, Any], cls: type) -> Any:
         row = table.get(ancestor) or table.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
         if row is not None:
             return row
-        overridden = {
-            name for name in vars(ancestor) if any(name in vars(base) for base in ancestor.__mro__[1:])
-        }
+        overridden = {name for name in vars(ancestor) if any(name in vars(base) for base in ancestor.__mro__[1:])}
         if overridden - _HARMLESS - _NOT_CODE:
             return None
     return None

@@ -39,11 +39,11 @@ def add(run: PathGraph, left: Any, right: Any, *, alpha: float = 1) -> Any:
         return broadcast(left, right) if isinstance(left, PathValue) else broadcast(right, left)
     factor = abs(float(alpha))
     if len(paths) == 2:
-        return PathValue(left.tensor + (right.tensor if factor == 1 else factor * right.tensor))
+        return PathValue(left.tensor + (right.tensor if factor == 1.0 else factor * right.tensor))
     if paths[0] is left:
         return broadcast(left, right)
     value = broadcast(right, left)
-    return value if factor == 1 else PathValue(value.tensor * factor, value.bounded)
+    return value if factor == 1.0 else PathValue(value.tensor * factor, value.bounded)
 
 
 def reverse_add(run: PathGraph, left: Any, right: Any, *, alpha: float = 1) -> Any:
@@ -76,7 +76,7 @@ def multiply(run: PathGraph, left: Any, right: Any) -> Any:
         left, right = right, left
     if not isinstance(right, PathValue):
         factor = run.magnitude(right)
-        if isinstance(factor, float) and factor == 1:
+        if isinstance(factor, float) and factor == 1.0:
             return left
         return PathValue(left.tensor * factor, left.bounded, left.divisor)
     if left.divisor or right.divisor:
@@ -92,7 +92,7 @@ def divide(run: PathGraph, left: Any, right: Any, *, rounding_mode: str | None =
     """Path / constant: by its magnitude. Path / path: the numerator. Constant / path: a divisor."""
     if not isinstance(right, PathValue):
         divisor = run.magnitude(right)
-        if isinstance(divisor, float) and divisor == 1:
+        if isinstance(divisor, float) and divisor == 1.0:
             return left
         return PathValue(left.tensor / divisor, left.bounded, left.divisor)
     if isinstance(left, PathValue):
@@ -122,9 +122,7 @@ def power(run: PathGraph, base: Any, exponent: Any) -> Any:
         return add(run, base, exponent)
     if isinstance(exponent, (Learned, Weight)):
         exponent = exponent.tensor
-    low, high = (
-        (float(exponent.min()), float(exponent.max())) if isinstance(exponent, Tensor) else (exponent,) * 2
-    )
+    low, high = (float(exponent.min()), float(exponent.max())) if isinstance(exponent, Tensor) else (exponent,) * 2
     if low > 0:
         return broadcast(base, exponent)
     if high < 0:

@@ -52,9 +52,7 @@ def convolution(run: PathGraph, module: Any, value: Any, around: list[int] | Non
     elif module.padding_mode != "zeros":
         tensor, padding = F.pad(tensor, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
     weight = run.weight(module)
-    return PathValue(
-        _CONVOLVE[spatial](tensor, weight, None, module.stride, padding, module.dilation, module.groups)
-    )
+    return PathValue(_CONVOLVE[spatial](tensor, weight, None, module.stride, padding, module.dilation, module.groups))
 
 
 def same_convolution(run: PathGraph, module: Any, value: Any) -> Any:
@@ -62,9 +60,7 @@ def same_convolution(run: PathGraph, module: Any, value: Any) -> Any:
     if not getattr(module, "same_pad", True):
         return convolution(run, module, value)
     sizes = carrying(value).shape[-2:]
-    return convolution(
-        run, module, value, _same_margins(sizes, module.kernel_size, module.stride, module.dilation)
-    )
+    return convolution(run, module, value, _same_margins(sizes, module.kernel_size, module.stride, module.dilation))
 
 
 def transposed_convolution(run: PathGraph, module: Any, value: Any, output_size: Any = None) -> Any:
@@ -186,11 +182,6 @@ def adaptive_pool(spatial: int) -> Callable[..., Any]:
     return rule
 
 
-def global_pool(run: PathGraph, module: Any, value: PathValue) -> Any:
-    """Lp pooling and the like are not supported; kept apart so that the message says which."""
-    raise NoPathRuleError(f"`{type(module).__name__}` pools by a power mean, which has no path rule")
-
-
 def executed(run: PathGraph, module: Any, value: PathValue) -> Any:
     """Modules that only move elements run as they are."""
     return move(lambda tensor: type(module).forward(module, tensor), value)
@@ -221,15 +212,17 @@ _IDENTITY = (
     nn.Softshrink, nn.Tanhshrink, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
     nn.FeatureAlphaDropout,
 )  # fmt: skip
-_TIMM_ACTIVATIONS = "timm.layers.activations."
-_TIMM_IDENTITY = [
-    *(_TIMM_ACTIVATIONS + name for name in ["Swish", "Mish", "HardSwish", "HardMish", "PReLU", "GELU", "GELUTanh", "QuickGELU"]),
-    *(f"timm.layers.activations_me.{name}" for name in ["SwishMe", "MishMe", "HardSwishMe", "HardMishMe"]),
-    "timm.layers.drop.DropPath", "timm.layers.drop.DropBlock2d", "timm.layers.patch_dropout.PatchDropout",
-    "torchvision.ops.stochastic_depth.StochasticDepth", "torchvision.ops.drop_block.DropBlock2d",
-]  # fmt: skip
-_TIMM_BOUNDED = [*(_TIMM_ACTIVATIONS + name for name in ["Sigmoid", "Tanh", "HardSigmoid"])]
-_TIMM_BOUNDED += ["timm.layers.activations_me.HardSigmoidMe"]
+_ACTS, _FAST_ACTS = "timm.layers.activations.", "timm.layers.activations_me."
+_TIMM_IDENTITY = (
+    *(_ACTS + name for name in ("Swish", "Mish", "HardSwish", "HardMish", "PReLU", "GELU", "GELUTanh", "QuickGELU")),
+    *(_FAST_ACTS + name for name in ("SwishMe", "MishMe", "HardSwishMe", "HardMishMe")),
+    "timm.layers.drop.DropPath",
+    "timm.layers.drop.DropBlock2d",
+    "timm.layers.patch_dropout.PatchDropout",
+    "torchvision.ops.stochastic_depth.StochasticDepth",
+    "torchvision.ops.drop_block.DropBlock2d",
+)
+_TIMM_BOUNDED = (*(_ACTS + name for name in ("Sigmoid", "Tanh", "HardSigmoid")), _FAST_ACTS + "HardSigmoidMe")
 _BOUNDED = (nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softmax, nn.Softmax2d, nn.Softmin)
 _EXECUTED = (
     nn.Flatten, nn.Unflatten, nn.Unfold, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.ReflectionPad1d,
@@ -257,9 +250,7 @@ MODULES: dict[Any, Any] = {
     **dict.fromkeys((nn.AvgPool1d, nn.MaxPool1d), pool(1)),
     **dict.fromkeys((nn.AvgPool2d, nn.MaxPool2d), pool(2)),
     **dict.fromkeys((nn.AvgPool3d, nn.MaxPool3d), pool(3)),
-    **dict.fromkeys(
-        ("timm.layers.pool2d_same.AvgPool2dSame", "timm.layers.pool2d_same.MaxPool2dSame"), same_pool
-    ),
+    **dict.fromkeys(("timm.layers.pool2d_same.AvgPool2dSame", "timm.layers.pool2d_same.MaxPool2dSame"), same_pool),
     **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d), adaptive_pool(1)),
     **dict.fromkeys((nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d), adaptive_pool(2)),
     **dict.fromkeys((nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d), adaptive_pool(3)),
@@ -270,6 +261,4 @@ MODULES: dict[Any, Any] = {
 }
 
 # How a class turns its parameter into the weight it applies, where it does not apply the parameter itself.
-APPLIED: dict[Any, Callable[[Any, Tensor], Tensor]] = dict.fromkeys(
-    (*_STANDARDISED, *_STANDARDISED_SAME), standardised
-)
+APPLIED: dict[Any, Callable[[Any, Tensor], Tensor]] = dict.fromkeys((*_STANDARDISED, *_STANDARDISED_SAME), standardised)

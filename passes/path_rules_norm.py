@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from growfx.passes.path_rules_products import carrying
-from growfx.passes.path_values import Learned, PathValue, raw
+from growfx.passes.path_values import PathValue, raw
 
 if TYPE_CHECKING:
     from growfx.passes.path_graph import PathGraph
@@ -63,14 +63,24 @@ def _scaled(run: PathGraph, value: PathValue, weight: Any, last: bool) -> PathVa
 
 
 def layer_norm(
-    run: PathGraph, input: PathValue, normalized_shape: Any, weight: Any = None, *args: Any, **kwargs: Any
+    run: PathGraph,
+    input: PathValue,  # noqa: A002 - torch's name
+    normalized_shape: Any,
+    weight: Any = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """|gamma| over the last axes; also `rms_norm`."""
     return _scaled(run, input, weight, last=True)
 
 
 def group_norm(
-    run: PathGraph, input: PathValue, num_groups: int, weight: Any = None, *args: Any, **kwargs: Any
+    run: PathGraph,
+    input: PathValue,  # noqa: A002 - torch's name
+    num_groups: int,
+    weight: Any = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """|gamma| per channel (axis 1)."""
     return _scaled(run, input, weight, last=False)
@@ -100,9 +110,7 @@ def local_response_norm(run: PathGraph, input: PathValue, *args: Any, **kwargs: 
 def batch_norm_module(run: PathGraph, module: Any, value: PathValue) -> Any:
     """Batch norm and its drop and activation where the class has them."""
     running_var = module.running_var if getattr(module, "track_running_stats", True) else None
-    return _then_activate(
-        run, module, batch_norm(run, value, None, running_var, module.weight, eps=module.eps)
-    )
+    return _then_activate(run, module, batch_norm(run, value, None, running_var, module.weight, eps=module.eps))
 
 
 def instance_norm_module(run: PathGraph, module: Any, value: PathValue) -> Any:
@@ -130,46 +138,32 @@ def _then_activate(run: PathGraph, module: nn.Module, value: PathValue) -> Any:
     return value
 
 
-def layer_scale(run: PathGraph, module: Any, value: PathValue) -> Any:
-    """A learned scale per channel of the last axis, counted under both norm settings."""
-    return PathValue(value.tensor * run.magnitude(Learned(module.gamma)))
-
-
 _TORCH_BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _TORCH_INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _NORMS, _ACTS = "timm.layers.norm.", "timm.layers.norm_act."
-_BATCH = [_ACTS + name for name in ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")]
-_LAST = [
-    _NORMS + name
-    for name in ("LayerNorm", "LayerNormFp32", "RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32")
-]
-_LAST += [_ACTS + name for name in ("LayerNormAct", "LayerNormActFp32", "RmsNormAct", "RmsNormActFp32")]
-_SECOND = [
-    _NORMS + name
-    for name in (
-        "GroupNorm", "GroupNorm1", "LayerNorm2d", "LayerNorm2dFp32", "LayerNormExp2d", "RmsNorm2d", "RmsNorm2dFp32",
-        "SimpleNorm2d", "SimpleNorm2dFp32",
-    )
-]  # fmt: skip
-_SECOND += [
-    _ACTS + name
-    for name in (
-        "GroupNormAct",
-        "GroupNorm1Act",
-        "LayerNormAct2d",
-        "LayerNormAct2dFp32",
-        "RmsNormAct2d",
-        "RmsNormAct2dFp32",
-    )
-]
-_SECOND += ["torchvision.models.convnext.LayerNorm2d", "timm.models.metaformer.GroupNorm1NoBias"]
-_SECOND += ["timm.models.metaformer.LayerNorm2dNoBias", "timm.models.fastvit.LayerNorm2d"]
-_LAST += ["timm.models.metaformer.LayerNormNoBias"]
+_BATCH = (
+    *(_ACTS + name for name in ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")),
+    "torchvision.ops.misc.FrozenBatchNorm2d",
+)
+_LAST = (
+    *(_NORMS + name for name in ("LayerNorm", "LayerNormFp32", "RmsNorm", "RmsNormFp32", "SimpleNorm")),
+    *(_ACTS + name for name in ("LayerNormAct", "LayerNormActFp32", "RmsNormAct", "RmsNormActFp32")),
+    _NORMS + "SimpleNormFp32",
+    "timm.models.metaformer.LayerNormNoBias",
+)
+_SECOND = (
+    *(_NORMS + name for name in ("GroupNorm", "GroupNorm1", "LayerNorm2d", "LayerNorm2dFp32", "LayerNormExp2d")),
+    *(_NORMS + name for name in ("RmsNorm2d", "RmsNorm2dFp32", "SimpleNorm2d", "SimpleNorm2dFp32")),
+    *(_ACTS + name for name in ("GroupNormAct", "GroupNorm1Act", "LayerNormAct2d", "LayerNormAct2dFp32")),
+    *(_ACTS + name for name in ("RmsNormAct2d", "RmsNormAct2dFp32")),
+    "timm.models.metaformer.GroupNorm1NoBias",
+    "timm.models.metaformer.LayerNorm2dNoBias",
+    "torchvision.models.convnext.LayerNorm2d",
+)
 
 MODULES: dict[Any, Any] = {
     **dict.fromkeys(_TORCH_BATCH, batch_norm_module),
     **dict.fromkeys(_BATCH, batch_norm_module),
-    "torchvision.ops.misc.FrozenBatchNorm2d": batch_norm_module,
     **dict.fromkeys(_TORCH_INSTANCE, instance_norm_module),
     **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), scale_module(last=True)),
     nn.GroupNorm: scale_module(last=False),

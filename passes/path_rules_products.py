@@ -63,9 +63,7 @@ def _spelled(equation: str, operands: list[Any]) -> tuple[list[str], str]:
         if "..." in term:
             hidden = raw(operand).ndim - len(term.replace("...", ""))
             longest = max(longest, hidden)
-            terms[position] = term.replace(
-                "...", "".join(spare[:longest][longest - hidden :]) if hidden else ""
-            )
+            terms[position] = term.replace("...", "".join(spare[:longest][longest - hidden :]) if hidden else "")
     if not arrow:
         letters = sorted(set("".join(terms)))
         output = "".join(letter for letter in letters if "".join(terms).count(letter) == 1)
@@ -74,9 +72,7 @@ def _spelled(equation: str, operands: list[Any]) -> tuple[list[str], str]:
 
 def einsum(run: PathGraph, equation: str, *operands: Any) -> Any:
     """One path operand: magnitudes of the others. Two: each averaged over indices absent from the output, balanced."""
-    items = (
-        list(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else list(operands)
-    )
+    items = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else list(operands)
     paths = paths_in(items)
     if len(paths) == 1:
         factors = [carrying(item) if isinstance(item, PathValue) else run.matrix(item) for item in items]
@@ -89,9 +85,7 @@ def einsum(run: PathGraph, equation: str, *operands: Any) -> Any:
         for term, item in zip(terms, items, strict=True)
         for letter, size in zip(term, item.tensor.shape, strict=True)
     }
-    left, right = (
-        _averaged_to(carrying(item), term, output) for term, item in zip(terms, items, strict=True)
-    )
+    left, right = (_averaged_to(carrying(item), term, output) for term, item in zip(terms, items, strict=True))
     shape = [sizes[letter] for letter in output]
     both = paths[0].bounded and paths[1].bounded
     return PathValue(balanced(left, right, paths[0].bounded, paths[1].bounded).expand(shape), both)

@@ -86,9 +86,7 @@ def window(
         raise NoPathRuleError("dilated pooling has no path rule")
     stride = kernel if stride is None or stride == () or stride == [] else stride
     margins = _same_for_all(padding, spatial)
-    if spatial == 2 and all(
-        2 * margin <= side for margin, side in zip(margins, _same_for_all(kernel, 2), strict=True)
-    ):
+    if spatial == 2 and all(2 * margin <= side for margin, side in zip(margins, _same_for_all(kernel, 2), strict=True)):
         return F.avg_pool2d(tensor, kernel, stride, padding, ceil_mode, count_include_pad=False)
     if not any(margins):
         return _AVERAGE[spatial](tensor, kernel, stride, 0, ceil_mode, count_include_pad=False)
@@ -120,9 +118,7 @@ def average_pool(spatial: int) -> Callable[..., Any]:
         count_include_pad: bool = True,
         divisor_override: int | None = None,
     ) -> Any:
-        return PathValue(
-            window(input.tensor, spatial, kernel_size, stride, padding, 1, ceil_mode), peak=input.peak
-        )
+        return PathValue(window(input.tensor, spatial, kernel_size, stride, padding, 1, ceil_mode), peak=input.peak)
 
     return rule
 

@@ -163,16 +163,6 @@ def new_tensor_like(function: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-def repeat_interleave(run: PathGraph, value: PathValue, *args: Any, **kwargs: Any) -> Any:
-    """Repetition by constant counts."""
-    return move(torch.repeat_interleave, value, *args, **kwargs)
-
-
-def build(run: PathGraph, target: Any, *args: Any, **kwargs: Any) -> Any:
-    """A container class (tuple, dict, OrderedDict, dataclass of outputs) built around path values."""
-    return target(*args, **kwargs)
-
-
 def zero_in_place(run: PathGraph, value: PathValue) -> Any:
     """`zero_`: a constant from here on."""
     return torch.zeros_like(value.tensor, dtype=run.model_dtype, requires_grad=False)
@@ -244,7 +234,8 @@ MOVING_METHODS["view_as"] = Tensor.reshape_as
 MOVING_FUNCTIONS: tuple[Callable[..., Any], ...] = (
     torch.reshape, torch.permute, torch.transpose, torch.swapaxes, torch.swapdims, torch.movedim, torch.moveaxis,
     torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze, torch.tile, torch.chunk, torch.split,
-    torch.functional.split, torch.tensor_split, torch.unbind, torch.index_select, torch.select, torch.narrow, torch.roll,
+    torch.functional.split,
+    torch.tensor_split, torch.unbind, torch.index_select, torch.select, torch.narrow, torch.roll,
     torch.flip, torch.fliplr, torch.flipud, torch.rot90, torch.gather, torch.take, torch.take_along_dim,
     torch.broadcast_to, torch.diagonal, torch.t, torch.sum, torch.cumsum, torch.tril, torch.triu, torch.adjoint,
     torch.ravel, torch.channel_shuffle, torch.pixel_shuffle, torch.pixel_unshuffle, F.unfold, F.fold, F.pixel_shuffle,
@@ -306,7 +297,7 @@ _ENDING_FUNCTIONS = (
     torch.isinf, torch.isfinite, torch.argmax, torch.argmin, torch.argsort, torch.topk, torch.sort, torch.any,
     torch.all, torch.nonzero, F.one_hot, torch.numel, torch.is_tensor, torch.is_floating_point, torch.is_complex,
     torch.logical_not, torch.logical_and, torch.logical_or, torch.sign, torch._assert, len, bool, builtins.isinstance,
-    builtins.type, torch._shape_as_tensor, torch.is_grad_enabled,
+    builtins.type, torch.is_grad_enabled,
 )  # fmt: skip
 _LIKE_METHODS = ["new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"]
 _LIKE_FUNCTIONS = (

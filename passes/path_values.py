@@ -122,9 +122,7 @@ def paths_in(*nests: Any) -> list[PathValue]:
 
 def raw(nest: Any) -> Any:
     """The nest with plain tensors in place of path values, learned constants and weights."""
-    return map_leaves(
-        lambda item: item.tensor if isinstance(item, (PathValue, Learned, Weight)) else item, nest
-    )
+    return map_leaves(lambda item: item.tensor if isinstance(item, (PathValue, Learned, Weight)) else item, nest)
 
 
 def move(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

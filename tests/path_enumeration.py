@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Unit = Hashable
+Unit = int
 Grid = dict[tuple[int, ...], Unit]  # position in a tensor -> unit
 
 
@@ -20,7 +20,7 @@ class UnitGraph:
     """Edges between scalar units; an edge may belong to a position of a layer's weight."""
 
     incoming: dict[Unit, list[tuple[Unit, float, tuple[str, tuple[int, ...]] | None]]] = field(default_factory=dict)
-    fresh: Iterator[int] = field(default_factory=itertools.count)
+    fresh: itertools.count[int] = field(default_factory=itertools.count)
 
     def units(self, shape: Sequence[int]) -> Grid:
         return {index: next(self.fresh) for index in itertools.product(*map(range, shape))}
@@ -112,7 +112,10 @@ class UnitGraph:
             middle = math.sqrt(mean_left * mean_right)
         else:
             middle = mean_left if right_bounded else mean_right
-        extents = [max(max(index[axis] for index in grid) for grid in (left, right)) + 1 for axis in range(len(next(iter(left))))]
+        extents = [
+            max(max(index[axis] for index in grid) for grid in (left, right)) + 1
+            for axis in range(len(next(iter(left))))
+        ]
         result = self.units(extents)
         for grid, mean in ((left, mean_left), (right, mean_right)):
             limits = [max(index[axis] for index in grid) for axis in range(len(extents))]

@@ -17,8 +17,8 @@ def wrapped(model: nn.Module, *shape: int) -> growfx.MaskedGraph:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.weight.data.normal_()
-            module.running_var.uniform_(0.5, 2)  # pyright: ignore[reportOptionalMemberAccess]
-            module.running_mean.normal_()  # pyright: ignore[reportOptionalMemberAccess]
+            module.running_var.uniform_(0.5, 2)
+            module.running_mean.normal_()
     return with_random_masks(growfx.wrap(model.eval(), torch.randn(2, *shape)))
 
 
@@ -37,7 +37,7 @@ class Net(nn.Module):
         self.recipe = forward
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.recipe(self, x)  # pyright: ignore[reportCallIssue]
+        return self.recipe(self, x)
 
 
 def test_chain_of_linear_layers() -> None:
@@ -58,16 +58,16 @@ def test_strided_convolutions_with_batch_norm(norm: str, power: int) -> None:
     net = wrapped(model, 2, 4, 4)
     graph = UnitGraph()
     grid = graph.conv(graph.units((2, 4, 4)), "0", effective(net, "0") ** power, stride=2, padding=1)
-    grid = graph.scale(grid, folded(model[1]) ** power if norm == "fold" else 1.0)  # pyright: ignore[reportArgumentType]
+    grid = graph.scale(grid, folded(model[1]) ** power if norm == "fold" else 1.0)
     grid = graph.conv(grid, "3", effective(net, "3") ** power)
     assert_scores_match(path_products(net, norm=norm, power=power), graph, grid.values())
 
 
 def test_residual_block_and_global_average() -> None:
     def forward(net: nn.Module, x: Tensor) -> Tensor:
-        x = net.stem(x)  # pyright: ignore[reportCallIssue]
-        x = F.relu(x + net.branch(x))  # pyright: ignore[reportCallIssue]
-        return net.head(x.mean((2, 3)))  # pyright: ignore[reportCallIssue]
+        x = net.stem(x)
+        x = F.relu(x + net.branch(x))
+        return net.head(x.mean((2, 3)))
 
     layers = {"stem": nn.Conv2d(1, 2, 1), "branch": nn.Conv2d(2, 2, 3, padding=1), "head": nn.Linear(2, 2)}
     net = wrapped(Net(forward, **layers), 1, 3, 3)
@@ -81,7 +81,7 @@ def test_residual_block_and_global_average() -> None:
 def test_concatenation_with_a_constant_between() -> None:
     def forward(net: nn.Module, x: Tensor) -> Tensor:
         constant = torch.ones(1, 1, 3, 3).expand(x.shape[0], -1, -1, -1)
-        return net.join(torch.cat([net.left(x), constant, net.right(x)], 1))  # pyright: ignore[reportCallIssue]
+        return net.join(torch.cat([net.left(x), constant, net.right(x)], 1))
 
     layers = {"left": nn.Conv2d(1, 1, 1), "right": nn.Conv2d(1, 2, 3, padding=1), "join": nn.Conv2d(4, 2, 1)}
     net = wrapped(Net(forward, **layers), 1, 3, 3)
@@ -134,9 +134,9 @@ def test_transposed_convolution() -> None:
 
 def test_squeeze_and_excitation_gate() -> None:
     def forward(net: nn.Module, x: Tensor) -> Tensor:
-        x = net.conv(x)  # pyright: ignore[reportCallIssue]
-        gate = torch.sigmoid(net.expand(F.relu(net.reduce(x.mean((2, 3), keepdim=True)))))  # pyright: ignore[reportCallIssue]
-        return net.head((x * gate).mean((2, 3)))  # pyright: ignore[reportCallIssue]
+        x = net.conv(x)
+        gate = torch.sigmoid(net.expand(F.relu(net.reduce(x.mean((2, 3), keepdim=True)))))
+        return net.head((x * gate).mean((2, 3)))
 
     layers = {"conv": nn.Conv2d(1, 2, 1), "reduce": nn.Conv2d(2, 1, 1), "expand": nn.Conv2d(1, 2, 1)}
     net = wrapped(Net(forward, **layers, head=nn.Linear(2, 2)), 1, 2, 2)
@@ -151,17 +151,17 @@ def test_squeeze_and_excitation_gate() -> None:
 
 
 def glu_function(net: nn.Module, x: Tensor) -> Tensor:
-    return net.out(F.glu(net.inner(x)))  # pyright: ignore[reportCallIssue]
+    return net.out(F.glu(net.inner(x)))
 
 
 def glu_written_out(net: nn.Module, x: Tensor) -> Tensor:
-    value, gate = net.inner(x).chunk(2, -1)  # pyright: ignore[reportCallIssue]
-    return net.out(value * gate.sigmoid())  # pyright: ignore[reportCallIssue]
+    value, gate = net.inner(x).chunk(2, -1)
+    return net.out(value * gate.sigmoid())
 
 
 def swiglu(net: nn.Module, x: Tensor) -> Tensor:
-    value, gate = net.inner(x).chunk(2, -1)  # pyright: ignore[reportCallIssue]
-    return net.out(value * F.silu(gate))  # pyright: ignore[reportCallIssue]
+    value, gate = net.inner(x).chunk(2, -1)
+    return net.out(value * F.silu(gate))
 
 
 @pytest.mark.parametrize(
@@ -180,15 +180,15 @@ def test_gated_linear_units(forward: object, bounded: bool) -> None:
 
 
 def attention_fused(net: nn.Module, x: Tensor) -> Tensor:
-    q, k, v = net.qkv(x).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4).unbind(0)  # pyright: ignore[reportCallIssue]
+    q, k, v = net.qkv(x).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4).unbind(0)
     mixed = F.scaled_dot_product_attention(q, k, v)
-    return net.proj(mixed.transpose(1, 2).flatten(2))  # pyright: ignore[reportCallIssue]
+    return net.proj(mixed.transpose(1, 2).flatten(2))
 
 
 def attention_written_out(net: nn.Module, x: Tensor) -> Tensor:
-    q, k, v = net.qkv(x).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4).unbind(0)  # pyright: ignore[reportCallIssue]
+    q, k, v = net.qkv(x).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4).unbind(0)
     weights = ((q * 0.3) @ k.transpose(-2, -1)).softmax(-1)
-    return net.proj((weights @ v).transpose(1, 2).flatten(2))  # pyright: ignore[reportCallIssue]
+    return net.proj((weights @ v).transpose(1, 2).flatten(2))
 
 
 @pytest.mark.parametrize("forward", [attention_fused, attention_written_out], ids=["fused", "written out"])
@@ -219,7 +219,7 @@ def attention_units(graph: UnitGraph, net: growfx.MaskedGraph, tokens: Grid, pro
 def test_multihead_attention_module(batch_first: bool) -> None:
     def forward(net: nn.Module, x: Tensor) -> Tensor:
         x = x if batch_first else x.transpose(0, 1)
-        out = net.attention(x, x, x, need_weights=False)[0]  # pyright: ignore[reportCallIssue]
+        out = net.attention(x, x, x, need_weights=False)[0]
         return out if batch_first else out.transpose(0, 1)
 
     net = wrapped(Net(forward, attention=nn.MultiheadAttention(4, 2, batch_first=batch_first)), 2, 4)
@@ -231,11 +231,11 @@ def test_multihead_attention_module(batch_first: bool) -> None:
 
 def test_channel_split_and_shuffle() -> None:
     def forward(net: nn.Module, x: Tensor) -> Tensor:
-        kept, other = net.stem(x).chunk(2, 1)  # pyright: ignore[reportCallIssue]
-        x = torch.cat([kept, net.branch(other)], 1)  # pyright: ignore[reportCallIssue]
+        kept, other = net.stem(x).chunk(2, 1)
+        x = torch.cat([kept, net.branch(other)], 1)
         size = x.size()
         x = x.view(size[0], 2, 2, size[2], size[3]).transpose(1, 2).reshape(size)
-        return net.tail(x)  # pyright: ignore[reportCallIssue]
+        return net.tail(x)
 
     layers = {"stem": nn.Conv2d(1, 4, 1), "branch": nn.Conv2d(2, 2, 1), "tail": nn.Conv2d(4, 2, 1, groups=2)}
     net = wrapped(Net(forward, **layers), 1, 2, 2)
