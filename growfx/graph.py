@@ -227,6 +227,13 @@ class MaskedGraph(fx.GraphModule):
         """The submodule of that name, also where the model calls one `layers` or `graph`."""
         return self.shell.get_submodule(target) if target else self
 
+    def __getattr__(self, name: str) -> Any:
+        # Called where the net itself has nothing of that name: `no_weight_decay()`, `pretrained_cfg`, ... of the model.
+        shell = self.__dict__.get("_shell")
+        if shell is None:
+            raise AttributeError(name)
+        return getattr(shell[0], name)
+
     # -- what an nn.Module does, with masks in mind -------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> MaskedGraph:

@@ -36,6 +36,12 @@ class _Traced:
         return self._node
 
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # A model may keep a size it computed; a copy of the model keeps the number alone.
+        value = plain(self)
+        return type(value), (value,)
+
+
 class TracedInt(_Traced, int):
     """An int of a recording; its arithmetic is recorded, comparisons give plain bools."""
 

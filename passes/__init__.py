@@ -1,1 +1,15 @@
-"""Graph transformations and analyses, one a file, each a plain function named after what it does."""
+"""Graph transformations and analyses, one a file, each a plain function named after what it does.
+
+`PASSES` lists them in the order a model travels: the file, and the function in it to call.
+"""
+
+from typing import Final
+
+__all__ = ["PASSES"]
+
+PASSES: Final = {
+    "record": "record",
+    "mask": "wrap",
+    "path_products": "path_products",
+    "seed": "seed_masks",
+}

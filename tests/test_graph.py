@@ -276,3 +276,33 @@ def test_the_average_of_timm_and_of_torch_has_the_masks_of_the_moment() -> None:
         assert inner.mask_digest() == net.mask_digest()
         inner.eval()
         inner.verify()
+
+
+def test_attributes_and_methods_of_the_model_are_those_of_the_net() -> None:
+    class Extra(Named):
+        step = 3
+
+        def no_weight_decay(self) -> set[str]:
+            return {"graph.bias"}
+
+    net = growfx.wrap(Extra(model().layers), EXAMPLE)
+    assert net.no_weight_decay() == {"graph.bias"}
+    assert net.step == 3
+    assert not hasattr(net, "missing")
+    with pytest.raises(AttributeError, match="missing"):
+        net.missing  # noqa: B018
+
+
+def test_a_size_kept_by_the_model_is_a_plain_number_in_a_copy() -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.rows = x.shape[0] * 2
+            return self.fc(x)
+
+    net = growfx.wrap(Keeps(), torch.randn(2, 4))
+    assert type(copy.deepcopy(net).shell.rows) is int
+    assert type(growfx.unwrap(net).rows) is int
