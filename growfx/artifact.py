@@ -4,7 +4,8 @@ A folder with `sparse.safetensors` (all tensors and a manifest, see `growfx.mani
 `config.json` (timm's keys and a `growfx` block) and a model card. The weights file alone is enough to load
 the network. Masks are stored, never inferred from values: a freshly grown weight is active and zero.
 
-`save` writes it, `load` rebuilds the plain network, `inspect` reads the header, `load_masks` the masks.
+`save` writes it, `load` rebuilds the plain network, `inspect` reads the header; `load_state` and `load_masks`
+read the tensors and the masks without building a model.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from growfx.artifact_info import ArtifactInfo, describe
-from growfx.artifact_reader import CONFIG, DEFAULT_MAX_BYTES, inspect, load, load_masks
+from growfx.artifact_reader import CONFIG, DEFAULT_MAX_BYTES, inspect, load, load_masks, load_state
 from growfx.codec import encode_index, encode_values
 from growfx.errors import ArtifactError, ConfigError
 from growfx.graph import MaskedGraph
@@ -41,7 +42,7 @@ from growfx.model_card import model_card
 from growfx.models import ModelIdentity, blueprint
 from growfx.staging import staged_folder
 
-__all__ = ["DEFAULT_MAX_BYTES", "inspect", "load", "load_masks", "save"]
+__all__ = ["DEFAULT_MAX_BYTES", "inspect", "load", "load_masks", "load_state", "save"]
 
 WEIGHTS = "sparse.safetensors"
 # timm and transformers load a file of this name without asking; it must hold every tensor, dense.

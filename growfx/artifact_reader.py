@@ -26,7 +26,7 @@ from growfx.errors import ArtifactError, ConfigError
 from growfx.manifest import DTYPES, DenseEntry, Manifest, SparseEntry, check_version, from_metadata
 from growfx.models import WEIGHT_SOURCES, ModelIdentity, blueprint, create_model
 
-__all__ = ["CONFIG", "DEFAULT_MAX_BYTES", "inspect", "load", "load_masks"]
+__all__ = ["CONFIG", "DEFAULT_MAX_BYTES", "inspect", "load", "load_masks", "load_state"]
 
 CONFIG = "config.json"
 DEFAULT_MAX_BYTES = 1 << 36
@@ -62,23 +62,30 @@ def load(path: str | Path, *, model: nn.Module | None = None, max_bytes: int = D
     """
     with _opened(path, verify=True) as weights:
         manifest = weights.manifest
-        if manifest.decoded_bytes > max_bytes:
-            raise ArtifactError(
-                f"its tensors take {manifest.decoded_bytes} bytes, more than max_bytes={max_bytes}; "
-                "raise max_bytes if the artifact is to be trusted"
-            )
+        _check_size(manifest, max_bytes)
         identity = None if model is not None else _identity(manifest)
         with _building():
             plan = model if identity is None else blueprint(identity)
         assert plan is not None
         _check_fit(plan, manifest)
-        state = {name: weights.tensor(name) for name in manifest.tensors}
+        state = weights.tensors()
         if identity is not None:
             with _building(), torch.random.fork_rng(devices=[]):
                 plan = create_model(identity.spec, **identity.kwargs)
             _restore_preprocessing(plan, manifest)
-        _fill(plan, manifest, state)
+        _fill(plan, state)
         return plan.eval()
+
+
+def load_state(path: str | Path, *, max_bytes: int = DEFAULT_MAX_BYTES) -> dict[str, Tensor]:
+    """The state dict of the plain network, without building a model; tied names share one tensor.
+
+    Raises:
+        ArtifactError: no artifact, damaged, newer, or too large.
+    """
+    with _opened(path, verify=True) as weights:
+        _check_size(weights.manifest, max_bytes)
+        return weights.tensors()
 
 
 def inspect(path: str | Path) -> ArtifactInfo:
@@ -124,6 +131,11 @@ class _Weights:
         self.manifest = from_metadata(metadata["growfx"])
         self._check_header()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Decode all tensors; tied names share one."""
+        state = {name: self.tensor(name) for name in self.manifest.tensors}
+        return state | {alias: state[name] for alias, name in self.manifest.aliases.items()}
+
     def tensor(self, name: str) -> Tensor:
         """Decode one tensor."""
         entry = self.manifest.tensors[name]
@@ -146,8 +158,8 @@ class _Weights:
             data = self._bytes(f"{name}::index", entry.index_crc32)
             return decode_index(IndexStream(entry.index_codec, entry.index_raw, data), entry.nnz, entry.numel)
 
-    def _bytes(self, name: str, crc32: int) -> bytes:
-        data = self._handle.get_tensor(name).reshape(-1).view(torch.uint8).numpy().tobytes()
+    def _bytes(self, name: str, crc32: int) -> memoryview:
+        data = self._handle.get_tensor(name).reshape(-1).view(torch.uint8).numpy().data
         _check_crc(data, crc32)
         return data
 
@@ -255,6 +267,14 @@ def _building() -> Generator[None]:
         raise ArtifactError(f"its model cannot be built here: {error}") from error
 
 
+def _check_size(manifest: Manifest, max_bytes: int) -> None:
+    if manifest.decoded_bytes > max_bytes:
+        raise ArtifactError(
+            f"its tensors take {manifest.decoded_bytes} bytes, more than max_bytes={max_bytes}; "
+            "raise max_bytes if the artifact is to be trusted"
+        )
+
+
 def _check_fit(model: nn.Module, manifest: Manifest) -> None:
     """Keys and shapes of the model are exactly those stored."""
     own = {name: tuple(t.shape) for name, t in model.state_dict().items() if isinstance(t, Tensor)}
@@ -272,21 +292,22 @@ def _check_fit(model: nn.Module, manifest: Manifest) -> None:
         raise ArtifactError(f"the model is not the artifact's ({type(model).__name__}): {shown}")
 
 
-def _fill(model: nn.Module, manifest: Manifest, state: Mapping[str, Tensor]) -> None:
+def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     targets = model.state_dict(keep_vars=True)
     filled: dict[int, str] = {}
+    placed: set[int] = set()
     plan: list[tuple[Tensor, Tensor]] = []
-    for name in sorted(manifest.names):
-        target, tensor = targets[name], state[manifest.aliases.get(name, name)]
+    for name, tensor in sorted(state.items()):
+        target = targets[name]
         if target.is_meta:
             raise ArtifactError(f"`{name}` of `model=` has no storage; move the model with `to_empty` first")
         before = filled.setdefault(id(target), name)
-        same = manifest.aliases.get(before, before) == manifest.aliases.get(name, name)
-        if before != name and not same:
+        if state[before] is not tensor:
             raise ArtifactError(f"`{before}` and `{name}` are one tensor in the model and two in the artifact")
         if before == name:
-            # A name that is tied in the artifact but not in this model gets a tensor of its own.
-            plan.append((target, tensor.clone() if name in manifest.aliases else tensor))
+            # Names that are tied in the artifact but not in this model get tensors of their own.
+            plan.append((target, tensor.clone() if id(tensor) in placed else tensor))
+            placed.add(id(tensor))
     # `.data` keeps every Parameter the object it is, so ties and references to it hold, and takes any dtype.
     for target, tensor in plan:
         target.data = tensor.to(target.device)

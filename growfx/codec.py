@@ -58,7 +58,7 @@ class IndexStream:
 
     codec: str
     raw_size: int
-    data: bytes
+    data: bytes | memoryview
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ValueStream:
 
     codec: str
     planes: tuple[int, ...]
-    data: bytes
+    data: bytes | memoryview
 
 
 def encode_index(positions: Positions, size: int) -> IndexStream:
@@ -94,7 +94,7 @@ def decode_index(stream: IndexStream, nnz: int, size: int) -> Positions:
     if stream.codec == "bitmask":
         _require(stream.raw_size == len(stream.data) == (size + 7) // 8, "a bitmask of the wrong length")
         bits = np.unpackbits(np.frombuffer(stream.data, dtype=np.uint8))
-        positions = np.flatnonzero(bits).astype(np.int64, copy=False)
+        positions = np.flatnonzero(bits.view(np.bool_)).astype(np.int64, copy=False)
     elif stream.codec in ("gap8", "gap8.huffman"):
         # Every gap byte stands for at least one position, so there can be no more of them than positions.
         _require(nnz <= stream.raw_size <= size, "an index of impossible length")
@@ -197,7 +197,7 @@ def _entropy(stream: NDArray[np.uint8]) -> float:
     return -float((shares * np.log2(shares)).sum()) / 8
 
 
-def _decode_plane(data: bytes, nnz: int) -> NDArray[np.uint8]:
+def _decode_plane(data: bytes | memoryview, nnz: int) -> NDArray[np.uint8]:
     _require(len(data) <= nnz, "a byte plane longer than its values")
     return np.frombuffer(data if len(data) == nnz else _inflate(data, nnz), dtype=np.uint8)
 
@@ -207,7 +207,7 @@ def _deflate(data: bytes) -> bytes:
     return packer.compress(data) + packer.flush()
 
 
-def _inflate(data: bytes, size: int) -> bytes:
+def _inflate(data: bytes | memoryview, size: int) -> bytes:
     """Exactly `size` bytes: a stream that holds more is stopped one byte beyond."""
     unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
     try:

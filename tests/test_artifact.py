@@ -14,7 +14,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 import growfx
-from growfx.artifact import load_masks
+from growfx.artifact import load_masks, load_state
 from growfx.errors import ArtifactError
 
 WEIGHTS = "sparse.safetensors"
@@ -34,6 +34,9 @@ def test_any_bit_pattern_at_any_density_comes_back_bit_by_bit(tmp_path: Path, de
     info = growfx.save(net, tmp_path / "out")
     model = growfx.load(tmp_path / "out", model=Tied())
     assert same_bits(model, plain(net))
+    state, expected = load_state(tmp_path / "out"), plain(net).state_dict()
+    assert state.keys() == expected.keys()
+    assert all(bits(state[name]) == bits(expected[name]) for name in expected)
     masks = load_masks(tmp_path / "out")
     assert list(masks) == list(net.layers)
     assert all(torch.equal(masks[name], layer.mask) for name, layer in net.layers.items())

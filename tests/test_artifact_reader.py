@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import growfx
-from growfx.artifact import load_masks
+from growfx.artifact import load_masks, load_state
 from growfx.errors import ArtifactError
 
 WEIGHTS = "sparse.safetensors"
@@ -214,6 +214,8 @@ def test_sizes_are_bounded_before_anything_is_decoded(folder: Path):
     refuses(folder, r"its tensors take \d+ bytes, more than max_bytes=100; raise max_bytes", max_bytes=100)
     with pytest.raises(ArtifactError, match=r"its masks take \d+ bytes, more than max_bytes=100"):
         load_masks(folder, max_bytes=100)
+    with pytest.raises(ArtifactError, match=r"its tensors take \d+ bytes, more than max_bytes=100"):
+        load_state(folder, max_bytes=100)
     need = growfx.inspect(folder).dense_bytes
     assert growfx.load(folder, model=Tied(), max_bytes=need)
 

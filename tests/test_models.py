@@ -90,7 +90,7 @@ def test_a_timm_model_is_read_back_from_its_attributes_where_timm_recorded_no_ar
 def test_a_classifier_that_was_reset_is_part_of_the_identity():
     model = create_model("resnet10t", in_chans=1)
     assert identity_of(model) == ModelIdentity("timm", "resnet10t", {"in_chans": 1})
-    model.reset_classifier(6)  # pyright: ignore[reportCallIssue]
+    model.reset_classifier(6)
     assert identity_of(model) == ModelIdentity("timm", "resnet10t", {"in_chans": 1, "num_classes": 6})
 
 
@@ -154,7 +154,7 @@ def test_a_spec_that_cannot_be_built_says_what_is_wrong(spec: str, kwargs: dict[
 
 def test_an_unknown_library_is_refused():
     with pytest.raises(ConfigError, match="`keras` is unknown; allowed: timm, torchvision, python"):
-        ModelIdentity("keras", "x")  # pyright: ignore[reportArgumentType]
+        ModelIdentity("keras", "x")
 
 
 def test_importing_the_module_imports_no_model_library():
