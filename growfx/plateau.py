@@ -309,6 +309,6 @@ class PlateauRule:
         allowed."""
         if decision.stop:
             return "plateau"
-        if decision.operating_round < len(points) - 1:
-            return "max_density"  # a plateau under the last fit, but growth ended before the rule was sure
+        if decision.fit is None or decision.operating_round < len(points) - 1:
+            return "max_density"  # too few rounds, or a plateau seen before the rule could be sure
         return "no plateau below max_density"

@@ -1,0 +1,93 @@
+"""What growth methods share: how many edges next, and going back to an earlier round."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from growfx.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from growfx.graph import MaskedGraph
+
+__all__ = ["Snapshot", "next_nnz"]
+
+
+def next_nnz(nnz: int, numel: int, growth_ratio: float, max_density: float) -> int:
+    """Return how many edges the next round has: `growth_ratio` times as many, at least one more, within the
+    limit.
+
+    Equal to `nnz` (or less) where `max_density` (of `numel` edges) is reached.
+    """
+    limit = round(max_density * numel)
+    return min(max(round(growth_ratio * nnz), nnz + 1), limit)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The masks and weights of a round, kept on the CPU.
+
+    masks: packed bits (uint8) by layer. active: the active weights by layer, in index order.
+    rest: every other entry of the state dict (biases, norms and their statistics, unmasked layers).
+    """
+
+    masks: Mapping[str, Tensor]
+    active: Mapping[str, Tensor]
+    rest: Mapping[str, Tensor]
+
+    @classmethod
+    def take(cls, net: MaskedGraph) -> Snapshot:
+        """Copy what `net` is now."""
+        masks, active = {}, {}
+        for name, layer in net.layers.items():
+            mask = layer.mask.cpu()
+            masks[name] = torch.from_numpy(np.packbits(mask.reshape(-1).numpy()))
+            active[name] = layer.parameter.detach()[layer.mask].cpu()
+        return cls(masks, active, {name: value.detach().cpu().clone() for name, value in _rest(net).items()})
+
+    def restore(self, net: MaskedGraph, optimizer: Optimizer) -> None:
+        """Make `net` what it was, and forget the optimizer's state: it belongs to another network."""
+        masks = {name: self._mask(name, layer.mask) for name, layer in net.layers.items()}
+        net.set_masks(masks)
+        with torch.no_grad():
+            for name, layer in net.layers.items():
+                layer.parameter.zero_()
+                layer.parameter[masks[name]] = self.active[name].to(layer.parameter)
+            for name, value in _rest(net).items():
+                value.copy_(self.rest[name])
+        net.settle()
+        optimizer.state.clear()
+
+    def _mask(self, name: str, like: Tensor) -> Tensor:
+        bits = np.unpackbits(self.masks[name].numpy(), count=like.numel()).astype(bool)
+        return torch.from_numpy(bits).reshape(like.shape).to(like.device)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return the three parts as plain dicts of tensors."""
+        return {"masks": dict(self.masks), "active": dict(self.active), "rest": dict(self.rest)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Mapping[str, Tensor]], net: MaskedGraph) -> Snapshot:
+        """Read `state_dict()`; raises `CheckpointError` where it does not fit `net`."""
+        names = set(net.layers)
+        fits = set(state["masks"]) == set(state["active"]) == names and set(state["rest"]) == set(_rest(net))
+        packed = {name: math.ceil(layer.numel / 8) for name, layer in net.layers.items()}
+        if not fits or any(state["masks"][name].numel() != size for name, size in packed.items()):
+            raise CheckpointError(
+                "the rounds kept in this state are of a network with other layers; resume with the model it came from"
+            )
+        return cls(*({k: v.cpu() for k, v in state[part].items()} for part in ("masks", "active", "rest")))
+
+
+def _rest(net: MaskedGraph) -> dict[str, Any]:
+    """Return the live tensors of the state dict that are neither masked weights nor masks; tied names too."""
+    masked = {id(tensor) for layer in net.layers.values() for tensor in (layer.parameter, layer.mask)}
+    state = net.state_dict(keep_vars=True)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor) and id(value) not in masked}

@@ -1,0 +1,188 @@
+"""A sparse seed in which every unit is alive: edges drawn by the expected visits of random walks.
+
+PHEW (Patil & Dovrolis, ICML 2021) builds a seed from random walks biased by weight magnitude: forward walks
+step from a unit to the next with probability proportional to the magnitude of the connecting weights,
+backward walks likewise towards the input, in turn, each starting at every input (output) unit equally often.
+This pass, *expected-visits*, walks infinitely often instead of one walk at a time:
+
+1. The expected visits of an edge by a forward walk are the path products of the network whose magnitudes are
+   normalised to one over each unit's outgoing edges, times the edge's own magnitude; by a backward walk, with
+   incoming edges. Both are carried through residuals, concatenations and gates by the path rules of the
+   graph. Half of the weight goes to each direction.
+2. Edges are drawn without replacement in proportion to their expected visits (an exponential race).
+3. Every unit keeps the edge that arrives first among its incoming ones, and among its outgoing ones, whatever
+   the count. With one edge in and one out at every unit of every layer, every unit is on a path.
+
+Deviations from PHEW: single walks are not followed, so an edge may be drawn whose walk would need another
+edge that is not; step 3 repairs it. All units of a layer with several consumers get an edge in each of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from growfx.density import check_density
+from growfx.edge_keys import EdgeKeys
+from growfx.errors import ConfigError
+from growfx.layers import MaskedLayer
+from growfx.passes.path_products import path_gradients
+from growfx.selection import draw
+
+if TYPE_CHECKING:
+    from growfx.graph import MaskedGraph
+
+__all__ = ["Seed", "dead_units", "expected_visits", "seed_masks"]
+
+_AUTOMATIC = (0.01, 0.02, 0.05, 0.10)
+_NEVER_VISITED = 1e-9  # times the mean visits: the last choice where a unit has no visited edge
+
+
+@dataclass(frozen=True)
+class Seed:
+    """Starting masks.
+
+    `masks`: bool per masked layer, layers off path all active. `density`: over all masked layers.
+    `dead_units`: output units of layers on a path that no path crosses.
+    """
+
+    masks: dict[str, Tensor]
+    density: float
+    dead_units: int
+
+
+def expected_visits(net: MaskedGraph) -> dict[str, Tensor]:
+    """Return the expected visits of every edge by a forward and a backward walk, half each.
+
+    Per layer on a path, float64 of the weight's shape; the same unit everywhere. Weights outside their mask
+    count as they are stored (zero). A unit whose weights are all zero steps to its neighbours with equal
+    probability.
+    """
+    visits: dict[str, Tensor] = {}
+    for outgoing in (True, False):
+        steps = {name: _step_probabilities(layer, outgoing) for name, layer in net.layers.items()}
+        paths = path_gradients(net, steps, norm="identity", unit_scales=True)
+        # one unit of path mass is one walk, so both directions count alike whatever their scale
+        per_walk = math.exp(paths.log_scale - paths.log_total) if paths.log_total > -math.inf else 1.0
+        for name, score in paths.scores.items():
+            part = 0.5 * per_walk * score * steps[name]
+            visits[name] = part if outgoing else visits[name] + part
+    return visits
+
+
+def seed_masks(net: MaskedGraph, density: float | None = None, *, seed: int = 0, largest: float = 1.0) -> Seed:
+    """Draw starting masks of exactly `round(density * net.numel)` edges, off-path layers dense and counted.
+
+    `density` None takes the smallest of 1, 2, 5 and 10 % (none above `largest`) at which every unit is alive.
+    At a density too small for that (or if none of the four is enough) units stay dead: `dead_units` counts
+    them. Raises `ConfigError` where off-path layers alone need more than the density allows.
+    """
+    visits = expected_visits(net)
+    best = None
+    for candidate in (check_density(density, "seed_density"),) if density is not None else _AUTOMATIC:
+        count = round(candidate * net.numel) - _off_path_edges(net, visits)
+        if count <= 0 or (density is None and candidate > largest):
+            continue
+        masks = _draw(net, visits, count, EdgeKeys(seed, "seed"))
+        best = Seed(masks, _density(net, masks), dead_units(net, masks))
+        if not best.dead_units:
+            return best
+    if best is None:
+        raise ConfigError(_no_room(net, visits, density, largest))
+    return best
+
+
+def dead_units(net: MaskedGraph, masks: Mapping[str, Tensor]) -> int:
+    """Count output units that active edges connect to no path from input to output, whatever the weights."""
+    paths = path_gradients(net, masks, norm="identity", unit_scales=True)
+    return sum(int((~alive).sum()) for alive in paths.alive_out.values())
+
+
+def _no_room(net: MaskedGraph, visits: Mapping[str, Tensor], density: float | None, largest: float) -> str:
+    dense = _off_path_edges(net, visits)
+    asked = f"{density}" if density is not None else f"none of {_AUTOMATIC} up to {largest}"
+    return (
+        f"`seed_density` is {asked}, of {net.numel} edges; {dense} of them are in layers no path crosses and stay "
+        f"dense, so allowed are densities above {dense / net.numel:.4g} that leave at least one edge"
+    )
+
+
+def _off_path_edges(net: MaskedGraph, visits: Mapping[str, Tensor]) -> int:
+    return sum(layer.numel for name, layer in net.layers.items() if name not in visits)
+
+
+def _density(net: MaskedGraph, masks: Mapping[str, Tensor]) -> float:
+    return sum(int(mask.sum()) for mask in masks.values()) / net.numel
+
+
+def _draw(net: MaskedGraph, visits: Mapping[str, Tensor], count: int, keys: EdgeKeys) -> dict[str, Tensor]:
+    masks = {name: torch.ones_like(layer.mask) for name, layer in net.layers.items() if name not in visits}
+    kept = {name: _first_arrivals(net.layers[name], name, value, keys) for name, value in visits.items()}
+    reserved = sum(int(mask.sum()) for mask in kept.values())
+    if reserved > count:  # too few edges to keep every unit alive: the likeliest ones
+        kept = {name: torch.zeros_like(mask) for name, mask in kept.items()}
+        reserved = 0
+    drawn = draw(visits, count - reserved, keys, {name: ~mask for name, mask in kept.items()})
+    missing = count - reserved - drawn.count
+    masks |= {name: kept[name] | drawn.masks[name] for name in visits}
+    if missing:  # more edges wanted than are ever visited: any of the others
+        others = {name: (~masks[name]).double() for name in visits}
+        rest = draw(others, missing, keys)
+        masks |= {name: masks[name] | rest.masks[name] for name in visits}
+    return masks
+
+
+def _first_arrivals(layer: MaskedLayer, name: str, visits: Tensor, keys: EdgeKeys) -> Tensor:
+    """Mark, for each output and each input unit, the edge that the race would draw first."""
+    weights = visits.reshape(-1).cpu().numpy()
+    floor = _NEVER_VISITED * float(weights.mean()) or 1.0
+    uniform = keys.uniform(name, 0, len(weights))
+    times = torch.from_numpy(-np.log1p(-uniform) / np.maximum(weights, floor)).reshape(visits.shape)
+    marks = torch.zeros(visits.shape, dtype=torch.bool)
+    for by_output in (True, False):
+        rows = _by_unit(layer, torch.arange(visits.numel()).reshape(visits.shape), by_output)
+        marks.view(-1)[rows.gather(1, times.view(-1)[rows].argmin(1, keepdim=True))] = True
+    return marks.to(visits.device)
+
+
+def _step_probabilities(layer: MaskedLayer, outgoing: bool) -> Tensor:
+    """Return float64 magnitudes normalised to sum to one over each unit's outgoing (or incoming) edges."""
+    size = layer.parameter.detach().double().abs() * layer.mask
+    rows = _by_unit(layer, size, by_output=not outgoing)
+    totals = rows.sum(1, keepdim=True)
+    shares = torch.where(totals > 0, rows / totals, 1.0 / rows.shape[1])
+    return _from_units(layer, shares, by_output=not outgoing)
+
+
+def _by_unit(layer: MaskedLayer, values: Tensor, by_output: bool) -> Tensor:
+    """Rearrange values of the weight's shape to one row per output (or input) unit.
+
+    Weights are (out, in / groups, taps ...), those of transposed convolutions (in, out / groups, taps ...).
+    """
+    grouped, groups_first = _grouped(layer, values)
+    rows = grouped if groups_first == by_output else grouped.transpose(1, 2)
+    return rows.reshape(rows.shape[0] * rows.shape[1], -1)
+
+
+def _from_units(layer: MaskedLayer, rows: Tensor, by_output: bool) -> Tensor:
+    """Undo `_by_unit`."""
+    shape = layer.parameter.shape
+    grouped, groups_first = _grouped(layer, torch.empty(shape, device="meta"))
+    if groups_first == by_output:
+        return rows.reshape(shape)
+    groups, first, second, taps = grouped.shape
+    return rows.reshape(groups, second, first, taps).transpose(1, 2).reshape(shape)
+
+
+def _grouped(layer: MaskedLayer, values: Tensor) -> tuple[Tensor, bool]:
+    """Return values as (groups, units of dimension 0, units of dimension 1, taps), and whether dimension 0 is
+    the output."""
+    groups = int(getattr(layer, "groups", 1))
+    output_first = not bool(getattr(layer, "transposed", False))
+    return values.reshape(groups, values.shape[0] // groups, values.shape[1], -1), output_first
