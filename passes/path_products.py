@@ -177,7 +177,7 @@ def _off_path(run: PathGraph, scores: Mapping[str, Tensor], inputs: Sequence[Ten
         if name in scores and name not in unreached:
             continue
         if name in run.leaves:
-            reasons[name] = "none of its results reaches an output"
+            reasons[name] = "no path from the input to an output runs through it"
         elif name in run.constant_fed:
             reasons[name] = "it is fed by constants only, not by the network's input"
         else:

@@ -235,7 +235,7 @@ def test_layers_no_path_crosses_have_a_reason_and_no_score() -> None:
     assert set(paths.off_path) == {"auxiliary", "position", "unread"}
     assert "constants" in paths.off_path["position"]
     assert "evaluation" in paths.off_path["auxiliary"]
-    assert "reaches an output" in paths.off_path["unread"]
+    assert "no path" in paths.off_path["unread"]
     assert set(paths.alive_in) == set(paths.alive_out) == set(paths.scores)
 
 
