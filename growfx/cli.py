@@ -14,7 +14,7 @@ from growfx.errors import ConfigError, GrowfxError
 __all__ = ["main"]
 
 _DATA_HELP = "`digits`, a folder with train/ and val/ or test/ of class folders, or a spec such as torch/cifar10"
-_CONTROLS = {"dense": "all weights, no mask", "static": "random masks of --density, never changed"}
+_DENSE = "dense"  # no method: all weights are trained
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -74,21 +74,19 @@ def grow(seed_density: float | None, max_density: float | None, **given: Any) ->
 
 @commands.command()
 @_run_options
-@click.option("--method", required=True, metavar="NAME", help="see `growfx methods`; or dense, static")
+@click.option("--method", required=True, metavar="NAME", help="see `growfx methods`; or `dense`, the control")
 @click.option("--density", type=float, help="density to train at")
 def train(method: str, density: float | None, **given: Any) -> None:
-    """Train MODEL on DATA by another method, or as a dense or static control."""
+    """Train MODEL on DATA by another method than growth, or as a dense control."""
     from growfx import methods
 
-    allowed = [*_CONTROLS, *(n for n in methods.names() if not _grows(n))]
+    allowed = [_DENSE, *(n for n in methods.names() if not _grows(n))]
     if method not in allowed:
         hint = " (that one is `growfx grow`)" if method in methods.names() else ""
         names = ", ".join(f"`{n}`" for n in allowed)
         raise ConfigError(f"method `{method}` is unknown to `growfx train`{hint}; allowed: {names}")
-    if method == "dense" and density not in (None, 1.0):
+    if method == _DENSE and density not in (None, 1.0):
         raise ConfigError(f"method `dense` has density 1; `--density {density}` contradicts it")
-    if method == "static" and density is None:
-        raise ConfigError("method `static` needs `--density`")
     _run(method, {} if density is None else {"density": density}, **given)
 
 
@@ -183,8 +181,8 @@ def methods_command(as_json: bool) -> None:
         }
         for name, options in facts.items()
     ]
-    rows += [{"method": name, "options": what, "command": "train"} for name, what in _CONTROLS.items()]
-    _show({"methods": facts, "controls": _CONTROLS}, as_json, table(rows))
+    rows.append({"method": _DENSE, "options": "the control: all weights", "command": "train"})
+    _show({"methods": facts}, as_json, table(rows))
 
 
 def _run(
@@ -212,7 +210,7 @@ def _run(
     from growfx.training import train as run_training
 
     kinds: dict[str, type] = {"data": DataOptions, "train": TrainOptions}
-    if method_name not in _CONTROLS:
+    if method_name != _DENSE:
         kinds["method"] = _method_class(method_name)
     values = parse_assignments(assignments, kinds)
     given: dict[str, Any] = {"seed": seed} if epochs is None else {"seed": seed, "epochs": epochs}
@@ -225,7 +223,6 @@ def _run(
         data,
         data_options,
         model_kwargs=values["model"],
-        density=method_options["density"] if method_name == "static" else 1.0,
         seed=train_options.seed,
     )
     result = run_training(
@@ -248,7 +245,7 @@ def _run(
 def _method(name: str, options: Mapping[str, Any]) -> Any:
     from growfx import methods
 
-    return None if name in _CONTROLS else methods.create(name, **options)
+    return None if name == _DENSE else methods.create(name, **options)
 
 
 def _method_class(name: str) -> type:

@@ -187,7 +187,7 @@ def make_loader(
     images = _Images(part, _IMAGE_MODES[form.input_size[0]])
     kind = options.augment
     crop = train and (kind == "crop" or (kind == "auto" and not source.grey))
-    policy = {
+    policy: dict[str, Any] = {
         "scale": (options.crop_scale, 1.0),
         "hflip": options.hflip,
         "color_jitter": options.color_jitter,

@@ -52,7 +52,6 @@ def assemble(
     options: DataOptions,
     *,
     model_kwargs: Mapping[str, Any] | None = None,
-    density: float = 1.0,
     seed: int = 0,
 ) -> Job:
     """Open the data, build the model with its number of classes and an image size that fits, and wrap it.
@@ -60,8 +59,7 @@ def assemble(
     Args:
         model, data: specs as on the command line.
         model_kwargs: arguments of the model; they go before what the data suggests.
-        density: below 1, random masks.
-        seed: of the initial weights and of random masks.
+        seed: of the initial weights.
 
     Raises:
         DataError, ConfigError, TraceError: as `open_data`, `create_model` and `wrap`.
@@ -76,13 +74,13 @@ def assemble(
         torch.manual_seed(seed)
         built = create_model(model, **kwargs, img_size=options.img_size)
     form = fit_input(source, built, options)
-    return Job(wrap_for(built, form, density=density, seed=seed), source, form, options)
+    return Job(wrap_for(built, form), source, form, options)
 
 
-def wrap_for(model: nn.Module, form: InputFormat, *, density: float = 1.0, seed: int = 0) -> MaskedGraph:
-    """Wrap a model for images of this format; its device is the model's."""
+def wrap_for(model: nn.Module, form: InputFormat) -> MaskedGraph:
+    """Wrap a model for images of this format."""
     generator = torch.Generator().manual_seed(0)
-    return wrap(model, torch.randn(1, *form.input_size, generator=generator), density=density, seed=seed)
+    return wrap(model, torch.randn(1, *form.input_size, generator=generator))
 
 
 def reopen(path: Path, *, best: bool = False) -> tuple[MaskedGraph, RunFolder]:

@@ -249,7 +249,7 @@ class _Run:
             test = evaluate(self.net, self.test_loader, self.device).accuracy
         method, net = self.method, self.net
         result = Result(
-            method=method.name if method else "dense" if net.nnz == net.numel else "static",
+            method=method.name if method else "dense" if net.nnz == net.numel else "fixed masks",
             model=model_name(net),
             density=net.density,
             nnz=net.nnz,

@@ -61,9 +61,9 @@ def test_wrong_usage_ends_with_status_2(arguments, capsys):
     [
         (["--method", "dense", "--data", "nowhere"], "DataError: data `nowhere` is not there"),
         (["--method", "magic"], "ConfigError: method `magic` is unknown"),
-        (["--method", "static"], "ConfigError: method `static` needs `--density`"),
+        (["--method", "pwmpr"], "(that one is `growfx grow`)"),
         (["--method", "dense", "--density", "0.5"], "ConfigError: method `dense` has density 1"),
-        (["--method", "static", "--density", "1.5"], "ConfigError: density is 1.5"),
+        (["--method", "static", "--density", "1.5"], "ConfigError: `density` = 1.5 is out of range"),
         (["--method", "dense", "--epochs", "0"], "ConfigError: `epochs` = 0 is out of range"),
         (["--method", "dense", "--set", "lr=-1"], "ConfigError: `lr` = -1.0 is out of range"),
         (["--method", "dense", "--set", "model.nonsense=1"], "ConfigError: model `test_resnet` cannot be built"),
@@ -184,7 +184,19 @@ def test_methods_are_listed_with_their_defaults(capsys):
     assert list(facts["methods"]) == list(methods.names())
     assert call("methods") == 0
     table = capsys.readouterr().out
-    assert all(name in table for name in [*methods.names(), "dense", "static"])
+    assert all(name in table for name in [*methods.names(), "dense"])
+
+
+def test_a_network_grows_and_stops_and_the_artifact_is_what_was_grown(tmp_path, capsys):
+    options = ["--seed-density", 0.05, "--max-density", 0.1, "--set", "growth_ratio=1.5", "--set", "epochs_per_round=1"]
+    assert call("grow", *RUN, *options, "--epochs", 1, "--out", tmp_path / "run", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["method"] == "pwmpr"
+    assert [round(entry["density"], 3) for entry in result["trace"]] == [0.05, 0.075, 0.1]
+    assert result["epochs"] == 4
+    assert result["nnz"] <= round(0.1 * result["numel"])
+    assert call("inspect", tmp_path / "run" / "artifact", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["nnz"] == result["nnz"]
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_resume_finishes_as_if_nothing_happened(tmp_path, capsys):

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -81,6 +82,10 @@ class Doubling:
             setattr(self, name, value)
 
 
+def doubling() -> Any:
+    return Doubling()
+
+
 def loaders(count: int = 96, batch: int = 16):
     """Four classes told apart by the brightest corner."""
     generator = torch.Generator().manual_seed(1)
@@ -139,7 +144,7 @@ def test_a_dense_network_learns_and_the_result_says_what_was_done():
 
 def test_a_growing_method_runs_its_rounds_then_the_full_schedule_from_what_it_put_back():
     train_loader, val_loader = loaders()
-    net, method = fresh_net(), Doubling()
+    net, method = fresh_net(), doubling()
     result = train(net, train_loader, val_loader, method=method, options=QUICK, progress=False)
     assert [round(entry["density"], 2) for entry in result.trace] == [0.1, 0.2, 0.4]
     assert result.density == pytest.approx(0.2, abs=0.01)
@@ -155,7 +160,7 @@ def test_a_growing_method_runs_its_rounds_then_the_full_schedule_from_what_it_pu
 
 def test_a_round_is_scored_on_averaged_weights_and_ends_near_a_rate_of_zero(tmp_path):
     train_loader, val_loader = loaders()
-    train(fresh_net(), train_loader, val_loader, method=Doubling(), options=QUICK, out=tmp_path / "run", progress=False)
+    train(fresh_net(), train_loader, val_loader, method=doubling(), options=QUICK, out=tmp_path / "run", progress=False)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     rounds = [r for r in log if r["event"] == "round"]
     epochs = [r for r in log if r["event"] == "epoch"]
@@ -178,7 +183,7 @@ def test_a_run_that_is_interrupted_and_resumed_ends_as_one_that_was_not(tmp_path
             net := fresh_net(),
             train_loader,
             val_loader,
-            method=Doubling(),
+            method=doubling(),
             options=QUICK,
             out=path,
             progress=False,
@@ -262,7 +267,7 @@ def test_resuming_with_another_method_option_or_network_is_refused_by_name(tmp_p
     with pytest.raises(CheckpointError, match=r"`train\.epochs` = 3, now it is 4"):
         train(fresh_net(), train_loader, val_loader, options=QUICK, epochs=4, out=path, resume=True)
     with pytest.raises(CheckpointError, match=r"`masks\.digest`"):
-        train(fresh_net(), train_loader, val_loader, method=Doubling(), options=QUICK, out=path, resume=True)
+        train(fresh_net(), train_loader, val_loader, method=doubling(), options=QUICK, out=path, resume=True)
     other = growfx.wrap(Tiny(classes=5), torch.randn(1, 1, 8, 8))
     with pytest.raises(CheckpointError, match=r"`masks\.\w+` = "):
         train(other, train_loader, val_loader, options=QUICK, out=path, resume=True)
@@ -364,7 +369,7 @@ def test_optimizers_of_timm_train_and_resume(tmp_path, monkeypatch, optimizer):
 
 def test_progress_shows_rounds_epochs_accuracy_and_density(capfd):
     train_loader, val_loader = loaders()
-    train(fresh_net(), train_loader, val_loader, method=Doubling(), options=QUICK)
+    train(fresh_net(), train_loader, val_loader, method=doubling(), options=QUICK)
     shown = capfd.readouterr()
     assert shown.out == ""
     assert "round 0: density" in shown.err
