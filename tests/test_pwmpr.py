@@ -1,0 +1,170 @@
+"""PWMPR's rounds: the clock, growth, the stop and the way back."""
+
+import pytest
+import torch
+from method_nets import OPTIMIZERS, small_net, train_steps
+
+from growfx import methods
+from growfx.errors import CheckpointError, ConfigError
+from growfx.methods.growth import Snapshot, next_nnz
+from growfx.methods.pwmpr import PWMPR
+
+
+def attached(optimizer_name: str = "sgd", steps_per_epoch: int = 1, **options):
+    net = small_net()
+    optimizer = OPTIMIZERS[optimizer_name](net)
+    method = methods.create("pwmpr", **{"epochs_per_round": 1, "seed_density": 0.1, **options})
+    assert isinstance(method, PWMPR)
+    method.attach(net, optimizer, total_steps=10, steps_per_epoch=steps_per_epoch)
+    return net, optimizer, method
+
+
+def plateau_at(density: float) -> float:
+    """An accuracy that saturates steeply in density."""
+    return 0.9 - 0.4 / (1 + (density / 0.08) ** 4)
+
+
+def grow(net, optimizer, method, accuracy, limit: int = 60) -> list[dict]:
+    """One step and one report a round until growth stops; the networks' states by round."""
+    states = []
+    for number in range(limit):
+        train_steps(net, optimizer, method, 1, number)
+        states.append({name: value.clone() for name, value in net.state_dict().items()})
+        method.report(accuracy(net.density), 0.001)
+        if not method.growing:
+            break
+    return states
+
+
+def test_rounds_are_30_percent_apart_and_new_edges_start_at_zero():
+    net, optimizer, method = attached(steps_per_epoch=2)
+    masks = {name: layer.mask.clone() for name, layer in net.layers.items()}
+    nnz = net.nnz
+    assert nnz == round(0.1 * net.numel)
+    train_steps(net, optimizer, method, 2)
+    kept = {name: layer.parameter.detach().clone() for name, layer in net.layers.items()}
+    method.report(0.5)
+    assert net.nnz == round(1.3 * nnz)
+    for name, layer in net.layers.items():
+        assert not (masks[name] & ~layer.mask).any()  # growth never removes
+        assert torch.equal(layer.parameter.detach(), kept[name])  # nor changes a weight: new ones are zero
+        assert not layer.parameter.detach()[layer.mask & ~masks[name]].any()
+        momentum = optimizer.state[layer.parameter]["momentum_buffer"]
+        assert not momentum[layer.mask & ~masks[name]].any()
+        assert momentum[masks[name]].any()
+
+
+def test_reports_within_a_round_do_not_count():
+    net, optimizer, method = attached(steps_per_epoch=3)
+    for number in range(3):
+        method.report(0.5)
+        assert method.trace == []
+        train_steps(net, optimizer, method, 1, number)
+    method.report(0.5)
+    assert [entry["round"] for entry in method.trace] == [0]
+
+
+def test_without_reports_growth_follows_the_clock_to_max_density():
+    net, optimizer, method = attached(steps_per_epoch=2, max_density=0.2)
+    changed = train_steps(net, optimizer, method, 12)
+    assert changed == [False, False, True, False, True, False, True, *[False] * 5]
+    assert net.nnz == round(0.2 * net.numel)
+    assert (method.growing, method.stop_reason) == (False, "max_density")
+    assert [entry["val_accuracy"] for entry in method.trace] == [None] * 4
+
+
+@pytest.mark.parametrize("optimizer_name", sorted(OPTIMIZERS))
+def test_at_the_plateau_growth_stops_and_the_operating_round_is_put_back_whole(optimizer_name):
+    net, optimizer, method = attached(optimizer_name)
+    states = grow(net, optimizer, method, plateau_at)
+    assert method.stop_reason == "plateau"
+    back = method.operating_round
+    assert back is not None
+    assert back < len(states) - 1
+    assert back == method.trace[-1]["fit"]["operating_round"]
+    assert net.density == method.trace[back]["density"]
+    now = net.state_dict()
+    assert all(torch.equal(now[name], value) for name, value in states[back].items())
+    assert not optimizer.state
+    assert plateau_at(1.0) - plateau_at(net.density) < 0.005
+    assert method.step() is False
+    method.report(0.1)
+    assert len(method.trace) == len(states)
+
+
+def test_a_curve_that_keeps_rising_has_no_plateau_and_stays_at_max_density():
+    net, optimizer, method = attached(max_density=0.6)
+    grow(net, optimizer, method, lambda density: 0.2 + 0.6 * density)
+    assert method.stop_reason == "no plateau below max_density"
+    assert net.nnz == round(0.6 * net.numel)
+    assert method.operating_round == len(method.trace) - 1
+
+
+def test_the_trace_holds_density_fit_and_dead_units_of_each_round():
+    net, optimizer, method = attached()
+    grow(net, optimizer, method, plateau_at)
+    assert [entry["fit"] is None for entry in method.trace[:5]] == [True] * 4 + [False]
+    assert method.trace[0]["nnz"] == round(0.1 * net.numel)
+    assert all(entry["dead_units"] == 0 and entry["off_path"] == 0 for entry in method.trace)
+    assert method.trace[-1]["fit"]["stop"]
+    assert method.trace[-1]["fit"]["gain"] < 0.003
+
+
+def test_rounds_far_below_the_plateau_are_not_kept():
+    net, optimizer, method = attached()
+    for number in range(7):
+        train_steps(net, optimizer, method, 1, number)
+        method.report(0.2 + 0.6 * net.density, 0.001)
+    assert method.growing
+    kept = {int(number) for number in method.state_dict()["snapshots"]}
+    assert len(method.trace) - 1 in kept
+    assert 0 not in kept
+
+
+def test_a_snapshot_is_exact_and_about_as_large_as_the_active_weights():
+    net, optimizer, _ = attached()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    kept = Snapshot.from_state(Snapshot.take(net).state_dict(), net)
+    net.set_masks({name: torch.ones_like(layer.mask) for name, layer in net.layers.items()})
+    with torch.no_grad():
+        for tensor in (*net.parameters(), *net.buffers()):
+            tensor.copy_(torch.ones_like(tensor))
+    kept.restore(net, optimizer)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert sum(value.numel() for value in kept.active.values()) == net.nnz
+    assert sum(value.numel() for value in kept.masks.values()) <= net.numel / 8 + len(net.layers)
+
+
+def test_the_state_of_another_network_is_refused():
+    _, _, method = attached()
+    state = method.state_dict()
+    net = small_net()
+    state["snapshots"] = {"0": Snapshot.take(net).state_dict()}
+    state["snapshots"]["0"]["masks"].pop("head")
+    with pytest.raises(CheckpointError, match="network with other layers"):
+        method.load_state_dict(state)
+
+
+def test_next_nnz_grows_by_at_least_one_and_never_past_the_limit():
+    assert next_nnz(100, 1000, 1.3, 1.0) == 130
+    assert next_nnz(1, 1000, 1.3, 1.0) == 2
+    assert next_nnz(900, 1000, 1.3, 0.95) == 950
+    assert next_nnz(950, 1000, 1.3, 0.95) == 950
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed_density": 0.0}, "`seed_density`"),
+        ({"growth_ratio": 1.0}, "`growth_ratio`"),
+        ({"epochs_per_round": 0}, "`epochs_per_round`"),
+        ({"epochs_per_round": None}, "`epochs_per_round`"),
+        ({"max_density": 1.2}, "`max_density`"),
+        ({"tolerance": 0.0}, "`tolerance`"),
+        ({"norm": "batch"}, r"`norm`.*`fold`, `identity`"),
+        ({"seed_density": 0.5, "max_density": 0.2}, r"`seed_density` 0\.5 is above `max_density` 0\.2"),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(options, message):
+    with pytest.raises(ConfigError, match=message):
+        methods.create("pwmpr", **options)
