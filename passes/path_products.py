@@ -90,8 +90,8 @@ def path_gradients(
     inputs = _inputs(net, example_inputs)
     graph = net.graph_at(*inputs, training=False)
     run = PathGraph(net, graph, norm=norm, power=power, magnitudes=chosen, unit_scales=unit_scales)
-    scores = _scored(run, inputs)
-    off_path = _off_path(run, scores, inputs)
+    scores, empty = _scored(run, inputs)
+    off_path = _off_path(run, scores, _unreached(run, inputs) if empty else frozenset())
     on_path = {name: score for name, score in scores.items() if name not in off_path}
     if not on_path:
         reasons = "; ".join(f"`{name}`: {reason}" for name, reason in list(off_path.items())[:5])
@@ -146,9 +146,12 @@ def _inputs(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None) 
     return tuple(item[:1].to(device) if item.ndim else item.to(device) for item in inputs)
 
 
-def _scored(run: PathGraph, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Run the path graph forward and backward; layer name -> score, for layers that a gradient reached."""
-    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+def _scored(run: PathGraph, inputs: Sequence[Tensor]) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """Run the path graph forward and backward.
+
+    Returns layer name -> score, for layers that a gradient reached, and which of these scores are zero throughout.
+    """
+    cudnn = torch.backends.cudnn.flags(torch.backends.cudnn.enabled, benchmark=False, deterministic=True)
     precise = torch.autocast(run.device.type, enabled=False)
     with torch.inference_mode(False), torch.enable_grad(), cudnn, precise:
         run.run(inputs)
@@ -156,22 +159,22 @@ def _scored(run: PathGraph, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
         if run.total.requires_grad:
             run.total.backward()
     scores: dict[str, Tensor] = {}
-    for name, parts in run.leaves.items():
-        gradients = [part.grad for part in parts if part.grad is not None]
-        if gradients:
-            scores[name] = gradients[0] if len(gradients) == 1 else torch.stack(gradients).sum(0)
-            if not math.isfinite(float(scores[name].sum())):
-                raise TraceError(
-                    f"the scores of layer `{name}` are not finite; look for extreme weights or norm scales"
-                )
-    return {name: scores[name] for name in run.layers if name in scores}
+    empty: set[str] = set()
+    for name in run.layers:
+        gradients = [part.grad for part in run.leaves.get(name, ()) if part.grad is not None]
+        if not gradients:
+            continue
+        scores[name] = gradients[0] if len(gradients) == 1 else torch.stack(gradients).sum(0)
+        mass = float(scores[name].sum())
+        if not math.isfinite(mass):
+            raise TraceError(f"the scores of layer `{name}` are not finite; look for extreme weights or norm scales")
+        if mass == 0:
+            empty.add(name)
+    return scores, frozenset(empty)
 
 
-def _off_path(run: PathGraph, scores: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> dict[str, str]:
+def _off_path(run: PathGraph, scores: Mapping[str, Tensor], unreached: frozenset[str]) -> dict[str, str]:
     """Why layers have no score."""
-    unreached: frozenset[str] = frozenset()
-    if any(not bool(score.any()) for score in scores.values()):
-        unreached = _unreached(run, inputs)
     reasons: dict[str, str] = {}
     for name in run.layers:
         if name in scores and name not in unreached:
@@ -190,8 +193,7 @@ def _unreached(run: PathGraph, inputs: Sequence[Tensor]) -> frozenset[str]:
     if run.graph not in _UNREACHED:
         ones = {name: torch.ones_like(layer.mask, dtype=torch.float64) for name, layer in run.layers.items()}
         full = PathGraph(run.net, run.graph, norm="identity", magnitudes=ones, unit_scales=True)
-        scores = _scored(full, inputs)
-        _UNREACHED[run.graph] = frozenset(name for name, score in scores.items() if not bool(score.any()))
+        _UNREACHED[run.graph] = _scored(full, inputs)[1]
     return _UNREACHED[run.graph]
 
 
