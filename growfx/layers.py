@@ -210,7 +210,8 @@ class MaskedLayer(nn.Module):
         return f"{super().extra_repr()}, density={self.density:.4g}"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _empty_twin, (self.twin_of,), self.__getstate__()
+        # The version counters of a copy's tensors start again: what was seen of the original says nothing of them.
+        return _empty_twin, (self.twin_of,), {**self.__dict__, "_settled": None}
 
 
 # The layer of a parameter, for the optimizer hooks below; entries vanish with their layer.

@@ -175,6 +175,21 @@ def test_a_copy_in_eval_mode_has_the_masks_of_its_moment() -> None:
         assert layer.parameter is not net.layers[name].parameter
 
 
+def test_a_copy_sees_every_edit_of_its_own_mask() -> None:
+    net = small_net()
+    net.train()
+    for edits in range(4):
+        for _ in range(edits):
+            net.layers["0"].mask.copy_(torch.rand(net.layers["0"].mask.shape) < 0.5)
+        net(torch.randn(4, 3, 6, 6))
+        average = copy.deepcopy(net)
+        for _ in range(3):
+            average.layers["0"].mask.copy_(torch.zeros_like(net.layers["0"].mask))
+            assert average.layers["0"].nnz == 0
+            average.layers["0"].mask.copy_(torch.ones_like(net.layers["0"].mask))
+            assert average.layers["0"].nnz == average.layers["0"].numel
+
+
 def test_a_twin_is_an_instance_of_the_original_class_and_pickles() -> None:
     layer = to_twin(nn.Linear(3, 4))
     assert isinstance(layer, nn.Linear)
