@@ -94,7 +94,8 @@ class TrainOptions:
         round_warmup: linear warmup of a growth round, as a fraction of the round.
         label_smoothing: of the cross-entropy.
         clip_grad: largest norm of the gradient; None leaves it alone.
-        ema_decay: longest memory of the averaged weights that score a growth round.
+        ema_decay: of the averaged weights that score a growth round, at most; their memory is otherwise a tenth
+            of the round.
         seed: of the data order and of everything drawn in training.
         device: "auto" (an accelerator when there is one), or a torch device.
     """

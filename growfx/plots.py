@@ -86,7 +86,7 @@ def _set_accuracy_limits(axes: Any, accuracy: np.ndarray, noise: np.ndarray) -> 
     """Frame the measurements: the band of an early fit may be many times as wide."""
     low, high = float((accuracy - noise).min()), float((accuracy + noise).max())
     margin = max(0.25 * (high - low), 0.5)
-    axes.set_ylim(max(0.0, low - margin), high + margin)
+    axes.set_ylim(max(0.0, low - margin), min(101.0, high + margin))
 
 
 def _axes() -> Any:

@@ -75,12 +75,16 @@ def make_loss(options: TrainOptions) -> nn.Module:
     return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
 
 
-def make_average(net: nn.Module, options: TrainOptions) -> Any:
-    """timm's ModelEmaV3 over a copy of `net`; `update(net, step=0)` starts it anew."""
+def make_average(net: nn.Module, options: TrainOptions, steps: int) -> Any:
+    """timm's ModelEmaV3 over a copy of `net` for rounds of `steps` steps; `update(net, step=0)` starts it anew.
+
+    It remembers a tenth of the round, where the rate is near zero: a longer memory would mix in weights of the
+    high rate. Norm statistics are averages already and are copied, as are the masks.
+    """
     from timm.utils.model_ema import ModelEmaV3
 
-    # The warm-up makes it the mean of the last tenth or so of however short a round is.
-    return ModelEmaV3(net, decay=options.ema_decay, use_warmup=True)
+    decay = min(options.ema_decay, 1 - 1 / max(1.0, 0.1 * steps))
+    return ModelEmaV3(net, decay=decay, exclude_buffers=True)
 
 
 def seed_globally(seed: int, epoch: int, loader: Any = None) -> None:

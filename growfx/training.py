@@ -163,6 +163,7 @@ class _Run:
             if self.at.phase == "rounds":
                 self._rounds()
                 self.at = dataclasses.replace(self.at, phase="final", phase_epoch=0)
+            self.ema = None
             self._final()
         return self._finish()
 
@@ -176,7 +177,9 @@ class _Run:
             total = self.options.epochs * self.epoch_steps
             self.method.attach(self.net, self.optimizer, total_steps=total, steps_per_epoch=self.epoch_steps)
         self.loss = make_loss(self.options).to(self.device)
-        self.ema = make_average(self.net, self.options) if self._grows() else None
+        self.ema = None
+        if self.method is not None and self.method.epochs_per_round is not None:
+            self.ema = make_average(self.net, self.options, self.method.epochs_per_round * self.epoch_steps)
         images, _ = next(iter(self.val_loader), (None, None))
         if images is None:
             raise DataError("the validation loader gives no images")
@@ -288,7 +291,7 @@ class _Run:
                 schedule.step_update(step)
                 total += self._step(images, targets)
                 step, done = step + 1, done + 1
-                if self.ema is not None and self.at.phase == "rounds":
+                if self.ema is not None:
                     self.ema.update(self.net, step=step - 1)
                 # A look at the value waits for the device: now and then is enough to stop in time.
                 if done % 20 == 0 or done == self.epoch_steps:
@@ -371,7 +374,7 @@ class _Run:
             self.optimizer.load_state_dict(state["optimizer"])
             if self.method is not None:
                 self.method.load_state_dict(state["method"])
-            if self.ema is not None:
+            if self.ema is not None and state["ema"] is not None:
                 self.ema.module.load_state_dict(state["ema"])
             self.meter.load_state_dict(state["cost"])
             self.best, self.val_accuracy = state["best"], state["val_accuracy"]

@@ -172,8 +172,17 @@ def test_a_round_is_scored_on_averaged_weights_and_ends_near_a_rate_of_zero(tmp_
     assert epochs[-1]["lr"] < 0.1 * QUICK.lr
 
 
-@pytest.mark.parametrize(("epoch", "step"), [(0, 3), (1, 0), (3, 4), (4, 0), (6, 2), (8, 5)])
-def test_a_run_that_is_interrupted_and_resumed_ends_as_one_that_was_not(tmp_path, monkeypatch, epoch, step):
+def pwmpr() -> Any:
+    """Three rounds of two epochs, as `doubling` has."""
+    return growfx.methods.create("pwmpr", seed_density=0.1, growth_ratio=2.0, max_density=0.4)
+
+
+@pytest.mark.parametrize(
+    ("make", "epoch", "step"),
+    [(doubling, epoch, step) for epoch, step in [(0, 3), (1, 0), (3, 4), (4, 0), (6, 2), (8, 5)]]
+    + [(pwmpr, epoch, step) for epoch, step in [(1, 2), (4, 0), (7, 1)]],
+)
+def test_a_run_that_is_interrupted_and_resumed_ends_as_one_that_was_not(tmp_path, monkeypatch, make, epoch, step):
     """Epochs 0 to 5 are those of the growth rounds, two each; 6 to 8 the final training."""
 
     def run(path, **flags):
@@ -183,7 +192,7 @@ def test_a_run_that_is_interrupted_and_resumed_ends_as_one_that_was_not(tmp_path
             net := fresh_net(),
             train_loader,
             val_loader,
-            method=doubling(),
+            method=make(),
             options=QUICK,
             out=path,
             progress=False,
@@ -196,6 +205,7 @@ def test_a_run_that_is_interrupted_and_resumed_ends_as_one_that_was_not(tmp_path
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "parts")
     resumed, again = run(tmp_path / "parts", resume=True)
+    assert whole.epochs == 9
     assert content_digest(dict(again.state_dict())) == content_digest(dict(net.state_dict()))
     assert dataclasses.asdict(resumed) == dataclasses.asdict(whole)
     assert content_digest(final_state(tmp_path / "parts")) == content_digest(final_state(tmp_path / "whole"))
