@@ -90,7 +90,6 @@ def change_masks(net: MaskedGraph, optimizer: Optimizer, masks: Mapping[str, Ten
     Optimizer state is any floating-point tensor of the parameter's shape in `optimizer.state[parameter]`.
     """
     changed = 0
-    net.settle()
     for name, mask in masks.items():
         layer = net.layers[name]
         differs = mask.to(layer.mask.device) ^ layer.mask

@@ -58,8 +58,7 @@ class Snapshot:
         net.set_masks(masks)
         with torch.no_grad():
             for name, layer in net.layers.items():
-                layer.parameter.zero_()
-                layer.parameter[masks[name]] = self.active[name].to(layer.parameter)
+                layer.parameter.zero_().masked_scatter_(masks[name], self.active[name].to(layer.parameter))
             for name, value in _rest(net).items():
                 value.copy_(self.rest[name])
         net.settle()
