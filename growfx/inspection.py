@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from growfx.data import InputFormat, fit_input, make_loader, open_data
+from growfx.data import open_data
 from growfx.errors import ArtifactError, ConfigError, DataError, TraceError
 from growfx.evaluation import evaluate
 from growfx.graph import MaskedGraph
 from growfx.job import reopen, wrap_for
+from growfx.loaders import InputFormat, fit_input, make_loader
 from growfx.models import create_model, default_input_shape
 from growfx.options import DataOptions, TrainOptions, parse_assignments
 from growfx.recipe import pick_device

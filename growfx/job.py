@@ -15,9 +15,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from growfx.checkpoint import read
-from growfx.data import DataSource, InputFormat, fit_input, make_loader, open_data
+from growfx.data import DataSource, open_data
 from growfx.errors import CheckpointError, ConfigError
 from growfx.graph import MaskedGraph
+from growfx.loaders import InputFormat, fit_input, make_loader
 from growfx.models import create_model
 from growfx.options import DataOptions, as_json
 from growfx.passes.mask import wrap
@@ -36,7 +37,7 @@ class Job:
     options: DataOptions
 
     def loader(self, split: str, *, train: bool = False) -> DataLoader[Any]:
-        """A loader of one split, see `growfx.data.make_loader`."""
+        """A loader of one split, see `growfx.loaders.make_loader`."""
         pin = torch.accelerator.is_available()
         return make_loader(self.source, split, self.form, self.options, train=train, pin_memory=pin)
 

@@ -125,7 +125,7 @@ class DataOptions:
 
     Attributes:
         batch_size: images a training step; a smaller training set gives smaller batches.
-        img_size: height and width in pixels; None fits data and model (see `growfx.data.fit_size`).
+        img_size: height and width in pixels; None fits data and model (see `growfx.loaders.fit_size`).
         workers: loading processes; 0 loads in the training process.
         augment: "crop" (random resized crop and flip), "none", or "auto": "none" for `digits`, else "crop".
         crop_scale: smallest area of a random crop, as a fraction of the image.

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from growfx.data import InputFormat, Split, fit_input, fit_size, make_loader, open_data
+from growfx.data import Split, open_data
 from growfx.errors import ConfigError, DataError
+from growfx.loaders import InputFormat, fit_input, fit_size, make_loader
 from growfx.models import create_model
 from growfx.options import DataOptions
 
