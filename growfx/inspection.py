@@ -20,6 +20,8 @@ from growfx.recipe import pick_device
 __all__ = ["accuracy_of", "facts_of"]
 
 _WEIGHTS_FILE = "sparse.safetensors"
+# What is recorded of a data set beside the options it was opened with.
+_SOURCE = ("spec", "fingerprint")
 
 
 def facts_of(path: str, model_kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -72,9 +74,15 @@ def accuracy_of(path: Path, data: str, split: str, assignments: Sequence[str] = 
         known = folder.config
     else:
         raise ArtifactError(f"`{path}` is neither an artifact (no `{_WEIGHTS_FILE}`) nor a run (no `config.json`)")
-    recorded = {k: v for k, v in known.get("data", {}).items() if k not in ("spec", "fingerprint")}
-    options = DataOptions(**{**recorded, **values["data"]})
+    recorded = dict(known.get("data", {}))
+    classes = recorded.pop("classes", None)
+    options = DataOptions(**{k: v for k, v in (recorded | values["data"]).items() if k not in _SOURCE})
     source = open_data(data, options)
+    if classes is not None and list(source.classes) != classes:
+        raise DataError(
+            f"`{path}` was trained on {_listed(classes)}, `{data}` has {_listed(source.classes)}; "
+            "the numbers of the classes would not mean the same"
+        )
     refit = "img_size" in values["data"] or "input" not in known
     form = fit_input(source, net, options) if refit else InputFormat.from_json(known["input"])
     device = pick_device(values["device"].get("device", "auto"))
@@ -87,6 +95,11 @@ def accuracy_of(path: Path, data: str, split: str, assignments: Sequence[str] = 
         "standard_error": score.standard_error,
         "images": len(score.correct),
     }
+
+
+def _listed(classes: Sequence[str]) -> str:
+    names = ", ".join(f"`{name}`" for name in classes[:3])
+    return f"{len(classes)} classes ({names}{', ...' if len(classes) > 3 else ''})"
 
 
 def _kind(path: Path) -> str:

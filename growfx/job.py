@@ -43,8 +43,9 @@ class Job:
 
     def about(self) -> dict[str, Any]:
         """What `config.json` says of data and input."""
-        data = {"spec": self.source.spec, "fingerprint": self.source.fingerprint, **as_json(self.options)}
-        return {"data": data, "input": self.form.as_json()}
+        source = self.source
+        facts = {"spec": source.spec, "fingerprint": source.fingerprint, "classes": list(source.classes)}
+        return {"data": {**facts, **as_json(self.options)}, "input": self.form.as_json()}
 
 
 def assemble(

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -174,6 +175,41 @@ def test_eval_takes_data_options_and_no_training_options(run, capsys):
     assert call("eval", run, "--data", "digits", "--set", "batch_size=50", "--json") == 0
     expected = json.loads((run / "result.json").read_text())["test_accuracy"]
     assert json.loads(capsys.readouterr().out)["accuracy"] == expected
+
+
+@pytest.fixture
+def ten_folders(tmp_path):
+    """Noise in class folders named as the digits are, one image cut short."""
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in "0123456789":
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(2):
+                noise = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(tmp_path / split / name / f"{i}.png")
+    bad = tmp_path / "test" / "7" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:1000])
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_decoded_is_one_line_from_any_process(run, ten_folders, capsys, workers):
+    assert call("eval", run, "--data", ten_folders, "--set", f"workers={workers}") == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("growfx: DataError: image `")
+    assert "7/1.png` cannot be decoded" in shown
+    assert shown.count("\n") == 1
+
+
+def test_eval_refuses_data_of_other_classes(run, ten_folders, capsys):
+    for split in ("train", "test"):
+        (ten_folders / split / "3").rename(ten_folders / split / "three")
+    assert call("eval", run, "--data", ten_folders) == 1
+    shown = capsys.readouterr().err
+    assert "was trained on 10 classes (`0`, `1`, `2`, ...)" in shown
+    assert "the numbers of the classes would not mean the same" in shown
 
 
 def test_methods_are_listed_with_their_defaults(capsys):
