@@ -141,6 +141,13 @@ def _gated(run: PathGraph, module: Any, value: PathValue) -> Any:
     return gated(run, value, module.dim)
 
 
+def empty_sequence(run: PathGraph, module: Any, value: Any) -> Any:
+    """A sequence without modules, which some models use as a shortcut."""
+    if len(module):
+        raise NoPathRuleError("the sequence was recorded whole; path products need its modules one by one")
+    return value
+
+
 def pool(spatial: int) -> Callable[..., Any]:
     """The rule of average and max pooling modules."""
 
@@ -246,6 +253,7 @@ MODULES: dict[Any, Any] = {
     nn.MultiheadAttention: multihead_attention,
     **dict.fromkeys((*_IDENTITY, *_TIMM_IDENTITY), _identity),
     **dict.fromkeys((*_BOUNDED, *_TIMM_BOUNDED), _bounded),
+    nn.Sequential: empty_sequence,
     nn.GLU: _gated,
     **dict.fromkeys((nn.AvgPool1d, nn.MaxPool1d), pool(1)),
     **dict.fromkeys((nn.AvgPool2d, nn.MaxPool2d), pool(2)),

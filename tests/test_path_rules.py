@@ -161,6 +161,11 @@ def test_a_module_class_that_changes_only_its_construction_follows_its_base() ->
     torch.testing.assert_close(path_products(net).scores["0"], torch.ones(3, 3, dtype=torch.float64))
 
 
+def test_an_empty_sequence_is_an_identity() -> None:
+    net = growfx.wrap(nn.Sequential(nn.Linear(3, 2), nn.Sequential()).eval(), torch.randn(2, 3))
+    torch.testing.assert_close(path_products(net).scores["0"], torch.ones(2, 3, dtype=torch.float64))
+
+
 def test_a_write_into_a_part_of_a_tensor_read_again_is_refused() -> None:
     def write(x: Tensor) -> Tensor:
         x = x + 1
