@@ -210,9 +210,9 @@ class _Run:
         assert self.ema is not None
         averaged = evaluate(self.ema.module, self.val_loader, self.device)
         raw = evaluate(self.net, self.val_loader, self.device)
-        before = self.last_score if self.last_score is not None else raw
-        noise = paired_noise(averaged, before)
-        self.last_score = averaged
+        # The first round has no other to be paired with; its raw weights are too much alike to stand in.
+        before, self.last_score = self.last_score, averaged
+        noise = averaged.standard_error if before is None else paired_noise(averaged, before)
         self.method.report(averaged.accuracy, noise)
         entry = self.method.trace[-1]
         record = {
