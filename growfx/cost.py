@@ -8,7 +8,7 @@ activations as in attention) is counted too, at full cost; biases, norms, activa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -64,7 +64,7 @@ def forward_cost(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | N
     with _counting(net) as counter:
         if net.trace_report.faithful:
             graph = net.graph_at(*inputs, training=False)
-            _GraphCounter(net, graph, counter, macs).run(*inputs)
+            _GraphCounter(net.shell, graph, counter, macs).run(*inputs)
         else:
             _run_modules(net, inputs, counter, macs)
         total = counter.get_total_flops() / 2
@@ -72,16 +72,12 @@ def forward_cost(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | N
     return ForwardCost({name: value / batch for name, value in macs.items()}, rest / batch)
 
 
-def layer_flops(
-    net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None = None
-) -> dict[str, float]:
+def layer_flops(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None = None) -> dict[str, float]:
     """Return the dense MACs of each masked layer for one sample; arguments as `forward_cost`."""
     return dict(forward_cost(net, example_inputs).layers)
 
 
-def forward_flops(
-    net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None = None
-) -> tuple[float, float]:
+def forward_flops(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None = None) -> tuple[float, float]:
     """Return (sparse, dense) MACs of one sample's forward pass under the masks of the moment."""
     cost = forward_cost(net, example_inputs)
     return cost.sparse(_densities(net)), cost.dense
@@ -115,9 +111,7 @@ class CostMeter:
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Continue from `state_dict()`; anything else is a `CheckpointError`."""
         if set(state) != set(self.state_dict()):
-            raise CheckpointError(
-                f"a cost meter's state has {sorted(self.state_dict())}, not {sorted(state)}"
-            )
+            raise CheckpointError(f"a cost meter's state has {sorted(self.state_dict())}, not {sorted(state)}")
         self.epochs = float(state["epochs"])
         self.dense_equivalent_epochs = float(state["dense_equivalent_epochs"])
 
@@ -127,7 +121,7 @@ def _densities(net: MaskedGraph) -> dict[str, float]:
 
 
 @contextmanager
-def _counting(net: MaskedGraph) -> Iterator[FlopCounterMode]:
+def _counting(net: MaskedGraph) -> Generator[FlopCounterMode]:
     """Evaluation mode without gradients, in operators that torch's counter knows; modes are put back."""
     before = [(module, module.training) for module in net.shell.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -145,9 +139,7 @@ def _counting(net: MaskedGraph) -> Iterator[FlopCounterMode]:
 class _GraphCounter(fx.Interpreter):
     """Runs a recorded graph and books what each node costs on the layer whose weight it contracts."""
 
-    def __init__(
-        self, net: MaskedGraph, graph: fx.Graph, counter: FlopCounterMode, macs: dict[str, float]
-    ) -> None:
+    def __init__(self, net: MaskedGraph, graph: fx.Graph, counter: FlopCounterMode, macs: dict[str, float]) -> None:
         super().__init__(net.shell, graph=graph)
         self._counter, self._macs = counter, macs
         self._names = {id(layer): name for name, layer in net.layers.items()}
@@ -161,9 +153,7 @@ class _GraphCounter(fx.Interpreter):
         if n.op == "get_attr" or (owner is not None and macs == 0):
             if owner is not None:
                 self._weight_of[n] = owner  # a view, a transposition or a standardisation is still the weight
-        elif n.op == "call_module" and isinstance(
-            module := self.fetch_attr(str(n.target)), nn.MultiheadAttention
-        ):
+        elif n.op == "call_module" and isinstance(module := self.fetch_attr(str(n.target)), nn.MultiheadAttention):
             self._add_attention(module, n)
         elif owner is not None:
             self._macs[owner] += macs
@@ -172,11 +162,7 @@ class _GraphCounter(fx.Interpreter):
     def _owner(self, n: fx.Node) -> str | None:
         if n.op == "get_attr":
             target = str(n.target)
-            layer = (
-                self.fetch_attr(target.removesuffix(_WEIGHT_SUFFIX))
-                if target.endswith(_WEIGHT_SUFFIX)
-                else None
-            )
+            layer = self.fetch_attr(target.removesuffix(_WEIGHT_SUFFIX)) if target.endswith(_WEIGHT_SUFFIX) else None
             return self._names.get(id(layer))
         if n.op == "call_module":
             return self._names.get(id(self.fetch_attr(str(n.target))))
@@ -186,11 +172,7 @@ class _GraphCounter(fx.Interpreter):
     def _add_attention(self, module: nn.MultiheadAttention, n: fx.Node) -> None:
         """Book the two projections of an attention layer; its products of activations stay in the rest."""
         arguments = [*n.args, *(n.kwargs[key] for key in ("query", "key", "value") if key in n.kwargs)]
-        tokens = [
-            self.env[arg].numel() // self.env[arg].shape[-1]
-            for arg in arguments[:3]
-            if isinstance(arg, fx.Node)
-        ]
+        tokens = [self.env[arg].numel() // self.env[arg].shape[-1] for arg in arguments[:3] if isinstance(arg, fx.Node)]
         width = module.embed_dim
         for part, macs in (
             (module, width * width * sum(tokens)),
@@ -200,9 +182,7 @@ class _GraphCounter(fx.Interpreter):
                 self._macs[self._names[id(part)]] += macs
 
 
-def _run_modules(
-    net: MaskedGraph, inputs: Sequence[Any], counter: FlopCounterMode, macs: dict[str, float]
-) -> None:
+def _run_modules(net: MaskedGraph, inputs: Sequence[Any], counter: FlopCounterMode, macs: dict[str, float]) -> None:
     """Run the model itself and book what happens inside each masked module."""
     started: list[int] = []
 

@@ -105,9 +105,7 @@ def layer_counts(shapes: Shapes, density: float, distribution: str = "erk") -> d
     return counts
 
 
-def random_masks(
-    shapes: Shapes, density: float, distribution: str = "erk", seed: int = 0
-) -> dict[str, Tensor]:
+def random_masks(shapes: Shapes, density: float, distribution: str = "erk", seed: int = 0) -> dict[str, Tensor]:
     """Draw bool masks (CPU, the given shapes) with exactly `layer_counts` active weights each.
 
     Within a layer every subset of that size is equally likely. A layer's mask depends on `seed`, its

@@ -13,7 +13,7 @@ arrive.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -162,7 +162,7 @@ def _chunks(layers: list[_Layer], k: int, size: int) -> Iterator[_Chunk]:
             yield _Chunk(layer, start, min(start + size, len(layer.scores)))
 
 
-def _for_each(chunks: list[_Chunk], work) -> list[_Found]:
+def _for_each(chunks: list[_Chunk], work: Callable[[_Chunk], _Found]) -> list[_Found]:
     """Apply `work` to every chunk, in threads where there is more than one (numpy releases the lock)."""
     threads = min(len(chunks), torch.get_num_threads(), _MAX_THREADS)
     if threads <= 1:
@@ -246,8 +246,5 @@ def _selection(scores: Mapping[str, Tensor], chosen: list[_Found], asked: int) -
     flat = {name: np.zeros(score.numel(), dtype=bool) for name, score in scores.items()}
     for part in chosen:
         flat[part.chunk.layer.name][part.chunk.start + part.index] = True
-    masks = {
-        name: torch.from_numpy(flat[name]).reshape(score.shape).to(score.device)
-        for name, score in scores.items()
-    }
+    masks = {name: torch.from_numpy(flat[name]).reshape(score.shape).to(score.device) for name, score in scores.items()}
     return Selection(masks, sum(len(part.index) for part in chosen), asked)

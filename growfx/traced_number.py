@@ -35,7 +35,6 @@ class _Traced:
             self._node = self._make()
         return self._node
 
-
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # A model may keep a size it computed; a copy of the model keeps the number alone.
         value = plain(self)

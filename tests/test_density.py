@@ -68,9 +68,7 @@ def test_distributions_reproduce_the_published_inference_cost_of_wrn_22_2(distri
     dense = sum(math.prod(shapes[name]) * positions[name] for name in shapes)
     for density, fraction in fractions.items():
         counts = layer_counts(shapes, density, distribution)
-        assert sum(counts[name] * positions[name] for name in shapes) / dense == pytest.approx(
-            fraction, abs=6e-4
-        )
+        assert sum(counts[name] * positions[name] for name in shapes) / dense == pytest.approx(fraction, abs=6e-4)
 
 
 layer_shapes = st.dictionaries(
@@ -104,9 +102,7 @@ def test_random_masks_have_exact_counts_and_do_not_depend_on_the_other_layers():
     assert all(mask.dtype == torch.bool and mask.shape == shapes[name] for name, mask in masks.items())
     backwards = random_masks(dict(reversed(list(shapes.items()))), 0.07, "erk", seed=5)
     assert all(torch.equal(masks[name], backwards[name]) for name in shapes)
-    assert not torch.equal(
-        masks["block3.0.conv1"], random_masks(shapes, 0.07, "erk", seed=6)["block3.0.conv1"]
-    )
+    assert not torch.equal(masks["block3.0.conv1"], random_masks(shapes, 0.07, "erk", seed=6)["block3.0.conv1"])
 
 
 def test_random_masks_choose_every_edge_equally_often():

@@ -18,10 +18,7 @@ from growfx.selection import draw, top
 def example_layers(seed: int = 0, spread: float = 2.0) -> dict[str, torch.Tensor]:
     noise = torch.Generator().manual_seed(seed)
     shapes = {"stem": (8, 3, 3, 3), "body.0": (40, 50), "body.1": (7, 11, 3), "head": (10, 33)}
-    return {
-        name: torch.exp(spread * torch.randn(shape, generator=noise)).double()
-        for name, shape in shapes.items()
-    }
+    return {name: torch.exp(spread * torch.randn(shape, generator=noise)).double() for name, shape in shapes.items()}
 
 
 def picked(masks: dict[str, torch.Tensor]) -> int:
@@ -63,16 +60,11 @@ def test_the_deadline_does_not_change_who_wins():
     """The k smallest of all arrival times, computed without any deadline, are the same edges."""
     layers = example_layers(spread=4.0)
     keys = EdgeKeys(3, "race")
-    times = {
-        name: -np.log1p(-keys.uniform(name, 0, t.numel())) / t.reshape(-1).numpy()
-        for name, t in layers.items()
-    }
+    times = {name: -np.log1p(-keys.uniform(name, 0, t.numel())) / t.reshape(-1).numpy() for name, t in layers.items()}
     pooled = np.sort(np.concatenate(list(times.values())))
     for k in (1, 5, 100, 1500, len(pooled) - 1):
         masks = draw(layers, k, keys).masks
-        assert all(
-            np.array_equal(masks[name].reshape(-1).numpy(), times[name] <= pooled[k - 1]) for name in layers
-        )
+        assert all(np.array_equal(masks[name].reshape(-1).numpy(), times[name] <= pooled[k - 1]) for name in layers)
 
 
 @settings(max_examples=60, deadline=None)
@@ -111,11 +103,7 @@ def test_a_score_of_zero_is_never_drawn_and_a_shortage_is_told():
 
 def test_only_allowed_edges_are_chosen():
     layers = example_layers()
-    allowed = {
-        name: torch.arange(t.numel()).reshape(t.shape) % 3 == 0
-        for name, t in layers.items()
-        if name != "head"
-    }
+    allowed = {name: torch.arange(t.numel()).reshape(t.shape) % 3 == 0 for name, t in layers.items() if name != "head"}
     for choose in (draw, top):
         chosen = choose(layers, 700, EdgeKeys(1, "s"), allowed)
         assert picked(chosen.masks) == 700
