@@ -57,8 +57,7 @@ def evaluate(net: nn.Module, loader: Iterable[Any], device: torch.device | str) 
                 logits = logits_of(net(images.to(device, non_blocking=True)))
                 if int(targets.max()) >= logits.shape[1]:
                     raise DataError(
-                        f"the data has class number {int(targets.max())}, but the network has "
-                        f"{logits.shape[1]} outputs"
+                        f"the data has class number {int(targets.max())}, but the network has {logits.shape[1]} outputs"
                     )
                 found.append(logits.argmax(1).cpu() == targets.cpu())
     finally:
@@ -76,9 +75,7 @@ def logits_of(output: Any) -> Tensor:
     if isinstance(first, Tensor) and first.ndim == 2:
         return first
     kind = f"a tensor of shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
-    raise ConfigError(
-        f"the network's output is {kind}; training needs class scores of shape (batch, classes)"
-    )
+    raise ConfigError(f"the network's output is {kind}; training needs class scores of shape (batch, classes)")
 
 
 def paired_noise(now: Score, before: Score) -> float:

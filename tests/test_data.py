@@ -261,3 +261,21 @@ def test_an_unknown_timm_spec_names_the_known_ones():
 
 def test_a_split_knows_its_length():
     assert len(Split(None, (1, 2, 3))) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_augmented_epoch_follows_its_seed_whatever_was_loaded_before(folder, workers):
+    from growfx.recipe import seed_globally
+
+    source = open_data(str(folder))
+    form = InputFormat((3, 16, 16), (0.5,) * 3, (0.5,) * 3)
+    options = DataOptions(batch_size=16, workers=workers, auto_augment="rand-m9-mstd0.5", random_erase=0.3)
+    sums, images = [], torch.empty(0)
+    for epochs in ([0, 1, 2], [2], [3]):
+        loader = make_loader(source, "train", form, options, train=True)
+        for epoch in epochs:
+            seed_globally(5, epoch)
+            images = torch.cat([x for x, _ in loader])
+        sums.append(images)
+    assert torch.equal(sums[0], sums[1])
+    assert not torch.equal(sums[1], sums[2])

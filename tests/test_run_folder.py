@@ -16,9 +16,7 @@ def config(**train) -> dict:
 def test_an_existing_run_needs_resume_or_overwrite(tmp_path):
     path = tmp_path / "run"
     RunFolder.start(path, config())
-    with pytest.raises(
-        CheckpointError, match=r"exists; continue it with `--resume`, replace it with `--overwrite`"
-    ):
+    with pytest.raises(CheckpointError, match=r"exists; continue it with `--resume`, replace it with `--overwrite`"):
         RunFolder.start(path, config())
     RunFolder.start(path, config(), resume=True)
     RunFolder.start(path, config(), overwrite=True)
