@@ -64,7 +64,7 @@ def forward_cost(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | N
     with _counting(net) as counter:
         if net.trace_report.faithful:
             graph = net.graph_at(*inputs, training=False)
-            _GraphCounter(net.shell, graph, counter, macs).run(*inputs)
+            _GraphCounter(net, graph, counter, macs).run(*inputs)
         else:
             _run_modules(net, inputs, counter, macs)
         total = counter.get_total_flops() / 2
