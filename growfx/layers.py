@@ -51,33 +51,54 @@ def mask_in_place(values: Tensor, keep: Tensor) -> Tensor:
 
 
 class _MaskGradient(torch.autograd.Function):
-    """The weight as it is; its gradient masked. In place where the gradient is known to belong to nobody else."""
+    """The weight as it is; its gradient masked, in a copy."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, keep: Tensor, exclusive: bool) -> Tensor:
-        ctx.save_for_backward(keep)
-        ctx.exclusive = exclusive
+    def forward(ctx: Any, weight: Tensor, keep: Tensor) -> Tensor:
+        ctx.keep = keep
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
-        (keep,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or grad.dtype.itemsize != keep.dtype.itemsize:  # a second derivative is wanted
-            return torch.where(keep.bool(), grad, 0), None, None
-        return mask_in_place(grad if ctx.exclusive else grad.clone(), keep), None, None
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            return torch.where(ctx.keep.bool(), grad, 0), None
+        return mask_in_place(grad.clone(), ctx.keep), None
+
+
+class _MaskOwnGradient(_MaskGradient):
+    """The same for a convolution's or linear layer's own use: its gradient belongs to nobody else, so it is masked in
+    place; and the output is no view, so that one output serves all steps.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, keep: Tensor) -> Tensor:
+        ctx.keep = keep
+        return weight.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():
+            return _MaskGradient.backward(ctx, *grads)
+        return mask_in_place(grads[0], ctx.keep), None
 
 
 @dataclass
 class _Settled:
-    """Which tensors, at which version, were last seen to obey each other."""
+    """Which tensors, at which version, were last seen to obey each other.
+
+    `keep`: bits of the mask, None where all weights are active. `own`: the weight with its gradient masked, for the
+    layer's own use; made once, since making it anew in every step costs as much as a small convolution.
+    """
 
     weight: Tensor
     mask: Tensor
     weight_version: int
     mask_version: int
+    data: int
     nnz: int
     keep: Tensor | None = None
+    own: Tensor | None = None
 
 
 class MaskedLayer(nn.Module):
@@ -105,7 +126,11 @@ class MaskedLayer(nn.Module):
     @property
     def effective_weight(self) -> Tensor:
         """``where(mask, weight, 0)``: shape and dtype of the weight, differentiable with a masked gradient."""
-        return self._effective_weight(exclusive=False)
+        found = self._training_weight()
+        if found is None:
+            return self._masked_at_use()
+        weight, settled = found
+        return weight if settled.keep is None else _MaskGradient.apply(weight, settled.keep)
 
     @property
     def nnz(self) -> int:
@@ -125,50 +150,66 @@ class MaskedLayer(nn.Module):
         """Active weights over all weights."""
         return self.nnz / self.numel
 
-    def settle(self, force: bool = True) -> None:
-        """Make the stored parameter +0.0 outside the mask.
-
-        Args:
-            force: look at the values; otherwise only do so when a version counter shows an edit since last time.
-        """
+    def settle(self) -> _Settled:
+        """Make the stored parameter +0.0 outside the mask, and note which versions of both that was."""
         weight, mask, settled = self.parameter, self.mask, self._settled
-        same_mask = settled is not None and settled.mask is mask and settled.mask_version == mask._version
-        if (
-            not force
-            and same_mask
-            and settled is not None
-            and settled.weight is weight
-            and settled.weight_version == weight._version
-        ):
-            return
-        if weight.is_meta:
-            self._settled = _Settled(weight, mask, weight._version, mask._version, mask.numel())
-            return
-        nnz = settled.nnz if same_mask and settled is not None else int(torch.count_nonzero(mask))
-        keep = settled.keep if same_mask and settled is not None else None
-        if nnz < mask.numel():
-            if keep is None or keep.dtype.itemsize != weight.dtype.itemsize:
-                keep = _keep_bits(mask, weight.dtype)
+        if settled is None or settled.mask is not mask or settled.mask_version != mask._version:
+            # Values on the meta device cannot be counted.
+            nnz = mask.numel() if mask.is_meta else int(torch.count_nonzero(mask))
+            settled = _Settled(weight, mask, weight._version, mask._version, weight.data_ptr(), nnz)
+        if settled.nnz < mask.numel():
+            if settled.keep is None or settled.keep.dtype.itemsize != weight.dtype.itemsize:
+                settled.keep = _keep_bits(mask, weight.dtype)
             # Through `.data`: a backward pass under way must not take this for a change of its saved weight.
-            mask_in_place(weight.data, keep)
-        else:
-            keep = None
-        self._settled = _Settled(weight, mask, weight._version, mask._version, nnz, keep)
+            mask_in_place(weight.data, settled.keep)
+        if settled.weight is not weight or settled.data != weight.data_ptr():
+            settled.own = None
+        settled.weight, settled.weight_version, settled.data = weight, weight._version, weight.data_ptr()
         _LAYER_OF[id(weight)] = self
+        self._settled = settled
+        return settled
 
-    def _effective_weight(self, exclusive: bool) -> Tensor:
-        weight = self.parameter
-        if self.training and torch.is_grad_enabled() and weight.requires_grad and not torch.compiler.is_compiling():
-            self.settle(force=False)
-            keep = self._settled.keep if self._settled is not None else None
-            return weight if keep is None else _MaskGradient.apply(weight, keep, exclusive)
-        return torch.where(self.mask, weight, 0)
+    def _training_weight(self) -> tuple[Tensor, _Settled] | None:
+        """The parameter, settled, where its gradient is wanted in training; None where the mask applies at use."""
+        # Every training step passes here once per layer: registries are read directly, calls are few.
+        weight, mask, settled = self._parameters[self.weight_name], self._buffers["mask"], self._settled
+        assert weight is not None
+        assert mask is not None
+        if not self.training or not torch.is_grad_enabled() or not weight.requires_grad:
+            return None
+        if torch.compiler.is_compiling():
+            return None
+        if (
+            settled is None
+            or settled.weight_version != weight._version
+            or settled.mask_version != mask._version
+            or settled.weight is not weight
+            or settled.mask is not mask
+            or settled.data != weight.data_ptr()
+        ):
+            settled = self.settle()
+        return weight, settled
+
+    def _masked_at_use(self) -> Tensor:
+        return torch.where(self.mask, self.parameter, 0)
+
+    def _own_weight(self) -> Tensor:
+        """The effective weight for the one use that the layer itself makes of it."""
+        found = self._training_weight()
+        if found is None:
+            return self._masked_at_use()
+        weight, settled = found
+        if settled.keep is None:
+            return weight
+        if settled.own is None:
+            settled.own = _MaskOwnGradient.apply(weight, settled.keep)
+        return settled.own
 
     @contextmanager
     def _effective_parameters(self) -> Generator[None]:
         """Let the code of the original class read the effective weight under the parameter's own name."""
         # An entry of the instance's dict is found before nn.Module looks among the parameters.
-        self.__dict__[self.weight_name] = self._effective_weight(exclusive=False)
+        self.__dict__[self.weight_name] = self.effective_weight
         try:
             yield
         finally:
@@ -254,12 +295,12 @@ class _MaskedConv(MaskedLayer):
     """A convolution that takes its weight as an argument: its gradient belongs to nobody else."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of the original
-        return self._conv_forward(input, self._effective_weight(exclusive=True), self.bias)  # type: ignore[operator]
+        return self._conv_forward(input, self._own_weight(), self.bias)  # type: ignore[operator]
 
 
 class _MaskedLinear(MaskedLayer):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of the original
-        return F.linear(input, self._effective_weight(exclusive=True), self.bias)  # type: ignore[arg-type]
+        return F.linear(input, self._own_weight(), self.bias)  # type: ignore[arg-type]
 
 
 class _MaskedAttention(MaskedLayer):

@@ -131,6 +131,43 @@ def test_gradients_of_one_weight_used_twice_are_masked_once_and_added() -> None:
     torch.testing.assert_close(layer.parameter.grad, torch.where(layer.mask, plain.layer.weight.grad, 0))
 
 
+def test_two_forwards_before_one_backward_add_their_masked_gradients() -> None:
+    net = small_net()
+    net.train()
+    layer = net.layers["4"]
+    xs = torch.randn(2, 4, 3, 6, 6)
+    single = [torch.autograd.grad(net(x).sum(), layer.parameter)[0] for x in xs]
+    (net(xs[0]).sum() + net(xs[1]).sum()).backward()
+    torch.testing.assert_close(layer.parameter.grad, single[0] + single[1])
+    assert not layer.parameter.grad[~layer.mask].any()
+
+
+def test_a_weight_changed_between_forward_and_backward_is_still_noticed() -> None:
+    net = small_net()
+    net.train()
+    net(torch.randn(4, 3, 6, 6))
+    out = net(torch.randn(4, 3, 6, 6, requires_grad=True)).sum()
+    with torch.no_grad():
+        net.layers["4"].parameter.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+def test_weights_put_in_by_data_assignment_are_masked_and_trained() -> None:
+    net = small_net()
+    net.train()
+    layer = net.layers["4"]
+    x = torch.randn(4, 3, 6, 6)
+    net(x).sum().backward()
+    layer.parameter.data = torch.ones_like(layer.parameter)
+    layer.parameter.grad = None
+    expected = growfx.unwrap(net).train()(x)
+    torch.testing.assert_close(net(x), expected)
+    net(x).sum().backward()
+    assert layer.parameter.grad[layer.mask].any()
+    net.verify()
+
+
 def test_second_derivatives_go_through_the_mask() -> None:
     net = small_net()
     net.train()
