@@ -201,9 +201,10 @@ class MaskedLayer(nn.Module):
         weight, settled = found
         if settled.keep is None:
             return weight
-        if settled.own is None:
-            settled.own = _MaskOwnGradient.apply(weight, settled.keep)
-        return settled.own
+        own = settled.own
+        if own is None:
+            own = settled.own = cast(Tensor, _MaskOwnGradient.apply(weight, settled.keep))
+        return own
 
     @contextmanager
     def _effective_parameters(self) -> Generator[None]:

@@ -7,6 +7,7 @@ import inspect
 import operator
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -71,8 +72,9 @@ class Recorder(TorchFunctionMode):
         self.module_names = {id(m): name for name, m in root.named_modules() if name}
         self.tensor_names = {id(t): name for name, t in chain(root.named_buffers(), root.named_parameters())}
         self.plain_tensors: dict[int, str] | None = None
-        self.nodes: dict[int, fx.Node | Callable[[], fx.Node]] = {}
-        self.alive: list[Any] = []  # an id is only good as long as its tensor lives
+        # An id is only good as long as its tensor lives; tensors are not kept, so that the run needs no more memory
+        # than any forward.
+        self.nodes: dict[int, tuple[weakref.ref[Tensor], Callable[[], fx.Node]]] = {}
         self.from_data: set[fx.Node] = set()
         self.grad_switches: list[tuple[bool, fx.Node]] = []
 
@@ -102,8 +104,7 @@ class Recorder(TorchFunctionMode):
     def _track(self, value: Any, node: Callable[[], fx.Node]) -> None:
         """Remember the node of every tensor in `value`; parts of a container get theirs when first used."""
         if isinstance(value, Tensor):
-            self.nodes[id(value)] = node
-            self.alive.append(value)
+            self.nodes[id(value)] = weakref.ref(value), node
         elif isinstance(value, (tuple, list)):
             for i, item in enumerate(value):
                 self._track(item, self._part(node, i, item))
@@ -125,12 +126,16 @@ class Recorder(TorchFunctionMode):
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         """The node that computed `tensor`, or the one that reads it from the model."""
-        entry = self.nodes.get(id(tensor))
-        if entry is None:
-            entry = self._constant(tensor)
-        node = entry() if callable(entry) else entry
-        self.nodes[id(tensor)] = node
+        entry = self._entry(tensor)
+        if entry is not None:
+            return entry()
+        node = self._constant(tensor)
+        self._track(tensor, lambda: node)
         return node
+
+    def _entry(self, tensor: Tensor) -> Callable[[], fx.Node] | None:
+        found = self.nodes.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else None
 
     def _constant(self, tensor: Tensor) -> fx.Node:
         """The `get_attr` node of a parameter, a buffer, or a tensor from outside the recording."""
@@ -148,7 +153,6 @@ class Recorder(TorchFunctionMode):
         if name is None:
             name = f"_recorded_constant_{sum(n.startswith('_recorded_constant_') for n in self.root._buffers)}"
             self.root.register_buffer(name, tensor.detach().clone(), persistent=False)
-        self.alive.append(tensor)
         node = self.graph.create_node("get_attr", name)
         node.meta.update(shape=tuple(tensor.shape), source=_source_line(), module=self.stack[-1] if self.stack else "")
         return node
@@ -240,7 +244,7 @@ class Recorder(TorchFunctionMode):
     def _attribute(self, name: str, getter: Any, args: tuple[Any, ...]) -> Any:
         tensor = args[0]
         if name == "shape":
-            return self.traced_shape(tensor) if id(tensor) in self.nodes else tensor.shape
+            return self.traced_shape(tensor) if self._entry(tensor) else tensor.shape
         value = getter(*args)
         if isinstance(value, Tensor) and value is not tensor and name != "grad":
             node = self._emit("call_function", getattr, (tensor, name), {}, value)
@@ -249,7 +253,7 @@ class Recorder(TorchFunctionMode):
 
     def _number_result(self, name: str, args: Any, kwargs: Any, value: Any) -> Any:
         tensor = args[0]
-        if id(tensor) not in self.nodes:
+        if self._entry(tensor) is None:
             return value
         if name == "numel":
             return traced(value, self, lambda: self._emit("call_method", "numel", (tensor,), {}, None))
@@ -272,7 +276,7 @@ class Recorder(TorchFunctionMode):
 
     def _to_python(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = [a for a in chain(args, kwargs.values()) if isinstance(a, Tensor)]
-        if not self.allow_data and any(id(t) in self.nodes and self.node_of(t) in self.from_data for t in tensors):
+        if not self.allow_data and any(self._entry(t) and self.node_of(t) in self.from_data for t in tensors):
             reason = f"`{name.strip('_')}` of a tensor computed from the input, at {_source_line()}"
             raise DataDependentError(self.stack[-1] if self.stack else "", reason)
         return func(*args, **kwargs)
@@ -287,7 +291,7 @@ class Recorder(TorchFunctionMode):
             return
         node = self._emit("call_function", graph_ops.set_item, args, {}, base)
         base[_plain(index)] = _plain(value)
-        self.nodes[id(base)] = node
+        self._track(base, lambda: node)
 
     def call_leaf(self, original: Callable[..., Any], module: nn.Module, name: str, args: Any, kwargs: Any) -> Any:
         """A module recorded as one node."""

@@ -65,7 +65,7 @@ def record(
     recorder = Recorder(module, frozenset(opaque), allow_data)
     inputs = recorder.placeholders(args, dict(kwargs or {}))
     try:
-        with _intercepted_calls(recorder), recorder, torch.enable_grad():
+        with _without_gradients(module), _intercepted_calls(recorder), recorder:
             output = module(*inputs[0], **inputs[1])
     except DataDependentError:
         raise
@@ -110,6 +110,20 @@ def _intercepted_calls(recorder: Recorder) -> Generator[None]:
         yield
     finally:
         nn.Module.__call__ = original
+
+
+@contextmanager
+def _without_gradients(module: nn.Module) -> Generator[None]:
+    """Grad mode on, as a training step has it, so that switches of it are seen; but nothing that requires gradients."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _drop_unused_numbers(graph: fx.Graph) -> None:
