@@ -114,6 +114,7 @@ def _facts_of_artifact(path: Path) -> dict[str, Any]:
     info = growfx.artifact.inspect(path)
     name = info.model["name"] if info.model else "own model"
     facts = {"kind": "artifact", "model": name, **info.to_dict()}
+    growfx.artifact.load_state(path)  # damage is an error; that the model cannot be built here is not
     try:
         model = growfx.artifact.load(path)
         net = wrap_for(model, _recorded_format(info.provenance, model))

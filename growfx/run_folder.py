@@ -163,7 +163,7 @@ class RunFolder:
 
     def _require_same(self, recorded: Mapping[str, Any]) -> None:
         before, now = _flat(recorded), _flat(json.loads(json.dumps(self.config)))
-        for key in sorted(before.keys() | now.keys()):
+        for key in sorted(before.keys() | now.keys(), key=_importance):
             if key in _FREE or key.startswith("versions."):
                 continue
             if before.get(key) != now.get(key):
@@ -171,6 +171,11 @@ class RunFolder:
                     f"run folder `{self.path}` was started with `{key}` = {before.get(key)!r}, now it is "
                     f"{now.get(key)!r}; continue with the same options, or start a new run in another folder"
                 )
+
+
+def _importance(key: str) -> tuple[bool, bool, str]:
+    """Another model differs in much that follows from it: its name comes first, then its arguments."""
+    return not key.startswith("model."), key.startswith("model.kwargs"), key
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,5 @@
 import json
+import shutil
 import os
 import signal
 import subprocess
@@ -91,7 +92,7 @@ def test_a_run_folder_that_exists_or_is_of_another_model_is_refused(run, capsys)
     assert call("train", *again) == 1
     assert "exists; continue it with `--resume`" in capsys.readouterr().err
     assert call("train", "test_vit", *RUN[1:], *again[len(RUN) :], "--resume") == 1
-    assert "was started with" in capsys.readouterr().err
+    assert "was started with `model.name` = 'test_resnet', now it is 'test_vit'" in capsys.readouterr().err
 
 
 def test_a_finished_run_resumes_to_the_same_result_as_json(run, capsys):
@@ -149,6 +150,16 @@ def test_inspect_tells_the_same_of_a_run_and_its_artifact(run, capsys):
     assert "layer4.0.conv1" in table
     assert "alive out" in table
     assert "20.00 %" in table
+
+
+def test_inspect_refuses_a_damaged_artifact(run, tmp_path, capsys):
+    shutil.copytree(run / "artifact", tmp_path / "bad")
+    file = tmp_path / "bad" / "sparse.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 1
+    file.write_bytes(data)
+    assert call("inspect", tmp_path / "bad") == 1
+    assert "is damaged" in capsys.readouterr().err
 
 
 def test_inspect_builds_a_model_by_name(capsys):
