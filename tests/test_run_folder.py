@@ -60,7 +60,7 @@ def test_another_model_or_option_is_refused_by_name_on_resume(tmp_path, key, val
     with pytest.raises(CheckpointError) as caught:
         RunFolder.start(path, {**config(), key: value}, resume=True)
     expected = {
-        "model": "`model.kwargs.num_classes` = 10, now it is None",
+        "model": "`model.name` = 'resnet18', now it is 'resnet50'",
         "train": "`train.lr` = 0.1, now it is 0.2",
     }
     assert expected[key] in str(caught.value)
