@@ -236,6 +236,29 @@ def test_a_model_that_branches_on_data_runs_its_own_forward_over_masked_layers()
         net.graph_at(torch.randn(2, 4))
 
 
+class Hidden(nn.Module):
+    """Computes where no recorder looks, and takes no more than two rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] > 2:
+            raise ValueError("two rows at most")
+        with torch._C.DisableTorchFunction():
+            y = x * 2
+        return self.fc(y)
+
+
+def test_a_model_that_refuses_another_batch_size_is_compared_at_its_own() -> None:
+    model = Hidden()
+    net = growfx.wrap(model, torch.randn(2, 4))
+    assert not net.trace_report.faithful
+    x = torch.randn(2, 4)
+    assert torch.equal(net(x), model(x))
+
+
 def test_record_alone_names_the_module_that_reads_data() -> None:
     with pytest.raises(DataDependentError) as caught:
         record(nn.Sequential(nn.Linear(4, 4), Gate()), (torch.randn(2, 4),))
