@@ -1,6 +1,7 @@
 """The shape of the code base: which module may import which, and that the package is whole."""
 
 import ast
+import importlib
 import subprocess
 import sys
 import tomllib
@@ -87,6 +88,13 @@ def test_every_package_folder_is_listed_for_the_build() -> None:
     folders = {"growfx"} | {f"growfx.{f.parent.name}" for f in NOUNS.glob("*/__init__.py")}
     assert set(listed) == folders
     assert not [f for f in VERBS.iterdir() if f.is_dir() and f.name != "__pycache__"], "passes/ is flat"
+
+
+def test_every_pass_is_listed_with_a_function_that_exists() -> None:
+    for file, function in growfx.passes.PASSES.items():
+        assert callable(getattr(importlib.import_module(f"growfx.passes.{file}"), function))
+    helpers = {f.stem for f in VERBS.glob("path_*.py")} | {"__init__"}
+    assert {f.stem for f in VERBS.glob("*.py")} - helpers <= set(growfx.passes.PASSES)
 
 
 def test_the_link_for_type_checkers_is_relative_and_points_at_passes() -> None:
