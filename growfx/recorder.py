@@ -20,7 +20,7 @@ from growfx import graph_ops
 from growfx.layers import MaskedLayer
 from growfx.traced_number import TracedFloat, TracedInt, plain, traced
 
-__all__ = ["DataDependentError", "Recorder"]
+__all__ = ["DataDependentError", "NeedsValuesError", "Recorder"]
 
 # Subclasses of these compute what their base computes, in their own way: one node each, whatever is inside.
 _LEAF_KINDS = (
@@ -37,6 +37,8 @@ _LEAF_KINDS = (
     nn.modules.pooling._AvgPoolNd,
     torch.jit.ScriptModule,
 )
+# Their output has their input's shape: on the meta device there is nothing else to compute.
+_SHAPE_KEEPING = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 # Library modules that are one operator though they are not torch's; named, so that nothing has to be imported.
 _LEAF_NAMES = {
     "timm.layers.drop.DropPath",
@@ -58,12 +60,25 @@ class DataDependentError(BaseException):
         self.module, self.reason = module, reason
 
 
-class Recorder(TorchFunctionMode):
-    """The recording under way."""
+class NeedsValuesError(RuntimeError):
+    """A recording on the meta device met a tensor whose values it would have to know."""
 
-    def __init__(self, root: nn.Module, opaque: frozenset[str], allow_data: bool):
+
+class Recorder(TorchFunctionMode):
+    """The recording under way.
+
+    Args:
+        root: the module that is run.
+        opaque: names of submodules that become one node each.
+        allow_data: bake values that Python takes out of data.
+        home: the module the graph is for, where `root` is a copy of it on the meta device.
+    """
+
+    def __init__(self, root: nn.Module, opaque: frozenset[str], allow_data: bool, home: nn.Module | None = None):
         super().__init__()
         self.root, self.opaque, self.allow_data = root, opaque, allow_data
+        self.home = root if home is None else home
+        self.device = next((t.device for t in chain(self.home.parameters(), self.home.buffers())), None)
         self.graph = fx.Graph()
         self.called: dict[str, None] = {}
         self.stack: list[str] = []
@@ -151,8 +166,10 @@ class Recorder(TorchFunctionMode):
                 self.plain_tensors = _plain_tensor_names(self.root)
             name = self.plain_tensors.get(id(tensor))
         if name is None:
-            name = f"_recorded_constant_{sum(n.startswith('_recorded_constant_') for n in self.root._buffers)}"
-            self.root.register_buffer(name, tensor.detach().clone(), persistent=False)
+            if tensor.is_meta and self.home is not self.root:
+                raise NeedsValuesError("a tensor that no recorded operator computed")
+            name = f"_recorded_constant_{sum(n.startswith('_recorded_constant_') for n in self.home._buffers)}"
+            self.home.register_buffer(name, tensor.detach().clone(), persistent=False)
         node = self.graph.create_node("get_attr", name)
         node.meta.update(shape=tuple(tensor.shape), source=_source_line(), module=self.stack[-1] if self.stack else "")
         return node
@@ -176,6 +193,8 @@ class Recorder(TorchFunctionMode):
             if build and type(value) is not dict:
                 return self.graph.call_function(type(value), (list(items_of.items()),))
             return items_of
+        if isinstance(value, torch.device) and value.type == "meta" and self.device is not None:
+            return self.device
         if build and dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = {f.name: self.as_argument(getattr(value, f.name), build) for f in dataclasses.fields(value)}
             return self.graph.call_function(type(value), (), fields)
@@ -298,7 +317,10 @@ class Recorder(TorchFunctionMode):
         node_args, node_kwargs = self.as_argument(tuple(args)), self.as_argument(kwargs)
         self.inside_leaf += 1
         try:
-            value = original(module, *_plain(args), **_plain(kwargs))
+            if self.home is not self.root and isinstance(module, _SHAPE_KEEPING) and len(args) == 1:
+                value: Any = torch.empty_like(args[0])
+            else:
+                value = original(module, *_plain(args), **_plain(kwargs))
         finally:
             self.inside_leaf -= 1
         node = self._emit("call_module", name, node_args, node_kwargs, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import fnmatch
@@ -20,7 +21,7 @@ from growfx.graph import MaskedGraph, RecordedGraph, chain_tensors, compiled, in
 from growfx.inputs import Inputs
 from growfx.layers import MaskedLayer, maskable_reason, to_plain, to_twin
 from growfx.models import default_input_shape, identity_of, remember
-from growfx.passes.record import DataDependentError, record
+from growfx.passes.record import DataDependentError, NeedsValuesError, Recording, meta_copy, record
 from growfx.trace_report import TraceReport
 
 __all__ = ["unwrap", "wrap"]
@@ -62,7 +63,9 @@ def wrap(
     shell = copy.deepcopy(model, shared)
     report = TraceReport()
     _swap_in(shell, exclude, report)
-    net = MaskedGraph(shell, example, functools.partial(record_checked, model=model), report, identity_of(model))
+    on_meta = any(t.is_meta for t in chain_tensors(shell))
+    first = functools.partial(record_checked, model=model, copied=None if on_meta else meta_copy(shell))
+    net = MaskedGraph(shell, example, first, report, identity_of(model))
     recordings = [net._recording(example, training) for training in (False, True)]
     net._recorder = record_checked
     _name_layers(net, list(dict.fromkeys(name for recording in recordings for name in recording.called)))
@@ -156,36 +159,61 @@ def _name_layers(net: MaskedGraph, called: list[str]) -> None:
 # -- recording, checked against the model -----------------------------------------------------------------------------
 
 
-def record_checked(net: MaskedGraph, inputs: Inputs, model: nn.Module | None = None) -> RecordedGraph:
+def record_checked(
+    net: MaskedGraph, inputs: Inputs, model: nn.Module | None = None, copied: nn.Module | None = None
+) -> RecordedGraph:
     """Record the net's shell in its current mode and compare the graph with the model's own forward.
 
     Args:
         net: the net whose report is filled in.
-        inputs: what to record for; recorded with two rows, compared with three.
+        inputs: what to record for; recorded with two rows, compared with another number of them.
         model: the model that came in; later recordings are compared with the net's own shell.
+        copied: a `meta_copy` of the shell; made when not given.
     """
     shell, report = net.shell, net.trace_report
-    small = inputs.with_batch(2)
-    opaque = {name for name in report.opaque if name}
-    recording = None
-    while recording is None:
+    # Shapes are all that most recordings need; one that turns out to need values, or to differ, is made with them.
+    if not any(t.is_meta for t in chain_tensors(shell)):
+        with contextlib.suppress(NeedsValuesError):
+            made, difference = _compared(net, inputs, model, copied or meta_copy(shell))
+            if not difference:
+                return made
+    made, difference = _compared(net, inputs, model, None)
+    if difference:
+        report.notes.append(f"{'train' if shell.training else 'eval'} mode: {difference}")
+        report.opaque.setdefault("", difference)
+        made = dataclasses.replace(made, faithful=False)
+    return made
+
+
+def _compared(
+    net: MaskedGraph, inputs: Inputs, model: nn.Module | None, run_on: nn.Module | None
+) -> tuple[RecordedGraph, str]:
+    """A recording, and how it differs from the model."""
+    shell, report = net.shell, net.trace_report
+    recording = _recording(shell, inputs.with_batch(2), report, run_on)
+    run, code = compiled(recording.graph)
+    whole = "" in report.opaque
+    other = net.recorded(inputs, not shell.training)
+    # The very same operators as in the other mode, which were compared already, need no second comparison.
+    proven = other is not None and other.faithful and other.code.src == code.src
+    difference = "" if whole or proven else _difference(model or shell, shell, run, inputs)
+    return RecordedGraph(recording.graph, recording.called, not whole, run, code), difference
+
+
+def _recording(shell: nn.Module, inputs: Inputs, report: TraceReport, run_on: nn.Module | None) -> Recording:
+    """Record the shell; what takes values out of data is noted in the report and recorded whole."""
+    if run_on is not None:
+        for ours, theirs in zip(shell.modules(), run_on.modules(), strict=True):
+            theirs.training = ours.training
+    while True:
+        opaque = {name for name in report.opaque if name}
+        # Once the model itself reads data there is nothing left to record whole: the graph is only to look at.
+        allow_data = "" in report.opaque
         try:
             with _restored(shell), torch.random.fork_rng(_cuda_devices(shell)):
-                # Once the model itself reads data there is nothing left to record whole: the graph is only to look at.
-                recording = record(shell, small.args, small.kwargs, opaque=opaque, allow_data="" in opaque)
+                return record(shell, inputs.args, inputs.kwargs, opaque=opaque, allow_data=allow_data, run_on=run_on)
         except DataDependentError as stop:
             report.opaque[stop.module] = stop.reason
-            opaque.add(stop.module)
-    run, code = compiled(recording.graph)
-    if "" not in opaque:
-        other = net.recorded(inputs, not shell.training)
-        # The very same operators as in the other mode, which were compared already, need no second comparison.
-        proven = other is not None and other.faithful and other.code.src == code.src
-        difference = "" if proven else _difference(model or shell, shell, run, inputs)
-        if difference:
-            report.notes.append(f"{'train' if shell.training else 'eval'} mode: {difference}")
-            report.opaque.setdefault("", difference)
-    return RecordedGraph(recording.graph, recording.called, "" not in report.opaque, run, code)
 
 
 def _difference(model: nn.Module, shell: nn.Module, run: Callable[..., Any], inputs: Inputs) -> str:
@@ -197,9 +225,11 @@ def _difference(model: nn.Module, shell: nn.Module, run: Callable[..., Any], inp
             torch.manual_seed(0)
             return list(_leaves(function(*given.args, **given.kwargs)))
 
+    # Another batch size than the recorded one: a single row is cheapest, but batch statistics need several.
+    other = inputs.with_batch(3 if shell.training else 1)
     # A model may refuse another batch size, or other values; what it was recorded on it took.
     recorded = inputs.with_batch(2)
-    for given in (inputs.with_batch(3).redrawn(seed=1), recorded.redrawn(seed=1), recorded):
+    for given in (other.redrawn(seed=1), recorded.redrawn(seed=1), recorded):
         try:
             expected = outputs(model, model, given)
         except Exception:
@@ -245,8 +275,9 @@ def _first_difference(expected: list[Any], got: list[Any]) -> str:
 
 @contextmanager
 def _restored(module: nn.Module) -> Generator[None]:
-    """Put back the buffers that a forward in train mode changes."""
-    saved = [(b, b.detach().clone()) for b in module.buffers()] if module.training else []
+    """Put back the buffers that a forward changes."""
+    masks = {id(m.mask) for m in module.modules() if isinstance(m, MaskedLayer)}
+    saved = [(b, b.detach().clone()) for b in module.buffers() if id(b) not in masks]
     try:
         yield
     finally:

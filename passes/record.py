@@ -11,18 +11,21 @@ recorded: the innermost module doing so is named by `DataDependentError` and can
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from growfx.errors import TraceError
-from growfx.recorder import DataDependentError, Recorder, is_own_or_torch
+from growfx.recorder import DataDependentError, NeedsValuesError, Recorder, is_own_or_torch
 
-__all__ = ["DataDependentError", "Recording", "record"]
+__all__ = ["DataDependentError", "NeedsValuesError", "Recording", "meta_copy", "record"]
 
 
 @dataclasses.dataclass
@@ -48,6 +51,7 @@ def record(
     *,
     opaque: Iterable[str] = (),
     allow_data: bool = False,
+    run_on: nn.Module | None = None,
 ) -> Recording:
     """Run ``module(*args, **kwargs)`` once and return what it did as a graph.
 
@@ -57,19 +61,26 @@ def record(
         kwargs: keyword inputs.
         opaque: names of submodules to record as one node each, without looking inside.
         allow_data: bake values that Python takes out of data instead of raising `DataDependentError`.
+        run_on: a `meta_copy` of the module to run in its place: shapes alone are computed, which costs a fraction.
 
     Raises:
         TraceError: the forward itself failed; names the module and the source line.
         DataDependentError: see above.
+        NeedsValuesError: the run on the meta copy failed; the module itself may well run.
     """
-    recorder = Recorder(module, frozenset(opaque), allow_data)
+    root = module if run_on is None else run_on
+    recorder = Recorder(root, frozenset(opaque), allow_data, module)
+    if run_on is not None:
+        args, kwargs = _to_meta((args, dict(kwargs or {})))
     inputs = recorder.placeholders(args, dict(kwargs or {}))
     try:
-        with _without_gradients(module), _intercepted_calls(recorder), recorder:
-            output = module(*inputs[0], **inputs[1])
+        with _without_gradients(root), _default_device(recorder), _intercepted_calls(recorder), recorder:
+            output = root(*inputs[0], **inputs[1])
     except DataDependentError:
         raise
     except Exception as error:
+        if run_on is not None:
+            raise NeedsValuesError(str(error)) from error
         where = f" in module `{recorder.failed_in}`" if recorder.failed_in else ""
         source = _source_of_error(error)
         shapes = [tuple(a.shape) for a in args if isinstance(a, Tensor)]
@@ -80,6 +91,27 @@ def record(
     recorder.graph.output(recorder.as_argument(output, build=True))
     _drop_unused_numbers(recorder.graph)
     return Recording(recorder.graph, list(recorder.called), output)
+
+
+def meta_copy(module: nn.Module) -> nn.Module:
+    """A copy of the module on the meta device, in the module's mode: it computes shapes and holds no values."""
+    tensors = [*chain(module.parameters(), module.buffers())]
+    tensors += [value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+    memo: dict[int, Any] = {}
+    for tensor in tensors:
+        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(module, memo)
+
+
+def _to_meta(nest: Any) -> Any:
+    return pytree.tree_map(lambda value: value.to("meta") if isinstance(value, Tensor) else value, nest)
+
+
+def _default_device(recorder: Recorder) -> AbstractContextManager[Any]:
+    """On a meta copy, tensors made without naming a device go where the module's own would go: to its device."""
+    on_copy = recorder.home is not recorder.root
+    return torch.device("meta") if on_copy and recorder.device == torch.get_default_device() else nullcontext()
 
 
 @contextmanager

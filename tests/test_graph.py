@@ -7,6 +7,7 @@ import torch
 from torch import fx, nn
 
 import growfx
+from growfx.passes.record import record
 
 
 def model() -> nn.Module:
@@ -303,6 +304,6 @@ def test_a_size_kept_by_the_model_is_a_plain_number_in_a_copy() -> None:
             self.rows = x.shape[0] * 2
             return self.fc(x)
 
-    net = growfx.wrap(Keeps(), torch.randn(2, 4))
-    assert type(copy.deepcopy(net).shell.rows) is int
-    assert type(growfx.unwrap(net).rows) is int
+    model = Keeps()
+    record(model, (torch.randn(2, 4),))
+    assert type(copy.deepcopy(model).rows) is int

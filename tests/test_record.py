@@ -313,3 +313,41 @@ def test_tensors_from_outside_the_model_are_constants_of_the_graph() -> None:
     assert torch.equal(net(x), model(x))
     assert set(net.state_dict()) == {*model.state_dict(), "fc.mask"}
     assert set(growfx.unwrap(net).state_dict()) == set(model.state_dict())
+
+
+def test_recording_runs_on_a_copy_without_values_and_leaves_the_model_alone() -> None:
+    devices = []
+
+    class Watches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            devices.append(x.device.type)
+            self.calls += 1
+            self.last = x
+            return self.fc(x) + torch.arange(4, device=x.device)
+
+    net = growfx.wrap(Watches().train(), torch.randn(2, 4))
+    assert devices.count("meta") == 2  # eval and train
+    assert "last" not in vars(net.shell)
+    assert float(net.calls) == 0
+    assert torch.equal(net(torch.ones(3, 4)), net.shell(torch.ones(3, 4)))
+
+
+def test_a_forward_that_reads_values_of_its_own_is_recorded_with_values() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.register_buffer("rate", torch.tensor(3.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x) * self.rate.item()
+
+    net = growfx.wrap(Scaled(), torch.randn(2, 4))
+    assert net.trace_report.faithful
+    assert not net.trace_report.opaque
+    assert "3.0" in str(net)
