@@ -34,6 +34,7 @@ from growfx.errors import ConfigError
 from growfx.layers import MaskedLayer
 from growfx.passes.path_products import path_gradients
 from growfx.selection import draw
+from growfx.unit_edges import by_unit, from_units
 
 if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
@@ -146,7 +147,7 @@ def _first_arrivals(layer: MaskedLayer, name: str, visits: Tensor, keys: EdgeKey
     times = torch.from_numpy(-np.log1p(-uniform) / np.maximum(weights, floor)).reshape(visits.shape)
     marks = torch.zeros(visits.shape, dtype=torch.bool)
     for by_output in (True, False):
-        rows = _by_unit(layer, torch.arange(visits.numel()).reshape(visits.shape), by_output)
+        rows = by_unit(layer, torch.arange(visits.numel()).reshape(visits.shape), by_output)
         marks.view(-1)[rows.gather(1, times.view(-1)[rows].argmin(1, keepdim=True))] = True
     return marks.to(visits.device)
 
@@ -154,35 +155,7 @@ def _first_arrivals(layer: MaskedLayer, name: str, visits: Tensor, keys: EdgeKey
 def _step_probabilities(layer: MaskedLayer, outgoing: bool) -> Tensor:
     """Return float64 magnitudes normalised to sum to one over each unit's outgoing (or incoming) edges."""
     size = layer.parameter.detach().double().abs() * layer.mask
-    rows = _by_unit(layer, size, by_output=not outgoing)
+    rows = by_unit(layer, size, by_output=not outgoing)
     totals = rows.sum(1, keepdim=True)
     shares = torch.where(totals > 0, rows / totals, 1.0 / rows.shape[1])
-    return _from_units(layer, shares, by_output=not outgoing)
-
-
-def _by_unit(layer: MaskedLayer, values: Tensor, by_output: bool) -> Tensor:
-    """Rearrange values of the weight's shape to one row per output (or input) unit.
-
-    Weights are (out, in / groups, taps ...), those of transposed convolutions (in, out / groups, taps ...).
-    """
-    grouped, groups_first = _grouped(layer, values)
-    rows = grouped if groups_first == by_output else grouped.transpose(1, 2)
-    return rows.reshape(rows.shape[0] * rows.shape[1], -1)
-
-
-def _from_units(layer: MaskedLayer, rows: Tensor, by_output: bool) -> Tensor:
-    """Undo `_by_unit`."""
-    shape = layer.parameter.shape
-    grouped, groups_first = _grouped(layer, torch.empty(shape, device="meta"))
-    if groups_first == by_output:
-        return rows.reshape(shape)
-    groups, first, second, taps = grouped.shape
-    return rows.reshape(groups, second, first, taps).transpose(1, 2).reshape(shape)
-
-
-def _grouped(layer: MaskedLayer, values: Tensor) -> tuple[Tensor, bool]:
-    """Return values as (groups, units of dimension 0, units of dimension 1, taps), and whether dimension 0 is
-    the output."""
-    groups = int(getattr(layer, "groups", 1))
-    output_first = not bool(getattr(layer, "transposed", False))
-    return values.reshape(groups, values.shape[0] // groups, values.shape[1], -1), output_first
+    return from_units(layer, shares, by_output=not outgoing)
