@@ -8,8 +8,7 @@ magnitudes whose gradients are the scores, and which of the layer's input units 
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +20,13 @@ from growfx import graph_ops
 from growfx.errors import TraceError, UnsupportedOperatorError
 from growfx.layers import MaskedLayer
 from growfx.passes.path_constants import changed_weight, evaluating_copy, execute, writes_in_place
-from growfx.passes.path_rules import APPLIED, function_rule, is_moving, method_rule, module_rule, row_of
+from growfx.passes.path_endings import is_selection, placeholder, without_ends
+from growfx.passes.path_factors import PathFactors
+from growfx.passes.path_rules import function_rule, is_moving, method_rule, module_rule, sees_ends
 from growfx.passes.path_rules_arithmetic import bounded, identity
 from growfx.passes.path_values import (
+    Ended,
+    Judged,
     Learned,
     NoPathRuleError,
     PathValue,
@@ -53,129 +56,35 @@ def describe(node: fx.Node) -> str:
     return f"`{target}` (node `{node.name}`{f', {source}' if source else ''})"
 
 
-class PathGraph:
+class PathGraph(PathFactors):
     """One run of a network's path graph.
 
     Args:
         net: the masked graph; its parameters, buffers and modes are read, never changed.
         graph: its recorded evaluation graph for the shapes of the inputs.
-        norm: "fold" or "identity".
-        power: exponent of every learned factor.
-        magnitudes: layer name -> edge magnitudes to use in place of the layer's own (the weight's shape).
-        unit_scales: count learned scales and unmasked weights as one.
         rescale: keep live values near one (exact; off only to test that it is).
+        options: as for `PathFactors`.
 
     Attributes:
         total: sum of the outputs, after `run`.
         exponent: true values are the computed ones times 2**exponent.
-        leaves: layer name -> magnitude leaves in use; the gradients of `total` there add up to the score.
         constant_fed: layers that were run on constants only.
-        alive_in: layer name -> bool per input unit, filled by the backward pass.
+        ended_fed: layers that were run only on what data selected.
     """
 
-    def __init__(
-        self,
-        net: MaskedGraph,
-        graph: fx.Graph,
-        *,
-        norm: str = "fold",
-        power: float = 1,
-        magnitudes: Mapping[str, Tensor] | None = None,
-        unit_scales: bool = False,
-        rescale: bool = True,
-    ) -> None:
-        self.net, self.graph = net, graph
-        self.norm, self.power, self.unit_scales, self.rescale = norm, power, unit_scales, rescale
-        self.magnitudes = magnitudes or {}
-        self.layers: Mapping[str, MaskedLayer] = net.layers
-        first = next(iter(self.layers.values())).parameter
-        self.device, self.model_dtype = first.device, first.dtype
-        self.leaves: dict[str, list[Tensor]] = {}
+    def __init__(self, net: MaskedGraph, graph: fx.Graph, *, rescale: bool = True, **options: Any) -> None:
+        super().__init__(net, **options)
+        self.graph, self.rescale = graph, rescale
         self.constant_fed: set[str] = set()
-        self.alive_in: dict[str, Tensor] = {}
+        self.ended_fed: set[str] = set()
         self.exponent = 0
         self.total: Tensor | None = None
-        self._layer_names = {id(layer.parameter): name for name, layer in self.layers.items()}
-        self._watched: dict[int, tuple[weakref.ref[Tensor], list[tuple[str, int]]]] = {}
         self._environment: dict[fx.Node, Any] = {}
+        self._ends: list[PathValue] = []
         self._position = {node: position for position, node in enumerate(graph.nodes)}
         self._writes = any(writes_in_place(node) for node in graph.nodes)
 
     # What rules ask for
-
-    def layer_of(self, module: nn.Module) -> str | None:
-        """The name under which the module's weight is a masked layer (tied weights: once); None when unmasked."""
-        return self._layer_names.get(id(module.parameter)) if isinstance(module, MaskedLayer) else None
-
-    def learned(self, parameter: Tensor) -> Tensor:
-        """What a learned factor counts for: its magnitude to the given power, or one."""
-        if self.unit_scales:
-            return torch.ones_like(parameter, dtype=torch.float64, device=self.device, requires_grad=False)
-        magnitude = parameter.detach().to(self.device, torch.float64).abs()
-        return magnitude if self.power == 1 else magnitude**self.power
-
-    def magnitude(self, value: Any) -> float | Tensor:
-        """What a constant counts for as a factor."""
-        if isinstance(value, Weight):
-            leaf = self._leaf(value.layer, value.applied)
-            for step in value.moves:
-                leaf = step(leaf)
-            return leaf
-        if isinstance(value, Learned) and not isinstance(value, Token):
-            return self.learned(value.tensor)
-        if isinstance(value, Token):
-            value = value.tensor
-        if isinstance(value, Tensor):
-            return value.detach().to(self.device, torch.float64).abs()
-        if isinstance(value, (int, float)):
-            return abs(float(value))
-        raise NoPathRuleError(f"a factor of type `{type(value).__name__}` has no path rule")
-
-    def matrix(self, value: Any) -> Tensor:
-        """What a constant tensor counts for."""
-        magnitude = self.magnitude(value)
-        if not isinstance(magnitude, Tensor):
-            raise NoPathRuleError("a number stands where a tensor is needed")
-        return magnitude
-
-    def signed(self, module: Any) -> Tensor:
-        """The effective weight of a module, zero outside its mask, without gradient."""
-        if isinstance(module, MaskedLayer):
-            with torch.no_grad():
-                full = module.nnz == module.numel
-                return module.parameter.detach() if full else torch.where(module.mask, module.parameter, 0)
-        name = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
-        return getattr(module, name).detach()
-
-    def weight(self, module: nn.Module) -> Tensor:
-        """Edge magnitudes of a module with a weight: a leaf for masked layers, a constant for others."""
-        name = self.layer_of(module)
-        if name is not None:
-            return self._leaf(name)
-        applied = row_of(APPLIED, type(module))
-        weight = self.signed(module)
-        return self.learned(weight if applied is None else applied(module, weight.to(torch.float64)))
-
-    def watch(self, layer: str | None, tensor: Tensor, dim: int) -> None:
-        """Note, in the backward pass, which units along `dim` of a layer's input lie on a path."""
-        if layer is None:
-            return
-        known = self._watched.get(id(tensor))
-        if known is not None and known[0]() is tensor:
-            known[1].append((layer, dim % tensor.ndim))
-            return
-        waiting = [(layer, dim % tensor.ndim)]
-        self._watched[id(tensor)] = weakref.ref(tensor), waiting
-        reached = tensor.detach() > 0  # not the tensor itself: a hook that holds its tensor is never freed
-
-        def note(gradient: Tensor) -> None:
-            crossed = reached.logical_and(gradient > 0)
-            for name, axis in waiting:
-                alive = crossed.transpose(0, axis).flatten(1).any(1) if crossed.ndim > 1 else crossed
-                self.alive_in[name] = alive | self.alive_in[name] if name in self.alive_in else alive
-
-        if tensor.requires_grad:
-            tensor.register_hook(note)
 
     def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Apply a module's rule."""
@@ -190,35 +99,10 @@ class PathGraph:
         assert rule is not None
         return rule(self, *args, **kwargs)
 
-    def _leaf(self, name: str, applied: Tensor | None = None) -> Tensor:
-        """The magnitude leaf of a layer; a weight transformed by the graph has a leaf of its own."""
-        known = self.leaves.setdefault(name, [])
-        if known and applied is None:
-            return known[0]
-        layer = self.layers[name]
-        with torch.no_grad():
-            if name in self.magnitudes:
-                leaf = self.magnitudes[name].detach().to(self.device, torch.float64, copy=True)
-            else:
-                leaf = self._own_magnitudes(layer, applied)
-        leaf.requires_grad_()
-        known.append(leaf) if applied is not None else known.insert(0, leaf)
-        return leaf
-
-    def _own_magnitudes(self, layer: MaskedLayer, applied: Tensor | None) -> Tensor:
-        transform = row_of(APPLIED, layer.twin_of)
-        if applied is None and transform is None:
-            magnitude = self.signed(layer).to(torch.float64, copy=True).abs_()
-        else:
-            weight = self.signed(layer).to(torch.float64) if applied is None else applied.to(torch.float64)
-            weight = weight if transform is None else transform(layer, weight)
-            magnitude = torch.where(layer.mask, weight.abs(), 0)
-        return magnitude if self.power == 1 else magnitude.pow_(self.power)
-
     # The run
 
-    def run(self, inputs: Iterable[Tensor]) -> Any:
-        """Interpret the graph; sets `total`. Only shape and kind of the inputs count, at batch 1.
+    def run(self, inputs: Iterable[Any]) -> Any:
+        """Interpret the graph; sets `total`. Only shapes and kinds of the inputs count; containers hold several.
 
         Raises:
             UnsupportedOperatorError: an operator on a path value has no rule.
@@ -229,7 +113,7 @@ class PathGraph:
         for node in self.graph.nodes:
             if node.op == "output":
                 return self._finish(map_leaves_of(node.args[0], self._environment))
-            result = self._placeholder(node, waiting) if node.op == "placeholder" else self._evaluate(node)
+            result = self._input(node, waiting) if node.op == "placeholder" else self._evaluate(node)
             self._environment[node] = result
             for dead in last_use.get(node, ()):
                 self._environment.pop(dead, None)
@@ -247,14 +131,15 @@ class PathGraph:
             ending.setdefault(end, []).append(node)
         return ending
 
-    def _placeholder(self, node: fx.Node, waiting: Any) -> Any:
-        value = next(waiting, node.args[0] if node.args else None)
+    def _input(self, node: fx.Node, waiting: Iterator[Any]) -> Any:
+        return map_leaves(self._start, next(waiting, node.args[0] if node.args else None))
+
+    def _start(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        one = value[:1] if value.ndim else value
         if value.is_floating_point():
-            return self._source(one.shape)
-        return Token(one.to(self.device)) if value.dtype != torch.bool else one.to(self.device)
+            return self._source(value.shape)
+        return Token(value.to(self.device)) if value.dtype != torch.bool else value.to(self.device)
 
     def _source(self, shape: torch.Size) -> PathValue:
         """Units where paths begin, at the scale of the other live values."""
@@ -267,10 +152,12 @@ class PathGraph:
         args = map_leaves_of(node.args, self._environment)
         kwargs = map_leaves_of(node.kwargs, self._environment)
         try:
-            if not paths_in(args, kwargs):
-                with torch.no_grad():
-                    return self._constant(node, args, kwargs)
-            return self._apply(node, args, kwargs)
+            if is_selection(node, args, kwargs):
+                return self._select(node, args, kwargs)
+            if paths_in(args, kwargs):
+                return self._apply(node, args, kwargs)
+            with torch.no_grad():
+                return self._without_paths(node, args, kwargs)
         except NoPathRuleError as reason:
             raise UnsupportedOperatorError(
                 f"no path rule for {describe(node)}: {reason}. Path products need a rule for every operator between "
@@ -283,6 +170,7 @@ class PathGraph:
 
     def _apply(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if node.op == "call_module":
+            args, kwargs = without_ends((args, kwargs), self.device)
             return self.call(self.net.get_submodule(str(node.target)), *args, **kwargs)
         if node.op == "call_method" and not isinstance(args[0], (Tensor, PathValue, Learned, Weight)):
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)  # a method of a container
@@ -295,7 +183,35 @@ class PathGraph:
             )
         if rule is None:
             raise NoPathRuleError("the operator is not in the table")
+        if not sees_ends(rule):
+            args, kwargs = without_ends((args, kwargs), self.device)
         return rule(self, *args, **kwargs)
+
+    def _select(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Data decides what the node takes: what it takes from and decides by are outputs, the result is ended."""
+        self._end(args, kwargs)
+        return placeholder(node, args, kwargs, self.model_dtype)
+
+    def _end(self, *nests: Any) -> None:
+        """Make outputs of path values, and of those that judgements were made from."""
+        for item in leaves(nests):
+            for value in item.sources if isinstance(item, Judged) else (item,):
+                if isinstance(value, PathValue) and not any(value.tensor is known.tensor for known in self._ends):
+                    self._ends.append(value)
+
+    def _without_paths(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inputs = list(leaves((args, kwargs)))
+        if any(isinstance(item, Ended) for item in inputs):
+            self._end(args, kwargs)
+            if node.op == "call_module":
+                self._note_fed(self.ended_fed, self.net.get_submodule(str(node.target)))
+            self.ended_fed.update(item.layer for item in inputs if isinstance(item, Weight))
+            return placeholder(node, args, kwargs, self.model_dtype)
+        sources = tuple(source for item in inputs if isinstance(item, Judged) for source in item.sources)
+        result = self._constant(node, args, kwargs)
+        if not sources:
+            return result
+        return map_leaves(lambda item: Judged(raw(item), sources) if isinstance(raw(item), Tensor) else item, result)
 
     def _check_write(self, node: fx.Node) -> None:
         """Refuse to write into a part of a path value whose whole is read again: the whole would miss the write."""
@@ -331,7 +247,7 @@ class PathGraph:
         embeds = node.target in _EMBEDDINGS
         if node.op == "call_module":
             module = self.net.get_submodule(str(node.target))
-            self._note_constant_fed(module)
+            self._note_fed(self.constant_fed, module)
             embeds = isinstance(module, nn.Embedding)
             result = evaluating_copy(module)(*raw(args), **raw(kwargs))
             learned = next(module.parameters(), None) is not None
@@ -346,18 +262,15 @@ class PathGraph:
         kind = Token if token else Learned
         return map_leaves(lambda item: kind(item) if isinstance(item, Tensor) and (learned or token) else item, result)
 
-    def _note_constant_fed(self, module: nn.Module) -> None:
-        for part in module.modules():
-            name = self.layer_of(part)
-            if name is not None:
-                self.constant_fed.add(name)
+    def _note_fed(self, fed: set[str], module: nn.Module) -> None:
+        fed.update(name for part in module.modules() if (name := self.layer_of(part)) is not None)
 
     def _settle(self, node: fx.Node, result: Any) -> None:
         """Check the node's values and bring all live values back towards one where needed."""
         peak = 0.0
         for value in paths_in(result):
             if value.peak is None:
-                value.peak = float(value.tensor.detach().amax()) if value.tensor.numel() else 0.0
+                value.peak = _largest(value.tensor.detach())
             if not math.isfinite(value.peak):
                 raise TraceError(
                     f"the path value of {describe(node)} is not finite ({value.peak}); look for infinite or nan "
@@ -366,11 +279,20 @@ class PathGraph:
             peak = max(peak, value.peak)
         if not self.rescale or peak == 0 or 1 / _RESCALE_AT <= peak <= _RESCALE_AT:
             return
-        live = {id(value): value for value in paths_in(list(self._environment.values())) if not value.divisor}
+        live = {id(value): value for value in self._live() if not value.divisor}
         largest = max((value.peak or 0.0 for value in live.values()), default=0.0)
         # Up only when everything is small: otherwise two branches of different size would chase each other.
         if largest > _RESCALE_AT or 0 < largest < 1 / _RESCALE_AT:
             self._scale(live.values(), -math.frexp(largest)[1])
+
+    def _live(self) -> Iterator[PathValue]:
+        """Path values that are still to be used, if only as outputs."""
+        yield from self._ends
+        for item in leaves(list(self._environment.values())):
+            if isinstance(item, PathValue):
+                yield item
+            elif isinstance(item, Judged):
+                yield from item.sources
 
     def _scale(self, live: Iterable[PathValue], exponent: int) -> None:
         """Multiply all live path values by 2**exponent: they are a cut of the graph, so all scores change alike."""
@@ -384,12 +306,22 @@ class PathGraph:
         self.exponent -= exponent
 
     def _finish(self, output: Any) -> Any:
-        values = [value for value in paths_in(output) if not value.divisor]
+        known = {id(value.tensor) for value in self._ends}
+        outputs = [value for value in paths_in(output) if id(value.tensor) not in known]
+        values = [value for value in (*self._ends, *outputs) if not value.divisor]
         if not values:
             raise TraceError("no path leads from the network's input to its output; path products need one")
         self.total = torch.stack([value.tensor.sum() for value in values]).sum()
         self._environment.clear()
+        self._ends.clear()
         return output
+
+
+def _largest(tensor: Tensor) -> float:
+    """The largest element; one where there are no values, zero where there is nothing."""
+    if not tensor.numel():
+        return 0.0
+    return 1.0 if tensor.is_meta else float(tensor.amax())
 
 
 def map_leaves_of(nest: Any, environment: dict[fx.Node, Any]) -> Any:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from growfx.errors import ConfigError, MaskError, TraceError
-from growfx.layers import MaskedLayer
+from growfx.inputs import Inputs
 from growfx.passes.path_graph import PathGraph
+from growfx.passes.path_values import leaves, map_leaves
 from growfx.paths import PathProducts
+from growfx.unit_edges import joined_units
 
 if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
@@ -34,7 +35,7 @@ def path_products(
     net: MaskedGraph,
     norm: str = "fold",
     power: float = 1,
-    example_inputs: Tensor | Sequence[Tensor] | None = None,
+    example_inputs: Tensor | Sequence[Any] | None = None,
 ) -> PathProducts:
     """Score every edge of every masked layer by the paths that run, or would run, through it.
 
@@ -42,8 +43,9 @@ def path_products(
         net: a masked graph from `growfx.wrap`, in training or evaluation mode; nothing of it is changed.
         norm: "fold" counts a norm as its learned scale (over the running deviation for batch norm), "identity" as one.
         power: exponent of every learned factor (weights, norm and learned scales); averages stay as they are.
-        example_inputs: only shapes and kinds count, at batch 1; default: as recorded. Smaller is faster, but taps
-            that only ever see padding score zero.
+        example_inputs: a tensor or a tuple of the model's arguments (tensors, or lists and dicts of them); only
+            shapes and kinds count, at batch 1; default: as recorded. Smaller is faster, but taps that only ever see
+            padding score zero.
 
     Returns:
         Scores in float64 with one common scale; see `PathProducts`.
@@ -63,7 +65,7 @@ def path_gradients(
     *,
     norm: str = "fold",
     power: float = 1,
-    example_inputs: Tensor | Sequence[Tensor] | None = None,
+    example_inputs: Tensor | Sequence[Any] | None = None,
     unit_scales: bool = False,
 ) -> PathProducts:
     """`path_products` over edge magnitudes of the caller's choice.
@@ -135,18 +137,23 @@ def _checked_magnitudes(net: MaskedGraph, magnitudes: Mapping[str, Tensor]) -> d
     return dict(magnitudes)
 
 
-def _inputs(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None) -> tuple[Any, ...]:
+def _inputs(net: MaskedGraph, example_inputs: Any) -> tuple[Any, ...]:
+    """Inputs at batch 1; where they have no common batch (images in a list) as they are."""
     if example_inputs is None:
         return tuple(net.example_inputs(batch=1))
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    for item in inputs:
-        if not isinstance(item, Tensor) or (item.ndim and item.shape[0] < 1):
-            raise ConfigError(f"`example_inputs` holds {type(item).__name__}; give tensors with at least one sample")
+    given = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+    if not isinstance(given, (tuple, list)):
+        raise ConfigError(f"`example_inputs` is a {type(given).__name__}; give a tensor or a tuple of the arguments")
+    tensors = [item for item in leaves(given) if isinstance(item, Tensor)]
+    if not tensors or any(item.numel() == 0 for item in tensors):
+        kinds = ", ".join(type(item).__name__ for item in given)
+        raise ConfigError(f"`example_inputs` holds {kinds}; give tensors with at least one sample")
     device = next(iter(net.layers.values())).parameter.device
-    return tuple(item[:1].to(device) if item.ndim else item.to(device) for item in inputs)
+    moved = map_leaves(lambda item: item.to(device) if isinstance(item, Tensor) else item, tuple(given))
+    return Inputs(moved, {}).with_batch(1).args
 
 
-def _scored(run: PathGraph, inputs: Sequence[Tensor]) -> tuple[dict[str, Tensor], frozenset[str]]:
+def _scored(run: PathGraph, inputs: Sequence[Any]) -> tuple[dict[str, Tensor], frozenset[str]]:
     """Run the path graph forward and backward.
 
     Returns layer name -> score, for layers that a gradient reached, and which of these scores are zero throughout.
@@ -181,6 +188,8 @@ def _off_path(run: PathGraph, scores: Mapping[str, Tensor], unreached: frozenset
             continue
         if name in run.leaves:
             reasons[name] = "no path from the input to an output runs through it"
+        elif name in run.ended_fed:
+            reasons[name] = "it is fed only by what a selection by data (top-k, suppression) has picked"
         elif name in run.constant_fed:
             reasons[name] = "it is fed by constants only, not by the network's input"
         else:
@@ -188,7 +197,7 @@ def _off_path(run: PathGraph, scores: Mapping[str, Tensor], unreached: frozenset
     return reasons
 
 
-def _unreached(run: PathGraph, inputs: Sequence[Tensor]) -> frozenset[str]:
+def _unreached(run: PathGraph, inputs: Sequence[Any]) -> frozenset[str]:
     """Layers that no path crosses even with every edge present and every scale one."""
     if run.graph not in _UNREACHED:
         ones = {name: torch.ones_like(layer.mask, dtype=torch.float64) for name, layer in run.layers.items()}
@@ -213,13 +222,4 @@ def _crossed_units(run: PathGraph, name: str, score: Tensor) -> tuple[Tensor, Te
     """Input and output units of a layer with a path through one of the layer's own edges."""
     layer = run.layers[name]
     crossed = (score > 0).logical_and_(run.leaves[name][0].detach() > 0)
-    return _by_unit(layer, crossed)
-
-
-def _by_unit(layer: MaskedLayer, edges: Tensor) -> tuple[Tensor, Tensor]:
-    """Input and output units with a marked edge; weights are (out, in / groups, taps) or, transposed, (in, ...)."""
-    groups = int(getattr(layer, "groups", 1))
-    pairs = edges.flatten(2).any(2) if edges.ndim > 2 else edges
-    pairs = pairs.unflatten(0, (groups, -1))  # group, one side, the other side
-    first, second = pairs.any(2).flatten(), pairs.any(1).flatten()
-    return (first, second) if isinstance(layer, _ConvTransposeNd) else (second, first)
+    return joined_units(layer, crossed)

@@ -1,8 +1,8 @@
 """The table of path rules: which rule an operator on a path value follows.
 
 Keys are exact: the function object, the name of the tensor method, or the module's class (as a dotted name for classes
-of the model libraries, which are not imported here). A class without a row of its own follows its base only when it
-changes nothing but construction and printing. There is no default: an operator without a row is an error.
+and operators of the model libraries, which are not imported here). A class without a row of its own follows its base
+only when it changes nothing but construction and printing. There is no default: an operator without a row is an error.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ from torch import nn
 
 from growfx.passes import (
     path_rules_arithmetic,
+    path_rules_attention,
     path_rules_layers,
     path_rules_norm,
     path_rules_products,
+    path_rules_recurrent,
     path_rules_reduce,
+    path_rules_sampling,
+    path_rules_selection,
     path_rules_shape,
 )
 
@@ -34,7 +38,9 @@ __all__ = [
     "is_moving",
     "method_rule",
     "module_rule",
+    "operator_name",
     "row_of",
+    "sees_ends",
 ]
 
 Rule = Callable[..., Any]
@@ -51,11 +57,14 @@ def _merged(name: str, *sources: Any) -> dict[Any, Any]:
     return table
 
 
-_FILES = (path_rules_arithmetic, path_rules_products, path_rules_reduce, path_rules_shape)
-FUNCTIONS: dict[Any, Rule] = _merged("FUNCTIONS", *_FILES, path_rules_norm)
+_FILES = (path_rules_arithmetic, path_rules_products, path_rules_reduce, path_rules_shape, path_rules_selection)
+FUNCTIONS: dict[Any, Rule] = _merged("FUNCTIONS", *_FILES, path_rules_norm, path_rules_attention, path_rules_sampling)
 METHODS: dict[str, Rule] = _merged("METHODS", *_FILES)
-MODULES: dict[Any, Rule] = _merged("MODULES", path_rules_layers, path_rules_norm)
+MODULES: dict[Any, Rule] = _merged(
+    "MODULES", path_rules_layers, path_rules_norm, path_rules_attention, path_rules_recurrent, path_rules_sampling
+)
 APPLIED = path_rules_layers.APPLIED
+_SEES_ENDS = path_rules_selection.SEES_ENDS | path_rules_sampling.SEES_ENDS
 
 _CONTAINERS = (dict, list, tuple, collections.OrderedDict)
 _CASTS = {"to", "type_as", "float", "double", "contiguous", "clone", "detach", "type"}
@@ -88,9 +97,16 @@ def row_of(table: dict[Any, Any], cls: type) -> Any:
     return None
 
 
+def operator_name(target: Any) -> Any:
+    """The key of a function in the table: itself, or the dotted name of an operator that a library registered."""
+    if isinstance(target, torch._ops.OpOverload):
+        target = target.overloadpacket
+    return str(target) if isinstance(target, torch._ops.OpOverloadPacket) else target
+
+
 def function_rule(target: Any) -> Rule | None:
     """The rule of a function, or the construction of a container class."""
-    rule = FUNCTIONS.get(target)
+    rule = FUNCTIONS.get(operator_name(target))
     if rule is None and isinstance(target, type):
         named_tuple = issubclass(target, tuple) and hasattr(target, "_fields")
         if target in _CONTAINERS or is_dataclass(target) or named_tuple:
@@ -106,6 +122,11 @@ def method_rule(name: str) -> Rule | None:
 def module_rule(module: nn.Module) -> Rule | None:
     """The rule of a module's class; a masked twin follows the class it stands for."""
     return row_of(MODULES, getattr(type(module), "twin_of", type(module)))
+
+
+def sees_ends(rule: Rule) -> bool:
+    """Whether a rule treats what data judged or selected in its own way, not as a constant."""
+    return rule in _SEES_ENDS
 
 
 def is_moving(operation: str, target: Any) -> bool:

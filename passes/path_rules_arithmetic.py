@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from growfx.passes.path_values import Learned, NoPathRuleError, PathValue, Weight, broadcast
+from growfx.passes.path_values import Learned, NoPathRuleError, PathValue, Weight, broadcast, mean_of
 
 if TYPE_CHECKING:
     from growfx.passes.path_graph import PathGraph
@@ -57,7 +57,7 @@ def balanced(left: Tensor, right: Tensor, left_bounded: bool, right_bounded: boo
     n_a and n_b are the factors' means, held fixed. M is the mean of the unbounded factor when exactly one is bounded,
     else the geometric mean. When a factor has no mass the result is the plain sum.
     """
-    mean_left, mean_right = float(left.detach().mean()), float(right.detach().mean())
+    mean_left, mean_right = mean_of(left), mean_of(right)
     if mean_left == 0 or mean_right == 0:
         return left + right
     ratio = mean_right / mean_left
@@ -122,7 +122,10 @@ def power(run: PathGraph, base: Any, exponent: Any) -> Any:
         return add(run, base, exponent)
     if isinstance(exponent, (Learned, Weight)):
         exponent = exponent.tensor
-    low, high = (float(exponent.min()), float(exponent.max())) if isinstance(exponent, Tensor) else (exponent,) * 2
+    if isinstance(exponent, Tensor):
+        low, high = (1.0, 1.0) if exponent.is_meta else (float(exponent.min()), float(exponent.max()))
+    else:
+        low = high = exponent
     if low > 0:
         return broadcast(base, exponent)
     if high < 0:
@@ -181,7 +184,8 @@ _IDENTITY_FUNCTIONS = (
     operator.neg, operator.pos, abs, torch.neg, torch.negative, torch.abs, torch.exp, torch.expm1, torch.log,
     torch.log1p, torch.log2, torch.sqrt, torch.square, torch.clone, torch.detach, torch.relu, torch.relu_,
     torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.celu, torch.selu, torch.prelu, torch.rrelu,
-    torch.erf, torch.log_softmax, torch.nan_to_num, F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu,
+    torch.erf, torch.log_softmax, torch.nan_to_num, torch.floor, torch.ceil, torch.round, torch.trunc,
+    torch.log10, F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu,
     F.mish, F.hardswish, F.softplus, F.softsign, F.celu, F.selu, F.prelu, F.rrelu, F.hardtanh, F.threshold,
     F.logsigmoid, F.log_softmax, F.hardshrink, F.softshrink, F.tanhshrink, F.dropout, F.dropout1d, F.dropout2d,
     F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
@@ -221,6 +225,10 @@ _IDENTITY_METHODS = [
     "cpu",
     "cuda",
     "log_softmax",
+    "floor",
+    "ceil",
+    "round",
+    "trunc",
     "nan_to_num",
     "erf",
     "requires_grad_",

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from growfx.passes.path_rules_arithmetic import gated
-from growfx.passes.path_rules_products import attention, carrying
-from growfx.passes.path_rules_reduce import adaptive, padded_window, window
-from growfx.passes.path_values import NoPathRuleError, PathValue, move, raw
+from growfx.passes.path_rules_arithmetic import balanced, gated
+from growfx.passes.path_rules_products import carrying
+from growfx.passes.path_rules_reduce import adaptive, padded_window, window, with_indices
+from growfx.passes.path_values import NoPathRuleError, PathValue, move
 
 if TYPE_CHECKING:
     from growfx.passes.path_graph import PathGraph
@@ -63,6 +63,25 @@ def same_convolution(run: PathGraph, module: Any, value: Any) -> Any:
     return convolution(run, module, value, _same_margins(sizes, module.kernel_size, module.stride, module.dilation))
 
 
+def mixed_convolution(run: PathGraph, module: Any, value: Any, routing: Any) -> Any:
+    """Kernels mixed per sample: the mean over experts of magnitudes, times the mean over experts of the routing.
+
+    The routing is a bounded factor of a balanced product; a constant one acts by the mean of its magnitudes.
+    """
+    tensor, padding = carrying(value), module.padding
+    run.watch(run.layer_of(module), tensor, -3)
+    if module.dynamic_padding:
+        sizes = tensor.shape[-2:]
+        tensor = F.pad(tensor, _same_margins(sizes, module.kernel_size, module.stride, module.dilation))
+        padding = 0
+    weight = run.weight(module).mean(0).reshape(module.weight_shape)
+    convolved = F.conv2d(tensor, weight, None, module.stride, padding, module.dilation, module.groups)
+    if not isinstance(routing, PathValue):
+        return PathValue(convolved * run.matrix(routing).mean())
+    shares = routing.tensor.mean(-1).reshape(-1, 1, 1, 1)
+    return PathValue(balanced(convolved, shares, False, True))
+
+
 def transposed_convolution(run: PathGraph, module: Any, value: Any, output_size: Any = None) -> Any:
     """Transposed convolution: magnitude of the weight, no bias."""
     tensor = carrying(value)
@@ -84,49 +103,6 @@ def standardised(module: Any, weight: Tensor) -> Tensor:
     scale = None if gain is None else (gain.detach().to(weight) * module.scale).reshape(-1)
     flat = weight.reshape(1, weight.shape[0], -1)
     return F.batch_norm(flat, None, None, scale, None, True, 0.0, module.eps).reshape(weight.shape)
-
-
-def _projections(module: Any, run: PathGraph) -> tuple[list[Tensor], list[Tensor]]:
-    """Magnitudes and signed values of the query, key and value projections."""
-    if module.in_proj_weight is not None:
-        signed = run.signed(module)
-        return list(run.weight(module).chunk(3)), list(signed.chunk(3))
-    separate = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-    return [run.learned(weight) for weight in separate], [weight.detach() for weight in separate]
-
-
-def multihead_attention(
-    run: PathGraph, module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
-) -> tuple[Any, None]:
-    """In-projections, attention, out-projection; masks ignored; returns the value and no attention weights."""
-    if module.bias_k is not None or module.add_zero_attn:
-        raise NoPathRuleError("attention with extra key and value tokens has no path rule")
-    name = run.layer_of(module)
-    magnitudes, signed = _projections(module, run)
-    biases = [None] * 3 if module.in_proj_bias is None else list(module.in_proj_bias.detach().chunk(3))
-
-    def heads(item: Any, magnitude: Tensor, real: Tensor, bias: Tensor | None) -> Any:
-        if isinstance(item, PathValue):
-            run.watch(name, carrying(item), -1)
-            projected = F.linear(item.tensor, magnitude)
-        else:
-            projected = F.linear(raw(item), real.to(raw(item)), bias)
-        if projected.ndim == 3 and not module.batch_first:
-            projected = projected.transpose(0, 1)
-        split = projected.unflatten(-1, (module.num_heads, -1)).transpose(-3, -2)
-        return PathValue(split) if isinstance(item, PathValue) else split
-
-    parts = [heads(*each) for each in zip((query, key, value), magnitudes, signed, biases, strict=True)]
-    if not any(isinstance(part, PathValue) for part in parts[:2]):
-        parts[0], parts[1] = (part.detach() for part in parts[:2])
-        mixed = run.function(F.scaled_dot_product_attention, *parts)
-    else:
-        mixed = attention(run, *parts)
-    joined = mixed.tensor.transpose(-3, -2).flatten(-2)
-    if joined.ndim == 3 and not module.batch_first:
-        joined = joined.transpose(0, 1)
-    run.watch(run.layer_of(module.out_proj), joined, -1)
-    return PathValue(F.linear(joined, run.weight(module.out_proj))), None
 
 
 def _identity(run: PathGraph, module: Any, value: Any, *args: Any) -> Any:
@@ -152,8 +128,6 @@ def pool(spatial: int) -> Callable[..., Any]:
     """The rule of average and max pooling modules."""
 
     def rule(run: PathGraph, module: Any, value: PathValue) -> Any:
-        if getattr(module, "return_indices", False):
-            raise NoPathRuleError("pooling with indices has no path rule")
         dilation = getattr(module, "dilation", 1)
         pooled = window(
             value.tensor,
@@ -164,7 +138,8 @@ def pool(spatial: int) -> Callable[..., Any]:
             dilation,
             module.ceil_mode,
         )
-        return PathValue(pooled, peak=value.peak)
+        result = PathValue(pooled, peak=value.peak)
+        return with_indices(result) if getattr(module, "return_indices", False) else result
 
     return rule
 
@@ -204,15 +179,6 @@ def zero_pad(run: PathGraph, module: Any, value: PathValue) -> Any:
     return move(lambda tensor: F.pad(tensor, module.padding), value)
 
 
-def upsample(run: PathGraph, module: Any, value: PathValue) -> Any:
-    """Resampling, bicubic as bilinear."""
-    mode = "bilinear" if module.mode == "bicubic" else module.mode
-    return move(
-        lambda tensor: F.interpolate(tensor, module.size, module.scale_factor, mode, module.align_corners),
-        value,
-    )
-
-
 _IDENTITY = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
     nn.Hardswish, nn.Hardtanh, nn.Softplus, nn.Softsign, nn.Threshold, nn.LogSigmoid, nn.LogSoftmax, nn.Hardshrink,
@@ -248,9 +214,9 @@ MODULES: dict[Any, Any] = {
     ),
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d, *_STANDARDISED), convolution),
     "timm.layers.conv2d_same.Conv2dSame": same_convolution,
+    "timm.layers.cond_conv2d.CondConv2d": mixed_convolution,
     **dict.fromkeys(_STANDARDISED_SAME, same_convolution),
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), transposed_convolution),
-    nn.MultiheadAttention: multihead_attention,
     **dict.fromkeys((*_IDENTITY, *_TIMM_IDENTITY), _identity),
     **dict.fromkeys((*_BOUNDED, *_TIMM_BOUNDED), _bounded),
     nn.Sequential: empty_sequence,
@@ -265,7 +231,6 @@ MODULES: dict[Any, Any] = {
     **dict.fromkeys(_EXECUTED, executed),
     nn.Fold: folding,
     **dict.fromkeys(_ZERO_PADS, zero_pad),
-    **dict.fromkeys((nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), upsample),
 }
 
 # How a class turns its parameter into the weight it applies, where it does not apply the parameter itself.

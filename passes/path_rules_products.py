@@ -1,4 +1,4 @@
-"""Path rules of contractions: matrix products, einsum, linear layers and convolutions as functions, attention."""
+"""Path rules of contractions: matrix products, einsum, linear layers and convolutions as functions."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from growfx.passes.path_rules_arithmetic import add, balanced
-from growfx.passes.path_values import NoPathRuleError, PathValue, Weight, paths_in, raw
+from growfx.passes.path_values import NoPathRuleError, PathValue, Weight, move, paths_in, raw
 
 if TYPE_CHECKING:
     from growfx.passes.path_graph import PathGraph
 
-__all__ = ["FUNCTIONS", "METHODS", "attention", "carrying", "matmul"]
+__all__ = ["FUNCTIONS", "METHODS", "carrying", "matmul"]
 
 
 def carrying(value: Any) -> Tensor:
@@ -71,24 +71,49 @@ def _spelled(equation: str, operands: list[Any]) -> tuple[list[str], str]:
 
 
 def einsum(run: PathGraph, equation: str, *operands: Any) -> Any:
-    """One path operand: magnitudes of the others. Two: each averaged over indices absent from the output, balanced."""
+    """Path times constant: magnitudes. Path times path: each averaged over indices no longer needed, balanced.
+
+    With more than two operands, one after the other from the left, path values last where constants can be contracted
+    first.
+    """
     items = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else list(operands)
-    paths = paths_in(items)
-    if len(paths) == 1:
+    if len(paths_in(items)) == 1:
         factors = [carrying(item) if isinstance(item, PathValue) else run.matrix(item) for item in items]
         return PathValue(torch.einsum(equation, *factors))
     terms, output = _spelled(equation, items)
-    if len(items) != 2 or any(len(set(term)) < len(term) for term in terms):
-        raise NoPathRuleError(f"einsum `{equation}` of several activations has no path rule")
+    pairs = [_diagonal(run, term, item) for term, item in zip(terms, items, strict=True)]
+    pairs.sort(key=lambda pair: isinstance(pair[1], PathValue))  # stable: constants first, each in its order
+    while len(pairs) > 1:
+        (left_term, left), (right_term, right), *rest = pairs
+        needed = {*output, *"".join(term for term, _ in rest)}
+        kept = "".join(letter for letter in dict.fromkeys(left_term + right_term) if letter in needed)
+        kept = kept if rest else output
+        pairs = [(kept, _contracted(left_term, left, right_term, right, kept)), *rest]
+    return pairs[0][1]
+
+
+def _diagonal(run: PathGraph, term: str, item: Any) -> tuple[str, Any]:
+    """An operand whose indices all differ: a repeated one means its diagonal. Constants as magnitudes."""
+    own = "".join(dict.fromkeys(term))
+    if not isinstance(item, PathValue):
+        return own, torch.einsum(f"{term}->{own}", run.matrix(item))
+    carrying(item)
+    return own, move(lambda tensor: torch.einsum(f"{term}->{own}", tensor), item)
+
+
+def _contracted(left_term: str, left: Any, right_term: str, right: Any, output: str) -> Any:
+    """The product of two operands with the indices of `output`."""
+    if not (isinstance(left, PathValue) and isinstance(right, PathValue)):
+        product = torch.einsum(f"{left_term},{right_term}->{output}", raw(left), raw(right))
+        return PathValue(product) if paths_in(left, right) else product
     sizes = {
         letter: size
-        for term, item in zip(terms, items, strict=True)
+        for term, item in ((left_term, left), (right_term, right))
         for letter, size in zip(term, item.tensor.shape, strict=True)
     }
-    left, right = (_averaged_to(carrying(item), term, output) for term, item in zip(terms, items, strict=True))
-    shape = [sizes[letter] for letter in output]
-    both = paths[0].bounded and paths[1].bounded
-    return PathValue(balanced(left, right, paths[0].bounded, paths[1].bounded).expand(shape), both)
+    first, second = _averaged_to(left.tensor, left_term, output), _averaged_to(right.tensor, right_term, output)
+    product = balanced(first, second, left.bounded, right.bounded)
+    return PathValue(product.expand([sizes[letter] for letter in output]), left.bounded and right.bounded)
 
 
 def _averaged_to(tensor: Tensor, term: str, output: str) -> Tensor:
@@ -123,67 +148,6 @@ def convolving(function: Callable[..., Tensor], spatial: int) -> Callable[..., A
     return rule
 
 
-def attention(run: PathGraph, query: Any, key: Any, value: Any, logit_bias: Any = None) -> Any:
-    """balanced(balanced(query, key), value), the logits bounded; equal to the rules of its two matrix products.
-
-    Shapes (..., queries, dim), (..., keys, dim), (..., keys, value dim). Scale and masks are ignored.
-    """
-    three = all(isinstance(item, PathValue) for item in (query, key, value))
-    if not three:
-        logits = matmul(run, query, _transposed(key))
-        logits = logits if logit_bias is None else add(run, logits, logit_bias)
-        return matmul(run, PathValue(logits.tensor, bounded=True), value)
-    # The mean over keys is all that the second product needs of the logits.
-    mean_key = key.tensor.mean((-2, -1), keepdim=True)
-    logits = balanced(query.tensor.mean(-1, keepdim=True), mean_key, query.bounded, key.bounded)
-    if isinstance(logit_bias, PathValue):
-        logits = logits + logit_bias.tensor.mean(-1, keepdim=True)
-    mixed = balanced(logits, value.tensor.mean(-2, keepdim=True), True, value.bounded)
-    return PathValue(mixed, value.bounded)
-
-
-def _transposed(item: Any) -> Any:
-    """Keys as columns, of a path value or a constant."""
-    return PathValue(item.tensor.mT, item.bounded) if isinstance(item, PathValue) else raw(item).mT
-
-
-def _repeat_heads(item: Any, heads: int) -> Any:
-    """Grouped heads: every key and value head serves several query heads."""
-    tensor = raw(item)
-    if tensor.shape[-3] == heads:
-        return item
-    repeated = tensor.repeat_interleave(heads // tensor.shape[-3], -3)
-    return PathValue(repeated, item.bounded) if isinstance(item, PathValue) else repeated
-
-
-def dot_product_attention(
-    run: PathGraph,
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    """`F.scaled_dot_product_attention`, fused, scored as its unfused form."""
-    if enable_gqa:
-        heads = raw(query).shape[-3]
-        key, value = _repeat_heads(key, heads), _repeat_heads(value, heads)
-    if isinstance(query, PathValue) or isinstance(key, PathValue):
-        return attention(run, query, key, value, attn_mask)
-    with torch.no_grad():  # constant queries and keys: the attention is a constant matrix
-        logits = raw(query) @ raw(key).mT * (raw(query).shape[-1] ** -0.5 if scale is None else scale)
-        if attn_mask is not None:
-            mask = raw(attn_mask)
-            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-        if is_causal:
-            logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -torch.inf)
-        weights = logits.softmax(-1)
-    return matmul(run, weights, value)
-
-
 _CONVOLUTIONS = (
     (torch.conv1d, 1), (torch.conv2d, 2), (torch.conv3d, 3),
     (F.conv1d, 1), (F.conv2d, 2), (F.conv3d, 3),
@@ -197,7 +161,6 @@ FUNCTIONS: dict[Any, Any] = {
     **dict.fromkeys((torch.einsum, torch.functional.einsum), einsum),
     **{function: convolving(function, spatial) for function, spatial in _CONVOLUTIONS},
     F.linear: linear,
-    F.scaled_dot_product_attention: dot_product_attention,
 }
 
 METHODS: dict[str, Any] = {

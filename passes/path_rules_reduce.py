@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from growfx.passes.path_rules_arithmetic import add
-from growfx.passes.path_values import NoPathRuleError, PathValue
+from growfx.passes.path_values import Ended, Judged, NoPathRuleError, PathValue
 
 if TYPE_CHECKING:
     from growfx.passes.path_graph import PathGraph
 
-__all__ = ["FUNCTIONS", "METHODS", "adaptive", "window"]
+__all__ = ["FUNCTIONS", "METHODS", "adaptive", "padded_window", "window", "with_indices"]
 
 _AVERAGE = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _ADAPTIVE = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
@@ -53,7 +53,7 @@ def norm(
 
 
 def extreme(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`max` and `min`: of all elements or over a dim, the mean; of two tensors, the sum."""
+    """`max`, `min`, `median`: of all elements or over a dim, the mean; of two tensors, the sum."""
 
     def rule(run: PathGraph, value: Any, dim: Any = None, keepdim: bool = False, other: Any = None) -> Any:
         other = dim if isinstance(dim, (Tensor, PathValue)) or not isinstance(value, PathValue) else other
@@ -63,7 +63,7 @@ def extreme(function: Callable[..., Any]) -> Callable[..., Any]:
             return mean(run, value)
         with torch.no_grad():
             indices = function(value.tensor, dim, keepdim=keepdim)[1]
-        return mean(run, value, dim, keepdim), indices
+        return mean(run, value, dim, keepdim), Judged(indices, (value,))
 
     return rule
 
@@ -105,6 +105,11 @@ def padded_window(
     return average(tensor, kernel, stride, 0, ceil_mode, count_include_pad=False) / covered
 
 
+def with_indices(pooled: PathValue) -> tuple[PathValue, Ended]:
+    """A pooled value and the positions of its maxima, where the path ends."""
+    return pooled, Ended(torch.empty(pooled.tensor.shape, dtype=torch.int64, device="meta"))
+
+
 def average_pool(spatial: int) -> Callable[..., Any]:
     """The rule of an average pooling function."""
 
@@ -136,10 +141,10 @@ def max_pool(spatial: int) -> Callable[..., Any]:
         ceil_mode: bool = False,
         return_indices: bool = False,
     ) -> Any:
-        if return_indices:
-            raise NoPathRuleError("pooling with indices has no path rule")
-        pooled = window(input.tensor, spatial, kernel_size, stride, padding, dilation, ceil_mode)
-        return PathValue(pooled, peak=input.peak)
+        pooled = PathValue(
+            window(input.tensor, spatial, kernel_size, stride, padding, dilation, ceil_mode), peak=input.peak
+        )
+        return with_indices(pooled) if return_indices else pooled
 
     return rule
 
@@ -148,9 +153,8 @@ def adaptive(spatial: int) -> Callable[..., Any]:
     """The rule of adaptive average and max pooling functions."""
 
     def rule(run: PathGraph, input: PathValue, output_size: Any, return_indices: bool = False) -> Any:  # noqa: A002
-        if return_indices:
-            raise NoPathRuleError("pooling with indices has no path rule")
-        return PathValue(_ADAPTIVE[spatial](input.tensor, output_size), peak=input.peak)
+        pooled = PathValue(_ADAPTIVE[spatial](input.tensor, output_size), peak=input.peak)
+        return with_indices(pooled) if return_indices else pooled
 
     return rule
 
@@ -162,15 +166,19 @@ FUNCTIONS: dict[Any, Any] = {
     **dict.fromkeys((torch.norm, torch.functional.norm, torch.linalg.norm, torch.linalg.vector_norm), norm),
     torch.max: extreme(torch.max),
     torch.min: extreme(torch.min),
+    torch.median: extreme(torch.median),
     **dict.fromkeys((F.avg_pool1d, torch.avg_pool1d), average_pool(1)),
     F.avg_pool2d: average_pool(2),
     F.avg_pool3d: average_pool(3),
-    **dict.fromkeys((F.max_pool1d, torch.max_pool1d), max_pool(1)),
-    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), max_pool(2)),
-    **dict.fromkeys((F.max_pool3d, torch.max_pool3d), max_pool(3)),
+    **dict.fromkeys((F.max_pool1d, torch.max_pool1d, F.max_pool1d_with_indices), max_pool(1)),
+    **dict.fromkeys((F.max_pool2d, torch.max_pool2d, F.max_pool2d_with_indices), max_pool(2)),
+    **dict.fromkeys((F.max_pool3d, torch.max_pool3d, F.max_pool3d_with_indices), max_pool(3)),
     **dict.fromkeys((F.adaptive_avg_pool1d, torch.adaptive_avg_pool1d, F.adaptive_max_pool1d), adaptive(1)),
     **dict.fromkeys((F.adaptive_avg_pool2d, F.adaptive_max_pool2d), adaptive(2)),
     **dict.fromkeys((F.adaptive_avg_pool3d, F.adaptive_max_pool3d), adaptive(3)),
+    F.adaptive_max_pool1d_with_indices: adaptive(1),
+    F.adaptive_max_pool2d_with_indices: adaptive(2),
+    F.adaptive_max_pool3d_with_indices: adaptive(3),
 }
 
 METHODS: dict[str, Any] = {
@@ -179,4 +187,5 @@ METHODS: dict[str, Any] = {
     "norm": norm,
     "max": extreme(torch.max),
     "min": extreme(torch.min),
+    "median": extreme(torch.median),
 }

@@ -1,9 +1,8 @@
-"""Path rules of data movement: reshaping, joining, splitting, indexing, padding; and of where paths end."""
+"""Path rules of data movement: reshaping, joining, splitting, padding."""
 
 from __future__ import annotations
 
 import builtins
-import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,22 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from growfx.graph_ops import set_item
-from growfx.passes.path_values import (
-    Learned,
-    NoPathRuleError,
-    PathValue,
-    Weight,
-    map_leaves,
-    move,
-    paths_in,
-    raw,
-)
+from growfx.passes.path_values import NoPathRuleError, PathValue, map_leaves, move, paths_in, raw
 
 if TYPE_CHECKING:
     from growfx.passes.path_graph import PathGraph
 
-__all__ = ["FUNCTIONS", "METHODS", "MOVING_FUNCTIONS", "MOVING_METHODS"]
+__all__ = ["FUNCTIONS", "METHODS", "MOVING_FUNCTIONS", "MOVING_METHODS", "zeros_for_constants"]
 
 
 def moving(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,16 +27,6 @@ def moving(function: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-def ending(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule of a function whose result carries no path: the result is a constant."""
-
-    def rule(run: PathGraph, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            return function(*raw(args), **raw(kwargs))
-
-    return rule
-
-
 def zeros_for_constants(run: PathGraph, nest: Any) -> Any:
     """The nest with zeros in place of constant tensors: joined to path values they carry no path."""
     dtype = paths_in(nest)[0].tensor.dtype
@@ -55,7 +34,7 @@ def zeros_for_constants(run: PathGraph, nest: Any) -> Any:
     def replace(item: Any) -> Any:
         if isinstance(item, PathValue):
             return torch.zeros_like(item.tensor) if item.divisor else item.tensor
-        tensor = item.tensor if isinstance(item, (Learned, Weight)) else item
+        tensor = raw(item)
         return torch.zeros_like(tensor, dtype=dtype) if isinstance(tensor, Tensor) else item
 
     return map_leaves(replace, nest)
@@ -74,59 +53,9 @@ def joining(function: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-def get_item(run: PathGraph, value: Any, index: Any) -> Any:
-    """An element of a tuple or dict, or a part of a tensor."""
-    if isinstance(value, PathValue):
-        return move(operator.getitem, value, index)
-    if paths_in(index):
-        raise NoPathRuleError("indexing by data has no path rule")
-    return value[raw(index)]
-
-
-def write_item(run: PathGraph, base: Any, index: Any, value: Any) -> Any:
-    """`base[index] = value` in functional form; constants on either side count as zeros."""
-    if isinstance(base, dict):
-        return {**base, index: value}
-    if paths_in(index):
-        raise NoPathRuleError("indexing by data has no path rule")
-    values = [item for item in (base, value) if isinstance(item, PathValue)]
-    base, value = zeros_for_constants(run, (base, value))
-    if isinstance(value, (int, float, complex)):
-        value = 0
-    return PathValue(set_item(base, raw(index), value), all(item.bounded for item in values))
-
-
 def padding(run: PathGraph, input: PathValue, pad: Any, mode: str = "constant", value: Any = None) -> Any:  # noqa: A002
     """Padding; a constant is written as zero, whatever its value (-inf before a maximum must not leak in)."""
     return move(F.pad, input, pad, mode=mode)
-
-
-def fill(run: PathGraph, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
-    """`masked_fill`: filled positions carry no path."""
-    if not isinstance(value, PathValue) or isinstance(mask, PathValue):
-        raise NoPathRuleError("filling by data has no path rule")
-    return PathValue(value.tensor.masked_fill(raw(mask), 0.0), value.bounded, value.divisor, value.peak)
-
-
-def where(run: PathGraph, condition: Any, left: Any = None, right: Any = None) -> Any:
-    """Selection by a constant condition: the path operand where it is selected, zero elsewhere."""
-    if isinstance(condition, PathValue) or left is None:
-        raise NoPathRuleError("selection by data has no path rule")
-    values = [item for item in (left, right) if isinstance(item, PathValue)]
-    if all(item.divisor for item in values):
-        return move(torch.where, condition, left, right)
-    zero = values[0].tensor.new_zeros(())
-    sides = [zero if not isinstance(item, PathValue) else item.tensor for item in (left, right)]
-    shapes = [raw(item).shape if isinstance(raw(item), Tensor) else () for item in (condition, left, right)]
-    chosen = torch.where(raw(condition), *sides).expand(torch.broadcast_shapes(*shapes))
-    return PathValue(chosen, all(item.bounded for item in values))
-
-
-def interpolate(run: PathGraph, value: PathValue, *args: Any, **kwargs: Any) -> Any:
-    """Resampling; bicubic weights have negative lobes, so bilinear ones stand for them."""
-    args = tuple("bilinear" if item == "bicubic" else item for item in raw(args))
-    kwargs = {name: "bilinear" if item == "bicubic" else item for name, item in raw(kwargs).items()}
-    return move(F.interpolate, value, *args, **kwargs)
 
 
 def attribute(run: PathGraph, value: Any, name: str, *default: Any) -> Any:
@@ -150,28 +79,6 @@ def attribute(run: PathGraph, value: Any, name: str, *default: Any) -> Any:
     ):
         return getattr(value.tensor, name)
     raise NoPathRuleError(f"attribute `{name}` of an activation has no path rule")
-
-
-def new_tensor_like(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`zeros_like`, `new_ones`, ...: a constant of the network's dtype."""
-
-    def rule(run: PathGraph, value: PathValue, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            made = function(value.tensor.to(run.model_dtype), *raw(args), **raw(kwargs))
-        return made
-
-    return rule
-
-
-def zero_in_place(run: PathGraph, value: PathValue) -> Any:
-    """`zero_`: a constant from here on."""
-    return torch.zeros_like(value.tensor, dtype=run.model_dtype, requires_grad=False)
-
-
-def copy_in_place(run: PathGraph, base: Any, source: Any, *args: Any) -> Any:
-    """`copy_` onto a whole tensor: the source, in the base's shape."""
-    shape = raw(base).shape
-    return move(Tensor.expand, source, shape) if isinstance(source, PathValue) else raw(source).expand(shape)
 
 
 MOVING_METHODS: dict[str, Callable[..., Any]] = {
@@ -203,7 +110,6 @@ MOVING_METHODS: dict[str, Callable[..., Any]] = {
         "tensor_split",
         "unbind",
         "index_select",
-        "__getitem__",
         "select",
         "narrow",
         "roll",
@@ -213,13 +119,13 @@ MOVING_METHODS: dict[str, Callable[..., Any]] = {
         "rot90",
         "unfold",
         "gather",
+        "masked_select",
         "take",
         "take_along_dim",
         "broadcast_to",
         "diagonal",
         "t",
         "adjoint",
-        "masked_select",
         "tril",
         "triu",
         "sum",
@@ -243,66 +149,6 @@ MOVING_FUNCTIONS: tuple[Callable[..., Any], ...] = (
 )  # fmt: skip
 
 _CHANGES_SUM = {"sum", "cumsum", "nansum"}
-_CONSTANT_METHODS = [
-    "size",
-    "dim",
-    "numel",
-    "nelement",
-    "ndimension",
-    "is_floating_point",
-    "is_complex",
-    "is_contiguous",
-    "stride",
-    "storage_offset",
-    "element_size",
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "__eq__",
-    "__ne__",
-    "__lt__",
-    "__le__",
-    "__gt__",
-    "__ge__",
-    "isnan",
-    "isinf",
-    "isfinite",
-    "argmax",
-    "argmin",
-    "argsort",
-    "topk",
-    "sort",
-    "long",
-    "int",
-    "bool",
-    "nonzero",
-    "any",
-    "all",
-    "item",
-    "tolist",
-    "__len__",
-    "__bool__",
-    "logical_not",
-    "__invert__",
-    "multinomial",
-    "bincount",
-    "sign",
-]
-_ENDING_FUNCTIONS = (
-    operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.is_, operator.is_not,
-    operator.not_, operator.contains, torch.eq, torch.ne, torch.lt, torch.le, torch.gt, torch.ge, torch.isnan,
-    torch.isinf, torch.isfinite, torch.argmax, torch.argmin, torch.argsort, torch.topk, torch.sort, torch.any,
-    torch.all, torch.nonzero, F.one_hot, torch.numel, torch.is_tensor, torch.is_floating_point, torch.is_complex,
-    torch.logical_not, torch.logical_and, torch.logical_or, torch.sign, torch._assert, len, bool, builtins.isinstance,
-    builtins.type, torch.is_grad_enabled,
-)  # fmt: skip
-_LIKE_METHODS = ["new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"]
-_LIKE_FUNCTIONS = (
-    torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, torch.rand_like, torch.randn_like,
-)  # fmt: skip
 
 
 def _summed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -326,27 +172,12 @@ _JOINING = (torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstac
 FUNCTIONS: dict[Any, Any] = {
     **{function: moving(function) for function in MOVING_FUNCTIONS},
     **{function: _summed(function) for function in _SUMMING},
-    **{function: ending(function) for function in _ENDING_FUNCTIONS},
     **{function: joining(function) for function in _JOINING},
-    **{function: new_tensor_like(function) for function in _LIKE_FUNCTIONS},
-    operator.getitem: get_item,
-    set_item: write_item,
     F.pad: padding,
-    F.interpolate: interpolate,
-    torch.masked_fill: fill,
-    torch.where: where,
     builtins.getattr: attribute,
 }
 
 METHODS: dict[str, Any] = {
     **{name: moving(function) for name, function in MOVING_METHODS.items()},
     **{name: _summed(MOVING_METHODS[name]) for name in _CHANGES_SUM},
-    **{name: ending(getattr(Tensor, name)) for name in _CONSTANT_METHODS},
-    **{name: new_tensor_like(getattr(Tensor, name)) for name in _LIKE_METHODS},
-    "__getitem__": get_item,
-    "masked_fill": fill,
-    "masked_fill_": fill,
-    "where": lambda run, value, condition, other: where(run, condition, value, other),
-    "zero_": zero_in_place,
-    "copy_": copy_in_place,
 }

@@ -3,6 +3,10 @@
 A *path value* descends from the model's input through data. Everything else is a constant: a plain tensor or number,
 a `Learned` tensor (a parameter or something computed from parameters) or the `Weight` of a masked layer. Constants
 act on path values by their magnitude; `power` applies to learned ones only.
+
+Where data decides what is looked at next, paths end: a `Judged` constant was found by looking at path values
+(a comparison, an argmax), an `Ended` one was selected by data (top-k, non-maximum suppression, indexing by what was
+judged).
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ from torch import Tensor
 from growfx.errors import UnsupportedOperatorError
 
 __all__ = [
+    "Ended",
+    "Judged",
     "Learned",
     "NoPathRuleError",
     "PathValue",
@@ -25,6 +31,7 @@ __all__ = [
     "broadcast",
     "leaves",
     "map_leaves",
+    "mean_of",
     "move",
     "paths_in",
     "raw",
@@ -81,6 +88,31 @@ class Weight:
     moves: tuple[Callable[[Tensor], Tensor], ...] = field(default=())
 
 
+@dataclass(slots=True, eq=False)
+class Judged:
+    """A constant found by looking at path values: a comparison, an argmax. It acts as what it is on the path graph.
+
+    Attributes:
+        tensor: its value on the path graph.
+        sources: the path values looked at. Paths end there as soon as the judgement selects something.
+    """
+
+    tensor: Tensor
+    sources: tuple[PathValue, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Ended:
+    """What data selected, and all that is computed from it: no path runs through it, and its value is not known.
+
+    Attributes:
+        tensor: a tensor on the meta device in its place, of the shape it had when the network was recorded; None for
+            a tuple of results.
+    """
+
+    tensor: Tensor | None
+
+
 def map_leaves(function: Callable[[Any], Any], nest: Any) -> Any:
     """Apply `function` to every element of a nest of tuples, lists, dicts and slices, keeping their classes."""
     if isinstance(nest, tuple):
@@ -108,7 +140,7 @@ def leaves(nest: Any) -> Iterator[Any]:
             yield from leaves(item)
     elif isinstance(nest, slice):
         yield from (nest.start, nest.stop, nest.step)
-    elif hasattr(nest, "__dataclass_fields__") and not isinstance(nest, (PathValue, Learned, Weight, type)):
+    elif hasattr(nest, "__dataclass_fields__") and not isinstance(nest, (*_VALUES, type)):
         for name in nest.__dataclass_fields__:
             yield from leaves(getattr(nest, name, None))
     else:
@@ -121,8 +153,15 @@ def paths_in(*nests: Any) -> list[PathValue]:
 
 
 def raw(nest: Any) -> Any:
-    """The nest with plain tensors in place of path values, learned constants and weights."""
-    return map_leaves(lambda item: item.tensor if isinstance(item, (PathValue, Learned, Weight)) else item, nest)
+    """The nest with plain tensors in place of path values and of constants of a kind."""
+    return map_leaves(lambda item: item.tensor if isinstance(item, _VALUES) else item, nest)
+
+
+def mean_of(tensor: Tensor) -> float:
+    """The mean of all elements, a number held fixed; one where there are no values, zero where nothing is."""
+    if not tensor.numel():
+        return 0.0
+    return 1.0 if tensor.is_meta else float(tensor.detach().mean())
 
 
 def move(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -146,7 +185,7 @@ def move(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def broadcast(value: PathValue, other: Any) -> PathValue:
     """`value` in the shape that an elementwise operation with `other` gives."""
-    if isinstance(other, (PathValue, Learned, Weight)):
+    if isinstance(other, _VALUES):
         other = other.tensor
     if not isinstance(other, Tensor):
         return value
@@ -159,3 +198,6 @@ def broadcast(value: PathValue, other: Any) -> PathValue:
 @dataclass(slots=True, eq=False)
 class Token(Learned):
     """Integer data from an input (token ids): no path of its own, the source of paths where it is embedded."""
+
+
+_VALUES = (PathValue, Learned, Weight, Judged, Ended)

@@ -1,0 +1,153 @@
+"""What the constants of a path graph count for: layers' weights, learned factors and other tensors."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from growfx.layers import MaskedLayer
+from growfx.passes.path_rules import APPLIED, row_of
+from growfx.passes.path_values import Judged, Learned, NoPathRuleError, Token, Weight
+
+if TYPE_CHECKING:
+    from growfx.graph import MaskedGraph
+
+__all__ = ["PathFactors"]
+
+
+class PathFactors:
+    """The magnitudes in one run of a path graph, and which input units of layers its backward pass finds on a path.
+
+    Args:
+        net: the masked graph; its parameters and buffers are read, never changed.
+        norm: "fold" or "identity".
+        power: exponent of every learned factor.
+        magnitudes: layer name -> edge magnitudes to use in place of the layer's own (the weight's shape).
+        unit_scales: count learned scales and unmasked weights as one.
+
+    Attributes:
+        leaves: layer name -> magnitude leaves in use; their gradients add up to the score.
+        alive_in: layer name -> bool per input unit, filled by the backward pass.
+    """
+
+    def __init__(
+        self,
+        net: MaskedGraph,
+        *,
+        norm: str = "fold",
+        power: float = 1,
+        magnitudes: Mapping[str, Tensor] | None = None,
+        unit_scales: bool = False,
+    ) -> None:
+        self.net, self.norm, self.power, self.unit_scales = net, norm, power, unit_scales
+        self.magnitudes = magnitudes or {}
+        self.layers: Mapping[str, MaskedLayer] = net.layers
+        first = next(iter(self.layers.values())).parameter
+        self.device, self.model_dtype = first.device, first.dtype
+        self.leaves: dict[str, list[Tensor]] = {}
+        self.alive_in: dict[str, Tensor] = {}
+        self._layer_names = {id(layer.parameter): name for name, layer in self.layers.items()}
+        self._watched: dict[int, tuple[weakref.ref[Tensor], list[tuple[str, int]]]] = {}
+
+    def layer_of(self, module: nn.Module) -> str | None:
+        """The name under which the module's weight is a masked layer (tied weights: once); None when unmasked."""
+        return self._layer_names.get(id(module.parameter)) if isinstance(module, MaskedLayer) else None
+
+    def learned(self, parameter: Tensor) -> Tensor:
+        """What a learned factor counts for: its magnitude to the given power, or one."""
+        if self.unit_scales:
+            return torch.ones_like(parameter, dtype=torch.float64, device=self.device, requires_grad=False)
+        magnitude = parameter.detach().to(self.device, torch.float64).abs()
+        return magnitude if self.power == 1 else magnitude**self.power
+
+    def magnitude(self, value: Any) -> float | Tensor:
+        """What a constant counts for as a factor."""
+        if isinstance(value, Weight):
+            leaf = self._leaf(value.layer, value.applied)
+            for step in value.moves:
+                leaf = step(leaf)
+            return leaf
+        if isinstance(value, Learned) and not isinstance(value, Token):
+            return self.learned(value.tensor)
+        if isinstance(value, (Token, Judged)):
+            value = value.tensor
+        if isinstance(value, Tensor):
+            return value.detach().to(self.device, torch.float64).abs()
+        if isinstance(value, (int, float)):
+            return abs(float(value))
+        raise NoPathRuleError(f"a factor of type `{type(value).__name__}` has no path rule")
+
+    def matrix(self, value: Any) -> Tensor:
+        """What a constant tensor counts for."""
+        magnitude = self.magnitude(value)
+        if not isinstance(magnitude, Tensor):
+            raise NoPathRuleError("a number stands where a tensor is needed")
+        return magnitude
+
+    def signed(self, module: Any) -> Tensor:
+        """The effective weight of a module, zero outside its mask, without gradient."""
+        if isinstance(module, MaskedLayer):
+            with torch.no_grad():
+                full = module.mask.is_meta or module.nnz == module.numel
+                return module.parameter.detach() if full else torch.where(module.mask, module.parameter, 0)
+        name = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
+        return getattr(module, name).detach()
+
+    def weight(self, module: nn.Module) -> Tensor:
+        """Edge magnitudes of a module with a weight: a leaf for masked layers, a constant for others."""
+        name = self.layer_of(module)
+        if name is not None:
+            return self._leaf(name)
+        applied = row_of(APPLIED, type(module))
+        weight = self.signed(module)
+        return self.learned(weight if applied is None else applied(module, weight.to(torch.float64)))
+
+    def watch(self, layer: str | None, tensor: Tensor, dim: int) -> None:
+        """Note, in the backward pass, which units along `dim` of a layer's input lie on a path."""
+        if layer is None:
+            return
+        known = self._watched.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            known[1].append((layer, dim % tensor.ndim))
+            return
+        waiting = [(layer, dim % tensor.ndim)]
+        self._watched[id(tensor)] = weakref.ref(tensor), waiting
+        reached = tensor.detach() > 0  # not the tensor itself: a hook that holds its tensor is never freed
+
+        def note(gradient: Tensor) -> None:
+            crossed = reached.logical_and(gradient > 0)
+            for name, axis in waiting:
+                alive = crossed.transpose(0, axis).flatten(1).any(1) if crossed.ndim > 1 else crossed
+                self.alive_in[name] = alive | self.alive_in[name] if name in self.alive_in else alive
+
+        if tensor.requires_grad:
+            tensor.register_hook(note)
+
+    def _leaf(self, name: str, applied: Tensor | None = None) -> Tensor:
+        """The magnitude leaf of a layer; a weight transformed by the graph has a leaf of its own."""
+        known = self.leaves.setdefault(name, [])
+        if known and applied is None:
+            return known[0]
+        layer = self.layers[name]
+        with torch.no_grad():
+            if name in self.magnitudes:
+                leaf = self.magnitudes[name].detach().to(self.device, torch.float64, copy=True)
+            else:
+                leaf = self._own_magnitudes(layer, applied)
+        leaf.requires_grad_()
+        known.append(leaf) if applied is not None else known.insert(0, leaf)
+        return leaf
+
+    def _own_magnitudes(self, layer: MaskedLayer, applied: Tensor | None) -> Tensor:
+        transform = row_of(APPLIED, layer.twin_of)
+        if applied is None and transform is None:
+            magnitude = self.signed(layer).to(torch.float64, copy=True).abs_()
+        else:
+            weight = self.signed(layer).to(torch.float64) if applied is None else applied.to(torch.float64)
+            weight = weight if transform is None else transform(layer, weight)
+            magnitude = torch.where(layer.mask, weight.abs(), 0)
+        return magnitude if self.power == 1 else magnitude.pow_(self.power)
