@@ -32,7 +32,7 @@ class RecordedGraph:
     Attributes:
         graph: what was recorded.
         called: the modules it calls, in order.
-        faithful: whether it computes what the model computes, and so may be run.
+        faithful: whether it computes what the model computes.
         run: its compiled function.
         code: the function's source, as fx prints it.
     """
@@ -44,8 +44,12 @@ class RecordedGraph:
     code: Any
 
 
-# Records the net's shell in its current mode for these inputs and checks the graph against the model.
-RecordFunction = Callable[["MaskedGraph", Inputs], RecordedGraph]
+# Graphs kept per mode: inputs that never have the same shape twice run the model's own forward from then on.
+_MOST_RECORDINGS = 32
+
+# Records the net's shell in its current mode for these inputs and checks the graph against the model; with
+# `holds_for_values` on these very values only.
+RecordFunction = Callable[..., RecordedGraph]
 
 
 class MaskedGraph(fx.GraphModule):
@@ -71,6 +75,8 @@ class MaskedGraph(fx.GraphModule):
         self._adopt(shell)
         self._example, self._recorder = example, recorder
         self._recordings: dict[tuple[bool, Any], RecordedGraph] = {}
+        # Recordings that hold for the values they were made with, to work on where the model takes values out of data.
+        self._looks_inside: dict[tuple[bool, Any], RecordedGraph] = {}
         self._graph = fx.Graph()
         self._code = ""
         self.meta: dict[str, Any] = {}
@@ -165,10 +171,20 @@ class MaskedGraph(fx.GraphModule):
     def graph_at(self, *inputs: Any, training: bool = False) -> fx.Graph:
         """The recorded graph for inputs like these in the given mode; targets of its nodes are names in this net.
 
+        Where the model takes values out of its data the graph holds for the values of these inputs only, and looks
+        into the modules that `trace_report.opaque` lists: a graph to work on, not to run on others.
+
         Raises:
             TraceError: the model cannot be recorded faithfully for these inputs.
         """
-        recording = self._recording(Inputs(inputs, {}), training)
+        given = Inputs(inputs, {})
+        recording = self._recording(given, training)
+        if self.trace_report.opaque:
+            key = (training, given.signature)
+            if key not in self._looks_inside:
+                with _without_compiler(), in_mode(self.shell, training):
+                    self._looks_inside[key] = self._recorder(self, given, holds_for_values=True)
+            recording = self._looks_inside[key]
         if not recording.faithful:
             raise TraceError(
                 "the recording is not faithful, so there is no graph to work on: "
@@ -216,12 +232,20 @@ class MaskedGraph(fx.GraphModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model computes with its masked weights."""
-        recording = self._recording(Inputs(args, kwargs), self.training)
-        if recording.faithful:
+        inputs = Inputs(args, kwargs)
+        recording = self.recorded(inputs, self.training)
+        if recording is None and self._worth_recording(inputs):
+            recording = self._recording(inputs, self.training)
+        if recording is not None and recording.faithful:
             # On the shell, not on the net: a submodule of the model may be called `layers` or `graph`.
             return recording.run(self.shell, *args, **kwargs)
         with _MaskedUses(self):
             return self.shell(*args, **kwargs)
+
+    def _worth_recording(self, inputs: Inputs) -> bool:
+        """Whether a graph for these inputs will be used again; else the model's own forward runs."""
+        known = sum(training == self.training for training, _ in self._recordings)
+        return not inputs.structural and known < _MOST_RECORDINGS
 
     def get_submodule(self, target: str) -> nn.Module:
         """The submodule of that name, also where the model calls one `layers` or `graph`."""
@@ -291,9 +315,10 @@ class MaskedGraph(fx.GraphModule):
         memo[id(self)] = clone
         self.settle()
         recordings = self.__dict__["_recordings"]
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_recordings", "_graph", "_recorder", "meta")}
+        anew = ("_recordings", "_looks_inside", "_graph", "_recorder", "meta")
+        state = {k: v for k, v in self.__dict__.items() if k not in anew}
         clone.__dict__.update(copy.deepcopy(state, memo))
-        clone.__dict__.update(_recorder=self._recorder, meta=dict(self.meta))
+        clone.__dict__.update(_recorder=self._recorder, _looks_inside={}, meta=dict(self.meta))
         # A graph is never changed by running it; only one who edits a copy's graph needs a copy of the graph.
         clone.__dict__["_recordings"] = {key: replace(r, graph=copy.deepcopy(r.graph)) for key, r in recordings.items()}
         shown = next((key for key, r in recordings.items() if r.graph is self._graph), None)

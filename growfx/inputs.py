@@ -32,6 +32,12 @@ class Inputs:
         return tuple(_signature(value, free) for value in self.args), named
 
     @property
+    def structural(self) -> bool:
+        """Whether tensors come inside containers, as the images of a detector do: their number is structure."""
+        containers = [value for value in (*self.args, *self.kwargs.values()) if not isinstance(value, Tensor)]
+        return any(isinstance(value, Tensor) for value in pytree.tree_leaves(containers))
+
+    @property
     def batch(self) -> int | None:
         """The batch size; None where the arguments do not have one."""
         values = [*self.args, *self.kwargs.values()]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import operator
-import sys
-import types
 import weakref
 from collections.abc import Callable
 from itertools import chain
@@ -15,9 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from growfx import graph_ops
 from growfx.layers import MaskedLayer
+from growfx.recorded_call import (
+    changes_in_place,
+    forward_parameters,
+    holds_tensor,
+    operation,
+    plain_arguments,
+    plain_tensor_names,
+    source_line,
+)
 from growfx.traced_number import TracedFloat, TracedInt, plain, traced
 
 __all__ = ["DataDependentError", "NeedsValuesError", "Recorder"]
@@ -48,6 +55,10 @@ _LEAF_NAMES = {
 _DATA_TO_PYTHON = {
     "__array__", "__bool__", "__complex__", "__contains__", "__float__", "__index__", "__int__", "allclose", "equal",
     "is_nonzero", "item", "numpy", "tolist",
+}  # fmt: skip
+# How many rows their results have depends on values; `where` and indexing only in the forms that select by a mask.
+_SIZED_BY_DATA = {
+    "argwhere", "bincount", "masked_select", "nms", "nonzero", "repeat_interleave", "unique", "unique_consecutive",
 }  # fmt: skip
 _NO_VALUE = {"_assert", "_assert_async", "_log_api_usage_once"}
 
@@ -91,13 +102,17 @@ class Recorder(TorchFunctionMode):
         # than any forward.
         self.nodes: dict[int, tuple[weakref.ref[Tensor], Callable[[], fx.Node]]] = {}
         self.from_data: set[fx.Node] = set()
+        # Tensors whose shape depends on data.
+        self.sized_by_data: dict[int, weakref.ref[Tensor]] = {}
+        # Parts of tensors: the whole and the index they were taken with.
+        self.parts: dict[int, tuple[weakref.ref[Tensor], Tensor, Any]] = {}
         self.grad_switches: list[tuple[bool, fx.Node]] = []
 
     # -- values to nodes ------------------------------------------------------------------------------------------
 
     def placeholders(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Make the graph's inputs; returns the arguments to run the model on."""
-        names = [p for p in _forward_parameters(self.root) if p not in kwargs]
+        names = [p for p in forward_parameters(self.root) if p not in kwargs]
         inputs = []
         for i, value in enumerate(args):
             node = self.graph.placeholder(names[i] if i < len(names) else f"input_{i}")
@@ -163,7 +178,7 @@ class Recorder(TorchFunctionMode):
                 name = f"{owner_name}.effective_weight"
         else:
             if self.plain_tensors is None:
-                self.plain_tensors = _plain_tensor_names(self.root)
+                self.plain_tensors = plain_tensor_names(self.root)
             name = self.plain_tensors.get(id(tensor))
         if name is None:
             if tensor.is_meta and self.home is not self.root:
@@ -171,7 +186,7 @@ class Recorder(TorchFunctionMode):
             name = f"_recorded_constant_{sum(n.startswith('_recorded_constant_') for n in self.home._buffers)}"
             self.home.register_buffer(name, tensor.detach().clone(), persistent=False)
         node = self.graph.create_node("get_attr", name)
-        node.meta.update(shape=tuple(tensor.shape), source=_source_line(), module=self.stack[-1] if self.stack else "")
+        node.meta.update(shape=tuple(tensor.shape), source=source_line(), module=self.stack[-1] if self.stack else "")
         return node
 
     def as_argument(self, value: Any, build: bool = False) -> Any:
@@ -202,7 +217,7 @@ class Recorder(TorchFunctionMode):
 
     def _emit(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> fx.Node:
         node = self.graph.create_node(op, target, self.as_argument(args), self.as_argument(kwargs))
-        node.meta["source"] = _source_line()
+        node.meta["source"] = source_line()
         node.meta["module"] = self.stack[-1] if self.stack else ""
         node.meta["shape"] = tuple(value.shape) if isinstance(value, Tensor) else None
         if any(n in self.from_data for n in node.all_input_nodes):
@@ -212,7 +227,7 @@ class Recorder(TorchFunctionMode):
     def emit_number(self, function: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
         """The node of a computed size (see growfx.traced_number)."""
         node = self.graph.create_node("call_function", function, self.as_argument(args))
-        node.meta.update(shape=None, source=_source_line(), module=self.stack[-1] if self.stack else "", number=True)
+        node.meta.update(shape=None, source=source_line(), module=self.stack[-1] if self.stack else "", number=True)
         return node
 
     def _size(self, tensor: Tensor, dim: int) -> Callable[[], fx.Node]:
@@ -225,14 +240,41 @@ class Recorder(TorchFunctionMode):
 
     def traced_shape(self, tensor: Tensor) -> torch.Size:
         """The shape of `tensor` in numbers that remember it."""
-        sizes = [traced(int(n), self, self._size(tensor, i)) for i, n in enumerate(tensor.shape)]
+        by_data = self._is_sized_by_data(tensor)
+        sizes = [traced(int(n), self, self._size(tensor, i), by_data) for i, n in enumerate(tensor.shape)]
         return torch.Size(sizes)
+
+    def decide(self) -> None:
+        """Python is about to branch on a size that depends on data."""
+        self._refuse_data("a branch on a size that depends on values of the input")
+
+    def _refuse_data(self, what: str) -> None:
+        if not self.allow_data:
+            raise DataDependentError(self.stack[-1] if self.stack else "", f"{what}, at {source_line()}")
+
+    def _is_sized_by_data(self, tensor: Tensor) -> bool:
+        found = self.sized_by_data.get(id(tensor))
+        return found is not None and found() is tensor
+
+    def _note_size(self, name: str, args: Any, kwargs: Any, value: Any, node: fx.Node) -> None:
+        """Remember results whose shape depends on data."""
+        if not self.sized_by_data and name not in _SIZED_BY_DATA and name not in ("where", "__getitem__"):
+            return
+        tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+        selects = name in _SIZED_BY_DATA or (name == "where" and len(tensors) == 1 and len(args) + len(kwargs) == 1)
+        if name == "__getitem__":
+            selects = any(v.dtype in (torch.bool, torch.uint8) for v in tensors[1:])
+        selects = selects and node in self.from_data
+        if selects or (self.sized_by_data and any(map(self._is_sized_by_data, tensors))):
+            for item in pytree.tree_leaves(value):
+                if isinstance(item, Tensor) and item.ndim:
+                    self.sized_by_data[id(item)] = weakref.ref(item)
 
     # -- what happens in the run ------------------------------------------------------------------------------------
 
     def __torch_function__(self, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        plain_args, plain_kwargs = _plain(args), _plain(kwargs)
+        plain_args, plain_kwargs = plain_arguments(args), plain_arguments(kwargs)
         if self.inside_leaf:
             return func(*plain_args, **plain_kwargs)
         name = getattr(func, "__name__", "")
@@ -244,20 +286,28 @@ class Recorder(TorchFunctionMode):
             return self._to_python(name, func, plain_args, plain_kwargs)
         if name == "__setitem__":
             return self._set_item(*args)
+        if name in ("__iter__", "__len__") and self._is_sized_by_data(args[0]):
+            self.decide()
         if name == "__iter__":
             return iter(self.__torch_function__(Tensor.unbind, (), (args[0], 0)))
+        if changes_in_place(name) and isinstance(args[0], Tensor) and self._rewritable(args[0]):
+            return self._write_part(func, name, args, kwargs)
         # Arguments are looked up before the call: one that is changed in place keeps the node it had.
-        op, target = _operation(func, name)
+        op, target = operation(func, name)
         node_args, node_kwargs = self.as_argument(tuple(args)), self.as_argument(kwargs)
         value = func(*plain_args, **plain_kwargs)
         if name in _NO_VALUE:
             return value
         if name == "size" or name == "numel":
             return self._number_result(name, args, kwargs, value)
-        if not _holds_tensor(value):
+        if not holds_tensor(value):
             return value
         node = self._emit(op, target, node_args, node_kwargs, value)
         self._track(value, lambda: node)
+        self._note_size(name, args, kwargs, value, node)
+        if target is operator.getitem and isinstance(value, Tensor) and value._is_view():
+            key = id(value)
+            self.parts[key] = weakref.ref(value, lambda _: self.parts.pop(key, None)), args[0], args[1]
         return value
 
     def _attribute(self, name: str, getter: Any, args: tuple[Any, ...]) -> Any:
@@ -275,7 +325,8 @@ class Recorder(TorchFunctionMode):
         if self._entry(tensor) is None:
             return value
         if name == "numel":
-            return traced(value, self, lambda: self._emit("call_method", "numel", (tensor,), {}, None))
+            make = lambda: self._emit("call_method", "numel", (tensor,), {}, None)  # noqa: E731
+            return traced(value, self, make, self._is_sized_by_data(tensor))
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
         return self.traced_shape(tensor) if dim is None else self.traced_shape(tensor)[int(dim)]
 
@@ -290,41 +341,86 @@ class Recorder(TorchFunctionMode):
             self.grad_switches.append((before, node))
         else:
             return
-        node.meta.update(shape=None, source=_source_line(), module=self.stack[-1] if self.stack else "")
+        node.meta.update(shape=None, source=source_line(), module=self.stack[-1] if self.stack else "")
         torch._C._set_grad_enabled(enabled)
 
     def _to_python(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = [a for a in chain(args, kwargs.values()) if isinstance(a, Tensor)]
-        if not self.allow_data and any(self._entry(t) and self.node_of(t) in self.from_data for t in tensors):
-            reason = f"`{name.strip('_')}` of a tensor computed from the input, at {_source_line()}"
-            raise DataDependentError(self.stack[-1] if self.stack else "", reason)
+        if any(self._entry(t) and self.node_of(t) in self.from_data for t in tensors):
+            self._refuse_data(f"`{name.strip('_')}` of a tensor computed from the input")
         return func(*args, **kwargs)
 
     def _set_item(self, base: Tensor, index: Any, value: Any) -> None:
-        base_node = self.node_of(base)
         args = (base, index, value)
-        if base._is_view() or base_node.op == "get_attr":
-            # A write that other tensors see must stay a write.
-            self._emit("call_function", operator.setitem, args, {}, None)
-            base[_plain(index)] = _plain(value)
+        # Looked up before the write, as any argument.
+        node_args = self.as_argument(args)
+        functional = self._rewritable(base) if base._is_view() else self._owned(base, [base])
+        base[plain_arguments(index)] = plain_arguments(value)
+        if not functional:
+            self._emit("call_function", operator.setitem, node_args, {}, None)
             return
-        node = self._emit("call_function", graph_ops.set_item, args, {}, base)
-        base[_plain(index)] = _plain(value)
+        node = self._emit("call_function", graph_ops.set_item, node_args, {}, base)
         self._track(base, lambda: node)
+        self._write_back(base)
+
+    def _write_part(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """An in-place operator on a part of a tensor, in functional form: the whole gets a new node."""
+        part = args[0]
+        rest, named = self.as_argument(tuple(args[1:])), self.as_argument(kwargs)
+        copied = self._emit("call_method", "clone", (part,), {}, part)
+        value = func(*plain_arguments(args), **plain_arguments(kwargs))
+        node = self._emit("call_method", name, (copied, *rest), named, value)
+        self._track(part, lambda: node)
+        self._write_back(part)
+        return value
+
+    def _whole_of(self, part: Tensor) -> tuple[Tensor, Any] | None:
+        """The tensor that `part` was taken from by indexing, and the index."""
+        found = self.parts.get(id(part))
+        return None if found is None or found[0]() is not part else found[1:]
+
+    def _rewritable(self, part: Tensor) -> bool:
+        """Whether all that sees a write into `part` is the chain of tensors it was indexed from."""
+        seen = [part]
+        while (link := self._whole_of(seen[-1])) is not None:
+            seen.append(link[0])
+        return len(seen) > 1 and self._owned(seen[-1], seen)
+
+    def _owned(self, whole: Tensor, known: list[Tensor]) -> bool:
+        """Whether `whole` was computed in this run and nothing but the `known` tensors shares its memory."""
+        if whole._is_view() or self.node_of(whole).op in ("get_attr", "placeholder"):
+            return False
+        others = (reference() for reference, _ in self.nodes.values())
+        return not any(t is not None and t._base is whole and all(t is not k for k in known) for t in others)
+
+    def _write_back(self, part: Tensor) -> None:
+        while (link := self._whole_of(part)) is not None:
+            whole, index = link
+            node = self._emit("call_function", graph_ops.set_item, (whole, index, part), {}, whole)
+            self._track(whole, lambda node=node: node)
+            part = whole
 
     def call_leaf(self, original: Callable[..., Any], module: nn.Module, name: str, args: Any, kwargs: Any) -> Any:
         """A module recorded as one node."""
+        for value in pytree.tree_leaves((args, kwargs)):
+            if not isinstance(value, Tensor) and any(
+                isinstance(v, Tensor) for v in getattr(value, "__dict__", {}).values()
+            ):
+                # Then the module that called it is what a graph can hold.
+                self.stack[-1:] = []
+                self._refuse_data(f"`{name}` takes a `{type(value).__name__}` with tensors in it")
         node_args, node_kwargs = self.as_argument(tuple(args)), self.as_argument(kwargs)
         self.inside_leaf += 1
         try:
             if self.home is not self.root and isinstance(module, _SHAPE_KEEPING) and len(args) == 1:
                 value: Any = torch.empty_like(args[0])
             else:
-                value = original(module, *_plain(args), **_plain(kwargs))
+                value = original(module, *plain_arguments(args), **plain_arguments(kwargs))
         finally:
             self.inside_leaf -= 1
         node = self._emit("call_module", name, node_args, node_kwargs, value)
         self._track(value, lambda: node)
+        self._note_size(name, args, kwargs, value, node)
         return value
 
     def is_leaf(self, module: nn.Module, name: str) -> bool:
@@ -336,69 +432,3 @@ class Recorder(TorchFunctionMode):
             return True
         childless = next(module.children(), None) is None
         return childless and kind.__module__.startswith("torch.nn.")
-
-
-def _operation(func: Any, name: str) -> tuple[str, Any]:
-    if name == "__getitem__":
-        return "call_function", operator.getitem
-    if isinstance(func, (types.MethodDescriptorType, types.WrapperDescriptorType)) or _is_tensor_method(func, name):
-        return "call_method", name
-    return "call_function", func
-
-
-def _is_tensor_method(func: Any, name: str) -> bool:
-    return getattr(func, "__module__", None) == "torch._tensor" and hasattr(Tensor, name)
-
-
-def _plain(value: Any) -> Any:
-    """`value` with ordinary numbers, as torch's functions want them."""
-    if isinstance(value, (TracedInt, TracedFloat)):
-        return plain(value)
-    if isinstance(value, torch.Size):
-        return torch.Size([int(v) for v in value])
-    if isinstance(value, slice):
-        return slice(_plain(value.start), _plain(value.stop), _plain(value.step))
-    if type(value) is tuple or type(value) is list:
-        return type(value)(_plain(v) for v in value)
-    if type(value) is dict:
-        return {k: _plain(v) for k, v in value.items()}
-    return value
-
-
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return any(_holds_tensor(v) for v in value)
-    return isinstance(value, Tensor)
-
-
-def _forward_parameters(module: nn.Module) -> list[str]:
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
-
-
-def _plain_tensor_names(root: nn.Module) -> dict[int, str]:
-    """Tensors that are attributes of modules without being parameters or buffers."""
-    found = {}
-    for name, module in root.named_modules():
-        for key, value in vars(module).items():
-            if isinstance(value, Tensor):
-                found[id(value)] = f"{name}.{key}" if name else key
-    return found
-
-
-_NOT_THE_MODEL = (str(torch.__file__).rsplit("__init__", 1)[0], __file__.rsplit("recorder", 1)[0])
-
-
-def is_own_or_torch(file: str) -> bool:
-    """Whether a source file belongs to torch or growfx, not to the model."""
-    return file.startswith(_NOT_THE_MODEL)
-
-
-def _source_line() -> str:
-    """File, line and function of the model's code that is running."""
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if not is_own_or_torch(frame.f_code.co_filename):
-            return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
-        frame = frame.f_back
-    return ""

@@ -19,6 +19,10 @@ class NodeSource(Protocol):
         """Append the node that computes ``function(*args)``."""
         ...
 
+    def decide(self) -> None:
+        """Python is about to branch on a number that depends on values of the input."""
+        ...
+
 
 class _Traced:
     """What a number remembers: the recording it belongs to and how to make its node, once and only when used."""
@@ -26,6 +30,7 @@ class _Traced:
     _source: NodeSource
     _make: Callable[[], fx.Node]
     _node: fx.Node | None
+    _from_data: bool
 
     def node_in(self, source: NodeSource) -> fx.Node | None:
         """The number's node in the recording `source`; None if it is a left-over of another recording."""
@@ -44,20 +49,27 @@ class _Traced:
 class TracedInt(_Traced, int):
     """An int of a recording; its arithmetic is recorded, comparisons give plain bools."""
 
+    __hash__ = int.__hash__
+
 
 class TracedFloat(_Traced, float):
     """A float of a recording, from dividing sizes."""
 
+    __hash__ = float.__hash__
 
-def traced(value: Any, source: NodeSource, make: Callable[[], fx.Node]) -> Any:
-    """`value` as a number that remembers `make`; values that are no number are returned as they are."""
+
+def traced(value: Any, source: NodeSource, make: Callable[[], fx.Node], from_data: bool = False) -> Any:
+    """`value` as a number that remembers `make`; values that are no number are returned as they are.
+
+    `from_data`: it depends on values of the input; comparing it would fix the recording to these values.
+    """
     if type(value) is int:
         number: TracedInt | TracedFloat = TracedInt(value)
     elif type(value) is float:
         number = TracedFloat(value)
     else:
         return value
-    number._source, number._make, number._node = source, make, None
+    number._source, number._make, number._node, number._from_data = source, make, None, from_data
     return number
 
 
@@ -69,9 +81,11 @@ def plain(value: Any) -> Any:
 
 
 def _recorded(function: Callable[..., Any], *args: Any) -> Any:
-    source = next(a._source for a in args if isinstance(a, _Traced))
+    numbers = [a for a in args if isinstance(a, _Traced)]
+    source = numbers[0]._source
     value = function(*map(plain, args))
-    return traced(value, source, lambda: source.emit_number(function, args))
+    from_data = any(number._from_data for number in numbers)
+    return traced(value, source, lambda: source.emit_number(function, args), from_data)
 
 
 def _binary(function: Callable[..., Any], reflected: bool) -> Callable[[Any, Any], Any]:
@@ -90,7 +104,20 @@ def _unary(function: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
+def _deciding(function: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: Any, *others: Any) -> Any:
+        for number in (self, *others):
+            if isinstance(number, _Traced) and number._from_data:
+                number._source.decide()
+        return function(plain(self), *map(plain, others))
+
+    return method
+
+
 def _give_arithmetic(kind: type) -> None:
+    for name in ("lt", "le", "gt", "ge", "eq", "ne"):
+        setattr(kind, f"__{name}__", _deciding(getattr(operator, name)))
+    kind.__bool__ = _deciding(bool)
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
         function = getattr(operator, name)
         setattr(kind, f"__{name}__", _binary(function, reflected=False))

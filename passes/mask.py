@@ -66,7 +66,12 @@ def wrap(
     on_meta = any(t.is_meta for t in chain_tensors(shell))
     first = functools.partial(record_checked, model=model, copied=None if on_meta else meta_copy(shell))
     net = MaskedGraph(shell, example, first, report, identity_of(model))
-    recordings = [net._recording(example, training) for training in (False, True)]
+    recordings = [net._recording(example, training=False)]
+    try:
+        recordings.append(net._recording(example, training=True))
+    except TraceError as refusal:
+        # Detectors want targets to train on: a call with them will run.
+        report.notes.append(f"train mode was not recorded: {refusal}")
     net._recorder = record_checked
     _name_layers(net, list(dict.fromkeys(name for recording in recordings for name in recording.called)))
     report.faithful = all(recording.faithful for recording in recordings)
@@ -160,7 +165,11 @@ def _name_layers(net: MaskedGraph, called: list[str]) -> None:
 
 
 def record_checked(
-    net: MaskedGraph, inputs: Inputs, model: nn.Module | None = None, copied: nn.Module | None = None
+    net: MaskedGraph,
+    inputs: Inputs,
+    model: nn.Module | None = None,
+    copied: nn.Module | None = None,
+    holds_for_values: bool = False,
 ) -> RecordedGraph:
     """Record the net's shell in its current mode and compare the graph with the model's own forward.
 
@@ -169,8 +178,16 @@ def record_checked(
         inputs: what to record for; recorded with two rows, compared with another number of them.
         model: the model that came in; later recordings are compared with the net's own shell.
         copied: a `meta_copy` of the shell; made when not given.
+        holds_for_values: record what the model does on these very values, whatever it takes out of them, and compare
+            on them alone.
     """
     shell, report = net.shell, net.trace_report
+    if holds_for_values:
+        with _restored(shell), torch.random.fork_rng(_cuda_devices(shell)):
+            recording = record(shell, inputs.args, inputs.kwargs, allow_data=True)
+        run, code = compiled(recording.graph)
+        difference = _difference(shell, shell, run, [inputs])
+        return RecordedGraph(recording.graph, recording.called, not difference, run, code)
     # Shapes are all that most recordings need; one that turns out to need values, or to differ, is made with them.
     if not any(t.is_meta for t in chain_tensors(shell)):
         with contextlib.suppress(NeedsValuesError):
@@ -196,7 +213,9 @@ def _compared(
     other = net.recorded(inputs, not shell.training)
     # The very same operators as in the other mode, which were compared already, need no second comparison.
     proven = other is not None and other.faithful and other.code.src == code.src
-    difference = "" if whole or proven else _difference(model or shell, shell, run, inputs)
+    difference = (
+        "" if whole or proven else _difference(model or shell, shell, run, _other_values(inputs, shell.training))
+    )
     return RecordedGraph(recording.graph, recording.called, not whole, run, code), difference
 
 
@@ -216,8 +235,15 @@ def _recording(shell: nn.Module, inputs: Inputs, report: TraceReport, run_on: nn
             report.opaque[stop.module] = stop.reason
 
 
-def _difference(model: nn.Module, shell: nn.Module, run: Callable[..., Any], inputs: Inputs) -> str:
-    """How the graph's outputs differ from the model's, on other values and another batch size; "" if they do not."""
+def _other_values(inputs: Inputs, training: bool) -> list[Inputs]:
+    """Inputs to compare on, best first: a model may refuse another batch size, or other values."""
+    # A single row is cheapest, but batch statistics need several.
+    other, recorded = inputs.with_batch(3 if training else 1), inputs.with_batch(2)
+    return [other.redrawn(seed=1), recorded.redrawn(seed=1), recorded]
+
+
+def _difference(model: nn.Module, shell: nn.Module, run: Callable[..., Any], trials: list[Inputs]) -> str:
+    """How the graph's outputs differ from the model's on the first inputs the model takes; "" if they do not."""
 
     def outputs(function: Callable[..., Any], module: nn.Module, given: Inputs) -> list[Any]:
         devices = _cuda_devices(shell)
@@ -225,11 +251,7 @@ def _difference(model: nn.Module, shell: nn.Module, run: Callable[..., Any], inp
             torch.manual_seed(0)
             return list(_leaves(function(*given.args, **given.kwargs)))
 
-    # Another batch size than the recorded one: a single row is cheapest, but batch statistics need several.
-    other = inputs.with_batch(3 if shell.training else 1)
-    # A model may refuse another batch size, or other values; what it was recorded on it took.
-    recorded = inputs.with_batch(2)
-    for given in (other.redrawn(seed=1), recorded.redrawn(seed=1), recorded):
+    for given in trials:
         try:
             expected = outputs(model, model, given)
         except Exception:

@@ -23,7 +23,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from growfx.errors import TraceError
-from growfx.recorder import DataDependentError, NeedsValuesError, Recorder, is_own_or_torch
+from growfx.recorded_call import is_own_or_torch
+from growfx.recorder import DataDependentError, NeedsValuesError, Recorder
 
 __all__ = ["DataDependentError", "NeedsValuesError", "Recording", "meta_copy", "record"]
 

@@ -1,6 +1,7 @@
 """Recording: whatever a forward does is in the graph, in order, with a free batch size."""
 
 import dataclasses
+import random
 from collections import OrderedDict
 from pathlib import Path
 
@@ -232,8 +233,126 @@ def test_a_model_that_branches_on_data_runs_its_own_forward_over_masked_layers()
         net(x).sum().backward()
     for layer in net.layers.values():
         assert not layer.parameter.grad[~layer.mask].any()
+    # The graph to work on is that of the branch taken.
+    targets = {node.target for node in net.graph_at(torch.ones(2, 4)).nodes}
+    assert "yes" in targets
+    assert "no" not in targets
+
+
+def test_a_graph_that_even_differs_on_its_own_inputs_is_refused() -> None:
+    class Dices(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x) * random.random()
+
+    net = growfx.wrap(Dices(), torch.randn(2, 4))
+    assert not net.trace_report.faithful
     with pytest.raises(growfx.TraceError, match="not faithful"):
         net.graph_at(torch.randn(2, 4))
+
+
+def test_a_size_that_depends_on_data_may_be_used_but_not_branched_on() -> None:
+    class Positive(nn.Module):
+        def __init__(self, branches: bool) -> None:
+            super().__init__()
+            self.fc, self.branches = nn.Linear(4, 4), branches
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rows = x[x[:, 0] > 0]
+            if self.branches and rows.shape[0] > 1:
+                rows = rows * 2
+            return self.fc(rows).reshape(rows.shape[0] * 2, 2)
+
+    x = torch.tensor([[1.0, 0, 0, 0], [2.0, 0, 0, 0], [-1.0, 0, 0, 0]])
+    free = growfx.wrap(Positive(branches=False), x)
+    assert free.trace_report.faithful
+    assert free(x).shape == (4, 2)
+    assert free(-x).shape == (2, 2)
+    stopped = growfx.wrap(Positive(branches=True), x)
+    assert "branch on a size" in stopped.trace_report.opaque[""]
+
+
+def test_a_write_into_a_part_becomes_functional() -> None:
+    class Batches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, images: list[torch.Tensor]) -> torch.Tensor:
+            batch = images[0].new_zeros(len(images), 6)
+            for i, image in enumerate(images):
+                batch[i][: image.shape[0]].copy_(image)
+            batch[0, 1:3][0] += 5
+            return self.fc(batch)
+
+    model = Batches()
+    images = [torch.randn(4), torch.randn(5)]
+    net = growfx.wrap(model, (images,))
+    assert net.trace_report.faithful
+    nodes = list(net.graph_at(images).nodes)
+    assert not [n for n in nodes if n.op == "call_method" and n.target == "copy_" and not n.users]
+    assert torch.equal(net([torch.ones(4), torch.ones(5)]), model([torch.ones(4), torch.ones(5)]))
+    other = [torch.ones(2), torch.ones(6), torch.ones(3)]
+    assert torch.equal(net(other), model(other))
+
+
+def test_a_write_that_other_tensors_see_stays_a_write() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.fc(x)
+            early = y[:, :2]
+            y[:, 1].mul_(2)
+            y[:, 0] = 7.0
+            return torch.cat([early, y], 1)
+
+    model = Writes()
+    net = growfx.wrap(model, torch.randn(2, 4))
+    assert net.trace_report.faithful
+    x = torch.randn(3, 4)
+    assert torch.equal(net(x), model(x))
+
+
+def test_a_model_that_wants_targets_to_train_is_recorded_in_eval_mode_alone() -> None:
+    class Detects(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, images: list[torch.Tensor], targets: list[torch.Tensor] | None = None) -> torch.Tensor:
+            out = self.fc(torch.stack(images))
+            if not self.training:
+                return out
+            assert targets is not None, "targets, please"
+            return (out - torch.stack(targets)).square().mean()
+
+    images = [torch.randn(4), torch.randn(4)]
+    net = growfx.wrap(Detects(), (images,), density=0.5)
+    assert net.trace_report.faithful
+    assert any("targets, please" in note for note in net.trace_report.notes)
+    net.train()
+    net(images, images).backward()
+    layer = net.layers["fc"]
+    assert layer.parameter.grad is not None
+    assert not layer.parameter.grad[~layer.mask].any()
+    with pytest.raises(AssertionError, match="targets, please"):
+        net(images)
+
+
+def test_ever_new_shapes_run_the_models_own_forward() -> None:
+    model = nn.Conv1d(1, 2, 3)
+    net = growfx.wrap(nn.Sequential(model), torch.randn(1, 1, 8), density=0.5).eval()
+    plain = growfx.unwrap(net)
+    for length in range(4, 44):
+        x = torch.randn(1, 1, length)
+        assert torch.equal(net(x), plain(x))
+    assert len(net._recordings) < 40
 
 
 class Hidden(nn.Module):
