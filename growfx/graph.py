@@ -179,7 +179,7 @@ class MaskedGraph(fx.GraphModule):
         """
         given = Inputs(inputs, {})
         recording = self._recording(given, training)
-        if self.trace_report.opaque:
+        if self.trace_report.opaque or not recording.faithful:
             key = (training, given.signature)
             if key not in self._looks_inside:
                 with _without_compiler(), in_mode(self.shell, training):

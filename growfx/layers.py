@@ -31,8 +31,19 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from growfx.errors import MaskError
 
-__all__ = ["MaskedLayer", "check_mask", "mask_in_place", "maskable_reason", "masked_class", "to_plain", "to_twin"]
+__all__ = [
+    "MaskedLayer",
+    "check_mask",
+    "is_maskable",
+    "mask_in_place",
+    "maskable_reason",
+    "masked_class",
+    "to_plain",
+    "to_twin",
+]
 
+# Convolutions that do not say so by their base class; named, so that nothing has to be imported.
+_CONVOLUTIONS = {"timm.layers.cond_conv2d.CondConv2d"}
 _SAME_SIZE_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -191,6 +202,8 @@ class MaskedLayer(nn.Module):
         return weight, settled
 
     def _masked_at_use(self) -> Tensor:
+        if self.mask.is_meta:  # no values to mask, and torch's shape function of `where` is slow
+            return self.parameter
         return torch.where(self.mask, self.parameter, 0)
 
     def _own_weight(self) -> Tensor:
@@ -355,13 +368,20 @@ def _empty_twin(original: type[nn.Module]) -> MaskedLayer:
     return kind.__new__(kind)
 
 
+def is_maskable(module: nn.Module) -> bool:
+    """Whether `module` is of a kind that masks are for: a convolution, linear layer or attention."""
+    if isinstance(module, (_ConvNd, nn.Linear, nn.MultiheadAttention)):
+        return True
+    return any(f"{kind.__module__}.{kind.__qualname__}" in _CONVOLUTIONS for kind in type(module).__mro__)
+
+
 def maskable_reason(module: nn.Module) -> str | None:
     """Why `module` cannot have a mask though it is a convolution, linear layer or attention; None when it can.
 
     Raises:
         TypeError: `module` is none of these.
     """
-    if not isinstance(module, (_ConvNd, nn.Linear, nn.MultiheadAttention)):
+    if not is_maskable(module):
         raise TypeError(f"`{type(module).__name__}` is no convolution, linear layer or attention")
     name = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
     weight = module._parameters.get(name)

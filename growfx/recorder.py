@@ -31,6 +31,7 @@ __all__ = ["DataDependentError", "NeedsValuesError", "Recorder"]
 
 # Subclasses of these compute what their base computes, in their own way: one node each, whatever is inside.
 _LEAF_KINDS = (
+    MaskedLayer,
     nn.modules.conv._ConvNd,
     nn.Linear,
     nn.modules.batchnorm._NormBase,
@@ -48,6 +49,7 @@ _LEAF_KINDS = (
 _SHAPE_KEEPING = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 # Library modules that are one operator though they are not torch's; named, so that nothing has to be imported.
 _LEAF_NAMES = {
+    "timm.layers.cond_conv2d.CondConv2d",
     "timm.layers.drop.DropPath",
     "torchvision.ops.misc.FrozenBatchNorm2d",
     "torchvision.ops.stochastic_depth.StochasticDepth",
@@ -60,6 +62,8 @@ _DATA_TO_PYTHON = {
 _SIZED_BY_DATA = {
     "argwhere", "bincount", "masked_select", "nms", "nonzero", "repeat_interleave", "unique", "unique_consecutive",
 }  # fmt: skip
+# Views that hold all elements of a tensor in their order.
+_RESHAPES = {"flatten", "reshape", "reshape_as", "squeeze", "unflatten", "unsqueeze", "view", "view_as"}
 _NO_VALUE = {"_assert", "_assert_async", "_log_api_usage_once"}
 
 
@@ -246,11 +250,13 @@ class Recorder(TorchFunctionMode):
 
     def decide(self) -> None:
         """Python is about to branch on a size that depends on data."""
-        self._refuse_data("a branch on a size that depends on values of the input")
+        self._refuse_data(-1, "a branch on a size that depends on values of the input")
 
-    def _refuse_data(self, what: str) -> None:
+    def _refuse_data(self, level: int, what: str) -> None:
+        """Stop in the module that is running (-1), or in the one that called it (-2)."""
         if not self.allow_data:
-            raise DataDependentError(self.stack[-1] if self.stack else "", f"{what}, at {source_line()}")
+            module = self.stack[level] if len(self.stack) >= -level else ""
+            raise DataDependentError(module, f"{what}, at {source_line()}")
 
     def _is_sized_by_data(self, tensor: Tensor) -> bool:
         found = self.sized_by_data.get(id(tensor))
@@ -305,9 +311,8 @@ class Recorder(TorchFunctionMode):
         node = self._emit(op, target, node_args, node_kwargs, value)
         self._track(value, lambda: node)
         self._note_size(name, args, kwargs, value, node)
-        if target is operator.getitem and isinstance(value, Tensor) and value._is_view():
-            key = id(value)
-            self.parts[key] = weakref.ref(value, lambda _: self.parts.pop(key, None)), args[0], args[1]
+        if isinstance(value, Tensor) and value._is_view():
+            self._note_part(name, args, value)
         return value
 
     def _attribute(self, name: str, getter: Any, args: tuple[Any, ...]) -> Any:
@@ -347,7 +352,7 @@ class Recorder(TorchFunctionMode):
     def _to_python(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = [a for a in chain(args, kwargs.values()) if isinstance(a, Tensor)]
         if any(self._entry(t) and self.node_of(t) in self.from_data for t in tensors):
-            self._refuse_data(f"`{name.strip('_')}` of a tensor computed from the input")
+            self._refuse_data(-1, f"`{name.strip('_')}` of a tensor computed from the input")
         return func(*args, **kwargs)
 
     def _set_item(self, base: Tensor, index: Any, value: Any) -> None:
@@ -374,8 +379,14 @@ class Recorder(TorchFunctionMode):
         self._write_back(part)
         return value
 
+    def _note_part(self, name: str, args: Any, part: Tensor) -> None:
+        """Remember what tensor `part` shares its memory with, where a write into it can be carried back."""
+        if name == "__getitem__" or name in _RESHAPES:
+            key, index = id(part), args[1] if name == "__getitem__" else None
+            self.parts[key] = weakref.ref(part, lambda _: self.parts.pop(key, None)), args[0], index
+
     def _whole_of(self, part: Tensor) -> tuple[Tensor, Any] | None:
-        """The tensor that `part` was taken from by indexing, and the index."""
+        """The tensor that `part` was taken from, and the index; None as index where it was only reshaped."""
         found = self.parts.get(id(part))
         return None if found is None or found[0]() is not part else found[1:]
 
@@ -396,7 +407,10 @@ class Recorder(TorchFunctionMode):
     def _write_back(self, part: Tensor) -> None:
         while (link := self._whole_of(part)) is not None:
             whole, index = link
-            node = self._emit("call_function", graph_ops.set_item, (whole, index, part), {}, whole)
+            if index is None:
+                node = self._emit("call_method", "reshape_as", (part, whole), {}, whole)
+            else:
+                node = self._emit("call_function", graph_ops.set_item, (whole, index, part), {}, whole)
             self._track(whole, lambda node=node: node)
             part = whole
 
@@ -407,8 +421,7 @@ class Recorder(TorchFunctionMode):
                 isinstance(v, Tensor) for v in getattr(value, "__dict__", {}).values()
             ):
                 # Then the module that called it is what a graph can hold.
-                self.stack[-1:] = []
-                self._refuse_data(f"`{name}` takes a `{type(value).__name__}` with tensors in it")
+                self._refuse_data(-2, f"`{name}` takes a `{type(value).__name__}` with tensors in it")
         node_args, node_kwargs = self.as_argument(tuple(args)), self.as_argument(kwargs)
         self.inside_leaf += 1
         try:

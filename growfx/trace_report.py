@@ -15,7 +15,7 @@ class TraceReport:
         layers: names of the masked layers, in data-flow order.
         opaque: modules recorded whole, as one operator -> the reason. "" is the model itself: it then runs its own
             forward over the masked layers, and there is no graph to compute path products on.
-        unmasked: convolutions, linear layers and attentions without a mask -> the reason.
+        unmasked: convolutions, linear layers, attentions and other weights without a mask -> the reason.
         tied: layers that share the weight, and so the mask, of another one -> that one's name.
         faithful: the recorded graph gave the model's own outputs, in eval and train mode, at a second batch size.
         notes: anything else worth knowing, one sentence each.

@@ -10,6 +10,7 @@ __all__ = ["PASSES"]
 PASSES: Final = {
     "record": "record",
     "mask": "wrap",
+    "list_unmasked": "list_unmasked",
     "path_products": "path_products",
     "seed": "seed_masks",
 }

@@ -13,20 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from growfx.density import random_masks
 from growfx.errors import ConfigError, TraceError
 from growfx.graph import MaskedGraph, RecordedGraph, chain_tensors, compiled, in_mode
 from growfx.inputs import Inputs
-from growfx.layers import MaskedLayer, maskable_reason, to_plain, to_twin
+from growfx.layers import MaskedLayer, is_maskable, maskable_reason, to_plain, to_twin
 from growfx.models import default_input_shape, identity_of, remember
-from growfx.passes.record import DataDependentError, NeedsValuesError, Recording, meta_copy, record
+from growfx.passes.list_unmasked import list_unmasked
+from growfx.passes.record import DataDependentError, NeedsValuesError, meta_copy, record
 from growfx.trace_report import TraceReport
 
 __all__ = ["unwrap", "wrap"]
-
-_MASKABLE = (_ConvNd, nn.Linear, nn.MultiheadAttention)
 
 
 def wrap(
@@ -35,6 +33,7 @@ def wrap(
     *,
     density: float = 1.0,
     exclude: Sequence[str] = (),
+    opaque: Sequence[str] = (),
     seed: int = 0,
 ) -> MaskedGraph:
     """Record a model into a masked graph.
@@ -46,11 +45,13 @@ def wrap(
         density: below 1, masks are drawn at random: Erdos-Renyi-kernel densities, exactly ``round(density * numel)``
             active weights in all.
         exclude: glob patterns of names of layers to leave without a mask.
+        opaque: glob patterns of names of modules to record whole, as one operator: for code that no recorder can
+            follow. Layers inside are masked all the same. What takes values out of its data is found without.
         seed: of the random masks.
 
     Raises:
         TraceError: the model fails on the example inputs.
-        ConfigError: density outside (0, 1], or an `exclude` pattern that matches no layer.
+        ConfigError: density outside (0, 1], or an `exclude` or `opaque` pattern that matches nothing.
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"growfx.wrap takes an nn.Module; a {type(model).__name__} arrived")
@@ -63,6 +64,7 @@ def wrap(
     shell = copy.deepcopy(model, shared)
     report = TraceReport()
     _swap_in(shell, exclude, report)
+    _declare_opaque(shell, opaque, report)
     on_meta = any(t.is_meta for t in chain_tensors(shell))
     first = functools.partial(record_checked, model=model, copied=None if on_meta else meta_copy(shell))
     net = MaskedGraph(shell, example, first, report, identity_of(model))
@@ -73,8 +75,12 @@ def wrap(
         # Detectors want targets to train on: a call with them will run.
         report.notes.append(f"train mode was not recorded: {refusal}")
     net._recorder = record_checked
+    for recording in recordings:
+        report.unmasked |= list_unmasked(shell, recording.graph)
     _name_layers(net, list(dict.fromkeys(name for recording in recordings for name in recording.called)))
     report.faithful = all(recording.faithful for recording in recordings)
+    if not report.faithful:
+        report.opaque.setdefault("", " ".join(report.notes))
     if density < 1:
         net.set_masks(random_masks({n: tuple(m.mask.shape) for n, m in net.layers.items()}, density, seed=seed))
     return net
@@ -119,7 +125,7 @@ def _swap_in(shell: nn.Module, exclude: Sequence[str], report: TraceReport) -> N
     unmatched = dict.fromkeys(patterns)
     masks: dict[int, Tensor] = {}
     for name, module in list(shell.named_modules()):
-        if not isinstance(module, _MASKABLE):
+        if not is_maskable(module):
             continue
         hits = [p for p in patterns if fnmatch.fnmatchcase(name, p)]
         for pattern in hits:
@@ -135,6 +141,15 @@ def _swap_in(shell: nn.Module, exclude: Sequence[str], report: TraceReport) -> N
         twin._buffers["mask"] = masks.setdefault(id(twin.parameter), twin.mask)
     if unmatched:
         raise ConfigError(f"exclude: no convolution, linear layer or attention is named like {list(unmatched)}")
+
+
+def _declare_opaque(shell: nn.Module, opaque: Sequence[str], report: TraceReport) -> None:
+    names = [name for name, _ in shell.named_modules() if name]
+    for pattern in [opaque] if isinstance(opaque, str) else opaque:
+        hits = fnmatch.filter(names, pattern)
+        if not hits:
+            raise ConfigError(f"opaque: no module is named like `{pattern}`")
+        report.opaque |= dict.fromkeys(hits, f"named by `{pattern}`")
 
 
 def _name_layers(net: MaskedGraph, called: list[str]) -> None:
@@ -183,56 +198,61 @@ def record_checked(
     """
     shell, report = net.shell, net.trace_report
     if holds_for_values:
-        with _restored(shell), torch.random.fork_rng(_cuda_devices(shell)):
-            recording = record(shell, inputs.args, inputs.kwargs, allow_data=True)
-        run, code = compiled(recording.graph)
-        difference = _difference(shell, shell, run, [inputs])
-        return RecordedGraph(recording.graph, recording.called, not difference, run, code)
-    # Shapes are all that most recordings need; one that turns out to need values, or to differ, is made with them.
-    if not any(t.is_meta for t in chain_tensors(shell)):
-        with contextlib.suppress(NeedsValuesError):
-            made, difference = _compared(net, inputs, model, copied or meta_copy(shell))
-            if not difference:
-                return made
-    made, difference = _compared(net, inputs, model, None)
+        made = _with_values(shell, inputs)
+        trials = [inputs]
+    else:
+        # Shapes are all that most recordings need; one that turns out to need values, or to differ, is made with them.
+        if not any(t.is_meta for t in chain_tensors(shell)):
+            with contextlib.suppress(NeedsValuesError):
+                made = _recorded(net, inputs, copied or meta_copy(shell))
+                if not _difference(model or shell, shell, made.run, _trials(net, inputs, made)):
+                    return made
+        made = _recorded(net, inputs, None)
+        trials = _trials(net, inputs, made)
+    difference = _difference(model or shell, shell, made.run, trials)
     if difference:
         report.notes.append(f"{'train' if shell.training else 'eval'} mode: {difference}")
-        report.opaque.setdefault("", difference)
-        made = dataclasses.replace(made, faithful=False)
-    return made
+    return dataclasses.replace(made, faithful=made.faithful and not difference)
 
 
-def _compared(
-    net: MaskedGraph, inputs: Inputs, model: nn.Module | None, run_on: nn.Module | None
-) -> tuple[RecordedGraph, str]:
-    """A recording, and how it differs from the model."""
+def _recorded(net: MaskedGraph, inputs: Inputs, run_on: nn.Module | None) -> RecordedGraph:
+    """Record the shell; what takes values out of data is noted in the report and recorded whole.
+
+    Args:
+        net: the net.
+        inputs: recorded with two rows where they have rows.
+        run_on: a `meta_copy` of the shell to run instead.
+    """
     shell, report = net.shell, net.trace_report
-    recording = _recording(shell, inputs.with_batch(2), report, run_on)
-    run, code = compiled(recording.graph)
-    whole = "" in report.opaque
-    other = net.recorded(inputs, not shell.training)
-    # The very same operators as in the other mode, which were compared already, need no second comparison.
-    proven = other is not None and other.faithful and other.code.src == code.src
-    difference = (
-        "" if whole or proven else _difference(model or shell, shell, run, _other_values(inputs, shell.training))
-    )
-    return RecordedGraph(recording.graph, recording.called, not whole, run, code), difference
-
-
-def _recording(shell: nn.Module, inputs: Inputs, report: TraceReport, run_on: nn.Module | None) -> Recording:
-    """Record the shell; what takes values out of data is noted in the report and recorded whole."""
     if run_on is not None:
         for ours, theirs in zip(shell.modules(), run_on.modules(), strict=True):
             theirs.training = ours.training
-    while True:
-        opaque = {name for name in report.opaque if name}
-        # Once the model itself reads data there is nothing left to record whole: the graph is only to look at.
-        allow_data = "" in report.opaque
+    small = inputs.with_batch(2)
+    while "" not in report.opaque:
         try:
             with _restored(shell), torch.random.fork_rng(_cuda_devices(shell)):
-                return record(shell, inputs.args, inputs.kwargs, opaque=opaque, allow_data=allow_data, run_on=run_on)
+                made = record(shell, small.args, small.kwargs, opaque=report.opaque, run_on=run_on)
         except DataDependentError as stop:
             report.opaque[stop.module] = stop.reason
+        else:
+            return RecordedGraph(made.graph, made.called, True, *compiled(made.graph))
+    # Where the model itself reads data there is nothing left to record whole: the graph is only to look at.
+    return dataclasses.replace(_with_values(shell, inputs), faithful=False)
+
+
+def _with_values(shell: nn.Module, inputs: Inputs) -> RecordedGraph:
+    """Record what the shell does on these very values, whatever it takes out of them."""
+    with _restored(shell), torch.random.fork_rng(_cuda_devices(shell)):
+        made = record(shell, inputs.args, inputs.kwargs, allow_data=True)
+    return RecordedGraph(made.graph, made.called, True, *compiled(made.graph))
+
+
+def _trials(net: MaskedGraph, inputs: Inputs, made: RecordedGraph) -> list[Inputs]:
+    """Inputs to compare a recording on; none where there is nothing to compare."""
+    other = net.recorded(inputs, not net.shell.training)
+    # The very same operators as in the other mode, which were compared already, need no second comparison.
+    proven = other is not None and other.faithful and other.code.src == made.code.src
+    return [] if proven or not made.faithful else _other_values(inputs, net.shell.training)
 
 
 def _other_values(inputs: Inputs, training: bool) -> list[Inputs]:
@@ -244,6 +264,8 @@ def _other_values(inputs: Inputs, training: bool) -> list[Inputs]:
 
 def _difference(model: nn.Module, shell: nn.Module, run: Callable[..., Any], trials: list[Inputs]) -> str:
     """How the graph's outputs differ from the model's on the first inputs the model takes; "" if they do not."""
+    if not trials:
+        return ""
 
     def outputs(function: Callable[..., Any], module: nn.Module, given: Inputs) -> list[Any]:
         devices = _cuda_devices(shell)

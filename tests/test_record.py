@@ -286,6 +286,7 @@ def test_a_write_into_a_part_becomes_functional() -> None:
             for i, image in enumerate(images):
                 batch[i][: image.shape[0]].copy_(image)
             batch[0, 1:3][0] += 5
+            batch[:, 2:].view(len(images), 2, 2).mul_(3)
             return self.fc(batch)
 
     model = Batches()
@@ -293,7 +294,7 @@ def test_a_write_into_a_part_becomes_functional() -> None:
     net = growfx.wrap(model, (images,))
     assert net.trace_report.faithful
     nodes = list(net.graph_at(images).nodes)
-    assert not [n for n in nodes if n.op == "call_method" and n.target == "copy_" and not n.users]
+    assert not [n for n in nodes if str(n.target) in ("copy_", "mul_", "__iadd__") and not n.users]
     assert torch.equal(net([torch.ones(4), torch.ones(5)]), model([torch.ones(4), torch.ones(5)]))
     other = [torch.ones(2), torch.ones(6), torch.ones(3)]
     assert torch.equal(net(other), model(other))
@@ -470,3 +471,59 @@ def test_a_forward_that_reads_values_of_its_own_is_recorded_with_values() -> Non
     assert net.trace_report.faithful
     assert not net.trace_report.opaque
     assert "3.0" in str(net)
+
+
+class _Weights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+        self.rnn = nn.LSTM(6, 6, batch_first=True)
+        self.matrix = nn.Parameter(torch.randn(6, 6))
+        self.scale = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.linear(self.fc(x) * self.scale, self.fc.weight)
+        return self.rnn(x)[0] @ self.matrix.t()
+
+
+def test_weights_without_a_mask_are_listed() -> None:
+    report = growfx.wrap(_Weights(), torch.randn(2, 3, 6)).trace_report
+    assert report.layers == ["fc"]
+    assert set(report.unmasked) == {"rnn.weight_ih_l0", "rnn.weight_hh_l0", "matrix"}
+    assert "LSTM" in report.unmasked["rnn.weight_ih_l0"]
+    assert "matmul" in report.unmasked["matrix"]
+
+
+def test_a_module_named_opaque_is_one_operator() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    net = growfx.wrap(model, torch.randn(2, 4), opaque=["1"], density=0.5)
+    assert net.trace_report.opaque == {"1": "named by `1`"}
+    assert net.trace_report.faithful
+    assert list(net.layers) == ["0", "1.0"]
+    assert "self_1_0" not in net._code
+    assert torch.equal(net(torch.ones(3, 4)), growfx.unwrap(net)(torch.ones(3, 4)))
+    # What works on the graph looks inside all the same.
+    assert "1.0" in {node.target for node in net.graph_at(torch.ones(2, 4)).nodes}
+    with pytest.raises(growfx.ConfigError, match="no module is named like `2`"):
+        growfx.wrap(model, torch.randn(2, 4), opaque=["2"])
+
+
+def test_a_convolution_with_conditional_weights_is_a_masked_layer() -> None:
+    cond_conv = pytest.importorskip("timm.layers.cond_conv2d").CondConv2d
+
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.route, self.conv = nn.Linear(4, 3), cond_conv(4, 6, 3, num_experts=3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x, torch.sigmoid(self.route(x.mean((2, 3)))))
+
+    net = growfx.wrap(Routed(), torch.randn(2, 4, 8, 8), density=0.3)
+    assert list(net.layers) == ["route", "conv"]
+    assert net.layers["conv"].mask.shape == (3, 4 * 6 * 9)
+    plain, x = growfx.unwrap(net), torch.randn(3, 4, 8, 8)
+    assert torch.equal(net(x), plain(x))
+    net.train()(x).sum().backward()
+    layer = net.layers["conv"]
+    assert not layer.parameter.grad[~layer.mask].any()
