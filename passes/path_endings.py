@@ -17,7 +17,7 @@ from growfx.passes.path_constants import execute
 from growfx.passes.path_rules import operator_name
 from growfx.passes.path_values import Ended, Judged, PathValue, leaves, map_leaves
 
-__all__ = ["is_selection", "placeholder", "without_ends"]
+__all__ = ["ended_by", "is_selection", "placeholder", "without_ends"]
 
 # What these return is chosen by the values they are given.
 _SELECTIONS: frozenset[Any] = frozenset(
@@ -39,6 +39,19 @@ _BY_INDEX: frozenset[Any] = frozenset(
     }
 )
 _WHERE = (torch.where, torch.Tensor.where)
+
+
+def ended_by(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[PathValue]:
+    """The path values that a selection takes from or decides by: paths end there.
+
+    A judgement decides where it is the index, not where a part of it is taken.
+    """
+    ends: list[PathValue] = []
+    parts = operator_name(node.target) in _BY_INDEX
+    for item in leaves((args[1:] if parts and args and isinstance(args[0], Judged) else args, kwargs)):
+        found = item.sources if isinstance(item, Judged) else (item,)
+        ends += [value for value in found if isinstance(value, PathValue)]
+    return ends
 
 
 def is_selection(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -88,11 +101,13 @@ def _without_values(nest: Any, dtype: torch.dtype) -> Any:
 
 
 def without_ends(nest: Any, device: torch.device) -> Any:
-    """The nest with ones in place of ended values: among path values they are factors of unknown size."""
+    """The nest with constants: judgements as they are, and ones in place of what data selected, of unknown size."""
 
-    def one(item: Any) -> Any:
+    def constant(item: Any) -> Any:
+        if isinstance(item, Judged):
+            return item.tensor
         if not isinstance(item, Ended) or item.tensor is None:
             return item
         return torch.ones((), device=device).expand(item.tensor.shape)
 
-    return map_leaves(one, nest)
+    return map_leaves(constant, nest)

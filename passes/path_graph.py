@@ -20,7 +20,7 @@ from growfx import graph_ops
 from growfx.errors import TraceError, UnsupportedOperatorError
 from growfx.layers import MaskedLayer
 from growfx.passes.path_constants import changed_weight, evaluating_copy, execute, writes_in_place
-from growfx.passes.path_endings import is_selection, placeholder, without_ends
+from growfx.passes.path_endings import ended_by, is_selection, placeholder, without_ends
 from growfx.passes.path_factors import PathFactors
 from growfx.passes.path_rules import function_rule, is_moving, method_rule, module_rule, sees_ends
 from growfx.passes.path_rules_arithmetic import bounded, identity
@@ -32,6 +32,7 @@ from growfx.passes.path_values import (
     PathValue,
     Token,
     Weight,
+    is_tensor,
     leaves,
     map_leaves,
     paths_in,
@@ -172,7 +173,7 @@ class PathGraph(PathFactors):
         if node.op == "call_module":
             args, kwargs = without_ends((args, kwargs), self.device)
             return self.call(self.net.get_submodule(str(node.target)), *args, **kwargs)
-        if node.op == "call_method" and not isinstance(args[0], (Tensor, PathValue, Learned, Weight)):
+        if node.op == "call_method" and not is_tensor(args[0]):
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)  # a method of a container
         self._check_write(node)
         rule = function_rule(node.target) if node.op == "call_function" else method_rule(str(node.target))
@@ -183,30 +184,24 @@ class PathGraph(PathFactors):
             )
         if rule is None:
             raise NoPathRuleError("the operator is not in the table")
-        if not sees_ends(rule):
+        if not (sees_ends(rule) or isinstance(node.target, type)):  # nor when they are put into a container
             args, kwargs = without_ends((args, kwargs), self.device)
         return rule(self, *args, **kwargs)
 
     def _select(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Data decides what the node takes: what it takes from and decides by are outputs, the result is ended."""
-        self._end(args, kwargs)
+        for value in ended_by(node, args, kwargs):
+            if not any(value.tensor is known.tensor for known in self._ends):
+                self._ends.append(value)
         return placeholder(node, args, kwargs, self.model_dtype)
-
-    def _end(self, *nests: Any) -> None:
-        """Make outputs of path values, and of those that judgements were made from."""
-        for item in leaves(nests):
-            for value in item.sources if isinstance(item, Judged) else (item,):
-                if isinstance(value, PathValue) and not any(value.tensor is known.tensor for known in self._ends):
-                    self._ends.append(value)
 
     def _without_paths(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = list(leaves((args, kwargs)))
         if any(isinstance(item, Ended) for item in inputs):
-            self._end(args, kwargs)
             if node.op == "call_module":
                 self._note_fed(self.ended_fed, self.net.get_submodule(str(node.target)))
             self.ended_fed.update(item.layer for item in inputs if isinstance(item, Weight))
-            return placeholder(node, args, kwargs, self.model_dtype)
+            return self._select(node, args, kwargs)
         sources = tuple(source for item in inputs if isinstance(item, Judged) for source in item.sources)
         result = self._constant(node, args, kwargs)
         if not sources:

@@ -111,11 +111,6 @@ def _check_options(norm: str, power: float) -> None:
 def _check_network(net: MaskedGraph) -> None:
     if not net.layers:
         raise TraceError("the network has no masked layer, so there is no edge to score; wrap it without `exclude`")
-    if not net.trace_report.faithful:
-        raise TraceError(
-            "path products need a faithful recording, and this network's recording differs from its model; "
-            "`net.trace_report` says where"
-        )
     for name, layer in net.layers.items():
         if layer.parameter.is_meta:
             raise TraceError(

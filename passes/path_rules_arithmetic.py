@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from growfx.passes.path_values import Learned, NoPathRuleError, PathValue, Weight, broadcast, mean_of
+from growfx.passes.path_values import Learned, NoPathRuleError, PathValue, Weight, broadcast, mean_of, raw
 
 if TYPE_CHECKING:
     from growfx.passes.path_graph import PathGraph
@@ -30,6 +30,14 @@ def bounded(run: PathGraph, value: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(value, PathValue):
         raise NoPathRuleError("a constant is combined with an activation in a way that has no path rule")
     return value.same(bounded=True)
+
+
+def cast(run: PathGraph, value: Any, *args: Any, **kwargs: Any) -> Any:
+    """Identity; a constant cast to the type of an activation stays a constant, of the network's type."""
+    if isinstance(value, PathValue):
+        return value
+    tensor = raw(value).to(run.device, run.model_dtype)
+    return Learned(tensor) if isinstance(value, Learned) else tensor
 
 
 def add(run: PathGraph, left: Any, right: Any, *, alpha: float = 1) -> Any:
@@ -215,9 +223,6 @@ _IDENTITY_METHODS = [
     "contiguous",
     "relu",
     "relu_",
-    "to",
-    "type",
-    "type_as",
     "float",
     "double",
     "half",
@@ -262,6 +267,7 @@ METHODS: dict[str, Any] = {
     **dict.fromkeys(["__rtruediv__", "__rdiv__"], reverse_divide),
     **dict.fromkeys(_IDENTITY_METHODS, identity),
     **dict.fromkeys(_BOUNDED_METHODS, bounded),
+    **dict.fromkeys(["to", "type", "type_as"], cast),
     **dict.fromkeys(["clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_"], clamp),
     **dict.fromkeys(["pow", "pow_", "__pow__", "float_power"], power),
     "__rpow__": reverse_power,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from growfx.passes.path_rules_products import carrying
-from growfx.passes.path_values import NoPathRuleError, PathValue
+from growfx.passes.path_values import PathValue
 
 if TYPE_CHECKING:
     from growfx.passes.path_graph import PathGraph
@@ -62,8 +62,6 @@ def _one_direction(
 
 def recurrent(run: PathGraph, module: Any, value: Any, state: Any = None, hx: Any = None) -> Any:
     """LSTM, GRU and plain recurrences of any number of layers and directions: (outputs, last states)."""
-    if isinstance(value, tuple):
-        raise NoPathRuleError("a packed sequence has no path rule; give the module a padded tensor")
     tensor = carrying(value)
     hidden, cell = _states(hx if state is None else state)
     in_batches = tensor.ndim == 3

@@ -180,4 +180,4 @@ METHODS: dict[str, Any] = {
 
 # Rules that treat what data judged or selected in their own way; the others see a judgement as the constant it is, and
 # a factor of one in place of what was selected.
-SEES_ENDS: frozenset[Callable[..., Any]] = frozenset({write_item, fill, where, method_where})
+SEES_ENDS: frozenset[Callable[..., Any]] = frozenset({get_item, write_item, fill, where, method_where})

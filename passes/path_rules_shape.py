@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from growfx.passes.path_values import NoPathRuleError, PathValue, map_leaves, move, paths_in, raw
+from growfx.passes.path_values import Learned, NoPathRuleError, PathValue, map_leaves, move, paths_in, raw
 
 if TYPE_CHECKING:
     from growfx.passes.path_graph import PathGraph
@@ -19,10 +19,14 @@ __all__ = ["FUNCTIONS", "METHODS", "MOVING_FUNCTIONS", "MOVING_METHODS", "zeros_
 
 
 def moving(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule of a function that is executed as it is."""
+    """The rule of a function that is executed as it is; a constant moved into an activation's shape stays one."""
 
-    def rule(run: PathGraph, *args: Any, **kwargs: Any) -> Any:
-        return move(function, *args, **kwargs)
+    def rule(run: PathGraph, value: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(value, PathValue):
+            return move(function, value, *args, **kwargs)
+        with torch.no_grad():
+            moved = function(*raw((value, *args)), **raw(kwargs))
+        return Learned(moved) if isinstance(value, Learned) and isinstance(moved, Tensor) else moved
 
     return rule
 

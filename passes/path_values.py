@@ -29,6 +29,7 @@ __all__ = [
     "Token",
     "Weight",
     "broadcast",
+    "is_tensor",
     "leaves",
     "map_leaves",
     "mean_of",
@@ -155,6 +156,11 @@ def paths_in(*nests: Any) -> list[PathValue]:
 def raw(nest: Any) -> Any:
     """The nest with plain tensors in place of path values and of constants of a kind."""
     return map_leaves(lambda item: item.tensor if isinstance(item, _VALUES) else item, nest)
+
+
+def is_tensor(item: Any) -> bool:
+    """Whether an operand is a tensor of any kind."""
+    return isinstance(item, (Tensor, *_VALUES))
 
 
 def mean_of(tensor: Tensor) -> float:

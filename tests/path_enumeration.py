@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+import growfx
 
 Unit = int
 Grid = dict[tuple[int, ...], Unit]  # position in a tensor -> unit
@@ -153,3 +155,18 @@ def assert_scores_match(paths: Any, graph: UnitGraph, outputs: Iterable[Unit], r
             dtype=torch.float64,
         ).reshape(scores.shape)
         torch.testing.assert_close(scores * math.exp(paths.log_scale), wanted, rtol=rtol, atol=0.0)
+
+
+def assert_follows(net: Any, rule: Callable[[dict[str, Tensor]], Tensor], rtol: float = 1e-12, **options: Any) -> Any:
+    """The scores and the total against autograd through `rule`, a function of every layer's magnitudes."""
+    paths = growfx.path_products(net, **options)
+    leaves = {name: effective(net, name).requires_grad_() for name in net.layers}
+    total = rule(leaves).sum()
+    total.backward()
+    assert math.isclose(paths.log_total, math.log(total.item()), rel_tol=rtol, abs_tol=rtol)
+    for name, leaf in leaves.items():
+        if leaf.grad is None:
+            assert name in paths.off_path
+        else:
+            torch.testing.assert_close(paths.scores[name] * math.exp(paths.log_scale), leaf.grad, rtol=rtol, atol=0.0)
+    return paths
