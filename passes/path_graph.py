@@ -213,7 +213,7 @@ class PathGraph(PathFactors):
         if not writes_in_place(node) or method_rule(str(node.target)) in (identity, bounded):
             return
         source = node.args[0]
-        while isinstance(source, fx.Node) and is_moving(source.op, source.target):
+        while isinstance(source, fx.Node) and is_moving(source.op, source.target) and source.target != "clone":
             source = source.args[0]
             if isinstance(source, fx.Node) and any(
                 self._position[user] > self._position[node] for user in source.users
