@@ -185,6 +185,56 @@ def methods_command(as_json: bool) -> None:
     _show({"methods": facts}, as_json, table(rows))
 
 
+@commands.command("zoo")
+@click.argument("pattern", default="*", metavar="[GLOB]")
+@click.option("--library", type=click.Choice(["timm", "torchvision"]), help="only models of this library")
+@click.option("--json", "file", type=click.Path(path_type=Path), help="keep all facts here; a later run continues it")
+@click.option("--overwrite", is_flag=True, help="check again what FILE has; replace a file of other versions")
+@click.option("--jobs", type=int, help="models checked at once  [default: number of cores]")
+@click.option("--limit-seconds", type=float, default=300, show_default=True, help="time for one model")
+@click.option("--limit-memory", type=float, help="GiB for one model (Linux)")
+@click.option("--census", "with_census", is_flag=True, help="also print how many models hold each operator")
+@click.option("--markdown", is_flag=True, help="print the table by family in Markdown")
+@click.option("--quiet", is_flag=True, help="no progress bar")
+def zoo_command(
+    pattern: str,
+    library: str | None,
+    file: Path | None,
+    overwrite: bool,
+    jobs: int | None,
+    limit_seconds: float,
+    limit_memory: float | None,
+    with_census: bool,
+    markdown: bool,
+    quiet: bool,
+) -> int:
+    """Check the architectures that GLOB matches (default: all of timm and torchvision): recorded, faithful to the
+    model, no weight missed, path products, growth, artifact. GLOB may also be package.module:callable.
+    """
+    from growfx.zoo import Results, check_zoo
+    from growfx.zoo_inputs import model_names
+    from growfx.zoo_pool import Limits
+    from growfx.zoo_table import census_text, coverage_text, summary_markdown
+
+    limits = Limits(limit_seconds, limit_memory, jobs)
+    names = model_names(pattern, library)
+    if not names:
+        raise ConfigError(f"no model of {library or 'timm or torchvision'} is named like `{pattern}`")
+    results = Results(file, overwrite=overwrite)
+    try:
+        found = check_zoo(names, results, limits, again=overwrite, progress=not quiet)
+    except KeyboardInterrupt:
+        kept = f"; the same command continues from `{file}`" if file else ""
+        click.echo(f"\ngrowfx: interrupted, {len(results.facts)} models are checked{kept}", err=True)
+        return 130
+    click.echo(summary_markdown(found) if markdown else coverage_text(found))
+    if with_census:
+        click.echo(f"\n{census_text(found)}")
+    if file is not None:
+        click.echo(f"\nwritten to {file}")
+    return 0
+
+
 def _run(
     method_name: str,
     method_options: dict[str, Any],

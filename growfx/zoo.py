@@ -1,0 +1,129 @@
+"""Coverage of the model zoo: every architecture checked, the results kept in a file that a later run continues."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import random
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import growfx
+from growfx.errors import ConfigError
+from growfx.zoo_facts import CUT_SHORT, Facts
+from growfx.zoo_pool import Limits, check_all
+from growfx.zoo_table import census
+
+__all__ = ["Results", "check_zoo"]
+
+_FORMAT = "growfx zoo 1"
+_SAVE_EVERY = 5.0  # seconds
+
+
+class Results:
+    """Facts by model, in a JSON file or (`file` None) in memory alone.
+
+    The file holds `format`, `versions`, `census` (operator -> number of models) and `models` (see `Facts`), one line a
+    model in order of names.
+
+    Raises:
+        ConfigError: the file is none of ours, or of other versions (without `overwrite`).
+    """
+
+    def __init__(self, file: Path | None, *, overwrite: bool = False):
+        self.file, self.facts = file, dict[str, Facts]()
+        self._saved_at = 0.0
+        if file is None or not file.exists():
+            if file is not None and not file.absolute().parent.is_dir():
+                raise ConfigError(f"`{file}` cannot be written: there is no folder `{file.absolute().parent}`")
+            return
+        content = _read(file)
+        if content["versions"] == versions():
+            self.facts = {values["model"]: Facts.from_json(values) for values in content["models"]}
+        elif not overwrite:
+            raise ConfigError(
+                f"`{file}` is of other versions ({_listed(content['versions'])}; installed: {_listed(versions())}); "
+                "give another file, or --overwrite to start it anew"
+            )
+
+    def missing(self, specs: Sequence[str]) -> list[str]:
+        """Those that were not checked yet, or were cut short from outside."""
+        return [s for s in specs if s not in self.facts or self.facts[s].ended in CUT_SHORT]
+
+    def add(self, facts: Facts) -> None:
+        """Keep the facts of one model; the file is written every few seconds."""
+        self.facts[facts.model] = facts
+        if time.monotonic() - self._saved_at > _SAVE_EVERY:
+            self.save()
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        self._saved_at = time.monotonic()
+        if self.file is None:
+            return
+        lines = [json.dumps(dataclasses.asdict(self.facts[name])) for name in sorted(self.facts)]
+        head = {"format": _FORMAT, "versions": versions(), "census": census(self.facts.values())}
+        text = json.dumps(head, indent=1)[:-2] + ',\n "models": [\n' + ",\n".join(lines) + "\n ]\n}\n"
+        stage = self.file.with_name(f".{self.file.name}.{os.getpid()}.tmp")
+        try:
+            stage.write_text(text, encoding="utf-8")
+            stage.replace(self.file)
+        except OSError as error:
+            stage.unlink(missing_ok=True)
+            raise ConfigError(f"`{self.file}` cannot be written ({error.strerror})") from error
+
+
+def check_zoo(
+    specs: Sequence[str],
+    results: Results,
+    limits: Limits | None = None,
+    *,
+    again: bool = False,
+    progress: bool = True,
+) -> list[Facts]:
+    """Check the models that `results` lacks (`again`: all of them) and return the facts of all.
+
+    Interrupted (Ctrl-C), what was done by then is in `results` and its file.
+    """
+    todo = list(specs) if again else results.missing(specs)
+    # Families come in blocks of like size; mixed, the remaining time can be told from the time spent.
+    random.Random(0).shuffle(todo)
+    failed = 0
+    bar = tqdm(total=len(specs), initial=len(specs) - len(todo), desc="zoo", unit="model", disable=not progress)
+    with contextlib.closing(check_all(todo, limits or Limits())) as checked, bar:
+        try:
+            for facts in checked:
+                results.add(facts)
+                failed += bool(facts.problems)
+                bar.set_postfix_str(f"{failed} with exceptions, last {facts.model}", refresh=False)
+                bar.update()
+        finally:
+            results.save()
+    return [results.facts[spec] for spec in specs]
+
+
+def versions() -> dict[str, str]:
+    """Versions that results depend on."""
+    others = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm")}
+    return {"growfx": growfx.__version__, **others}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["format"] == _FORMAT:
+            return content
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"`{file}` holds no results of `growfx zoo` ({type(error).__name__})") from error
+    raise ConfigError(f"`{file}` holds results in another format ({content['format']!r}); this is {_FORMAT!r}")
+
+
+def _listed(found: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in found.items())

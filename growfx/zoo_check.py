@@ -1,0 +1,317 @@
+"""Check one model of a library from end to end: recorded, faithful, every weight masked, scored, grown, stored.
+
+Every check ends in a verdict: "yes", "no: why", or "n/a: why" where there is nothing to check (the model itself
+refuses, or has no values on the meta device). A check that fails does not stop others that can still be made.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import _get_qualified_name
+from torch.optim import SGD
+
+import growfx
+from growfx.density import random_masks
+from growfx.edge_keys import EdgeKeys
+from growfx.graph import MaskedGraph
+from growfx.layers import MaskedLayer
+from growfx.methods.base import change_masks
+from growfx.methods.growth import next_nnz
+from growfx.methods.pwmpr import PWMPR
+from growfx.models import create_model
+from growfx.passes.path_products import check_path_rules
+from growfx.paths import PathProducts
+from growfx.selection import draw
+from growfx.zoo_compare import difference, enliven, run_seeded, weight_layers
+from growfx.zoo_facts import Facts, one_line, scrubbed
+from growfx.zoo_inputs import Form, arguments_of, family_of, forms, library_of, tensors_only
+from growfx.zoo_probe import Probe, probe
+
+__all__ = ["DENSITY", "REAL_BELOW", "check_model"]
+
+REAL_BELOW = 60_000_000  # parameters; larger models are checked without values, on the meta device
+DENSITY = 0.1
+_GAMMA, _VARIANCE = 10.0, 1e-3
+_NO_VALUES = "n/a: the model has no values on the meta device"
+
+
+def check_model(spec: str, tell: Callable[[Facts], None] = lambda _: None) -> Facts:
+    """Build the model `spec` names and check all that can be checked.
+
+    Args:
+        spec: as for `growfx.create_model`.
+        tell: called with the facts so far before each stage, so that they outlive a killed process.
+    """
+    facts = Facts(spec, library=library_of(spec))
+    begun = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            check = _Check(facts, tell)
+            check.build()
+            check.wrap()
+            check.graph()
+            if facts.device == "real":
+                check.faithful()
+                check.extremes()
+                check.sparse()
+                check.artifact()
+        except _CannotGoOnError:
+            pass
+    facts.seconds["whole"] = _rounded(time.perf_counter() - begun)
+    facts.ended = "done"
+    return facts
+
+
+class _CannotGoOnError(Exception):
+    """The rest of the checks needs what has just failed."""
+
+
+class _Check:
+    """The check of one model under way."""
+
+    model: nn.Module
+    net: MaskedGraph
+    probed: Probe
+
+    def __init__(self, facts: Facts, tell: Callable[[Facts], None]):
+        self.facts, self.tell = facts, tell
+
+    @contextmanager
+    def _stage(self, name: str, *checks: str, fatal: bool = False) -> Generator[None]:
+        """A stage and the checks it makes; its error is the verdict of those that have none yet."""
+        self.facts.stage = name
+        self.tell(self.facts)
+        begun = time.perf_counter()
+        try:
+            yield
+        except Exception as error:
+            for check in checks:
+                self.facts.checks.setdefault(check, f"no: {one_line(error)}")
+            if fatal:
+                raise _CannotGoOnError from error
+        finally:
+            spent = self.facts.seconds.get(name, 0.0) + time.perf_counter() - begun
+            self.facts.seconds[name] = _rounded(spent)
+
+    def _verdict(self, check: str, problem: str) -> None:
+        self.facts.checks[check] = f"no: {scrubbed(problem)}" if problem else "yes"
+
+    # -- stages -----------------------------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        """Build the model: without values to count and probe it, then, below 60M parameters, for real."""
+        facts = self.facts
+        with self._stage("build", "recorded", fatal=True):
+            facts.family, facts.arguments = family_of(facts.model), arguments_of(facts.model)
+            plan = self._plan()
+            facts.parameters = sum(p.numel() for p in plan.parameters())
+            tried = forms(facts.model, plan)
+            probed = _probed_on_meta(plan, tried)
+            if probed is not None and facts.parameters >= REAL_BELOW:
+                facts.device, self.model = "meta", plan
+            else:
+                facts.device = "real"
+                torch.manual_seed(0)
+                self.model = create_model(facts.model, **facts.arguments)
+                enliven(self.model)
+                # Some models (detection) need values to run at all.
+                probed = probed or probe(self.model, tried, "cpu")
+            self.probed = probed
+            facts.input = probed.form.to_json()
+            facts.other_input = probed.other.to_json() if probed.other else []
+
+    def _plan(self) -> nn.Module:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            try:
+                return create_model(self.facts.model, **self.facts.arguments).to("meta")
+            except growfx.ConfigError:
+                pass
+        # Some builders compute with values; nothing of them is needed.
+        return create_model(self.facts.model, **self.facts.arguments).to("meta")
+
+    def wrap(self) -> None:
+        """Wrap at the model's own input size."""
+        facts = self.facts
+        with self._stage("wrap", "recorded", fatal=True):
+            self.net = growfx.wrap(self.model, self._inputs(self.probed.form, 1))
+        report = self.net.trace_report
+        self._verdict("recorded", report.opaque.get("", ""))
+        facts.notes = [scrubbed(note) for note in report.notes]
+        facts.layers = {
+            "masked": len(report.layers),
+            "tied": len(report.tied),
+            "opaque": {name: scrubbed(reason) for name, reason in report.opaque.items()},
+            "unmasked": {name: scrubbed(reason) for name, reason in report.unmasked.items()},
+            "off_path": {},
+        }
+
+    def graph(self) -> None:
+        """What the recording holds: all weights, which operators, and a path rule for each of them."""
+        facts = self.facts
+        with self._stage("graph", "weights found"):
+            missed = facts.missed = self._missed()
+            self._verdict("weights found", f"{len(missed)} missed, the first is `{missed[0]}`" if missed else "")
+        with self._stage("graph"):
+            graph = self.net.graph_at(*self._inputs(self.probed.form, 1))
+            facts.operators = sorted({_operator(node, self.net.shell) for node in graph.nodes} - {""})
+        if facts.device == "meta":
+            with self._stage("path products", "path rules"):
+                off_path = check_path_rules(self.net)
+                facts.layers["off_path"] = {name: scrubbed(reason) for name, reason in off_path.items()}
+                self._verdict("path rules", "")
+
+    def faithful(self) -> None:
+        """Outputs of the net against the model's own, with the model's values."""
+        form, other = self.probed.form, self.probed.other
+        for check, batch, training in (("eval", 1, False), ("batch 3", 3, False), ("train", 2, True)):
+            with self._stage(check, check):
+                self._compare(check, form, batch, training)
+        with self._stage("other size", "other size"):
+            if other is None:
+                self.facts.checks["other size"] = f"n/a: the model itself refuses: {self.probed.refusal}"
+            else:
+                self._compare("other size", other, 2, training=False)
+
+    def extremes(self) -> None:
+        """Path products of the dense network with norm scales of 10 and running variances of 0.001."""
+        with self._stage("path products", "extreme paths"), _extreme_norms(self.model):
+            paths = growfx.path_products(self.net.eval(), example_inputs=self._path_inputs())
+            self._verdict("extreme paths", _not_finite(paths))
+
+    def sparse(self) -> None:
+        """Path products and dead units at random masks, and one round of growth from there."""
+        net, facts = self.net.eval(), self.facts
+        with self._stage("path products", "paths", "growth"):
+            net.set_masks(random_masks({n: tuple(m.mask.shape) for n, m in net.layers.items()}, DENSITY, seed=0))
+            paths = growfx.path_products(net, example_inputs=self._path_inputs())
+            self._verdict("paths", _not_finite(paths))
+            alive = list(paths.alive_out.values())
+            facts.dead_units = [sum(int((~units).sum()) for units in alive), sum(units.numel() for units in alive)]
+            facts.layers["off_path"] = {name: scrubbed(reason) for name, reason in paths.off_path.items()}
+            facts.stage = "growth"
+            self._verdict("growth", _grow(net, paths))
+
+    def artifact(self) -> None:
+        """The network that is loaded again gives the very outputs of the one that was saved."""
+        with self._stage("artifact", "artifact"), tempfile.TemporaryDirectory() as folder:
+            inputs = self._inputs(self._small_form(), 1)
+            expected = run_seeded(self.net, inputs, training=False)
+            growfx.save(self.net, folder)
+            own = create_model(self.facts.model) if self.facts.library == "python" else None
+            got = run_seeded(growfx.load(folder, model=own), inputs, training=False)
+            self._verdict("artifact", difference(expected, got, exact=True))
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    def _inputs(self, form: Form, batch: int) -> tuple[Any, ...]:
+        return form.inputs(batch, seed=batch, device="cpu" if self.facts.device == "real" else "meta")
+
+    def _small_form(self) -> Form:
+        form, other = self.probed.form, self.probed.other
+        return other if other is not None and other.shape[-1] < form.shape[-1] else form
+
+    def _path_inputs(self) -> tuple[Any, ...] | None:
+        """The smaller inputs, for speed; where arguments are lists, the recorded ones."""
+        inputs = self._inputs(self._small_form(), 1)
+        return inputs if tensors_only(inputs) else None
+
+    def _compare(self, check: str, form: Form, batch: int, training: bool) -> None:
+        inputs = self._inputs(form, batch)
+        try:
+            expected = run_seeded(self.model, inputs, training)
+        except Exception as error:
+            word = "no" if check == "eval" else "n/a"
+            self.facts.checks[check] = f"{word}: the model itself refuses: {one_line(error)}"
+            return
+        self._verdict(check, difference(expected, run_seeded(self.net, inputs, training)))
+
+    def _missed(self) -> list[str]:
+        """Layers and weights that are neither masked nor reported."""
+        net, report = self.net, self.net.trace_report
+        reported = {*net.layers, *report.tied, *report.unmasked}
+        missed = [name for name in weight_layers(self.model) if name not in reported]
+        masked = {id(layer.parameter) for layer in net.layers.values()}
+        for name in sorted(self.probed.used):
+            # A report names layers, and parameters that belong to none.
+            named = {name, name.rpartition(".")[0]} & set(report.unmasked)
+            if not named and id(self.model.get_parameter(name)) not in masked:
+                missed.append(name)
+        return missed
+
+
+def _probed_on_meta(plan: nn.Module, tried: list[Form]) -> Probe | None:
+    try:
+        return probe(plan, tried, "meta")
+    except Exception:
+        return None
+
+
+def _operator(node: fx.Node, root: nn.Module) -> str:
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        kind = module.twin_of if isinstance(module, MaskedLayer) else type(module)
+        return f"module {kind.__name__}"
+    if node.op == "call_method":
+        return f"method {node.target}"
+    if node.op == "call_function" and callable(node.target):
+        return f"function {_get_qualified_name(node.target)}"
+    return ""
+
+
+def _not_finite(paths: PathProducts) -> str:
+    for name, score in paths.scores.items():
+        if not bool(torch.isfinite(score).all()) or bool((score < 0).any()):
+            return f"scores of `{name}` are negative or not finite"
+    if not torch.isfinite(torch.tensor(paths.log_total)):
+        return f"the logarithm of the sum over all paths is {paths.log_total}"
+    return ""
+
+
+@contextmanager
+def _extreme_norms(model: nn.Module) -> Generator[None]:
+    """Norm scales of 10 and running variances of 0.001, for a while."""
+    changed: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        for module in model.modules():
+            scale, variance = getattr(module, "weight", None), getattr(module, "running_var", None)
+            if "Norm" in type(module).__name__ and isinstance(scale, Tensor):
+                changed.append((scale, scale.detach().clone()))
+                scale.fill_(_GAMMA)
+            if isinstance(variance, Tensor):
+                changed.append((variance, variance.detach().clone()))
+                variance.fill_(_VARIANCE)
+        try:
+            yield
+        finally:
+            for tensor, value in changed:
+                tensor.copy_(value)
+
+
+def _grow(net: MaskedGraph, paths: PathProducts) -> str:
+    """One growth round as `growfx.methods.pwmpr` makes it; returns what is wrong with it."""
+    before = {name: layer.mask.clone() for name, layer in net.layers.items()}
+    absent = {name: ~before[name] for name in paths.scores}
+    wanted = next_nnz(net.nnz, net.numel, PWMPR().growth_ratio, 1.0) - net.nnz
+    candidates = sum(int((absent[name] & (score > 0)).sum()) for name, score in paths.scores.items())
+    drawn = draw(paths.scores, wanted, EdgeKeys(0, "growth round 1"), absent)
+    masks = {name: before[name] | drawn.masks[name] for name in paths.scores}
+    added = change_masks(net, SGD(net.parameters(), lr=0.1), masks)
+    expected = min(wanted, candidates)
+    lost = any(bool((mask & ~net.layers[name].mask).any()) for name, mask in before.items())
+    net.verify()
+    if lost or added != expected or net.nnz != sum(int(mask.sum()) for mask in before.values()) + expected:
+        return f"{added} edges added instead of {expected}{', others lost' if lost else ''}"
+    return "" if expected else "no absent edge lies on a path"
+
+
+def _rounded(seconds: float) -> float:
+    return round(seconds, 3)

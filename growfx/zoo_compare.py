@@ -1,0 +1,189 @@
+"""Comparing a model with its masked graph from outside: outputs, and the weights that the model's own forward uses.
+
+Nothing here asks growfx what it recorded, so that a mistake of the recorder cannot vouch for itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import weakref
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+__all__ = ["difference", "enliven", "run_seeded", "used_weights", "weight_layers"]
+
+_TOLERANCE = 1e-5  # relative to the largest value of an output: kernels may order their sums differently
+_SMALLEST_SCALE = 0.1
+
+
+def enliven(model: nn.Module, seed: int = 0) -> None:
+    """Give constant parameters and running statistics random values, in place.
+
+    Fresh models hold heads and branches that are exactly or nearly zero (zero-initialised heads, LayerScale of
+    1e-6); whatever such a branch computed, outputs would be equal.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.numel() < 2 or not parameter.is_floating_point():
+                continue
+            value = float(parameter.flatten()[0])
+            if not bool((parameter == value).all()):
+                continue
+            if value == 0:
+                parameter.normal_(0, 0.05, generator=generator)
+            else:
+                size = max(abs(value), _SMALLEST_SCALE)
+                parameter.uniform_(0.5 * size, 1.5 * size, generator=generator).mul_(1 if value > 0 else -1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(0, 0.1, generator=generator)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 2, generator=generator)
+
+
+def run_seeded(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> list[Any]:
+    """The outputs of a seeded forward, flattened; buffers that it changes are put back."""
+    model.train(training)
+    with _restored_buffers(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        return list(_leaves(model(*inputs)))
+
+
+@contextmanager
+def _restored_buffers(model: nn.Module) -> Generator[None]:
+    """Put back the buffers that a forward in train mode changes."""
+    saved = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta] if model.training else []
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)
+
+
+def difference(expected: list[Any], got: list[Any], *, exact: bool = False) -> str:
+    """How outputs differ from the expected ones; "" if they do not.
+
+    Floats may differ by 1e-5 of the largest expected value unless `exact`. Outputs that are empty, or the same number
+    everywhere, prove nothing: that is a difference, too.
+    """
+    if len(expected) != len(got):
+        return f"{len(got)} outputs instead of {len(expected)}"
+    telling = False
+    for index, (a, b) in enumerate(zip(expected, got, strict=True)):
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            if isinstance(a, Tensor) or isinstance(b, Tensor) or a != b:
+                return f"output {index} is {_short(b)} instead of {_short(a)}"
+            continue
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return f"output {index} is {b.dtype} {tuple(b.shape)} instead of {a.dtype} {tuple(a.shape)}"
+        telling = telling or (a.numel() > 1 and bool(torch.isfinite(a).all()) and bool((a != a.flatten()[0]).any()))
+        if torch.equal(a, b):
+            continue
+        error = float((a.double() - b.double()).abs().nan_to_num(torch.inf, torch.inf).max())
+        scale = float(a.double().abs().nan_to_num().max())
+        if exact or not a.is_floating_point() or not error <= _TOLERANCE * scale:
+            return f"output {index} differs by {error:.2g} (largest value {scale:.2g})"
+    return "" if telling else "the outputs are empty, constant or not finite, so that nothing was compared"
+
+
+def weight_layers(model: nn.Module) -> Iterator[str]:
+    """Names of all convolutions, linear layers and multi-head attentions of a model."""
+    for name, module in model.named_modules():
+        if isinstance(module, (_ConvNd, nn.Linear, nn.MultiheadAttention)):
+            yield name
+
+
+def used_weights(model: nn.Module, inputs: tuple[Any, ...]) -> set[str]:
+    """Names of parameters that the weight of some convolution, linear map or attention is computed from.
+
+    Only weights that do not depend on the data count, and of those only matrices: a gain per unit is none. One seeded
+    forward is run in the model's current mode, of whatever the model does: modules, functions, own layers.
+    """
+    uses = _WeightUses(model, inputs)
+    with _restored_buffers(model), torch.random.fork_rng(devices=[]), torch.no_grad(), uses:
+        torch.manual_seed(1)
+        model(*inputs)
+    return {name for name in uses.found if sum(size > 1 for size in model.get_parameter(name).shape) >= 2}
+
+
+_LINEAR_MAPS = {
+    "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"
+}  # fmt: skip
+
+
+class _WeightUses(TorchFunctionMode):
+    """Follows which tensors come from the data and which from parameters alone."""
+
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...]):
+        super().__init__()
+        self.found: set[str] = set()
+        # By id, with a reference that says whether the id still is that tensor's; None: it depends on the data.
+        self.origins: dict[int, tuple[weakref.ref[Tensor], frozenset[str] | None]] = {}
+        for name, parameter in model.named_parameters():
+            self._note(parameter, frozenset({name}))
+        for tensor in _tensors(inputs):
+            self._note(tensor, None)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in _LINEAR_MAPS:
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            self._use(weight)
+        elif name == "multi_head_attention_forward":
+            given = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs).arguments
+            for part in ("in_proj_weight", "out_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+                self._use(given.get(part))
+        sources = [self._origin(tensor) for tensor in _tensors((args, kwargs))]
+        result = func(*args, **kwargs)
+        if sources:
+            known = [source for source in sources if source is not None]
+            origin = frozenset[str]().union(*known) if len(known) == len(sources) else None
+            for tensor in _tensors(result):
+                self._note(tensor, origin)
+            if name.endswith("_") and args and isinstance(args[0], Tensor):
+                self._note(args[0], origin)
+        return result
+
+    def _note(self, tensor: Tensor, origin: frozenset[str] | None) -> None:
+        self.origins[id(tensor)] = weakref.ref(tensor), origin
+
+    def _origin(self, tensor: Tensor) -> frozenset[str] | None:
+        entry = self.origins.get(id(tensor))
+        return entry[1] if entry is not None and entry[0]() is tensor else frozenset()
+
+    def _use(self, weight: Any) -> None:
+        if isinstance(weight, Tensor):
+            self.found |= self._origin(weight) or frozenset()
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What a nest of containers holds, in order."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = list(vars(value).values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _short(value: Any) -> str:
+    return f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:80]
