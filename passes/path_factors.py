@@ -32,6 +32,7 @@ class PathFactors:
     Attributes:
         leaves: layer name -> magnitude leaves in use; their gradients add up to the score.
         alive_in: layer name -> bool per input unit, filled by the backward pass.
+        unfed: layers that were run on empty tensors only: in the recording, nothing was selected for them.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class PathFactors:
         self.device, self.model_dtype = first.device, first.dtype
         self.leaves: dict[str, list[Tensor]] = {}
         self.alive_in: dict[str, Tensor] = {}
+        self.unfed: set[str] = set()
         self._layer_names = {id(layer.parameter): name for name, layer in self.layers.items()}
         self._watched: dict[int, tuple[weakref.ref[Tensor], list[tuple[str, int]]]] = {}
 
@@ -110,6 +112,8 @@ class PathFactors:
         """Note, in the backward pass, which units along `dim` of a layer's input lie on a path."""
         if layer is None:
             return
+        if not tensor.numel():
+            self.unfed.add(layer)
         known = self._watched.get(id(tensor))
         if known is not None and known[0]() is tensor:
             known[1].append((layer, dim % tensor.ndim))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,7 @@ from growfx.unit_edges import joined_units
 if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
 
-__all__ = ["path_gradients", "path_products"]
+__all__ = ["check_path_rules", "path_gradients", "path_products"]
 
 # Layers that no path can cross whatever the weights, per recorded graph: found once, when a score is zero throughout.
 _UNREACHED: weakref.WeakKeyDictionary[fx.Graph, frozenset[str]] = weakref.WeakKeyDictionary()
@@ -88,17 +89,43 @@ def path_gradients(
     """
     _check_options(norm, power)
     _check_network(net)
+    _check_values(net)
     chosen = _checked_magnitudes(net, magnitudes or {})
     inputs = _inputs(net, example_inputs)
     graph = net.graph_at(*inputs, training=False)
     run = PathGraph(net, graph, norm=norm, power=power, magnitudes=chosen, unit_scales=unit_scales)
+    scores, off_path = _layers(run, inputs)
+    return _facts(run, scores, off_path)
+
+
+def check_path_rules(net: MaskedGraph, example_inputs: Tensor | Sequence[Any] | None = None) -> dict[str, str]:
+    """Check that every operator on a path has a rule; returns layer name -> why no path crosses it.
+
+    On the meta device shapes alone decide, so that networks of any size can be checked: there are no scores, and layers
+    whose results nobody reads are not told from others.
+
+    Args:
+        net: a masked graph.
+        example_inputs: as in `path_products`.
+
+    Raises:
+        UnsupportedOperatorError: an operator between input and output has no path rule.
+        TraceError: as in `path_products`, values aside.
+    """
+    _check_network(net)
+    inputs = _inputs(net, example_inputs)
+    return _layers(PathGraph(net, net.graph_at(*inputs, training=False)), inputs)[1]
+
+
+def _layers(run: PathGraph, inputs: Sequence[Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Scores of the layers on a path, and why the others are off."""
     scores, empty = _scored(run, inputs)
     off_path = _off_path(run, scores, _unreached(run, inputs) if empty else frozenset())
     on_path = {name: score for name, score in scores.items() if name not in off_path}
     if not on_path:
         reasons = "; ".join(f"`{name}`: {reason}" for name, reason in list(off_path.items())[:5])
         raise TraceError(f"no masked layer lies on a path from input to output ({reasons}); nothing can be scored")
-    return _facts(run, on_path, off_path)
+    return on_path, off_path
 
 
 def _check_options(norm: str, power: float) -> None:
@@ -111,6 +138,9 @@ def _check_options(norm: str, power: float) -> None:
 def _check_network(net: MaskedGraph) -> None:
     if not net.layers:
         raise TraceError("the network has no masked layer, so there is no edge to score; wrap it without `exclude`")
+
+
+def _check_values(net: MaskedGraph) -> None:
     for name, layer in net.layers.items():
         if layer.parameter.is_meta:
             raise TraceError(
@@ -154,7 +184,7 @@ def _scored(run: PathGraph, inputs: Sequence[Any]) -> tuple[dict[str, Tensor], f
     Returns layer name -> score, for layers that a gradient reached, and which of these scores are zero throughout.
     """
     cudnn = torch.backends.cudnn.flags(torch.backends.cudnn.enabled, benchmark=False, deterministic=True)
-    precise = torch.autocast(run.device.type, enabled=False)
+    precise = nullcontext() if run.device.type == "meta" else torch.autocast(run.device.type, enabled=False)
     with torch.inference_mode(False), torch.enable_grad(), cudnn, precise:
         run.run(inputs)
         assert run.total is not None
@@ -167,7 +197,7 @@ def _scored(run: PathGraph, inputs: Sequence[Any]) -> tuple[dict[str, Tensor], f
         if not gradients:
             continue
         scores[name] = gradients[0] if len(gradients) == 1 else torch.stack(gradients).sum(0)
-        mass = float(scores[name].sum())
+        mass = 1.0 if scores[name].is_meta else float(scores[name].sum())
         if not math.isfinite(mass):
             raise TraceError(f"the scores of layer `{name}` are not finite; look for extreme weights or norm scales")
         if mass == 0:
@@ -182,7 +212,8 @@ def _off_path(run: PathGraph, scores: Mapping[str, Tensor], unreached: frozenset
         if name in scores and name not in unreached:
             continue
         if name in run.leaves:
-            reasons[name] = "no path from the input to an output runs through it"
+            nothing = "the recorded input left nothing to feed it; give one in which something is found"
+            reasons[name] = nothing if name in run.unfed else "no path from the input to an output runs through it"
         elif name in run.ended_fed:
             reasons[name] = "it is fed only by what a selection by data (top-k, suppression) has picked"
         elif name in run.constant_fed:

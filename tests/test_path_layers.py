@@ -170,6 +170,17 @@ def test_a_mixture_averages_its_experts_and_its_routing(padding: Any, stride: in
         torch.testing.assert_close(run.leaves[name][0].grad, weight.grad, rtol=1e-12, atol=0)
 
 
+def test_the_experts_of_a_mixture_score_alike_and_its_units_are_channels() -> None:
+    torch.manual_seed(0)
+    net = growfx.wrap(Mixed(1).eval(), torch.randn(2, 3, 6, 6))
+    paths = path_products(net)
+    scores = paths.scores["mixture"]
+    assert scores.shape == net.layers["mixture"].mask.shape == (3, 4 * 6 * 9)
+    torch.testing.assert_close(scores, scores[:1].expand(3, -1))
+    assert paths.alive_in["mixture"].tolist() == [True] * 4
+    assert paths.alive_out["mixture"].tolist() == [True] * 6
+
+
 # Attention as a function, and with extra tokens
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import growfx
 from growfx.passes.path_graph import PathGraph
-from growfx.passes.path_products import path_gradients, path_products
+from growfx.passes.path_products import check_path_rules, path_gradients, path_products
 
 
 def true_scores(paths: Any) -> dict[str, Tensor]:
@@ -381,6 +381,42 @@ def small() -> Any:
 def test_unknown_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(growfx.ConfigError, match=next(iter(options))):
         path_products(small(), **options)
+
+
+# On shapes alone
+
+
+class Varied(nn.Module):
+    """A gate, a table made of constants, a power, a recurrence and a selection."""
+
+    def __init__(self, end: Any) -> None:
+        super().__init__()
+        self.conv, self.norm, self.gate = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+        self.position, self.recurrent, self.head = nn.Linear(1, 4), nn.LSTM(4, 4, batch_first=True), nn.Linear(4, 5)
+        self.register_buffer("grid", torch.linspace(-1, 1, 16)[:, None])
+        self.end = end
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.norm(self.conv(x))
+        x = x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()
+        x = x.flatten(2).mT + self.position(self.grid)
+        return self.end(self.head(self.recurrent(x)[0] * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1)))
+
+
+@pytest.mark.parametrize("end", [lambda x: x, lambda x: x.topk(2)[0]], ids=["all", "top"])
+def test_rules_can_be_checked_on_shapes_alone(end: Any) -> None:
+    model = Varied(end).eval()
+    off_path = path_products(growfx.wrap(model, torch.randn(2, 3, 6, 6))).off_path
+    assert list(off_path) == ["position"]
+    net = growfx.wrap(copy.deepcopy(model).to("meta"), torch.randn(2, 3, 6, 6, device="meta"))
+    assert check_path_rules(net) == check_path_rules(growfx.wrap(model, torch.randn(2, 3, 6, 6))) == off_path
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_missing_rule_is_found_on_any_device(device: str) -> None:
+    net = growfx.wrap(Varied(torch.cos).eval().to(device), torch.randn(2, 3, 6, 6, device=device))
+    with pytest.raises(growfx.UnsupportedOperatorError, match=r"`cos` \(node .*test_path_products.py:\d+ in forward\)"):
+        check_path_rules(net)
 
 
 def test_an_infinite_weight_is_an_error_that_names_the_node() -> None:
