@@ -14,6 +14,10 @@ import torch
 from timm.layers import CondConv2d
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torchvision.models.detection import FasterRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.ops import MultiScaleRoIAlign
 from zoo_sample import SAMPLES, Sample
 
 import growfx
@@ -136,6 +140,57 @@ def test_with_random_masks_the_unwrapped_model_computes_the_same(wrapped: Wrappe
     sparse = tensors(net(*arguments))
     assert all(torch.equal(a, b) for a, b in zip(sparse, tensors(plain(*arguments)), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(sparse, dense, strict=True))
+
+
+def detector(kind: str) -> nn.Module:
+    """A detector over one small feature map."""
+    backbone: Any = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1))
+    backbone.out_channels = 16
+    anchors = AnchorGenerator(((16, 32),), ((0.5, 1.0, 2.0),))
+    sizes: dict[str, Any] = {"num_classes": 4, "min_size": 64, "max_size": 96}
+    if kind == "one stage":
+        return RetinaNet(backbone, anchor_generator=anchors, detections_per_img=9, score_thresh=0.0, **sizes)
+    pool = MultiScaleRoIAlign(["0"], 3, 2)
+    kept = {f"rpn_p{order}_nms_top_n_{mode}": 20 for order in ("re", "ost") for mode in ("train", "test")}
+    head = TwoMLPHead(16 * 9, 24)
+    predictor = FastRCNNPredictor(24, sizes.pop("num_classes"))
+    return FasterRCNN(
+        backbone,
+        None,
+        rpn_anchor_generator=anchors,
+        box_roi_pool=pool,
+        box_head=head,
+        box_predictor=predictor,
+        **kept,
+        **sizes,
+    )
+
+
+@pytest.mark.parametrize("kind", ["one stage", "two stages"])
+def test_a_detector_takes_lists_of_images_and_in_training_targets(kind: str) -> None:
+    model = detector(kind)
+    images = [torch.rand(3, 80, 64), torch.rand(3, 64, 72)]
+    boxes = torch.tensor([[2.0, 4.0, 40.0, 50.0], [20.0, 10.0, 60.0, 44.0]])
+    targets = [{"boxes": boxes, "labels": torch.tensor([1, 3])} for _ in images]
+    net = growfx.wrap(model, (images,))
+    assert set(net.layers) == {name for name, m in model.named_modules() if isinstance(m, MASKABLE)}
+    paths = growfx.path_products(net)
+    assert paths.scores.keys() == net.layers.keys()
+    assert all(bool(torch.isfinite(s).all() & (s >= 0).all() & s.any()) for s in paths.scores.values())
+    net.set_masks(random_masks({n: tuple(layer.mask.shape) for n, layer in net.layers.items()}, 0.5, seed=0))
+    plain = growfx.unwrap(net)
+    for given in (images, images[:1], [*images, torch.rand(3, 50, 90)]):
+        got, expected = tensors(net.eval()(given)), tensors(plain.eval()(given))
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        assert any(tensor.numel() for tensor in got)
+    losses = []
+    for module in (net.train(), plain.train()):
+        torch.manual_seed(3)  # of the proposals that are kept for training
+        losses.append(module(images, targets))
+    assert losses[0].keys() == losses[1].keys()
+    assert all(torch.equal(losses[0][name], loss) for name, loss in losses[1].items())
+    sum(losses[0].values()).backward()
+    assert not any(bool(layer.parameter.grad[~layer.mask].any()) for layer in net.layers.values())
 
 
 @pytest.mark.parametrize("name", WHOLE)
