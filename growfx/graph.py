@@ -62,14 +62,17 @@ class MaskedGraph(fx.GraphModule):
 
     Attributes:
         trace_report: what was recorded and what was left out.
-        identity: where the model came from, for `growfx.save` (None when unknown).
     """
 
     trace_report: TraceReport
-    identity: Any
 
     def __init__(
-        self, shell: nn.Module, example: Inputs, recorder: RecordFunction, report: TraceReport, identity: Any = None
+        self,
+        shell: nn.Module,
+        example: Inputs,
+        recorder: RecordFunction,
+        report: TraceReport,
+        find_identity: Callable[[], Any] = lambda: None,
     ):
         nn.Module.__init__(self)
         self._adopt(shell)
@@ -81,7 +84,9 @@ class MaskedGraph(fx.GraphModule):
         self._code = ""
         self.meta: dict[str, Any] = {}
         self.training = shell.training
-        self.trace_report, self.identity = report, identity
+        self.trace_report = report
+        # Telling where a model came from may need building others to compare: only done when asked for.
+        self._identity: tuple[Callable[[], Any]] | Any = (find_identity,)
         # In a plain dict the layers would become submodules of their own.
         self._named_layers: tuple[dict[str, MaskedLayer]] = ({},)
         self._tied: tuple[list[list[MaskedLayer]]] = ([],)
@@ -91,6 +96,13 @@ class MaskedGraph(fx.GraphModule):
         self._shell = (shell,)  # in a tuple, or it would be registered as a submodule
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[registry] = shell.__dict__[registry]
+
+    @property
+    def identity(self) -> Any:
+        """Where the model came from, for `growfx.save`; None when unknown."""
+        if isinstance(self._identity, tuple):
+            self._identity = self._identity[0]()
+        return self._identity
 
     # -- masks --------------------------------------------------------------------------------------------------------
 
@@ -315,10 +327,12 @@ class MaskedGraph(fx.GraphModule):
         memo[id(self)] = clone
         self.settle()
         recordings = self.__dict__["_recordings"]
-        anew = ("_recordings", "_looks_inside", "_graph", "_recorder", "meta")
+        anew = ("_recordings", "_looks_inside", "_graph", "_recorder", "_identity", "meta")
         state = {k: v for k, v in self.__dict__.items() if k not in anew}
         clone.__dict__.update(copy.deepcopy(state, memo))
-        clone.__dict__.update(_recorder=self._recorder, _looks_inside={}, meta=dict(self.meta))
+        clone.__dict__.update(
+            _recorder=self._recorder, _looks_inside={}, _identity=self._identity, meta=dict(self.meta)
+        )
         # A graph is never changed by running it; only one who edits a copy's graph needs a copy of the graph.
         clone.__dict__["_recordings"] = {key: replace(r, graph=copy.deepcopy(r.graph)) for key, r in recordings.items()}
         shown = next((key for key, r in recordings.items() if r.graph is self._graph), None)

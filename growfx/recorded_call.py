@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import inspect
 import operator
 import sys
@@ -9,18 +10,30 @@ import types
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.node import base_types
 
 from growfx.traced_number import TracedFloat, TracedInt, plain
 
 __all__ = [
-    "changes_in_place", "forward_parameters", "holds_tensor", "is_own_or_torch", "operation", "plain_arguments",
-    "plain_tensor_names", "source_line",
+    "can_be_written", "changes_in_place", "forward_parameters", "holds_tensor", "is_own_or_torch", "operation",
+    "plain_arguments", "plain_tensor_names", "source_line",
 ]  # fmt: skip
 
 _IN_PLACE_OPERATORS = {
     f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
 }
+
+
+_WRITABLE = (
+    *base_types, type, types.FunctionType, types.BuiltinFunctionType, types.EllipsisType, types.NoneType,
+    enum.Enum, range, torch.Size,
+)  # fmt: skip
+
+
+def can_be_written(value: Any) -> bool:
+    """Whether a graph can hold a value that is no tensor and no container: its code names it, or writes it out."""
+    return isinstance(value, (fx.Node, *_WRITABLE))
 
 
 def changes_in_place(name: str) -> bool:

@@ -16,7 +16,10 @@ from torch.utils import _pytree as pytree
 
 from growfx import graph_ops
 from growfx.layers import MaskedLayer
+from growfx.meta_shapes import function_shapes, module_shapes
+from growfx.parts import Parts
 from growfx.recorded_call import (
+    can_be_written,
     changes_in_place,
     forward_parameters,
     holds_tensor,
@@ -45,8 +48,6 @@ _LEAF_KINDS = (
     nn.modules.pooling._AvgPoolNd,
     torch.jit.ScriptModule,
 )
-# Their output has their input's shape: on the meta device there is nothing else to compute.
-_SHAPE_KEEPING = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 # Library modules that are one operator though they are not torch's; named, so that nothing has to be imported.
 _LEAF_NAMES = {
     "timm.layers.cond_conv2d.CondConv2d",
@@ -60,10 +61,8 @@ _DATA_TO_PYTHON = {
 }  # fmt: skip
 # How many rows their results have depends on values; `where` and indexing only in the forms that select by a mask.
 _SIZED_BY_DATA = {
-    "argwhere", "bincount", "masked_select", "nms", "nonzero", "repeat_interleave", "unique", "unique_consecutive",
+    "argwhere", "bincount", "masked_select", "nms", "nonzero", "unique", "unique_consecutive",
 }  # fmt: skip
-# Views that hold all elements of a tensor in their order.
-_RESHAPES = {"flatten", "reshape", "reshape_as", "squeeze", "unflatten", "unsqueeze", "view", "view_as"}
 _NO_VALUE = {"_assert", "_assert_async", "_log_api_usage_once"}
 
 
@@ -108,8 +107,7 @@ class Recorder(TorchFunctionMode):
         self.from_data: set[fx.Node] = set()
         # Tensors whose shape depends on data.
         self.sized_by_data: dict[int, weakref.ref[Tensor]] = {}
-        # Parts of tensors: the whole and the index they were taken with.
-        self.parts: dict[int, tuple[weakref.ref[Tensor], Tensor, Any]] = {}
+        self.parts = Parts()
         self.grad_switches: list[tuple[bool, fx.Node]] = []
 
     # -- values to nodes ------------------------------------------------------------------------------------------
@@ -217,6 +215,9 @@ class Recorder(TorchFunctionMode):
         if build and dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = {f.name: self.as_argument(getattr(value, f.name), build) for f in dataclasses.fields(value)}
             return self.graph.call_function(type(value), (), fields)
+        if not can_be_written(value):
+            self._refuse_data(-1, f"a `{type(value).__name__}`, which a graph cannot hold, is passed on")
+            return None
         return value
 
     def _emit(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> fx.Node:
@@ -264,10 +265,12 @@ class Recorder(TorchFunctionMode):
 
     def _note_size(self, name: str, args: Any, kwargs: Any, value: Any, node: fx.Node) -> None:
         """Remember results whose shape depends on data."""
-        if not self.sized_by_data and name not in _SIZED_BY_DATA and name not in ("where", "__getitem__"):
+        if not self.sized_by_data and name not in (*_SIZED_BY_DATA, "where", "repeat_interleave", "__getitem__"):
             return
         tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
-        selects = name in _SIZED_BY_DATA or (name == "where" and len(tensors) == 1 and len(args) + len(kwargs) == 1)
+        selects = name in _SIZED_BY_DATA or (name == "where" and len(tensors) == len(args) + len(kwargs) == 1)
+        if name == "repeat_interleave":
+            selects = len(tensors) > 1 or len(args) + len(kwargs) == 1
         if name == "__getitem__":
             selects = any(v.dtype in (torch.bool, torch.uint8) for v in tensors[1:])
         selects = selects and node in self.from_data
@@ -301,7 +304,9 @@ class Recorder(TorchFunctionMode):
         # Arguments are looked up before the call: one that is changed in place keeps the node it had.
         op, target = operation(func, name)
         node_args, node_kwargs = self.as_argument(tuple(args)), self.as_argument(kwargs)
-        value = func(*plain_args, **plain_kwargs)
+        value = function_shapes(func, plain_args) if self.home is not self.root else None
+        if value is None:
+            value = func(*plain_args, **plain_kwargs)
         if name in _NO_VALUE:
             return value
         if name == "size" or name == "numel":
@@ -312,7 +317,7 @@ class Recorder(TorchFunctionMode):
         self._track(value, lambda: node)
         self._note_size(name, args, kwargs, value, node)
         if isinstance(value, Tensor) and value._is_view():
-            self._note_part(name, args, value)
+            self.parts.note(name, args, value)
         return value
 
     def _attribute(self, name: str, getter: Any, args: tuple[Any, ...]) -> Any:
@@ -359,7 +364,8 @@ class Recorder(TorchFunctionMode):
         args = (base, index, value)
         # Looked up before the write, as any argument.
         node_args = self.as_argument(args)
-        functional = self._rewritable(base) if base._is_view() else self._owned(base, [base])
+        # `base[i] += x` ends in storing the part that was changed.
+        functional = self._rewritable(base) if base._is_view() else self._owned(base, [base, value])
         base[plain_arguments(index)] = plain_arguments(value)
         if not functional:
             self._emit("call_function", operator.setitem, node_args, {}, None)
@@ -373,31 +379,19 @@ class Recorder(TorchFunctionMode):
         part = args[0]
         rest, named = self.as_argument(tuple(args[1:])), self.as_argument(kwargs)
         copied = self._emit("call_method", "clone", (part,), {}, part)
+        copied.meta["for_write"] = True
         value = func(*plain_arguments(args), **plain_arguments(kwargs))
         node = self._emit("call_method", name, (copied, *rest), named, value)
         self._track(part, lambda: node)
         self._write_back(part)
         return value
 
-    def _note_part(self, name: str, args: Any, part: Tensor) -> None:
-        """Remember what tensor `part` shares its memory with, where a write into it can be carried back."""
-        if name == "__getitem__" or name in _RESHAPES:
-            key, index = id(part), args[1] if name == "__getitem__" else None
-            self.parts[key] = weakref.ref(part, lambda _: self.parts.pop(key, None)), args[0], index
-
-    def _whole_of(self, part: Tensor) -> tuple[Tensor, Any] | None:
-        """The tensor that `part` was taken from, and the index; None as index where it was only reshaped."""
-        found = self.parts.get(id(part))
-        return None if found is None or found[0]() is not part else found[1:]
-
     def _rewritable(self, part: Tensor) -> bool:
-        """Whether all that sees a write into `part` is the chain of tensors it was indexed from."""
-        seen = [part]
-        while (link := self._whole_of(seen[-1])) is not None:
-            seen.append(link[0])
+        """Whether all that sees a write into `part` is the chain of tensors it was taken from."""
+        seen = self.parts.chain(part)
         return len(seen) > 1 and self._owned(seen[-1], seen)
 
-    def _owned(self, whole: Tensor, known: list[Tensor]) -> bool:
+    def _owned(self, whole: Tensor, known: list[Any]) -> bool:
         """Whether `whole` was computed in this run and nothing but the `known` tensors shares its memory."""
         if whole._is_view() or self.node_of(whole).op in ("get_attr", "placeholder"):
             return False
@@ -405,7 +399,7 @@ class Recorder(TorchFunctionMode):
         return not any(t is not None and t._base is whole and all(t is not k for k in known) for t in others)
 
     def _write_back(self, part: Tensor) -> None:
-        while (link := self._whole_of(part)) is not None:
+        while (link := self.parts.whole_of(part)) is not None:
             whole, index = link
             if index is None:
                 node = self._emit("call_method", "reshape_as", (part, whole), {}, whole)
@@ -416,18 +410,14 @@ class Recorder(TorchFunctionMode):
 
     def call_leaf(self, original: Callable[..., Any], module: nn.Module, name: str, args: Any, kwargs: Any) -> Any:
         """A module recorded as one node."""
-        for value in pytree.tree_leaves((args, kwargs)):
-            if not isinstance(value, Tensor) and any(
-                isinstance(v, Tensor) for v in getattr(value, "__dict__", {}).values()
-            ):
-                # Then the module that called it is what a graph can hold.
-                self._refuse_data(-2, f"`{name}` takes a `{type(value).__name__}` with tensors in it")
+        if not all(isinstance(v, Tensor) or can_be_written(v) for v in pytree.tree_leaves((args, kwargs))):
+            # Then the module that called it is what a graph can hold.
+            self._refuse_data(-2, f"`{name}` takes an object that a graph cannot hold")
         node_args, node_kwargs = self.as_argument(tuple(args)), self.as_argument(kwargs)
         self.inside_leaf += 1
         try:
-            if self.home is not self.root and isinstance(module, _SHAPE_KEEPING) and len(args) == 1:
-                value: Any = torch.empty_like(args[0])
-            else:
+            value = module_shapes(module, args) if self.home is not self.root and not kwargs else None
+            if value is None:
                 value = original(module, *plain_arguments(args), **plain_arguments(kwargs))
         finally:
             self.inside_leaf -= 1

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Generator, Iterable, Mapping
+import operator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from growfx import graph_ops
 from growfx.errors import TraceError
 from growfx.recorded_call import is_own_or_torch
 from growfx.recorder import DataDependentError, NeedsValuesError, Recorder
@@ -91,6 +93,7 @@ def record(
         ) from error
     recorder.graph.output(recorder.as_argument(output, build=True))
     _drop_unused_numbers(recorder.graph)
+    _drop_unseen_writes(recorder.graph)
     return Recording(recorder.graph, list(recorder.called), output)
 
 
@@ -165,6 +168,29 @@ def _drop_unused_numbers(graph: fx.Graph) -> None:
         is_part = node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
         if not node.users and (node.meta.get("number") or is_part or node.op == "get_attr"):
             graph.erase_node(node)
+
+
+def _drop_unseen_writes(graph: fx.Graph) -> None:
+    """Where nobody reads the whole after a write into its part, write into the part itself, as the model did."""
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    for node in reversed(graph.nodes):
+        if not node.users and (node.target is graph_ops.set_item or node.target == "reshape_as"):
+            graph.erase_node(node)
+    for node in graph.nodes:
+        if node.meta.get("for_write") and all(
+            position[user] <= position[node] for source in _chain(node.args[0]) for user in source.users
+        ):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _chain(node: Any) -> Iterator[fx.Node]:
+    """A part, what it was taken from, and so on."""
+    while isinstance(node, fx.Node):
+        yield node
+        if node.target is not operator.getitem and node.op != "call_method":
+            return
+        node = node.args[0]
 
 
 def _source_of_error(error: BaseException) -> str:

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 import growfx
+from growfx.meta_shapes import module_shapes
 from growfx.passes.record import DataDependentError, record
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -527,3 +529,64 @@ def test_a_convolution_with_conditional_weights_is_a_masked_layer() -> None:
     net.train()(x).sum().backward()
     layer = net.layers["conv"]
     assert not layer.parameter.grad[~layer.mask].any()
+
+
+def test_an_object_a_graph_cannot_hold_leaves_the_model_its_own_forward() -> None:
+    class Cache:
+        def __init__(self, states: torch.Tensor) -> None:
+            self.states = states
+
+    class Caches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Cache]:
+            y = self.fc(x)
+            return y, Cache(y)
+
+    net = growfx.wrap(Caches(), torch.randn(2, 4))
+    assert "`Cache`" in net.trace_report.opaque[""]
+    y, cache = net(torch.ones(3, 4))
+    assert torch.equal(cache.states, y)
+    assert growfx.path_products(net).scores["fc"].min() > 0
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_shapes_of_recurrences_are_those_torch_computes(kind: type[nn.RNNBase]) -> None:
+    for batch_first in (True, False):
+        module = kind(5, 7, num_layers=2, bidirectional=True, batch_first=batch_first)
+        for shape in [(3, 4, 5), (4, 5)]:
+            expected = module(torch.randn(shape))
+            got = module_shapes(module, (torch.empty(shape, device="meta"),))
+            assert [t.shape for t in tree_leaves(expected)] == [t.shape for t in tree_leaves(got)]
+
+
+def test_repeating_by_numbers_gives_no_size_that_depends_on_data() -> None:
+    class Repeats(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.fc(x).repeat_interleave(2, 0)
+            return y if y.shape[-1] == 4 else -y
+
+    assert not growfx.wrap(Repeats(), torch.randn(2, 4)).trace_report.opaque
+
+
+def test_adding_to_a_part_that_nobody_else_sees_is_recorded_as_it_is() -> None:
+    class Cuts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.fc(x)[:, :2]
+            y += x[:, :2]
+            return y
+
+    net = growfx.wrap(Cuts(), torch.randn(2, 4))
+    assert "clone" not in {node.target for node in net.graph_at(torch.randn(2, 4)).nodes}
+    x = torch.randn(3, 4)
+    assert torch.equal(net(x), growfx.unwrap(net)(x))

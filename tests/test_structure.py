@@ -115,10 +115,10 @@ def test_importing_growfx_is_light() -> None:
     assert run.stdout.strip() == "[]"
 
 
-def test_wrapping_imports_neither_timm_nor_the_compiler() -> None:
+def test_wrapping_imports_no_library_of_models() -> None:
     code = (
         "import sys, torch, growfx; growfx.wrap(torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.randn(1, 2))\n"
-        "print([m for m in ('timm', 'torchvision', 'scipy', 'torch._dynamo') if m in sys.modules])"
+        "print([m for m in ('timm', 'torchvision', 'scipy') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
