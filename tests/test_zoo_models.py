@@ -26,10 +26,7 @@ from growfx.density import random_masks
 MASKABLE = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention, CondConv2d)
 WHOLE = [
     "resnet50",
-    "mobilenetv3_large_100",
     "nfnet_f0",
-    "beit_base_patch16_224",
-    "crossvit_tiny_240",
     "torchvision/vit_b_16",
     "torchvision/swin_t",
     "torchvision/mvit_v2_s",

@@ -15,6 +15,7 @@ from timm.models import (
     cspnet,
     efficientnet,
     focalnet,
+    gcvit,
     ghostnet,
     hrnet,
     levit,
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from torchvision.models import _utils, maxvit, shufflenetv2, swin_transformer, vision_transformer
 from torchvision.models.optical_flow import raft
 from torchvision.models.segmentation import deeplabv3, fcn
+from torchvision.models.video import mvit
 from torchvision.models.video import resnet as video
 from torchvision.models.video import swin_transformer as video_swin
 
@@ -162,6 +164,13 @@ def high_resolution() -> Sample:
     return direct(hrnet.HighResolutionNetFeatures, config)
 
 
+def pooled_stages() -> list[mvit.MSBlockConfig]:
+    """The two stages of a pooled attention network."""
+    pooled = {"kernel_q": [3, 3, 3], "kernel_kv": [3, 3, 3], "stride_q": [1, 2, 2], "stride_kv": [1, 2, 2]}
+    whole = {**pooled, "stride_q": [1, 1, 1]}
+    return [mvit.MSBlockConfig(1, 16, 16, **whole), mvit.MSBlockConfig(2, 16, 32, **pooled)]
+
+
 NARROW: dict[str, Any] = {"channels": (16, 24, 32, 48), "layers": (1, 1, 1, 1), "stem_width": 8}
 FOUR: dict[str, Any] = {"depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2)}
 WINDOWS: dict[str, Any] = {"img_size": 32, "patch_size": 2, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
@@ -289,6 +298,9 @@ ATTENTION: dict[str, Sample] = {
         nest.Nest, img_size=32, embed_dims=(16, 24, 32), num_heads=(2, 2, 2), depths=(1, 1, 1), shape=SMALL
     ),
     "channel groups as tokens": named("davit_tiny", depths=(1, 1), embed_dims=(16, 24), num_heads=(2, 2)),
+    "global queries": direct(
+        gcvit.GlobalContextVit, img_size=(64, 64), embed_dim=16, depths=(2, 2), num_heads=(1, 2), window_size=(4, 4)
+    ),
     "mask units": named("hiera_tiny_224", img_size=64, stages=(1, 1, 1, 1), embed_dim=16),
     "biases per offset, subsampled queries": direct(
         levit.Levit, img_size=64, embed_dim=(16, 24), key_dim=8, num_heads=(2, 3), depth=(1, 1)
@@ -378,6 +390,18 @@ OTHERS: dict[str, Sample] = {
     "video, factored": spatiotemporal(video.Conv2Plus1D, video.R2Plus1dStem),
     "video windows": direct(
         video_swin.SwinTransformer3d, [2, 4, 4], 16, [1, 2], [2, 2], [2, 4, 4], shape=(3, 4, 32, 32)
+    ),
+    "pooled video attention": direct(
+        mvit.MViT,
+        (32, 32),
+        4,
+        pooled_stages(),
+        True,
+        False,
+        True,
+        True,
+        shape=(3, 4, 32, 32),
+        off_path=("blocks.1.attn.pool_q.pool",),
     ),
     "optical flow": Sample(optical_flow, (3, 64, 64), arguments=lambda x: (x, x.flip(-1), 3)),
 }
