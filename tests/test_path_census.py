@@ -37,148 +37,34 @@ MODULES = [
     *("torchvision.models.convnext.LayerNorm2d", "torchvision.ops.misc.FrozenBatchNorm2d"),
     *("torchvision.ops.stochastic_depth.StochasticDepth", "torch.nn.modules.linear.NonDynamicallyQuantizableLinear"),
 ]
-METHODS = [
-    "add",
-    "mul",
-    "reshape",
-    "permute",
-    "transpose",
-    "mean",
-    "__getitem__",
-    "flatten",
-    "view",
-    "unbind",
-    "add_",
-    "contiguous",
-    "matmul",
-    "expand",
-    "unsqueeze",
-    "softmax",
-    "sigmoid",
-    "div",
-    "chunk",
-    "size",
-    "sub",
-    "to",
-    "sum",
-    "split",
-    "float",
-    "__eq__",
-    "new_zeros",
-    "ne",
-    "masked_fill",
-    "neg",
-    "type_as",
-    "exp",
-    "pow",
-    "expand_as",
-    "squeeze",
-    "__rsub__",
-    "amax",
-    "__rpow__",
-    "repeat",
-    "norm",
-    "repeat_interleave",
-    "tile",
-    "max",
-    "clone",
-    "numel",
-    "zero_",
-    "unfold",
-    "div_",
-    "__invert__",
-    "cumsum",
-    "flip",
-    "clamp",
-    "long",
-    "tanh",
-    "var",
-    "sqrt",
-    "detach",
-    "all",
-    "reshape_as",
-    "mul_",
-    "square",
-    "rsqrt",
-]
-FUNCTIONS = [
-    "operator.getitem",
-    "operator.mul",
-    "operator.sub",
-    "operator.add",
-    "operator.pow",
-    "operator.truediv",
-    "operator.neg",
-    "builtins.getattr",
-    "torch.cat",
-    "torch._C._nn.scaled_dot_product_attention",
-    "torch._assert",
-    "torch.flatten",
-    "torch.nn.functional.pad",
-    "torch.functional.split",
-    "torch._C._nn.gelu",
-    "torch.stack",
-    "torch.nn.functional.interpolate",
-    "torch.nn.functional.dropout",
-    "torch._C._nn.linear",
-    "torch.nn.functional.softmax",
-    "torch.roll",
-    "torch.nn.functional.normalize",
-    "torch.sigmoid",
-    "torch.permute",
-    "torch.clamp",
-    "torch.nn.functional.relu",
-    "torch.nn.functional.adaptive_avg_pool2d",
-    "torch._C._nn.avg_pool2d",
-    "torch.sum",
-    "torch.mean",
-    "torch.div",
-    "torch.functional.einsum",
-    "torch.addcmul",
-    "torch.conv2d",
-    "torch.nn.functional.rms_norm",
-    "torch.matmul",
-    "torch.transpose",
-    "torch.rsqrt",
-    "torch.nn.functional.max_pool2d",
-    "torch.softmax",
-    "torch.chunk",
-    "torch._C._nn.one_hot",
-    "torch.unbind",
-    "torch.nn.functional.fold",
-    "torch.tensor_split",
-    "torch.sqrt",
-    "torch.tanh",
-    "torch.nn.functional.grid_sample",
-    "torch.nn.functional.adaptive_max_pool2d",
-    "torch.var",
-    "torch.mul",
-    "torch.logical_not",
-    "torch.square",
-    "torch.maximum",
-    "torch.exp",
-    "torch.swapaxes",
-    "torch.repeat_interleave",
-    "torch.nn.functional.unfold",
-    "growfx.graph_ops.set_item",
-]
+_METHODS = """
+add mul reshape permute transpose mean __getitem__ flatten view unbind add_ contiguous matmul expand unsqueeze softmax
+sigmoid div chunk size sub to sum split float __eq__ new_zeros ne masked_fill neg type_as exp pow expand_as squeeze
+__rsub__ amax __rpow__ repeat norm repeat_interleave tile max clone numel zero_ unfold div_ __invert__ cumsum flip
+clamp long tanh var sqrt detach all reshape_as mul_ square rsqrt
+"""
+METHODS = _METHODS.split()
+_FUNCTIONS = """
+operator.getitem operator.mul operator.sub operator.add operator.pow operator.truediv operator.neg builtins.getattr
+torch.cat torch._C._nn.scaled_dot_product_attention torch._assert torch.flatten torch.nn.functional.pad
+torch.functional.split torch._C._nn.gelu torch.stack torch.nn.functional.interpolate torch.nn.functional.dropout
+torch._C._nn.linear torch.nn.functional.softmax torch.roll torch.nn.functional.normalize torch.sigmoid torch.permute
+torch.clamp torch.nn.functional.relu torch.nn.functional.adaptive_avg_pool2d torch._C._nn.avg_pool2d torch.sum
+torch.mean torch.div torch.functional.einsum torch.addcmul torch.conv2d torch.nn.functional.rms_norm torch.matmul
+torch.transpose torch.rsqrt torch.nn.functional.max_pool2d torch.softmax torch.chunk torch._C._nn.one_hot torch.unbind
+torch.nn.functional.fold torch.tensor_split torch.sqrt torch.tanh torch.nn.functional.grid_sample
+torch.nn.functional.adaptive_max_pool2d torch.var torch.mul torch.logical_not torch.square torch.maximum torch.exp
+torch.swapaxes torch.repeat_interleave torch.nn.functional.unfold growfx.graph_ops.set_item
+"""
+FUNCTIONS = _FUNCTIONS.split()
 LIBRARY_OPERATORS = ["torchvision.roi_align", "torchvision.deform_conv2d"]
 # Only ever on sizes, positions, tables and masks: constants are executed, so these need no rule, and without one they
 # are an error where they meet an activation.
-ON_CONSTANTS = [
-    "operator.floordiv",
-    "operator.mod",
-    "torch.arange",
-    "torch.functional.meshgrid",
-    "math.ceil",
-    "torch.zeros",
-    "torch.ones",
-    "torch.tensor",
-    "torch.device",
-    "torch.linspace",
-    "torch.eye",
-    "torch._assert_async",
-]
+_ON_CONSTANTS = """
+operator.floordiv operator.mod torch.arange torch.functional.meshgrid math.ceil torch.zeros torch.ones torch.tensor
+torch.device torch.linspace torch.eye torch._assert_async
+"""
+ON_CONSTANTS = _ON_CONSTANTS.split()
 METHODS_ON_CONSTANTS = ["sin", "cos", "remainder", "__floordiv__"]
 
 

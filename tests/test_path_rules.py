@@ -8,11 +8,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import growfx
 from growfx.passes import path_rules
+from growfx.passes.path_graph import PathGraph
 from growfx.passes.path_products import path_products
 
 Map = Callable[[Tensor], Tensor]
@@ -170,15 +171,30 @@ def test_an_empty_sequence_is_an_identity() -> None:
     torch.testing.assert_close(path_products(net).scores["0"], torch.ones(2, 3, dtype=torch.float64))
 
 
-def test_a_write_into_a_part_of_a_tensor_read_again_is_refused() -> None:
-    def write(x: Tensor) -> Tensor:
-        x = x + 1
-        x[:, :2].mul_(3)
-        return x
+def part_written(x: Tensor) -> Tensor:
+    x = x + 1
+    x[:, :2].mul_(3)
+    return x
 
-    net = growfx.wrap(Between(write).eval(), torch.randn(2, 3))
-    with pytest.raises(growfx.TraceError, match="part of a tensor"):
-        path_products(net)
+
+def test_a_write_into_a_part_of_a_tensor_reaches_the_whole() -> None:
+    torch.manual_seed(0)
+    written = growfx.wrap(Between(part_written).eval(), torch.randn(2, 3))
+    torch.manual_seed(0)
+    scaled = growfx.wrap(Between(lambda x: x * torch.tensor([3.0, 3.0, 1.0, 1.0])).eval(), torch.randn(2, 3))
+    one, other = path_products(written), path_products(scaled)
+    for name, score in one.scores.items():
+        torch.testing.assert_close(score, other.scores[name], rtol=1e-12, atol=0)
+
+
+def test_a_graph_that_still_writes_into_a_part_read_again_is_refused() -> None:
+    net = growfx.wrap(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).eval(), torch.randn(2, 3))
+    graph = fx.Graph()
+    whole = graph.call_module("0", (graph.placeholder("x"),))
+    graph.call_method("mul_", (graph.call_method("narrow", (whole, 1, 0, 2)), 3))
+    graph.output(graph.call_module("1", (whole,)))
+    with pytest.raises(growfx.UnsupportedOperatorError, match=r"`mul_` .*part of a tensor"):
+        PathGraph(net, graph).run((torch.randn(1, 3),))
 
 
 @pytest.mark.parametrize("name", [key for key in path_rules.MODULES if isinstance(key, str)])
