@@ -20,6 +20,7 @@ from growfx.graph import MaskedGraph, RecordedGraph, chain_tensors, compiled, in
 from growfx.inputs import Inputs
 from growfx.layers import MaskedLayer, is_maskable, maskable_reason, to_plain, to_twin
 from growfx.models import default_input_shape, identity_of, remember
+from growfx.module_copy import copy_modules
 from growfx.passes.list_unmasked import list_unmasked
 from growfx.passes.record import DataDependentError, NeedsValuesError, meta_copy, record
 from growfx.recorded_call import can_be_written
@@ -62,7 +63,7 @@ def wrap(
         raise ConfigError(f"density is {density}; it must lie in (0, 1]")
     example = _example(model, example_inputs)
     shared: dict[int, Any] = {id(t): t for t in chain_tensors(model)}
-    shell = copy.deepcopy(model, shared)
+    shell = copy_modules(model, shared)
     report = TraceReport()
     _swap_in(shell, exclude, report)
     _declare_opaque(shell, opaque, report)

@@ -11,7 +11,6 @@ recorded: the innermost module doing so is named by `DataDependentError` and can
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import operator
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -25,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from growfx import graph_ops
 from growfx.errors import TraceError
+from growfx.module_copy import copy_modules
 from growfx.recorded_call import is_own_or_torch
 from growfx.recorder import DataDependentError, NeedsValuesError, Recorder
 
@@ -105,7 +105,7 @@ def meta_copy(module: nn.Module) -> nn.Module:
     for tensor in tensors:
         empty = torch.empty_like(tensor, device="meta", requires_grad=False)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(module, memo)
+    return copy_modules(module, memo)
 
 
 def _to_meta(nest: Any) -> Any:
