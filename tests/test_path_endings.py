@@ -237,3 +237,18 @@ def test_the_images_of_a_detector_may_be_given() -> None:
     assert two.log_total > one.log_total
     with pytest.raises(growfx.ConfigError, match="example_inputs"):
         path_products(net, example_inputs=([],))
+
+
+def test_a_head_for_which_the_recording_found_nothing_says_so() -> None:
+    class Picky(Detector):
+        def forward(self, images: list[Tensor]) -> Any:
+            features = F.relu(self.backbone(torch.stack(images)))
+            boxes = self.anchors[self.objectness(features).flatten()[:16] > 1e9]
+            rows = F.pad(boxes, (1, 0))
+            cut = torch.ops.torchvision.roi_align(features, rows, 0.5, 2, 2, -1, False)
+            return self.deltas(features), self.classes(self.box(cut.flatten(1)))
+
+    paths = path_products(growfx.wrap(Picky().eval(), (images(1),)))
+    assert set(paths.scores) == {"backbone", "objectness", "deltas"}
+    assert set(paths.off_path) == {"box", "classes"}
+    assert all("left nothing to feed it" in reason for reason in paths.off_path.values())
