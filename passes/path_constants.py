@@ -53,9 +53,16 @@ def changed_weight(
         return execute(node, (tensor, *rest), options)
 
     result = step(weight.tensor)
+    moving = is_moving(node.op, node.target)
+    if moving and isinstance(result, (tuple, list)):  # chunk, split, unbind: every piece is a part of the weight
+        pieces = (_as_float64(lambda tensor, i=i: step(tensor)[i]) for i in range(len(result)))
+        return tuple(
+            Weight(weight.layer, piece, weight.applied, (*weight.moves, move))
+            for piece, move in zip(result, pieces, strict=True)
+        )
     if not isinstance(result, Tensor):
         return result
-    if is_moving(node.op, node.target):
+    if moving:
         return Weight(weight.layer, result, weight.applied, (*weight.moves, _as_float64(step)))
     if not weight.moves and result.shape == shape:
         return Weight(weight.layer, result, result)

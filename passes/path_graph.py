@@ -8,6 +8,7 @@ magnitudes whose gradients are the scores, and which of the layer's input units 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -237,6 +238,8 @@ class PathGraph(PathFactors):
         """Execute a node without path values, leaving every parameter, buffer and mode as it is."""
         if node.target in _SWITCHES:
             return True
+        if node.target is operator.getitem and isinstance(args[0], (tuple, list, dict)):
+            return args[0][raw(args[1])]
         inputs = list(leaves((args, kwargs)))
         token = any(isinstance(item, Token) for item in inputs)
         embeds = node.target in _EMBEDDINGS

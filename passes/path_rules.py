@@ -69,7 +69,7 @@ _SEES_ENDS = path_rules_selection.SEES_ENDS | path_rules_sampling.SEES_ENDS
 _CONTAINERS = (dict, list, tuple, collections.OrderedDict)
 _CASTS = {"to", "type_as", "float", "double", "contiguous", "clone", "detach", "type"}
 _SUMS = {"sum", "cumsum", "nansum", torch.sum, torch.cumsum, torch.nn.functional.fold}
-# Names a subclass may define and still compute what its base computes.
+# Names a subclass may define and still compute what its base computes (a parametrized layer has its own copying).
 _HARMLESS = {
     "__init__",
     "__repr__",
@@ -78,6 +78,8 @@ _HARMLESS = {
     "reset_parameters",
     "__reduce__",
     "__reduce_ex__",
+    "__getstate__",
+    "__deepcopy__",
 }
 _NOT_CODE = {
     *("__module__", "__doc__", "__annotations__", "__constants__", "__dict__", "__weakref__", "__qualname__"),

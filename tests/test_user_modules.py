@@ -147,6 +147,24 @@ def test_weights_used_by_functions_belong_to_their_layer_and_obey_its_mask() -> 
     assert torch.equal(growfx.unwrap(net)(x), before)
 
 
+class Sliced(nn.Module):
+    """One layer's weight in three parts, each used by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(6, 18), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (F.linear(x, w, b) for w, b in zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True))
+        return self.out(F.scaled_dot_product_attention(q, k, v))
+
+
+def test_parts_of_a_weight_score_as_the_whole() -> None:
+    net = check(Sliced(), torch.randn(2, 5, 6), layers={"qkv", "out"})
+    assert_scored(net)
+    assert bool((growfx.path_products(net).scores["qkv"] > 0).all())
+
+
 # -- arguments and results --------------------------------------------------------------------------------------------
 
 
@@ -296,6 +314,17 @@ def test_a_parametrized_layer_works_and_is_accounted_for(kind: str) -> None:
     x = torch.randn(6, 4)
     assert torch.allclose(net.eval()(x), growfx.unwrap(net)(x))
     net.train()(x).sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_paths_cross_a_parametrized_layer_by_the_weight_it_applies(kind: str) -> None:
+    inner = getattr(parametrizations, kind)(nn.Linear(5, 5, bias=False))
+    model = nn.Sequential(nn.Linear(4, 5), inner, nn.ReLU(), nn.Linear(5, 2)).eval()
+    paths = growfx.path_products(growfx.wrap(model, torch.randn(3, 4)))
+    first, middle, last = (m.weight.detach().double().abs() for m in (model[0], inner, model[3]))
+    expected = (last @ middle).sum(0)[:, None].expand_as(first)
+    got = paths.scores["0"] * math.exp(paths.log_scale)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
 
 
 # -- what cannot be recorded ------------------------------------------------------------------------------------------
