@@ -12,5 +12,6 @@ PASSES: Final = {
     "mask": "wrap",
     "list_unmasked": "list_unmasked",
     "path_products": "path_products",
+    "connect": "connect",
     "seed": "seed_masks",
 }

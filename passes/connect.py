@@ -1,0 +1,436 @@
+"""Unit connectivity: which output units of which layers feed which input units, and which stand and fall together.
+
+The recorded graph is run on the numbers of units instead of values: operators that move elements are executed as they
+are, so that no index has to be computed here, and operators that combine elements say which units meet.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from growfx.connectivity import Connectivity
+from growfx.errors import TraceError
+from growfx.layers import MaskedLayer
+from growfx.passes import connect_layers, connect_norms, connect_rules
+from growfx.passes.connect_operations import (
+    has_meta,
+    maker,
+    meta_module,
+    on_meta,
+    operation,
+    operator_name,
+    paired,
+)
+from growfx.passes.connect_results import Fed, found
+from growfx.passes.connect_signals import MIX, SLOT, UNIT, Ints, Signals, filled, narrowed, numbers, tidy
+from growfx.passes.connect_values import Ids, Lost, Named, WeightPart, real, whole
+from growfx.passes.path_constants import evaluating_copy, execute, writes_in_place
+from growfx.passes.path_graph import describe
+from growfx.passes.path_rules import APPLIED, function_rule, is_moving, method_rule, module_rule, row_of
+from growfx.passes.path_values import leaves, map_leaves
+
+if TYPE_CHECKING:
+    from growfx.graph import MaskedGraph
+
+__all__ = ["MODULES", "OPERATORS", "UnitGraph", "connect"]
+
+# How operators pass signals on, by the name of their path rule.
+OPERATORS = {**connect_norms.OPERATORS, **connect_rules.OPERATORS, **connect_layers.OPERATORS}
+MODULES = {**connect_norms.MODULES, **connect_rules.MODULES, **connect_layers.MODULES}
+
+_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
+_CASTS = {
+    "to",
+    "type_as",
+    "float",
+    "double",
+    "half",
+    "bfloat16",
+    "contiguous",
+    "clone",
+    "detach",
+    "type",
+    "cpu",
+    "cuda",
+}
+
+
+def connect(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None = None) -> Connectivity:
+    """Find which units feed which, and which are coupled.
+
+    Args:
+        net: a masked graph from `growfx.wrap`, on any device, the meta device included; nothing of it is changed.
+        example_inputs: only shapes and kinds count, at batch 1; default: as recorded.
+
+    What it does not understand it pins, with the reason.
+
+    Raises:
+        TraceError: the network was not recorded faithfully, or an operator fails on shapes alone.
+    """
+    if example_inputs is None:
+        inputs = net.example_inputs()
+    else:
+        inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    run = UnitGraph(net, net.graph_at(*inputs, training=False))
+    with torch.no_grad():
+        run.run(inputs)
+    slots = {name: named.ids for name, _, named in run.parameters.values() if named.ids is not None}
+    return found(run.signals, run.layers, run.inputs, slots, run.frames.values())
+
+
+class UnitGraph:
+    """One run of a recorded graph on unit numbers.
+
+    Attributes:
+        signals: what is known of units and of what is made of them.
+        layers: name -> units, and what feeds its columns.
+        name: the operator being passed: function or method name, or the module's class.
+        place: the node and its source line, for reasons.
+        module: the module being called, under `target`, known as `layer`; `applied` when it transforms its weight,
+            `scales_last` when it is a norm over trailing axes.
+    """
+
+    def __init__(self, net: MaskedGraph, graph: fx.Graph) -> None:
+        self.net, self.graph = net, graph
+        self.signals = Signals()
+        self.layers: dict[str, Fed] = {}
+        self.inputs: dict[str, Ints] = {}
+        self.frames: dict[bytes, Tensor] = {}
+        self.name = self.place = self.target = self.layer = ""
+        self.module: Any = None
+        self.applied = self.scales_last = False
+        first = next(net.parameters(), torch.empty(0))
+        self.model_dtype = first.dtype
+        self._masked = {id(layer.parameter): name for name, layer in net.layers.items()}
+        self._weights = {id(m.weight): n for n, m in net.shell.named_modules() if isinstance(m, _LAYERS[:2])}
+        self.parameters: dict[int, tuple[str, Tensor, Named]] = {}
+        self._environment: dict[fx.Node, Any] = {}
+        self._writes = any(writes_in_place(node) for node in graph.nodes)
+
+    # What rules ask for
+
+    def outputs(self, layer: str, units: int, columns: int, groups: int = 1) -> Ints:
+        """The output units of a layer, new at its first use."""
+        if layer not in self.layers:
+            self.layers[layer] = Fed(self.signals.fresh(units, UNIT), columns, groups)
+        return self.layers[layer].units
+
+    def feeds(self, layer: str, columns: Ints, signals: Ints) -> None:
+        """Note what stands at a layer's columns."""
+        known = self.layers[layer]
+        known.at.append(columns)
+        known.signals.append(signals)
+        mixes = self.signals.kind[signals] == MIX
+        if len(np.unique(signals[mixes])) > 1:
+            inside = [
+                self.signals.members[mix] for mix in np.unique(signals[mixes]).tolist() if mix in self.signals.members
+            ]
+            for members in inside:
+                self.signals.pin(members, f"`{layer}` has a column for each of several mixes of it")
+        if mixes.any():
+            beside = np.isin(columns, columns[mixes])
+            self.signals.pin(signals[beside & ~mixes], f"`{layer}` sees it where it sees a mix of units elsewhere")
+
+    def mixes_positions(self, layer: str) -> None:
+        """Note that a layer runs over positions."""
+        self.layers[layer].mixes_positions = True
+        self.signals.pin(self.layers[layer].units, "it is a position")
+
+    def frame(self, tensor: Tensor) -> None:
+        """Note units that stand along several axes."""
+        small = narrowed(tensor)
+        if sum(size > 1 for size in small.shape) < 2 or small.numel() > len(self.signals.kind):
+            return
+        ids = self.signals.plain(numbers(small))
+        if (ids > 0).all() and len(np.unique(ids)) == len(ids):
+            shape = [size for size in small.shape if size > 1]
+            kept = torch.from_numpy(ids).reshape(shape)
+            self.frames.setdefault(repr(shape).encode() + ids.tobytes(), kept)
+
+    def layer_name(self, module: nn.Module, target: str) -> str:
+        """Under which name a layer is known: that of its weight's masked layer, or its own."""
+        weight = module.parameter if isinstance(module, MaskedLayer) else None
+        return self._masked.get(id(weight), target)
+
+    def places(self, part: WeightPart) -> tuple[Tensor, Tensor]:
+        """Output unit and input column of every element of a layer's weight."""
+        layer = self.layers[part.layer]
+        module: Any = self.net.get_submodule(part.layer)
+        shape = (module.parameter if isinstance(module, MaskedLayer) else module.weight).shape
+        taps = int(np.prod(shape[2:]))
+        first, second = part.places // (taps * shape[1]), part.places // taps % shape[1]
+        if isinstance(module, _ConvTransposeNd):
+            first, second = second, first
+        return torch.from_numpy(layer.units)[first], second
+
+    def parameter(self, name: str, tensor: Tensor, beside: Named | None = None) -> Named:
+        """A parameter or buffer with a slot per element; it shares those of the one it is always used beside."""
+        found = self.parameters.get(id(tensor))
+        if found is None:
+            slots = beside.ids if beside is not None else None
+            if slots is None:
+                slots = filled(self.signals.fresh(tensor.numel(), SLOT), tensor.shape)
+            found = self.parameters[id(tensor)] = (name, tensor, Named(tensor.detach(), slots))
+        return found[2]
+
+    def shapes(self, op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Shapes of an operation's results, found without values."""
+
+        def emptied(item: Any) -> Any:
+            if isinstance(item, WeightPart):
+                return torch.empty(item.places.shape, dtype=self.model_dtype, device="meta")
+            tensor = item.tensor if isinstance(item, (Ids, Named)) else item
+            if not isinstance(tensor, Tensor):
+                return torch.device("meta") if isinstance(item, torch.device) else item
+            dtype = self.model_dtype if isinstance(item, Ids) else tensor.dtype
+            return torch.empty(tensor.shape, dtype=dtype, device="meta")
+
+        result = on_meta(op, map_leaves(emptied, args), map_leaves(emptied, kwargs))
+        return map_leaves(lambda item: item.shape if isinstance(item, Tensor) else item, result)
+
+    def unknown(self, op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What is not understood: all units in it stay, and its results are a mix of them."""
+        values = [item for item in leaves((args, kwargs)) if isinstance(item, Ids)]
+        for value in values:
+            self.signals.pin(numbers(narrowed(value.tensor)), f"not followed through {self.place}")
+        mix = whole(self.signals, [value.tensor for value in values])
+        try:
+            shapes = self.shapes(op, args, kwargs)
+        except Exception:  # its shape depends on data
+            return Lost()
+        if isinstance(shapes, torch.Size):
+            return self._filled(shapes, mix)
+        if isinstance(shapes, (tuple, list)):
+            return type(shapes)(self._filled(s, mix) if isinstance(s, torch.Size) else s for s in shapes)
+        return shapes
+
+    def _filled(self, shape: torch.Size, signal: int) -> Ids:
+        return Ids(torch.tensor(float(signal), dtype=torch.float64).expand(shape))
+
+    def judged(self, op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A comparison or the like: no unit is in its result, whose values are unknown."""
+        return op(*real(args), **real(kwargs))
+
+    # The run
+
+    def run(self, inputs: Sequence[Any]) -> None:
+        """Interpret the graph."""
+        waiting = iter(inputs)
+        last: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            for source in (node, *node.all_input_nodes):
+                last[source] = node
+        ending: dict[fx.Node, list[fx.Node]] = {}
+        for node, end in last.items():
+            ending.setdefault(end, []).append(node)
+        for node in self.graph.nodes:
+            self._step(node, waiting)
+            for dead in ending.get(node, ()):
+                self._environment.pop(dead, None)
+
+    def _step(self, node: fx.Node, waiting: Iterator[Any]) -> None:
+        if node.op == "output":
+            for value in leaves(self._mapped(node.args[0])):
+                if isinstance(value, Ids):
+                    self.signals.pin(numbers(narrowed(value.tensor)), "it is an output of the network")
+            return
+        self.place = describe(node)
+        if node.op == "placeholder":
+            result = self._placeholder(node, next(waiting, node.args[0] if node.args else None))
+        elif node.op == "get_attr":
+            result = self._attribute(str(node.target))
+        else:
+            try:
+                result = self._evaluate(node, self._mapped(node.args), self._mapped(node.kwargs))
+            except (TraceError, torch.OutOfMemoryError):
+                raise
+            except Exception as problem:
+                raise TraceError(f"unit connectivity failed at {self.place}: {problem}") from problem
+        self._environment[node] = result
+        if isinstance(result, Ids):
+            self.frame(result.tensor)
+
+    def _mapped(self, nest: Any) -> Any:
+        return map_arg(nest, lambda node: self._environment[node])
+
+    def _placeholder(self, node: fx.Node, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value[:1] if isinstance(value, Tensor) and value.ndim else value
+        shape = (1, *value.shape[1:]) if value.ndim else ()
+        axis = 1 if len(shape) > 3 or (len(shape) == 3 and self._is_convolved(node)) else len(shape) - 1
+        return self._source(str(node.target), shape, axis)
+
+    def _source(self, name: str, shape: Sequence[int], axis: int) -> Ids:
+        """Units along one axis where paths begin."""
+        if not shape:
+            shape, axis = (1,), 0
+        units = self.inputs[name] = self.signals.fresh(shape[axis], UNIT)
+        self.signals.pin(units, "it is an input of the network")
+        return Ids(tidy(filled(units, [-1 if at == axis else 1 for at in range(len(shape))]).expand(tuple(shape))))
+
+    def _is_convolved(self, node: fx.Node) -> bool:
+        """Whether the first layer after a three-dimensional input takes its middle axis for channels."""
+        for user in node.users:
+            if user.op == "call_module":
+                module = self.net.get_submodule(str(user.target))
+                if isinstance(module, (nn.Conv1d, nn.BatchNorm1d, nn.ConvTranspose1d)):
+                    return True
+        return False
+
+    def _attribute(self, target: str) -> Any:
+        way, _, last = target.rpartition(".")
+        owner: Any = self.net.get_submodule(way) if way else self.net.shell
+        if isinstance(owner, MaskedLayer) and last in ("effective_weight", owner.weight_name):
+            name = self.layer_name(owner, way)
+            self._register(name, owner)
+            shape = owner.parameter.shape
+            return WeightPart(name, torch.arange(shape.numel()).reshape(shape))
+        value = getattr(owner, last)
+        if not isinstance(value, Tensor):
+            return value
+        weight = self._weights.get(id(value))
+        if weight is not None:
+            self._register(weight, self.net.get_submodule(weight))
+            return WeightPart(weight, torch.arange(value.numel()).reshape(value.shape))
+        named = self.parameter(target, value)
+        return Named(named.tensor.clone(), named.ids) if self._writes else named
+
+    def _register(self, name: str, module: Any) -> None:
+        """A layer's units where its weight is used directly."""
+        if isinstance(module, nn.Linear):
+            self.outputs(name, module.out_features, module.in_features)
+        elif isinstance(module, nn.MultiheadAttention):
+            self.outputs(name, 3 * module.embed_dim, module.embed_dim)
+        elif isinstance(module, nn.modules.conv._ConvNd) or hasattr(module, "weight_shape"):
+            self.outputs(name, module.out_channels, module.in_channels, module.groups)
+        else:
+            raise TraceError(f"the weight of `{name}`, a `{type(module).__name__}`, has no known units")
+
+    def _evaluate(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        items = list(leaves((args, kwargs)))
+        if any(isinstance(item, Lost) for item in items):
+            for item in items:
+                if isinstance(item, Ids):
+                    self.signals.pin(numbers(narrowed(item.tensor)), f"data selects among it in {self.place}")
+            return Lost()
+        self.name = operator_name(node, self.net)
+        if node.op == "call_module":
+            return self._module(node, args, kwargs)
+        op = operation(node)
+        if any(isinstance(item, Ids) for item in items):
+            if node.op == "call_method" and not isinstance(args[0], (Tensor, Ids, Named, WeightPart)):
+                return op(*args, **kwargs)
+            return self._ruled(node, op, args, kwargs)
+        if args and isinstance(args[0], WeightPart):
+            return self._moved_weight(node, op, args, kwargs)
+        return self._constant(node, op, args, kwargs)
+
+    def _ruled(self, node: fx.Node, op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        path_rule = function_rule(node.target) if node.op == "call_function" else method_rule(str(node.target))
+        rule = None
+        if path_rule is not None:
+            name = maker(path_rule)
+            rule = OPERATORS.get(name)
+            if rule is None and name == "function_rule":
+                return path_rule(self, *args, **kwargs)  # a container is built
+        if rule is None or (rule in connect_rules.INDEXED and has_meta((args[1:], kwargs))):
+            return self.unknown(op, args, kwargs)
+        if not args and "input" in kwargs:
+            args, kwargs = (kwargs["input"],), {name: item for name, item in kwargs.items() if name != "input"}
+        return rule(self, op, *args, **kwargs)
+
+    def _module(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        target = str(node.target)
+        module = self.net.get_submodule(target)
+        if not any(isinstance(item, Ids) for item in leaves((args, kwargs))):
+            for name, part in module.named_modules(prefix=target):
+                if isinstance(part, MaskedLayer):
+                    self._register(self.layer_name(part, name), part)
+            return evaluating_copy(module)(*real(args), **real(kwargs))
+        return self.call(module, target, *args, **kwargs)
+
+    def call(self, module: nn.Module, target: str, *args: Any, **kwargs: Any) -> Any:
+        """Apply a module's rule."""
+        before = self.module, self.target, self.layer, self.applied, self.scales_last
+        self.module, self.target, self.layer = module, target, self.layer_name(module, target)
+        path_rule = module_rule(module)
+        name = "" if path_rule is None else maker(path_rule)
+        rule = MODULES.get(name)
+        self.applied = row_of(APPLIED, getattr(type(module), "twin_of", type(module))) is not None
+        if name == "scale_module":
+            self.scales_last = inspect.getclosurevars(path_rule).nonlocals["last"]  # type: ignore[arg-type]
+
+        def op(*inner: Any, **options: Any) -> Any:
+            return meta_module(module)(*inner, **options)
+
+        try:
+            return self._unknown_module(op, args, kwargs) if rule is None else rule(self, op, *args, **kwargs)
+        finally:
+            self.module, self.target, self.layer, self.applied, self.scales_last = before
+
+    def _unknown_module(self, op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        for name, part in self.module.named_modules(prefix=self.target):
+            if isinstance(part, (*_LAYERS, MaskedLayer)):
+                self._register(self.layer_name(part, name), part)
+                self.signals.pin(self.layers[self.layer_name(part, name)].units, f"not followed through {self.place}")
+        return self.unknown(op, args, kwargs)
+
+    def _moved_weight(self, node: fx.Node, op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        part: WeightPart = args[0]
+        if self.name in _CASTS:
+            return part
+        if not any(isinstance(item, WeightPart) for item in args[1:]):
+            rest, options = real(args[1:]), real(kwargs)
+            if is_moving(node.op, node.target):
+                result = op(part.places, *rest, **options)
+                return map_leaves(
+                    lambda item: WeightPart(part.layer, item, part.counted) if isinstance(item, Tensor) else item,
+                    result,
+                )
+            shape = self.shapes(op, args, kwargs)
+            if shape == part.places.shape:
+                return WeightPart(part.layer, part.places, True)
+            if not isinstance(shape, torch.Size):
+                return shape
+        layer = self.layers[part.layer]
+        self.signals.pin(layer.units, f"its weight is transformed in {self.place}")
+        return self._lost_weight(op, args, kwargs)
+
+    def _lost_weight(self, op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        shapes = self.shapes(op, args, kwargs)
+        return map_leaves(lambda item: torch.zeros(item) if isinstance(item, torch.Size) else item, shapes)
+
+    def _constant(self, node: fx.Node, op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Execute a node on constants; slots of parameters move along where their rule allows."""
+        if self.name in ("_set_grad_enabled", "swap_grad_enabled"):
+            return True
+        if any(isinstance(item, WeightPart) for item in leaves((args, kwargs))):
+            return self._lost_weight(op, args, kwargs)
+        result = execute(node, real(args), real(kwargs))
+        named = [item for item in leaves((args, kwargs)) if isinstance(item, Named)]
+        if not named or not any(isinstance(item, Tensor) for item in leaves(result)):
+            return result
+        slots: Any = None
+        if all(item.ids is not None for item in named):
+            slots = self._slots(node, op, args, kwargs)
+        return paired(result, slots)
+
+    def _slots(self, node: fx.Node, op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        pins, counts = len(self.signals.pins), len(self.signals.counts)
+        as_ids = lambda item: Ids(item.ids) if isinstance(item, Named) and item.ids is not None else item  # noqa: E731
+        try:
+            slots = self._ruled(node, op, map_leaves(as_ids, args), map_leaves(as_ids, kwargs))
+        except Exception:  # the rules are made for activations: what they refuse here is simply not followed
+            slots = None
+        if len(self.signals.pins) > pins or len(self.signals.counts) > counts:
+            slots = None
+        del self.signals.pins[pins:], self.signals.counts[counts:]
+        return slots

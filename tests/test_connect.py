@@ -1,0 +1,304 @@
+"""Unit connectivity against what the networks themselves say when one unit is changed, or cut out."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from connect_nets import NETS, build
+from torch import Tensor, nn
+
+import growfx
+from growfx.connectivity import Connectivity
+from growfx.passes import path_rules
+from growfx.passes.connect import MODULES, OPERATORS, connect
+from growfx.passes.connect_operations import maker
+from growfx.passes.path_products import path_products
+
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+def connected(name: str) -> tuple[Any, nn.Module, Tensor, Connectivity]:
+    model, x = build(name)
+    net = growfx.wrap(copy.deepcopy(model), x)
+    return net, model, x, connect(net)
+
+
+def channel_axis(module: nn.Module, value: Tensor) -> int:
+    return value.ndim - 1 if isinstance(module, nn.Linear) else 1
+
+
+def changed_columns(
+    model: nn.Module, x: Tensor, source: str | None, channel: int, through: Any
+) -> dict[str, list[int]]:
+    """Which input columns change when one output unit of `source` (or of the input) does and no other layer reacts.
+
+    Layers in `through` react.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    outputs: dict[str, Tensor] = {}
+    inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
+    changing = False
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            inputs[name].append(args[0].detach())
+            if not changing or name in through:
+                outputs[name] = output.detach()
+            result = outputs[name].clone()
+            if changing and name == source:
+                part = result.select(channel_axis(module, result), channel)
+                part.add_(torch.randn_like(part))
+            return result
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in layers.items()]
+    model(x)
+    changing = True
+    moved = x.clone()
+    if source is None:
+        part = moved.select(1 if x.ndim > 3 else x.ndim - 1, channel)
+        part.add_(torch.randn_like(part))
+    model(moved)
+    for handle in handles:
+        handle.remove()
+    found = {}
+    for name, (before, after) in inputs.items():
+        axis = channel_axis(layers[name], before)
+        differs = (before != after).movedim(axis, 0).flatten(1).any(1)
+        found[name] = differs.nonzero().flatten().tolist()
+    return found
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_unit_feeds_the_columns_that_change_with_it(name: str) -> None:
+    _, model, x, found = connected(name)
+    fed: dict[int, dict[str, list[int]]] = {}
+    for layer in found.layers:
+        for column, unit in zip(*(part.tolist() for part in found.feeding(layer)), strict=True):
+            fed.setdefault(unit, {}).setdefault(layer, []).append(column)
+    mixing = {name for name, layer in found.layers.items() if layer.mixes_positions}
+    for source in (None, *found.layers):
+        if source is not None and found.layers[source].mixes_positions:
+            continue  # its units are positions
+        units = next(iter(found.inputs.values())) if source is None else found.layers[source].outputs
+        for channel, unit in enumerate(units.tolist()):
+            expected = {k: v for k, v in changed_columns(model, x, source, channel, mixing).items() if v}
+            assert fed.get(unit, {}) == expected, (source, channel)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_sources_are_units_that_feed_the_column(name: str) -> None:
+    _, _, _, found = connected(name)
+    for name_, layer in found.layers.items():
+        pairs = set(zip(*(part.tolist() for part in found.feeding(name_)), strict=True))
+        assert len(layer.sources) in (found.layers[name_].sources.shape[0],)
+        for column, unit in enumerate(layer.sources.tolist()):
+            assert (unit == -1) == layer.mixes_positions
+            assert unit == -1 or (column, unit) in pairs
+
+
+def test_every_operator_that_has_a_path_rule_is_followed_or_known_not_to_be() -> None:
+    rules = {*path_rules.FUNCTIONS.values(), *path_rules.METHODS.values()}
+    assert {maker(rule) for rule in rules} - set(OPERATORS) == NOT_FOLLOWED
+    kinds = {maker(rule) for rule in path_rules.MODULES.values()}
+    assert kinds - set(MODULES) == {"<lambda>", "cell", "recurrent", "unpool_module"}
+
+
+NOT_FOLLOWED = {"deform_conv2d", "grid_sample", "multihead_function", "roi_align", "roi_pool", "unpool"}
+
+# Per network: groups that could be cut out, each by the layers and channels in it.
+GROUPS = {
+    "residual": 6 + 4,
+    "dense": 4 + 3,
+    "shuffle": 8 + 4,
+    "subpixel": 2 + 4,
+    "excite": 6 + 2 + 4,
+    "attention": 8 + 8 + 8 + 6,
+    "written attention": 8 + 8 + 8 + 6,
+    "flat": 4 + 8 + 4,
+    "mixer": 5,
+    "linearised": 6 + 6 + 6 + 6 + 6,
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_no_more_units_are_coupled_than_must_be(name: str) -> None:
+    _, _, _, found = connected(name)
+    assert len({*found.group[1:].tolist()} - found.pinned.keys()) == GROUPS[name]
+
+
+CUT = ["residual", "dense", "subpixel", "excite", "attention", "written attention", "flat", "mixer"]
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_a_group_can_be_cut_out_of_all_weights_and_the_network_computes_the_same(name: str) -> None:
+    _, model, x, found = connected(name)
+    framed = {unit for frame in found.frames for unit in frame.flatten().tolist()}
+    grouped = [layer for layer, units in found.layers.items() if units.groups > 1]  # would need other group sizes
+    framed |= {unit for layer in grouped for unit in found.coupled(layer).tolist()}
+    framed |= {unit for layer in grouped for unit in found.group[found.layers[layer].sources].tolist()}
+    groups = sorted({*found.group[1:].tolist()} - found.pinned.keys() - framed)
+    assert groups
+    for group in groups:
+        with_zeros, without = copy.deepcopy(model), copy.deepcopy(model)
+        for layer, units in found.layers.items():
+            columns = units.sources.clamp(min=0)
+            gone = (found.group[columns] == group) & (columns > 0)
+            dead = found.coupled(layer) == group
+            _silence(with_zeros.get_submodule(layer), gone)
+            _cut(without.get_submodule(layer), ~dead, ~gone)
+        for parameter, (axis, units) in found.parameters.items():
+            _keep(without, parameter, axis, found.group[units] != group)
+        torch.testing.assert_close(without(x), with_zeros(x), rtol=1e-12, atol=1e-12)
+
+
+def _columns_axis(module: Any) -> int:
+    return 0 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 1
+
+
+def _silence(module: Any, columns: Tensor) -> None:
+    if columns.any():
+        module.weight.data.movedim(_columns_axis(module), 0)[columns] = 0
+
+
+def _cut(module: Any, outputs: Tensor, columns: Tensor) -> None:
+    if outputs.all() and columns.all():
+        return
+    axis = _columns_axis(module)
+    weight = module.weight.data.index_select(axis, columns.nonzero().flatten())
+    module.weight = nn.Parameter(weight.index_select(1 - axis, outputs.nonzero().flatten()))
+    module.bias = nn.Parameter(module.bias.data[outputs])
+
+
+def _keep(model: nn.Module, name: str, axis: int, kept: Tensor) -> None:
+    way, _, last = name.rpartition(".")
+    owner = model.get_submodule(way)
+    tensor = getattr(owner, last).data.index_select(axis, kept.nonzero().flatten())
+    if last in owner._buffers:
+        owner._buffers[last] = tensor
+    else:
+        owner._parameters[last] = nn.Parameter(tensor)
+
+
+def test_parameters_are_cut_where_their_units_are() -> None:
+    _, _, _, found = connected("attention")
+    assert set(found.parameters) == {"token", "place", "scale"}
+    stream = found.coupled("embed")
+    for name, axis in (("token", 2), ("place", 2), ("scale", 0)):
+        at, units = found.parameters[name]
+        assert at == axis
+        assert torch.equal(found.group[units], stream)
+    assert torch.equal(found.coupled("proj"), stream)
+
+
+def test_heads_stand_in_frames_and_queries_are_coupled_with_keys() -> None:
+    for name in ("attention", "written attention"):
+        _, _, _, found = connected(name)
+        queries, keys, values = found.coupled("qkv").view(3, 2, 4)
+        assert torch.equal(queries, keys)
+        assert not set(queries.flatten().tolist()) & set(values.flatten().tolist())
+        assert any(torch.equal(frame, queries) for frame in found.frames)
+        assert any(torch.equal(frame, values) for frame in found.frames)
+
+
+def test_multihead_attention_modules_are_followed_inside() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.attention = nn.Linear(5, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            return self.attention(x, x, x, need_weights=False)[0].mean(1)
+
+    found = connect(growfx.wrap(Net().eval(), torch.randn(2, 3, 5)))
+    inner = found.layers["attention"]
+    assert torch.equal(inner.sources, found.layers["embed"].outputs)
+    assert torch.equal(found.layers["attention.out_proj"].sources, inner.outputs[16:])
+    assert torch.equal(found.coupled("attention")[:8], found.coupled("attention")[8:16])
+
+
+def test_what_is_not_understood_is_pinned_with_its_place() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.cumsum(self.a(x), -1))
+
+    found = connect(growfx.wrap(Net().eval(), torch.randn(2, 4)))
+    assert all("cumsum" in found.pinned[group] for group in found.coupled("a").tolist())
+    assert found.layers["b"].sources.tolist() == [-1] * 6
+    assert "cumsum" in str(found)
+
+
+def test_norms_over_units_count_them() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)).eval()
+    found = connect(growfx.wrap(model, torch.randn(2, 4)))
+    assert found.counted.keys() == set(found.coupled("0").tolist())
+    model[1] = nn.BatchNorm1d(6)
+    assert not connect(growfx.wrap(model.eval(), torch.randn(2, 4))).counted
+
+
+def test_units_without_a_path_are_dead_and_removable_once_their_whole_group_is() -> None:
+    net, _, _, found = connected("residual")
+    masks = {name: layer.mask.clone() for name, layer in net.layers.items()}
+    masks["a"][1] = False  # the shortcut's channel 1; the branch still writes to it
+    masks["b"][2] = False
+    net.set_masks(masks)
+    paths = path_products(net)
+    assert {name: units.tolist() for name, units in found.dead_units(paths).items()} == {"a": [1], "b": [2]}
+    removable = found.removable(paths)
+    assert [name for name, cut in removable.items() if cut.any()] == ["b"]
+    masks["c"][1] = False
+    net.set_masks(masks)
+    removable = found.removable(path_products(net))
+    assert {name: cut.nonzero().flatten().tolist() for name, cut in removable.items() if cut.any()} == {
+        "a": [1],
+        "b": [2],
+        "c": [1],
+    }
+
+
+def test_an_input_channel_that_no_active_edge_reads_is_dead() -> None:
+    net, _, _, found = connected("flat")
+    net.layers["a"].mask[:, 2] = False
+    alive = found.alive(path_products(net))
+    assert alive[found.inputs["x"]].tolist() == [True, True, False]
+    assert found.pinned[int(found.inputs["x"][2])] == "it is an input of the network"
+
+
+def test_the_same_is_found_on_the_meta_device() -> None:
+    for name in ("windows", "attention"):
+        _, model, x, found = connected(name)
+        there = connect(growfx.wrap(copy.deepcopy(model).to("meta"), x.to("meta")))
+        assert torch.equal(found.group, there.group)
+        assert str(found) == str(there)
+
+
+MODELS = [
+    "resnet10t",
+    "densenet121",
+    "mobilenetv3_small_050",
+    "convnext_atto",
+    "torchvision/shufflenet_v2_x0_5",
+    "torchvision/swin_t",
+    "test_vit",
+    "resnest14d",
+]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_column_of_a_library_model_has_a_source(name: str) -> None:
+    with torch.device("meta"):
+        net = growfx.wrap(growfx.create_model(name).eval())
+    found = connect(net)
+    assert set(found.layers) == set(net.layers)
+    for layer, units in found.layers.items():
+        assert bool((units.sources > 0).all()), layer
+    assert set(found.pinned.values()) == {"it is an input of the network", "it is an output of the network"}
