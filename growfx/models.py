@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from growfx.errors import ConfigError
 
@@ -106,11 +107,31 @@ def blueprint(identity: ModelIdentity) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _WithoutInitialisation():
                 return create_model(identity.spec, **identity.kwargs)
         except ConfigError:
             # Some builders compute with values of tensors; these can only be built for real.
             return create_model(identity.spec, **identity.kwargs)
+
+
+# What initialisers do in place; on a tensor without values it changes nothing.
+_FILLING = {
+    "add_", "clamp_", "constant_", "copy_", "div_", "erfinv_", "exponential_", "fill_", "kaiming_normal_",
+    "kaiming_uniform_", "log_", "mul_", "normal_", "ones_", "sub_", "trunc_normal_", "uniform_", "xavier_normal_",
+    "xavier_uniform_", "zero_", "zeros_",
+}  # fmt: skip
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    """Leaves tensors of the meta device as they are: pretending to fill them takes most of the time of a build."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _FILLING:
+            target = args[0] if args else kwargs.get("tensor")
+            if isinstance(target, Tensor) and target.is_meta:
+                return target
+        return func(*args, **kwargs)
 
 
 def default_input_shape(model: nn.Module) -> tuple[int, ...]:
