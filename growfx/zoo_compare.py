@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-__all__ = ["difference", "enliven", "run_seeded", "used_weights", "weight_layers"]
+__all__ = ["difference", "enliven", "run_followed", "run_seeded", "weight_layers"]
 
 _TOLERANCE = 1e-5  # relative to the largest value of an output: kernels may order their sums differently
 _SMALLEST_SCALE = 0.1
@@ -104,17 +104,16 @@ def weight_layers(model: nn.Module) -> Iterator[str]:
             yield name
 
 
-def used_weights(model: nn.Module, inputs: tuple[Any, ...]) -> set[str]:
-    """Names of parameters that the weight of some convolution, linear map or attention is computed from.
+def run_followed(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> tuple[list[Any], set[str]]:
+    """`run_seeded`, and the names of parameters that weights of convolutions, linear maps and attentions come from.
 
-    Only weights that do not depend on the data count, and of those only matrices: a gain per unit is none. One seeded
-    forward is run in the model's current mode, of whatever the model does: modules, functions, own layers.
+    Only weights that do not depend on the data count, and of those only matrices: a gain per unit is none. Whatever the
+    model does is followed: modules, functions, layers of its own.
     """
     uses = _WeightUses(model, inputs)
-    with _restored_buffers(model), torch.random.fork_rng(devices=[]), torch.no_grad(), uses:
-        torch.manual_seed(1)
-        model(*inputs)
-    return {name for name in uses.found if sum(size > 1 for size in model.get_parameter(name).shape) >= 2}
+    with uses:
+        outputs = run_seeded(model, inputs, training)
+    return outputs, {name for name in uses.found if sum(size > 1 for size in model.get_parameter(name).shape) >= 2}
 
 
 _LINEAR_MAPS = {

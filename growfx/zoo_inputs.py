@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from growfx.models import create_model, default_input_shape
+from growfx.models import ModelIdentity, create_model, default_input_shape
 
-__all__ = ["Form", "arguments_of", "family_of", "forms", "library_of", "model_names", "other_forms", "tensors_only"]
+__all__ = ["Form", "arguments_of", "family_of", "forms", "identity_of", "library_of", "model_names", "other_forms"]
 
 Shape = tuple[int, ...]
 
@@ -76,7 +76,7 @@ _TASKS: Final[Mapping[str, _Task]] = {
 }
 
 
-def library_of(spec: str) -> str:
+def library_of(spec: str) -> Literal["timm", "torchvision", "python"]:
     """ "timm", "torchvision" or "python", as `growfx.create_model` reads the name."""
     if spec.startswith(_TORCHVISION):
         return "torchvision"
@@ -114,6 +114,11 @@ def family_of(spec: str) -> str:
     return spec.partition(":")[0]
 
 
+def identity_of(spec: str, arguments: Mapping[str, Any]) -> ModelIdentity:
+    """How the model is built with these arguments."""
+    return ModelIdentity(library_of(spec), spec.removeprefix(_TORCHVISION), dict(arguments))
+
+
 def arguments_of(spec: str) -> dict[str, Any]:
     """Keyword arguments to build the model with: those of its task that its builder takes."""
     if library_of(spec) != "torchvision":
@@ -148,11 +153,6 @@ def other_forms(form: Form) -> list[Form]:
     height, width = form.shape[-2:]
     small = max(height // 64 * 32, 32), max(width * 3 // 128 * 32, 64)
     return [form.sized(*small), form.sized(small[1], small[1]), form.sized(height + 32, width + 64)]
-
-
-def tensors_only(inputs: tuple[Any, ...]) -> bool:
-    """Whether all arguments are tensors."""
-    return all(isinstance(value, Tensor) for value in inputs)
 
 
 def _task(name: str) -> str:

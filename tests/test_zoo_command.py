@@ -47,7 +47,7 @@ def test_the_facts_are_told_before_every_stage_so_that_they_outlive_the_process(
     told = []
     check_model("zoo_nets:good", lambda facts: told.append((facts.stage, len(facts.checks))))
     stages = [stage for stage, _ in told]
-    assert stages[:2] == ["build", "wrap"]
+    assert stages[:3] == ["build", "eager", "wrap"]
     assert stages[-1] == "artifact"
     assert [count for _, count in told] == sorted(count for _, count in told)
     assert told[-1][1] == 9
@@ -126,7 +126,7 @@ def test_scores_that_are_not_finite_are_found(monkeypatch):
 
 def test_a_model_that_refuses_its_own_inputs_ends_with_its_error():
     facts = check_model("zoo_nets:refusing")
-    assert facts.problems == {"recorded": "ValueError: not today"}
+    assert facts.problems == {"recorded": "ValueError: the model itself refuses: ValueError: not today"}
     assert facts.ended == "done"
 
 
@@ -151,10 +151,10 @@ def test_a_crash_costs_its_own_row_and_names_its_cause():
     assert found["good"].ended == "done"
     assert not found["good"].problems
     dead = found["dying"]
-    assert (dead.ended, dead.stage) == ("crash", "wrap")
+    assert (dead.ended, dead.stage) == ("crash", "eager")
     assert dead.cause == "the process ended with status 7; its last words: no way on from here"
     assert dead.parameters > 0  # what was known by then
-    assert "crash in stage `wrap`" in dead.problems["ended"]
+    assert "crash in stage `eager`" in dead.problems["ended"]
 
 
 def test_a_model_over_its_time_is_ended():

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from growfx.zoo_compare import difference, enliven, run_seeded, used_weights, weight_layers
+from growfx.zoo_compare import difference, enliven, run_followed, run_seeded, weight_layers
 
 
 def test_equal_outputs_do_not_differ_and_rounding_is_allowed_unless_exact():
@@ -103,10 +103,10 @@ def test_used_weights_are_followed_through_functions_and_transformations():
         "attention.out_proj.weight",
     }
     for training in (True, False):
-        assert used_weights(Uses().train(training), (torch.randn(2, 4, 4),)) == expected
+        assert run_followed(Uses(), (torch.randn(2, 4, 4),), training)[1] == expected
     with torch.device("meta"):
         model = Uses()
-    assert used_weights(model, (torch.empty(2, 4, 4, device="meta"),)) == expected
+    assert run_followed(model, (torch.empty(2, 4, 4, device="meta"),), False)[1] == expected
 
 
 def test_weight_layers_are_convolutions_linear_layers_and_attentions():

@@ -1,0 +1,85 @@
+"""What the model itself does, before anything is recorded: the inputs it takes, its outputs, the weights it uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from growfx.zoo_compare import run_followed
+from growfx.zoo_facts import one_line
+from growfx.zoo_inputs import Form, other_forms
+
+__all__ = ["CALLS", "Reference", "observe"]
+
+# Check -> batch size, and whether in train mode.
+CALLS = {"eval": (1, False), "train": (2, True), "other size": (3, False), "batch 3": (3, False)}
+
+
+@dataclass
+class Reference:
+    """The model's own behaviour.
+
+    Attributes:
+        form: of its inputs.
+        other: the same at another height and width; None where the model refuses.
+        outputs: check -> outputs of the model for that call, flattened. "batch 3" is called only where three images of
+            another size were not: one forward serves both.
+        refusals: check -> the model's own error for that call.
+        used: names of the weights that its convolutions, linear maps and attentions use, in eval and in train mode.
+    """
+
+    form: Form
+    other: Form | None = None
+    outputs: dict[str, list[Any]] = field(default_factory=dict)
+    refusals: dict[str, str] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+
+    def smaller(self) -> Form:
+        """The other form where it is smaller, for speed; else the model's own."""
+        fits = self.other is not None and self.other.shape[-1] < self.form.shape[-1]
+        return self.other if fits and self.other is not None else self.form
+
+    def call(self, model: nn.Module, check: str, form: Form, device: str) -> bool:
+        """Call the model for a check; False when it refuses."""
+        batch, training = CALLS[check]
+        try:
+            outputs, used = run_followed(model, form.inputs(batch, seed=batch, device=device), training)
+        except Exception as error:
+            self.refusals[check] = one_line(error)
+            return False
+        self.refusals.pop(check, None)
+        self.outputs[check] = outputs
+        self.used |= used
+        return True
+
+
+def observe(model: nn.Module, forms: Sequence[Form], device: str) -> Reference:
+    """Call the model on the first of `forms` that it takes in both modes, else in eval mode alone.
+
+    A real one is also called at another size, and with three images; on the meta device eval mode is all.
+
+    Raises:
+        ValueError: it takes none of them; says how it refused the first.
+    """
+    tried: list[Reference] = []
+    for form in forms:
+        found = Reference(form)
+        tried.append(found)
+        if found.call(model, "eval", form, device) and (device == "meta" or found.call(model, "train", form, device)):
+            break
+    else:
+        found = next((f for f in tried if "eval" in f.outputs), tried[0])
+        if "eval" not in found.outputs:
+            raise ValueError(f"the model itself refuses: {found.refusals['eval']}")
+    if device == "meta":
+        return found
+    for other in other_forms(found.form):
+        if found.call(model, "other size", other, device):
+            found.other = other
+            break
+    if found.smaller() is found.form:
+        found.call(model, "batch 3", found.form, device)
+    return found
