@@ -280,7 +280,8 @@ def convolving(run: UnitGraph, op: Operation, *args: Any, **kwargs: Any) -> Any:
         channels = aligned(run.signals, value.tensor, list(range(-spatial, 0)))
         if channels is not None:
             if isinstance(weight, Named) and weight.ids is not None:
-                combine(run.signals, channels, tidy(weight.ids.transpose(0, 1)))
+                taps = weight.ids.transpose(0, 1)
+                combine(run.signals, channels.expand(taps.shape), tidy(taps))
             return Ids(tidy(channels.expand(shape)))
     return run.unknown(op, args, kwargs)
 

@@ -196,12 +196,8 @@ class Signals:
         mixes = (kind[left] == MIX, kind[right] == MIX)
         slots = (kind[left] == SLOT, kind[right] == SLOT)
         products = (kind[left] == PRODUCT) | (kind[right] == PRODUCT)
-        for slot, product in ((left, right), (right, left)):
-            chosen = both & products & (kind[slot] == SLOT)
-            self.couple(slot[chosen], self.left[product[chosen]])
-            self.couple(slot[chosen], self.right[product[chosen]])
-        for part in (left[both & products & ~slots[0] & ~slots[1]], right[both & products & ~slots[0] & ~slots[1]]):
-            self.pin(part, "products of units are added")
+        for part in (left[both & products], right[both & products]):
+            self.pin(part, "something is added to or multiplies products of units")
         known = both & ~products
         self.couple(left[known], right[known])
         result = np.where(both & slots[0], right, result)

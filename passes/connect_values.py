@@ -201,7 +201,7 @@ def _acts_whole(signals: Signals, one: Tensor, many: Tensor) -> bool:
     if not _spread(signals, one, many):
         return False
     beside = any(varies(one, axis) and varies(many, axis) for axis in range(one.ndim))
-    return not (beside and _are_slots(signals, one))
+    return not (beside and (_are_slots(signals, one) or _are_slots(signals, many)))
 
 
 def _note_spread(signals: Signals, one: Tensor, many: Tensor) -> None:

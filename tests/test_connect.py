@@ -9,6 +9,7 @@ import pytest
 import torch
 from connect_nets import NETS, build
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import growfx
 from growfx.connectivity import Connectivity
@@ -193,6 +194,26 @@ def test_parameters_are_cut_where_their_units_are() -> None:
         assert at == axis
         assert torch.equal(found.group[units], stream)
     assert torch.equal(found.coupled("proj"), stream)
+
+
+def test_parameters_with_more_positions_than_the_value_and_fixed_filters_leave_units_free() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.table = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), nn.Parameter(torch.randn(1, 4, 4, 4))
+            self.register_buffer("blur", torch.ones(4, 1, 3, 3) / 9)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.conv2d(self.a(x), self.blur, padding=1, groups=4).mean((2, 3), keepdim=True) + self.table
+            return self.b(x).mean((2, 3))
+
+    found = connect(growfx.wrap(Net().eval(), torch.randn(2, 3, 4, 4)))
+    units = found.layers["a"].outputs
+    assert torch.equal(found.layers["b"].sources, units)
+    assert not found.pinned.keys() & set(units.tolist())
+    assert found.parameters["table"][0] == 1
+    assert torch.equal(found.parameters["table"][1], units)
+    assert found.parameters["blur"][0] == 0
 
 
 def test_heads_stand_in_frames_and_queries_are_coupled_with_keys() -> None:
