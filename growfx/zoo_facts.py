@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,4 +100,5 @@ def scrubbed(text: str) -> str:
     """`text` in one line of bounded length, files named from their package on."""
     text = re.sub(r"[^\s'\"`(]*[/\\](?:site|dist)-packages[/\\]", "", " ".join(text.split()))
     text = text.replace(f"{Path(__file__).resolve().parent.parent}/", "")
+    text = re.sub(rf"{re.escape(tempfile.gettempdir())}[/\\][^\s'\"`:]+", "(a temporary folder)", text)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -348,6 +349,7 @@ def test_the_census_counts_models_by_operator():
 def test_messages_name_files_from_their_package_on():
     text = "`bool` of a tensor, at /home/me/.venv/lib/python3/site-packages/timm/models/x.py:12 in\n forward"
     assert scrubbed(text) == "`bool` of a tensor, at timm/models/x.py:12 in forward"
+    assert scrubbed(f"`{tempfile.gettempdir()}/tmp12ab`: damaged") == "`(a temporary folder)`: damaged"
     assert len(scrubbed("x" * 1000)) == 400
 
 
