@@ -93,6 +93,7 @@ class Recorder(TorchFunctionMode):
         self.root, self.opaque, self.allow_data = root, opaque, allow_data
         self.home = root if home is None else home
         self.device = next((t.device for t in chain(self.home.parameters(), self.home.buffers())), None)
+        self.shapes_alone = self.home is not root or (self.device is not None and self.device.type == "meta")
         self.graph = fx.Graph()
         self.called: dict[str, None] = {}
         self.stack: list[str] = []
@@ -304,7 +305,7 @@ class Recorder(TorchFunctionMode):
         # Arguments are looked up before the call: one that is changed in place keeps the node it had.
         op, target = operation(func, name)
         node_args, node_kwargs = self.as_argument(tuple(args)), self.as_argument(kwargs)
-        value = function_shapes(func, plain_args) if self.home is not self.root else None
+        value = function_shapes(func, plain_args) if self.shapes_alone else None
         if value is None:
             value = func(*plain_args, **plain_kwargs)
         if name in _NO_VALUE:
@@ -416,7 +417,7 @@ class Recorder(TorchFunctionMode):
         node_args, node_kwargs = self.as_argument(tuple(args)), self.as_argument(kwargs)
         self.inside_leaf += 1
         try:
-            value = module_shapes(module, args) if self.home is not self.root and not kwargs else None
+            value = module_shapes(module, args) if self.shapes_alone and not kwargs else None
             if value is None:
                 value = original(module, *plain_arguments(args), **plain_arguments(kwargs))
         finally:
