@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from growfx.connectivity import Connectivity
 from growfx.errors import TraceError
 from growfx.layers import MaskedLayer
-from growfx.passes import connect_layers, connect_norms, connect_rules
+from growfx.passes import connect_ends, connect_layers, connect_norms, connect_rules
 from growfx.passes.connect_operations import (
     has_meta,
     maker,
@@ -30,8 +30,8 @@ from growfx.passes.connect_operations import (
     paired,
 )
 from growfx.passes.connect_results import Fed, found
-from growfx.passes.connect_signals import MIX, SLOT, UNIT, Ints, Signals, filled, narrowed, numbers, tidy
-from growfx.passes.connect_values import Ids, Lost, Named, WeightPart, real, whole
+from growfx.passes.connect_signals import MIX, SLOT, UNIT, Ints, Signals, filled, narrowed, numbers
+from growfx.passes.connect_values import Ids, Lost, Named, Token, WeightPart, real, whole
 from growfx.passes.path_constants import evaluating_copy, execute, writes_in_place
 from growfx.passes.path_graph import describe
 from growfx.passes.path_rules import APPLIED, function_rule, is_moving, method_rule, module_rule, row_of
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
 
 __all__ = ["MODULES", "OPERATORS", "UnitGraph", "connect"]
+
+_ENDS: Any = connect_ends  # type checkers know this file by two names, through the link, and its class too
 
 # How operators pass signals on, by the name of their path rule.
 OPERATORS = {**connect_norms.OPERATORS, **connect_rules.OPERATORS, **connect_layers.OPERATORS}
@@ -128,6 +130,8 @@ class UnitGraph:
         known = self.layers[layer]
         known.at.append(columns)
         known.signals.append(signals)
+        if len(known.at) > 1:  # used again: a column has to suit all uses
+            self.couple_columns(np.concatenate(known.at), np.concatenate(known.signals))
         mixes = self.signals.kind[signals] == MIX
         if len(np.unique(signals[mixes])) > 1:
             inside = [
@@ -138,6 +142,14 @@ class UnitGraph:
         if mixes.any():
             beside = np.isin(columns, columns[mixes])
             self.signals.pin(signals[beside & ~mixes], f"`{layer}` sees it where it sees a mix of units elsewhere")
+
+    def couple_columns(self, columns: Ints, signals: Ints) -> None:
+        """Couple what stands at the same column at different positions."""
+        plain = self.signals.plain(signals)
+        order = np.argsort(columns[plain > 0], kind="stable")
+        columns, plain = columns[plain > 0][order], plain[plain > 0][order]
+        alike = columns[1:] == columns[:-1]
+        self.signals.couple(plain[1:][alike], plain[:-1][alike])
 
     def mixes_positions(self, layer: str) -> None:
         """Note that a layer runs over positions."""
@@ -217,7 +229,8 @@ class UnitGraph:
 
     def judged(self, op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A comparison or the like: no unit is in its result, whose values are unknown."""
-        return op(*real(args), **real(kwargs))
+        result = op(*real(args), **real(kwargs))
+        return map_leaves(lambda item: Lost() if isinstance(item, Tensor) else item, result)
 
     # The run
 
@@ -226,8 +239,8 @@ class UnitGraph:
         waiting = iter(inputs)
         last: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
-            for source in (node, *node.all_input_nodes):
-                last[source] = node
+            for used in (node, *node.all_input_nodes):
+                last[used] = node
         ending: dict[fx.Node, list[fx.Node]] = {}
         for node, end in last.items():
             ending.setdefault(end, []).append(node)
@@ -244,7 +257,7 @@ class UnitGraph:
             return
         self.place = describe(node)
         if node.op == "placeholder":
-            result = self._placeholder(node, next(waiting, node.args[0] if node.args else None))
+            result = _ENDS.begin(self, node, next(waiting, node.args[0] if node.args else None))
         elif node.op == "get_attr":
             result = self._attribute(str(node.target))
         else:
@@ -261,36 +274,12 @@ class UnitGraph:
     def _mapped(self, nest: Any) -> Any:
         return map_arg(nest, lambda node: self._environment[node])
 
-    def _placeholder(self, node: fx.Node, value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return value[:1] if isinstance(value, Tensor) and value.ndim else value
-        shape = (1, *value.shape[1:]) if value.ndim else ()
-        axis = 1 if len(shape) > 3 or (len(shape) == 3 and self._is_convolved(node)) else len(shape) - 1
-        return self._source(str(node.target), shape, axis)
-
-    def _source(self, name: str, shape: Sequence[int], axis: int) -> Ids:
-        """Units along one axis where paths begin."""
-        if not shape:
-            shape, axis = (1,), 0
-        units = self.inputs[name] = self.signals.fresh(shape[axis], UNIT)
-        self.signals.pin(units, "it is an input of the network")
-        return Ids(tidy(filled(units, [-1 if at == axis else 1 for at in range(len(shape))]).expand(tuple(shape))))
-
-    def _is_convolved(self, node: fx.Node) -> bool:
-        """Whether the first layer after a three-dimensional input takes its middle axis for channels."""
-        for user in node.users:
-            if user.op == "call_module":
-                module = self.net.get_submodule(str(user.target))
-                if isinstance(module, (nn.Conv1d, nn.BatchNorm1d, nn.ConvTranspose1d)):
-                    return True
-        return False
-
     def _attribute(self, target: str) -> Any:
         way, _, last = target.rpartition(".")
         owner: Any = self.net.get_submodule(way) if way else self.net.shell
         if isinstance(owner, MaskedLayer) and last in ("effective_weight", owner.weight_name):
             name = self.layer_name(owner, way)
-            self._register(name, owner)
+            self.register(name, owner)
             shape = owner.parameter.shape
             return WeightPart(name, torch.arange(shape.numel()).reshape(shape))
         value = getattr(owner, last)
@@ -298,13 +287,13 @@ class UnitGraph:
             return value
         weight = self._weights.get(id(value))
         if weight is not None:
-            self._register(weight, self.net.get_submodule(weight))
+            self.register(weight, self.net.get_submodule(weight))
             return WeightPart(weight, torch.arange(value.numel()).reshape(value.shape))
         named = self.parameter(target, value)
         return Named(named.tensor.clone(), named.ids) if self._writes else named
 
-    def _register(self, name: str, module: Any) -> None:
-        """A layer's units where its weight is used directly."""
+    def register(self, name: str, module: Any) -> None:
+        """A layer's units, where it is not called as usual."""
         if isinstance(module, nn.Linear):
             self.outputs(name, module.out_features, module.in_features)
         elif isinstance(module, nn.MultiheadAttention):
@@ -316,12 +305,9 @@ class UnitGraph:
 
     def _evaluate(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         items = list(leaves((args, kwargs)))
-        if any(isinstance(item, Lost) for item in items):
-            for item in items:
-                if isinstance(item, Ids):
-                    self.signals.pin(numbers(narrowed(item.tensor)), f"data selects among it in {self.place}")
-            return Lost()
         self.name = operator_name(node, self.net)
+        if _ENDS.selects(self, args, kwargs):
+            return _ENDS.lose(self, node, args, kwargs)
         if node.op == "call_module":
             return self._module(node, args, kwargs)
         op = operation(node)
@@ -351,10 +337,10 @@ class UnitGraph:
         target = str(node.target)
         module = self.net.get_submodule(target)
         if not any(isinstance(item, Ids) for item in leaves((args, kwargs))):
-            for name, part in module.named_modules(prefix=target):
-                if isinstance(part, MaskedLayer):
-                    self._register(self.layer_name(part, name), part)
-            return evaluating_copy(module)(*real(args), **real(kwargs))
+            _ENDS.pin_layers(self, module, target, "it is fed by constants only")
+            result = evaluating_copy(module)(*real(args), **real(kwargs))
+            tokens = any(isinstance(item, Token) for item in leaves((args, kwargs)))
+            return _ENDS.source(self, target, result.shape, -1) if tokens and _ENDS.embeds(node, module) else result
         return self.call(module, target, *args, **kwargs)
 
     def call(self, module: nn.Module, target: str, *args: Any, **kwargs: Any) -> Any:
@@ -377,10 +363,7 @@ class UnitGraph:
             self.module, self.target, self.layer, self.applied, self.scales_last = before
 
     def _unknown_module(self, op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        for name, part in self.module.named_modules(prefix=self.target):
-            if isinstance(part, (*_LAYERS, MaskedLayer)):
-                self._register(self.layer_name(part, name), part)
-                self.signals.pin(self.layers[self.layer_name(part, name)].units, f"not followed through {self.place}")
+        _ENDS.pin_layers(self, self.module, self.target, f"not followed through {self.place}")
         return self.unknown(op, args, kwargs)
 
     def _moved_weight(self, node: fx.Node, op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -416,6 +399,10 @@ class UnitGraph:
             return self._lost_weight(op, args, kwargs)
         result = execute(node, real(args), real(kwargs))
         named = [item for item in leaves((args, kwargs)) if isinstance(item, Named)]
+        if any(isinstance(item, Token) for item in named):
+            if _ENDS.embeds(node, None):
+                return _ENDS.source(self, node.name, result.shape, -1)
+            return map_leaves(lambda item: Token(item) if isinstance(item, Tensor) else item, result)
         if not named or not any(isinstance(item, Tensor) for item in leaves(result)):
             return result
         slots: Any = None

@@ -43,15 +43,8 @@ def feed(run: UnitGraph, layer: str, ids: Tensor, columns: Ints) -> bool:
     if not varies(ids, ids.ndim - 1):
         run.mixes_positions(layer)
         return True
-    _couple_columns(run, at, signals)
+    run.couple_columns(at, signals)
     return False
-
-
-def _couple_columns(run: UnitGraph, at: Ints, signals: Ints) -> None:
-    """What stands at one column at different positions stands and falls together."""
-    alike = at[1:] == at[:-1]
-    plain = run.signals.plain(signals)
-    run.signals.couple(plain[1:][alike], plain[:-1][alike])
 
 
 def _features(run: UnitGraph, layer: str, ids: Tensor, units: Ints, columns: Ints) -> Ids:
@@ -213,7 +206,7 @@ def _convolved(run: UnitGraph, op: Operation, layer: str, value: Ids, geometry: 
     if len(np.unique(at)) < len(at) and not varies(ids, ids.ndim - 1):
         return _slid(run, op, layer, value, geometry, shape, (at, signals))
     run.feeds(layer, at, signals)
-    _couple_columns(run, at, signals)
+    run.couple_columns(at, signals)
     channels = filled(units, (len(units), *(1,) * spatial))
     return Ids(channels.expand(shape))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from growfx.passes.connect_signals import narrowed, numbers, tidy, varies
-from growfx.passes.connect_values import Ids, Named, aligned, combine, known, moved, raw_ids, real, reduce
+from growfx.passes.connect_values import Ids, Lost, Named, aligned, combine, known, moved, raw_ids, real, reduce
 
 if TYPE_CHECKING:
     from growfx.passes.connect import UnitGraph
@@ -169,6 +169,8 @@ def fill(run: UnitGraph, op: Operation, value: Any, mask: Any, *args: Any, **kwa
     """`masked_fill`: what is not filled stays."""
     if isinstance(mask, Ids):
         return pairwise(run, op, value, mask)
+    if isinstance(mask, Lost):
+        return value
     fixed(run, value.tensor, mask if isinstance(mask, Tensor) else mask.tensor, "filled")
     return Ids(value.tensor.expand(torch.broadcast_shapes(value.tensor.shape, real(mask).shape)))
 

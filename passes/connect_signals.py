@@ -25,6 +25,8 @@ __all__ = ["LED", "MIX", "NOTHING", "PRODUCT", "SLOT", "SUM", "UNIT", "Ints", "S
 NOTHING, UNIT, SLOT, SUM, LED, PRODUCT, MIX = range(7)
 Ints = NDArray[np.int64]
 
+_AT_ONCE = 2**17
+
 
 def narrowed(tensor: Tensor) -> Tensor:
     """The tensor with one element along every axis that repeats one."""
@@ -123,16 +125,17 @@ class Signals:
         """What carries one of a pair cannot lose it without what carries the other. Mixes are no partners."""
         kind = self.kind
         real = (left != right) & (left > 0) & (right > 0) & (kind[left] != MIX) & (kind[right] != MIX)
-        if not real.any():
-            return
-        first, second = self.groups(left[real]), self.groups(right[real])
-        pairs = _distinct(first, second)[0]
-        pairs = np.sort(pairs[:, pairs[0] != pairs[1]], axis=0)
-        roots, ends = np.unique(pairs, return_inverse=True)
-        if len(roots) == pairs.size:  # every one is in one pair
-            self._above.values[pairs[1]] = pairs[0]
-        else:
-            self._join(roots, ends.reshape(pairs.shape))
+        left, right = left[real], right[real]
+        for start in range(0, len(left), _AT_ONCE):  # what the first pairs have coupled already is cheap to pass over
+            first = self.groups(left[start : start + _AT_ONCE])
+            second = self.groups(right[start : start + _AT_ONCE])
+            apart = first != second
+            pairs = np.sort(_distinct(first[apart], second[apart])[0], axis=0)
+            roots, ends = np.unique(pairs, return_inverse=True)
+            if len(roots) == pairs.size:  # every one is in one pair
+                self._above.values[pairs[1]] = pairs[0]
+            else:
+                self._join(roots, ends.reshape(pairs.shape))
 
     def _join(self, roots: Ints, ends: Ints) -> None:
         """Couple the roots that pairs of their indices link, over any number of pairs."""

@@ -25,8 +25,8 @@ from growfx.passes.connect_signals import (
 from growfx.passes.path_values import map_leaves
 
 __all__ = [
-    "Ids", "Lost", "Named", "Pairs", "WeightPart", "aligned", "combine", "contract", "known", "moved", "raw_ids",
-    "real", "reduce", "whole",
+    "Ids", "Lost", "Named", "Pairs", "Token", "WeightPart", "aligned", "combine", "contract", "known", "moved",
+    "raw_ids", "real", "reduce", "whole",
 ]  # fmt: skip
 
 
@@ -52,6 +52,15 @@ class Named:
 
     def __init__(self, tensor: Tensor, ids: Tensor | None) -> None:
         self.tensor, self.ids = tensor, ids
+
+
+class Token(Named):
+    """Integer data from an input: units begin where it is embedded."""
+
+    __slots__ = ()
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__(tensor, None)
 
 
 class WeightPart:

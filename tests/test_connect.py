@@ -258,6 +258,71 @@ def test_what_is_not_understood_is_pinned_with_its_place() -> None:
     assert "cumsum" in str(found)
 
 
+def test_what_data_selects_and_what_works_on_it_is_pinned() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.b(self.a(x))
+            best = x.mean(-1).topk(2, 1).indices
+            kept = torch.where(x > 0, x, x.exp())
+            return self.c(torch.gather(kept, 1, best[:, :, None].expand(-1, -1, 5)))
+
+    found = connect(growfx.wrap(Net().eval(), torch.randn(2, 7, 4)))
+    assert found.layers["c"].sources.tolist() == [-1] * 5
+    assert set(found.coupled("b").tolist()) | set(found.coupled("c").tolist()) <= found.pinned.keys()
+    assert not set(found.coupled("a").tolist()) & found.pinned.keys()
+
+
+def test_units_begin_in_lists_of_images_and_where_tokens_are_embedded() -> None:
+    class Lists(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(3, 4, 1)
+
+        def forward(self, images: list[Tensor]) -> Tensor:
+            return self.a(torch.stack([image - 1 for image in images])).mean((2, 3))
+
+    found = connect(growfx.wrap(Lists().eval(), ([torch.randn(3, 4, 4), torch.randn(3, 4, 4)],)))
+    first, second = found.inputs.values()
+    assert torch.equal(found.layers["a"].sources, first)
+    assert torch.equal(found.group[second], first)
+    words = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).eval()
+    found = connect(growfx.wrap(words, torch.randint(9, (2, 3))))
+    assert torch.equal(found.layers["1"].sources, found.inputs["0"])
+    assert torch.equal(found.layers["3"].sources, found.layers["1"].outputs)
+
+
+def test_layers_fed_by_constants_only_are_pinned() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.table, self.b = nn.Linear(4, 6), nn.Linear(2, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x) + self.table(torch.ones(2)))
+
+    found = connect(growfx.wrap(Net().eval(), torch.randn(2, 4)))
+    assert {*found.coupled("table").tolist(), *found.coupled("a").tolist()} <= found.pinned.keys()
+    assert found.layers["table"].sources.tolist() == [0, 0]
+
+
+def test_a_layer_used_twice_couples_what_it_is_fed_with() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.shared = nn.Linear(4, 5), nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.shared(self.a(x)), self.shared(self.b(x))
+
+    found = connect(growfx.wrap(Net().eval(), torch.randn(2, 4)))
+    assert torch.equal(found.coupled("a"), found.coupled("b"))
+    assert torch.equal(found.layers["shared"].sources, found.layers["a"].outputs)
+
+
 def test_norms_over_units_count_them() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)).eval()
     found = connect(growfx.wrap(model, torch.randn(2, 4)))
