@@ -149,10 +149,11 @@ def forms(spec: str, model: nn.Module) -> list[Form]:
 
 
 def other_forms(form: Form) -> list[Form]:
-    """The same input at other heights and widths: smaller ones first, sides that differ before a square."""
+    """The same input at other heights and widths: small ones first, sides that differ before a square."""
     height, width = form.shape[-2:]
-    small = max(height // 64 * 32, 32), max(width * 3 // 128 * 32, 64)
-    return [form.sized(*small), form.sized(small[1], small[1]), form.sized(height + 32, width + 64)]
+    half, wider = max(height // 64 * 32, 32), max(width * 3 // 128 * 32, 64)
+    sizes = [(64, 96), (half, wider), (wider, wider), (height + 32, width + 64)]
+    return [form.sized(*size) for size in sizes if size != (height, width)]
 
 
 def _task(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ from growfx.zoo_facts import Facts, scrubbed
 __all__ = ["Limits", "check_all", "resident_bytes"]
 
 _POLL = 0.1  # seconds between looks at time and memory
-_PRELOAD = ["torch", "timm", "torchvision", "growfx.zoo_check", "growfx.artifact", "growfx.passes.path_products"]
+_PRELOAD = ["torch", "timm", "torchvision", "growfx.zoo_check", "growfx.artifact", "growfx.passes.mask"]
 _GIB = 2**30
 
 
@@ -172,6 +173,7 @@ def _check_in_child(spec: str, results: Any, log: str) -> None:
 
     from growfx.zoo_check import check_model
 
+    gc.freeze()  # the libraries stay: no collection need look at them, or copy their pages
     torch.set_num_threads(1)
 
     def tell(facts: Facts) -> None:
