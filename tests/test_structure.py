@@ -21,6 +21,7 @@ LEVELS = [
     {"growfx.passes.*", "growfx.passes"},
     {"growfx.methods.*", "growfx.methods"},
     {"growfx.training", "growfx.evaluation", "growfx.recipe", "growfx.inspection", "growfx.job"},
+    {"growfx.zoo", "growfx.zoo_check", "growfx.zoo_pool"},
     {"growfx.cli", "growfx.__main__"},
 ]
 
