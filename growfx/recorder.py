@@ -286,7 +286,8 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         plain_args, plain_kwargs = plain_arguments(args), plain_arguments(kwargs)
         if self.inside_leaf:
-            return func(*plain_args, **plain_kwargs)
+            value = function_shapes(func, plain_args) if self.shapes_alone else None
+            return func(*plain_args, **plain_kwargs) if value is None else value
         name = getattr(func, "__name__", "")
         if name == "__get__":
             return self._attribute(func.__self__.__name__, func, args)

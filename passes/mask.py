@@ -19,6 +19,7 @@ from growfx.errors import ConfigError, TraceError
 from growfx.graph import MaskedGraph, RecordedGraph, chain_tensors, compiled, in_mode
 from growfx.inputs import Inputs
 from growfx.layers import MaskedLayer, is_maskable, maskable_reason, to_plain, to_twin
+from growfx.meta_shapes import short_shapes
 from growfx.models import default_input_shape, identity_of, remember
 from growfx.module_copy import copy_modules
 from growfx.passes.list_unmasked import list_unmasked
@@ -272,7 +273,8 @@ def _difference(model: nn.Module, shell: nn.Module, run: Callable[..., Any], tri
         devices = _cuda_devices(shell)
         with in_mode(module, shell.training), _restored(module), torch.random.fork_rng(devices), torch.no_grad():
             torch.manual_seed(0)
-            return list(_leaves(function(*given.args, **given.kwargs)))
+            with short_shapes() if _on_meta(shell) else contextlib.nullcontext():
+                return list(_leaves(function(*given.args, **given.kwargs)))
 
     for given in trials:
         try:

@@ -9,10 +9,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
 import growfx
-from growfx.meta_shapes import module_shapes
 from growfx.passes.record import DataDependentError, record
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -550,16 +548,6 @@ def test_an_object_a_graph_cannot_hold_leaves_the_model_its_own_forward() -> Non
     y, cache = net(torch.ones(3, 4))
     assert torch.equal(cache.states, y)
     assert growfx.path_products(net).scores["fc"].min() > 0
-
-
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-def test_shapes_of_recurrences_are_those_torch_computes(kind: type[nn.RNNBase]) -> None:
-    for batch_first in (True, False):
-        module = kind(5, 7, num_layers=2, bidirectional=True, batch_first=batch_first)
-        for shape in [(3, 4, 5), (4, 5)]:
-            expected = module(torch.randn(shape))
-            got = module_shapes(module, (torch.empty(shape, device="meta"),))
-            assert [t.shape for t in tree_leaves(expected)] == [t.shape for t in tree_leaves(got)]
 
 
 def test_repeating_by_numbers_gives_no_size_that_depends_on_data() -> None:
