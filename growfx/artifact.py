@@ -25,7 +25,7 @@ from growfx.artifact_info import ArtifactInfo, describe
 from growfx.artifact_reader import CONFIG, DEFAULT_MAX_BYTES, inspect, load, load_masks, load_state
 from growfx.codec import encode_index, encode_values
 from growfx.errors import ArtifactError, ConfigError
-from growfx.graph import MaskedGraph
+from growfx.graph import MaskedGraph, in_mode
 from growfx.layers import MaskedLayer
 from growfx.manifest import (
     DTYPES,
@@ -39,7 +39,8 @@ from growfx.manifest import (
     to_metadata,
 )
 from growfx.model_card import model_card
-from growfx.models import ModelIdentity, blueprint
+from growfx.models import ModelIdentity, blueprint, create_model
+from growfx.recorded_call import RECORDED_CONSTANT
 from growfx.staging import staged_folder
 
 __all__ = ["DEFAULT_MAX_BYTES", "inspect", "load", "load_masks", "load_state", "save"]
@@ -205,10 +206,39 @@ def _model_recipe(net: MaskedGraph) -> dict[str, Any] | None:
     recipe = {"kwargs": identity.kwargs, "library": identity.library, "name": identity.name}
     try:
         canonical(recipe)
-        same = identity.library == "python" or _structure(blueprint(identity)) == _structure(net.shell)
+        same = identity.library == "python" or _builds_the_same(identity, net)
     except (ArtifactError, ConfigError):
         return None
     return recipe if same else None
+
+
+def _builds_the_same(identity: ModelIdentity, net: MaskedGraph) -> bool:
+    """Whether the model of this name has the net's modules and tensors."""
+    expected, own = _structure(blueprint(identity)), _structure(net.shell)
+    differing = {name for name in expected.keys() | own.keys() if expected.get(name) != own.get(name)}
+    if not differing:
+        return True
+    kept = {*net.state_dict()}
+    if differing & kept or any(name.startswith("module ") for name in differing) or _on_meta(net):
+        return False
+    # Tensors that are not stored, which some models make for the size of their input: outputs decide.
+    model = create_model(identity.spec, **identity.kwargs).eval()
+    masks = {f"{name}.mask" for name, module in net.named_modules() if isinstance(module, MaskedLayer)}
+    model.load_state_dict({k: v.cpu() for k, v in net.state_dict().items() if k not in masks})
+    inputs = net.example_inputs()
+    with torch.no_grad(), in_mode(net.shell, training=False):
+        ours = net.shell(*inputs)
+        theirs = model(*(v.cpu() if isinstance(v, Tensor) else v for v in inputs))
+    return (
+        isinstance(ours, Tensor)
+        and isinstance(theirs, Tensor)
+        and ours.shape == theirs.shape
+        and torch.allclose(ours.cpu(), theirs, rtol=1e-4, atol=1e-5)
+    )
+
+
+def _on_meta(net: MaskedGraph) -> bool:
+    return any(parameter.is_meta for parameter in net.parameters())
 
 
 def _structure(model: nn.Module) -> dict[str, Any]:
@@ -218,7 +248,10 @@ def _structure(model: nn.Module) -> dict[str, Any]:
         twin = isinstance(module, MaskedLayer)
         facts[f"module {name}"] = module.twin_of if twin else type(module)
         own = {**module._parameters, **module._buffers}
-        facts |= {f"{name}.{k}": t.shape for k, t in own.items() if t is not None and not (twin and k == "mask")}
+        own = {k: t for k, t in own.items() if not k.startswith(RECORDED_CONSTANT)}
+        facts |= {
+            f"{name}.{k}".lstrip("."): t.shape for k, t in own.items() if t is not None and not (twin and k == "mask")
+        }
     return facts
 
 

@@ -16,6 +16,7 @@ from torch.fx.node import base_types
 from growfx.traced_number import TracedFloat, TracedInt, plain
 
 __all__ = [
+    "RECORDED_CONSTANT",
     "can_be_written", "changes_in_place", "forward_parameters", "holds_tensor", "is_own_or_torch", "operation",
     "plain_arguments", "plain_tensor_names", "source_line",
 ]  # fmt: skip
@@ -25,6 +26,8 @@ _IN_PLACE_OPERATORS = {
 }
 
 
+# What the names of buffers begin with that hold tensors from outside the model; they belong to its graphs alone.
+RECORDED_CONSTANT = "_recorded_constant_"
 _WRITABLE = (
     *base_types, type, types.FunctionType, types.BuiltinFunctionType, types.EllipsisType, types.NoneType,
     enum.Enum, range, torch.Size,

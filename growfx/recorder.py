@@ -19,6 +19,7 @@ from growfx.layers import MaskedLayer
 from growfx.meta_shapes import function_shapes, module_shapes
 from growfx.parts import Parts
 from growfx.recorded_call import (
+    RECORDED_CONSTANT,
     can_be_written,
     changes_in_place,
     forward_parameters,
@@ -186,7 +187,7 @@ class Recorder(TorchFunctionMode):
         if name is None:
             if tensor.is_meta and self.home is not self.root:
                 raise NeedsValuesError("a tensor that no recorded operator computed")
-            name = f"_recorded_constant_{sum(n.startswith('_recorded_constant_') for n in self.home._buffers)}"
+            name = f"{RECORDED_CONSTANT}{sum(n.startswith(RECORDED_CONSTANT) for n in self.home._buffers)}"
             self.home.register_buffer(name, tensor.detach().clone(), persistent=False)
         node = self.graph.create_node("get_attr", name)
         node.meta.update(shape=tuple(tensor.shape), source=source_line(), module=self.stack[-1] if self.stack else "")

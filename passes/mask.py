@@ -24,7 +24,7 @@ from growfx.models import default_input_shape, identity_of, remember
 from growfx.module_copy import copy_modules
 from growfx.passes.list_unmasked import list_unmasked
 from growfx.passes.record import DataDependentError, NeedsValuesError, meta_copy, record
-from growfx.recorded_call import can_be_written
+from growfx.recorded_call import RECORDED_CONSTANT, can_be_written
 from growfx.trace_report import TraceReport
 
 __all__ = ["unwrap", "wrap"]
@@ -100,7 +100,7 @@ def unwrap(net: MaskedGraph) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, MaskedLayer):
             to_plain(module)
-    for name in [n for n in model._buffers if n.startswith("_recorded_constant_")]:
+    for name in [n for n in model._buffers if n.startswith(RECORDED_CONSTANT)]:
         del model._buffers[name]
         model._non_persistent_buffers_set.discard(name)
     if net.identity is not None:

@@ -305,3 +305,13 @@ def test_the_golden_artifact_of_version_1_0_reads_for_ever():
     assert all(torch.equal(stored[k], masks[k]) for k in masks)
     codecs = {x.codec for x in growfx.inspect(GOLDEN).layers}
     assert codecs == {"bitmask+planes", "gap8.huffman+planes", "gap8+raw", "dense"}
+
+
+def test_a_network_recorded_with_constants_of_its_own_is_built_by_name(tmp_path: Path) -> None:
+    size = {"img_size": 32, "embed_dim": 4, "depth": 1, "num_heads": 2, "local_up_to_layer": 1, "num_classes": 3}
+    model = growfx.create_model("convit_tiny", **size)
+    net = growfx.wrap(model, density=0.5)
+    net.shell.register_buffer("_recorded_constant_0", torch.ones(2), persistent=False)
+    growfx.save(net, tmp_path / "out")
+    loaded, x = growfx.load(tmp_path / "out"), torch.randn(1, 3, 32, 32)
+    assert torch.equal(loaded(x), net.eval()(x))
