@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+from growfx.meta_shapes import short_shapes
 from growfx.zoo_compare import run_followed
 from growfx.zoo_facts import one_line
 from growfx.zoo_inputs import Form, other_forms
@@ -46,7 +48,8 @@ class Reference:
         """Call the model for a check; False when it refuses."""
         batch, training = CALLS[check]
         try:
-            outputs, used = run_followed(model, form.inputs(batch, seed=batch, device=device), training)
+            with short_shapes() if device == "meta" else contextlib.nullcontext():
+                outputs, used = run_followed(model, form.inputs(batch, seed=batch, device=device), training)
         except Exception as error:
             self.refusals[check] = one_line(error)
             return False
