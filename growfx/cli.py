@@ -193,6 +193,13 @@ def methods_command(as_json: bool) -> None:
 @click.option("--jobs", type=int, help="models checked at once  [default: number of cores]")
 @click.option("--limit-seconds", type=float, default=300, show_default=True, help="time for one model")
 @click.option("--limit-memory", type=float, help="GiB for one model (Linux)")
+@click.option(
+    "--real-below",
+    type=click.FloatRange(min=0),
+    default=60,
+    show_default=True,
+    help="million parameters; larger models have shapes, but no values",
+)
 @click.option("--census", "with_census", is_flag=True, help="also print how many models hold each operator")
 @click.option("--markdown", is_flag=True, help="print the table by family in Markdown")
 @click.option("--quiet", is_flag=True, help="no progress bar")
@@ -204,6 +211,7 @@ def zoo_command(
     jobs: int | None,
     limit_seconds: float,
     limit_memory: float | None,
+    real_below: float,
     with_census: bool,
     markdown: bool,
     quiet: bool,
@@ -222,7 +230,7 @@ def zoo_command(
         raise ConfigError(f"no model of {library or 'timm or torchvision'} is named like `{pattern}`")
     results = Results(file, overwrite=overwrite)
     try:
-        found = check_zoo(names, results, limits, again=overwrite, progress=not quiet)
+        found = check_zoo(names, results, limits, real_below=1e6 * real_below, again=overwrite, progress=not quiet)
     except KeyboardInterrupt:
         kept = f"; the same command continues from `{file}`" if file else ""
         click.echo(f"\ngrowfx: interrupted, {len(results.facts)} models are checked{kept}", err=True)

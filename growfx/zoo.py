@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import growfx
 from growfx.errors import ConfigError
-from growfx.zoo_facts import CUT_SHORT, Facts
+from growfx.zoo_facts import CUT_SHORT, REAL_BELOW, Facts
 from growfx.zoo_pool import Limits, check_all
 from growfx.zoo_table import census
 
@@ -53,9 +53,10 @@ class Results:
                 "give another file, or --overwrite to start it anew"
             )
 
-    def missing(self, specs: Sequence[str]) -> list[str]:
-        """Those that were not checked yet, or were cut short from outside."""
-        return [s for s in specs if s not in self.facts or self.facts[s].ended in CUT_SHORT]
+    def missing(self, specs: Sequence[str], real_below: float = REAL_BELOW) -> list[str]:
+        """Those that were not checked yet, were cut short from outside, or were checked without values wanted now."""
+        known = {name: facts for name, facts in self.facts.items() if facts.ended not in CUT_SHORT}
+        return [s for s in specs if s not in known or (known[s].device == "meta" and known[s].parameters < real_below)]
 
     def add(self, facts: Facts) -> None:
         """Keep the facts of one model; the file is written every few seconds."""
@@ -85,6 +86,7 @@ def check_zoo(
     results: Results,
     limits: Limits | None = None,
     *,
+    real_below: float = REAL_BELOW,
     again: bool = False,
     progress: bool = True,
 ) -> list[Facts]:
@@ -92,12 +94,12 @@ def check_zoo(
 
     Interrupted (Ctrl-C), what was done by then is in `results` and its file.
     """
-    todo = list(specs) if again else results.missing(specs)
+    todo = list(specs) if again else results.missing(specs, real_below)
     # Families come in blocks of like size; mixed, the remaining time can be told from the time spent.
     random.Random(0).shuffle(todo)
     failed = 0
     bar = tqdm(total=len(specs), initial=len(specs) - len(todo), desc="zoo", unit="model", disable=not progress)
-    with contextlib.closing(check_all(todo, limits or Limits())) as checked, bar:
+    with contextlib.closing(check_all(todo, limits or Limits(), real_below)) as checked, bar:
         try:
             for facts in checked:
                 results.add(facts)

@@ -33,30 +33,30 @@ from growfx.passes.path_products import check_path_rules
 from growfx.paths import PathProducts
 from growfx.selection import draw
 from growfx.zoo_compare import difference, enliven, run_seeded, weight_layers
-from growfx.zoo_facts import Facts, one_line, scrubbed
+from growfx.zoo_facts import REAL_BELOW, Facts, one_line, scrubbed
 from growfx.zoo_inputs import Form, arguments_of, family_of, forms, identity_of, library_of
 from growfx.zoo_reference import CALLS, Reference, observe
 
-__all__ = ["DENSITY", "REAL_BELOW", "check_model"]
+__all__ = ["DENSITY", "check_model"]
 
-REAL_BELOW = 60_000_000  # parameters; larger models are checked without values, on the meta device
 DENSITY = 0.1
 _GAMMA, _VARIANCE = 10.0, 1e-3
 
 
-def check_model(spec: str, tell: Callable[[Facts], None] = lambda _: None) -> Facts:
+def check_model(spec: str, tell: Callable[[Facts], None] = lambda _: None, real_below: float = REAL_BELOW) -> Facts:
     """Build the model `spec` names and check all that can be checked.
 
     Args:
         spec: as for `growfx.create_model`.
         tell: called with the facts so far before each stage, so that they outlive a killed process.
+        real_below: number of parameters from which on a model is checked without values.
     """
     facts = Facts(spec, library=library_of(spec))
     begun = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            check = _Check(facts, tell)
+            check = _Check(facts, tell, real_below)
             check.build()
             check.wrap()
             check.graph()
@@ -83,8 +83,8 @@ class _Check:
     net: MaskedGraph
     reference: Reference
 
-    def __init__(self, facts: Facts, tell: Callable[[Facts], None]):
-        self.facts, self.tell = facts, tell
+    def __init__(self, facts: Facts, tell: Callable[[Facts], None], real_below: float):
+        self.facts, self.tell, self.real_below = facts, tell, real_below
 
     @contextmanager
     def _stage(self, name: str, *checks: str, fatal: bool = False) -> Generator[None]:
@@ -109,13 +109,13 @@ class _Check:
     # -- stages -----------------------------------------------------------------------------------------------------
 
     def build(self) -> None:
-        """Build the model: without values to count and probe it, then, below 60M parameters, for real."""
+        """Build the model: without values to count and probe it, then, if it is small enough, for real."""
         facts = self.facts
         with self._stage("build", "recorded", fatal=True):
             facts.family, facts.arguments = family_of(facts.model), arguments_of(facts.model)
             plan = blueprint(identity_of(facts.model, facts.arguments)).to("meta")
             facts.parameters = sum(p.numel() for p in plan.parameters())
-            large, tried = facts.parameters >= REAL_BELOW, forms(facts.model, plan)
+            large, tried = facts.parameters >= self.real_below, forms(facts.model, plan)
             with contextlib.suppress(ValueError):  # some models (detection) need values to run at all
                 if large:
                     self.reference = observe(plan, tried, "meta")

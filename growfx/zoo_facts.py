@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CHECKS", "CUT_SHORT", "Facts", "one_line", "scrubbed"]
+__all__ = ["CHECKS", "CUT_SHORT", "REAL_BELOW", "Facts", "one_line", "scrubbed"]
 
 # In the order in which they are made. Verdicts are texts: "yes", "no: why", or "n/a: why".
 CHECKS = (
@@ -26,6 +26,7 @@ CHECKS = (
     "artifact",
 )
 # How a check can end from outside; such models are checked again when a run continues.
+REAL_BELOW = 60_000_000  # parameters; larger models are checked without values, on the meta device
 CUT_SHORT = ("timeout", "memory", "crash")
 _LONGEST = 400
 

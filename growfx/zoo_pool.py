@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from growfx.errors import ConfigError
-from growfx.zoo_facts import Facts, scrubbed
+from growfx.zoo_facts import REAL_BELOW, Facts, scrubbed
 
 __all__ = ["Limits", "check_all", "resident_bytes"]
 
@@ -56,8 +56,10 @@ class Limits:
         return self.jobs or cores or 1
 
 
-def check_all(specs: Iterable[str], limits: Limits) -> Generator[Facts]:
+def check_all(specs: Iterable[str], limits: Limits, real_below: float = REAL_BELOW) -> Generator[Facts]:
     """Check every model, as many at once as `limits` says; yields their facts as they come in.
+
+    Models with `real_below` parameters or more are checked without values.
 
     A model that goes over its limits, or whose process dies, ends as "timeout", "memory" or "crash", with the facts
     that were known by then. Closing the generator ends all processes.
@@ -69,7 +71,7 @@ def check_all(specs: Iterable[str], limits: Limits) -> Generator[Facts]:
         try:
             while waiting or running:
                 while waiting and len(running) < limits.processes:
-                    running.append(_Job(context, waiting.pop(), Path(folder)))
+                    running.append(_Job(context, waiting.pop(), Path(folder), real_below))
                 connection.wait([job.results for job in running], _POLL)
                 for job in list(running):
                     facts = job.look(limits)
@@ -102,12 +104,13 @@ def _context() -> BaseContext:
 class _Job:
     """One model being checked."""
 
-    def __init__(self, context: Any, spec: str, folder: Path):
+    def __init__(self, context: Any, spec: str, folder: Path, real_below: float):
         self.facts = Facts(spec, stage="start")
         self.begun = time.monotonic()
         self.results, sender = context.Pipe(duplex=False)
         self.log = folder / f"{id(self)}.log"
-        self.process = context.Process(target=_check_in_child, args=(spec, sender, str(self.log)), daemon=True)
+        args = (spec, sender, str(self.log), real_below)
+        self.process = context.Process(target=_check_in_child, args=args, daemon=True)
         self.process.start()
         sender.close()
 
@@ -159,7 +162,7 @@ class _Job:
         return f"{cause}; its last words: {last}" if last else cause
 
 
-def _check_in_child(spec: str, results: Any, log: str) -> None:
+def _check_in_child(spec: str, results: Any, log: str, real_below: float) -> None:
     """What a process does: check one model and send the facts, after each stage and at the end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C, for all
     # Models print, and so do crashing libraries; neither belongs between the lines of a progress bar.
@@ -179,4 +182,4 @@ def _check_in_child(spec: str, results: Any, log: str) -> None:
     def tell(facts: Facts) -> None:
         results.send_bytes(json.dumps(dataclasses.asdict(facts)).encode())
 
-    tell(check_model(spec, tell))
+    tell(check_model(spec, tell, real_below))

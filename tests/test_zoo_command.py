@@ -131,9 +131,8 @@ def test_a_model_that_refuses_its_own_inputs_ends_with_its_error():
     assert facts.ended == "done"
 
 
-def test_large_models_are_recorded_without_values(monkeypatch):
-    monkeypatch.setattr("growfx.zoo_check.REAL_BELOW", 0)
-    facts = check_model("zoo_nets:good")
+def test_large_models_are_recorded_without_values():
+    facts = check_model("zoo_nets:good", real_below=0)
     assert facts.device == "meta"
     assert facts.checks["recorded"] == facts.checks["weights found"] == "yes"
     assert not {"eval", "paths", "artifact"} & set(facts.checks)
@@ -201,12 +200,14 @@ def checked(monkeypatch) -> list[str]:
     """Checks nothing; which models were to be checked."""
     asked: list[str] = []
 
-    def check(specs, limits):
+    def check(specs, limits, real_below):
         for spec in specs:
             asked.append(spec)
             if spec == "stop":
                 raise KeyboardInterrupt
-            yield Facts(spec, "timm", ended="timeout" if spec == "slow" else "done")
+            facts = Facts(spec, "timm", ended="timeout" if spec == "slow" else "done", parameters=100)
+            facts.device = "real" if real_below > 100 else "meta"
+            yield facts
 
     monkeypatch.setattr("growfx.zoo.check_all", check)
     return asked
@@ -225,6 +226,16 @@ def test_a_second_run_checks_what_is_missing_or_was_cut_short(tmp_path, checked)
     found = run(file, "a", "b", "slow")
     assert set(checked) == {"b", "slow"}
     assert [facts.model for facts in found] == ["a", "b", "slow"]
+
+
+def test_a_run_with_a_higher_limit_checks_with_values_what_had_none(tmp_path, checked):
+    file = tmp_path / "zoo.json"
+    run(file, "a", real_below=0)
+    run(file, "a", real_below=0)
+    assert checked == ["a"]
+    assert [facts.device for facts in run(file, "a", real_below=101)] == ["real"]
+    run(file, "a", real_below=0)
+    assert checked == ["a", "a"]
 
 
 def test_overwriting_checks_again_and_keeps_the_models_not_asked_for(tmp_path, checked):
