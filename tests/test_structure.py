@@ -55,7 +55,7 @@ def imports(file: Path, at_load: bool) -> set[str]:
 
     visit(ast.parse(file.read_text()))
     names = modules()
-    return {next(n for n in (name, name.rpartition(".")[0]) if n in names or n == name) for name in found} & set(names)
+    return {name if name in names else name.rpartition(".")[0] for name in found} & set(names)
 
 
 def level(module: str) -> int:
