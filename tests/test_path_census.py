@@ -141,7 +141,9 @@ def test_suppression_ends_paths() -> None:
     assert is_selection(node, (PathValue(torch.ones(2, 4)), torch.ones(2), 0.5), {})
 
 
-@pytest.mark.parametrize("key", [*path_rules.FUNCTIONS, *path_rules.METHODS], ids=str)
+@pytest.mark.parametrize(
+    "key", [*path_rules.FUNCTIONS, *path_rules.METHODS], ids=lambda key: getattr(key, "__name__", str(key))
+)
 def test_every_row_names_something_that_exists(key: Any) -> None:
     if not isinstance(key, str):
         assert callable(key)
