@@ -34,14 +34,14 @@ def copy_modules(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         for name, value in part.__dict__.items():
             if name in _REGISTRIES:
                 state[name] = type(value)((key, copy.deepcopy(item, memo)) for key, item in value.items())
+            elif name == "_settled" and isinstance(part, MaskedLayer):
+                state[name] = None  # what was seen of the original says nothing of its copy
             elif isinstance(value, _ATOMS):
                 state[name] = value
             elif type(value) is OrderedDict and not value:  # a dozen of hooks in every module, nearly always empty
                 state[name] = OrderedDict()
             else:
                 state[name] = copy.deepcopy(value, memo)
-        if isinstance(part, MaskedLayer):
-            state["_settled"] = None
     memo.setdefault(id(memo), []).append(parts)  # as deepcopy does: an id is good while its object lives
     return memo[id(module)]
 
