@@ -15,6 +15,7 @@ __all__ = ["main"]
 
 _DATA_HELP = "`digits`, a folder with train/ and val/ or test/ of class folders, or a spec such as torch/cifar10"
 _DENSE = "dense"  # no method: all weights are trained
+_MAIN = "pwmpr"  # what `growfx grow` runs
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -69,7 +70,7 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def grow(seed_density: float | None, max_density: float | None, **given: Any) -> None:
     """Grow MODEL on DATA until accuracy stops paying for density, train it, write the artifact."""
     densities = {"seed_density": seed_density, "max_density": max_density}
-    _run("pwmpr", {k: v for k, v in densities.items() if v is not None}, **given)
+    _run(_MAIN, {k: v for k, v in densities.items() if v is not None}, **given)
 
 
 @commands.command()
@@ -80,9 +81,9 @@ def train(method: str, density: float | None, **given: Any) -> None:
     """Train MODEL on DATA by another method than growth, or as a dense control."""
     from growfx import methods
 
-    allowed = [_DENSE, *(n for n in methods.names() if not _grows(n))]
+    allowed = [_DENSE, *(n for n in methods.names() if n != _MAIN)]
     if method not in allowed:
-        hint = " (that one is `growfx grow`)" if method in methods.names() else ""
+        hint = " (that one is `growfx grow`)" if method == _MAIN else ""
         names = ", ".join(f"`{n}`" for n in allowed)
         raise ConfigError(f"method `{method}` is unknown to `growfx train`{hint}; allowed: {names}")
     if method == _DENSE and density not in (None, 1.0):
@@ -177,7 +178,7 @@ def methods_command(as_json: bool) -> None:
         {
             "method": name,
             "options": ", ".join(f"{k}={v}" for k, v in options.items()),
-            "command": "grow" if _grows(name) else "train",
+            "command": "grow" if name == _MAIN else "train",
         }
         for name, options in facts.items()
     ]
@@ -310,12 +311,6 @@ def _method_class(name: str) -> type:
     from growfx import methods
 
     return type(methods.create(name))
-
-
-def _grows(name: str) -> bool:
-    from growfx import methods
-
-    return methods.create(name).epochs_per_round is not None
 
 
 def _own_text(error: GrowfxError) -> str:

@@ -2,8 +2,9 @@
 
 Counting follows the sparse-training literature (Evci et al., RigL, ICML 2020, app. H; Sundar & Dwaraknath,
 ReScience C 2021): a layer's cost is its dense cost times its density, a training step is one forward pass and
-a backward pass of twice that, f_S + 2 f_S. Deviations: what no mask touches (unmasked layers, products of
-activations as in attention) is counted too, at full cost; biases, norms, activations and pooling are not.
+a backward pass of twice that, f_S + 2 f_S, or f_S + f_S + f_D where absent edges get a gradient too.
+Deviations: what no mask touches (unmasked layers, products of activations as in attention) is counted too, at
+full cost; biases, norms, activations and pooling are not.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ from growfx.layers import MaskedLayer
 if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
 
-__all__ = ["CostMeter", "ForwardCost", "forward_cost", "forward_flops", "layer_flops"]
+__all__ = [
+    "CostMeter",
+    "ForwardCost",
+    "forward_cost",
+    "forward_flops",
+    "layer_flops",
+    "step_cost",
+    "training_cost",
+]
 
 _WEIGHT_SUFFIX = ".effective_weight"
 
@@ -83,11 +92,35 @@ def forward_flops(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | 
     return cost.sparse(_densities(net)), cost.dense
 
 
-class CostMeter:
-    """Adds up the cost of a training, epoch by epoch, in units of one dense epoch.
+def step_cost(sparse: float, dense: float, *, dense_gradient: bool = False) -> float:
+    """Return the MACs of one sample's training step, given those of its sparse and dense forward pass, f_S and f_D.
 
-    An epoch under masks with forward cost f_S counts f_S / f_D (forward and backward, 3 f_S over 3 f_D). The
-    masks are read when `add_epoch` is called; call it before masks change at the end of an epoch.
+    Forward, gradient of the activations and gradient of the weights: 3 f_S; 2 f_S + f_D where the gradient of absent
+    edges is computed too.
+    """
+    return 2 * sparse + (dense if dense_gradient else sparse)
+
+
+def training_cost(sparse: float, dense: float, *, gradient_every: int | None = None) -> float:
+    """Return the MACs of an average training step (one sample) by the formulas of the literature.
+
+    Static masks, SET, pruning (over the mean of f_S): 3 f_S. With `gradient_every` = 1, SNFS: 2 f_S + f_D. With
+    `gradient_every` = dT, RigL: (3 dT f_S + 2 f_S + f_D) / (dT + 1), where a step with a dense gradient comes on top of
+    dT others (Evci et al., ICML 2020, app. H).
+    """
+    if gradient_every is None:
+        return step_cost(sparse, dense)
+    with_gradient = step_cost(sparse, dense, dense_gradient=True)
+    if gradient_every == 1:
+        return with_gradient
+    return (gradient_every * step_cost(sparse, dense) + with_gradient) / (gradient_every + 1)
+
+
+class CostMeter:
+    """Adds up the cost of a training, in units of one dense epoch.
+
+    A step under masks with forward cost f_S counts `step_cost` over 3 f_D. The masks are read when the meter is made
+    and by `read_masks`; call that whenever they have changed.
     """
 
     def __init__(self, net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None = None) -> None:
@@ -95,11 +128,16 @@ class CostMeter:
         self.cost = forward_cost(net, example_inputs)
         self.dense_equivalent_epochs = 0.0
         self.epochs = 0.0
+        self.read_masks()
 
-    def add_epoch(self, epochs: float = 1.0) -> float:
-        """Count `epochs` epochs (may be a fraction) under the masks of the moment; return what was added."""
-        dense = self.cost.dense
-        added = epochs * (self.cost.sparse(_densities(self._net)) / dense if dense else 1.0)
+    def read_masks(self) -> None:
+        """Count what follows under the masks of the moment."""
+        self._share = self.cost.sparse(_densities(self._net)) / self.cost.dense if self.cost.dense else 1.0
+
+    def add_steps(self, steps: int, steps_per_epoch: int, *, dense_gradient: bool = False) -> float:
+        """Count steps of an epoch that has `steps_per_epoch`; return what was added."""
+        epochs = steps / steps_per_epoch
+        added = epochs * step_cost(self._share, 1.0, dense_gradient=dense_gradient) / 3
         self.epochs += epochs
         self.dense_equivalent_epochs += added
         return added

@@ -15,8 +15,7 @@ use. An edit through ``weight.data`` leaves no trace in the version counter: it 
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -27,9 +26,9 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from growfx.errors import MaskError
+from growfx.optimizer_hooks import CLEARED, LAYER_OF
 
 __all__ = [
     "MaskedLayer",
@@ -120,11 +119,18 @@ class MaskedLayer(nn.Module):
         mask: bool buffer of the weight's shape; change it in place (``layer.mask.copy_(m)``) or by ``net.set_masks``.
         twin_of: the class the twin stands for.
         weight_name: the parameter the mask belongs to (`in_proj_weight` for multi-head attention).
+        collects_gradient: while True, backward passes in training leave the gradient of absent edges too; the
+            optimizer's step finds it masked, and `dense_gradient` keeps the whole.
+        dense_gradient: what the last step collected (shape and dtype of the weight), None when nothing was.
+        gate: None, or what turns the parameter into the weight the layer uses, instead of the mask (a soft mask).
     """
 
     twin_of: ClassVar[type[nn.Module]]
     weight_name: ClassVar[str] = "weight"
     mask: Tensor
+    collects_gradient: bool = False
+    dense_gradient: Tensor | None = None
+    gate: Callable[[Tensor], Tensor] | None = None
     _settled: _Settled | None
 
     @property
@@ -137,11 +143,13 @@ class MaskedLayer(nn.Module):
     @property
     def effective_weight(self) -> Tensor:
         """``where(mask, weight, 0)``: shape and dtype of the weight, differentiable with a masked gradient."""
+        if self.gate is not None:
+            return self.gate(self.parameter)
         found = self._training_weight()
         if found is None:
             return self._masked_at_use()
         weight, settled = found
-        return weight if settled.keep is None else _MaskGradient.apply(weight, settled.keep)
+        return weight if settled is None else _MaskGradient.apply(weight, settled.keep)
 
     @property
     def nnz(self) -> int:
@@ -176,12 +184,15 @@ class MaskedLayer(nn.Module):
         if settled.weight is not weight or settled.data != weight.data_ptr():
             settled.own = None
         settled.weight, settled.weight_version, settled.data = weight, weight._version, weight.data_ptr()
-        _LAYER_OF[id(weight)] = self
+        LAYER_OF[id(weight)] = self
         self._settled = settled
         return settled
 
-    def _training_weight(self) -> tuple[Tensor, _Settled] | None:
-        """The parameter, settled, where its gradient is wanted in training; None where the mask applies at use."""
+    def _training_weight(self) -> tuple[Tensor, _Settled | None] | None:
+        """The parameter, settled, where its gradient is wanted in training; None where the mask applies at use.
+
+        The second is None where nothing of the gradient is to be masked.
+        """
         # Every training step passes here once per layer: registries are read directly, calls are few.
         weight, mask, settled = self._parameters[self.weight_name], self._buffers["mask"], self._settled
         assert weight is not None
@@ -189,7 +200,7 @@ class MaskedLayer(nn.Module):
         if not self.training or not torch.is_grad_enabled() or not weight.requires_grad:
             return None
         if torch.compiler.is_compiling():
-            return None
+            return (weight, None) if self.collects_gradient else None
         if (
             settled is None
             or settled.weight_version != weight._version
@@ -199,7 +210,7 @@ class MaskedLayer(nn.Module):
             or settled.data != weight.data_ptr()
         ):
             settled = self.settle()
-        return weight, settled
+        return weight, None if settled.keep is None or self.collects_gradient else settled
 
     def _masked_at_use(self) -> Tensor:
         if self.mask.is_meta:  # no values to mask, and torch's shape function of `where` is slow
@@ -208,11 +219,13 @@ class MaskedLayer(nn.Module):
 
     def _own_weight(self) -> Tensor:
         """The effective weight for the one use that the layer itself makes of it."""
+        if self.gate is not None:
+            return self.gate(self.parameter)
         found = self._training_weight()
         if found is None:
             return self._masked_at_use()
         weight, settled = found
-        if settled.keep is None:
+        if settled is None:
             return weight
         own = settled.own
         if own is None:
@@ -234,10 +247,25 @@ class MaskedLayer(nn.Module):
         with self._effective_parameters():
             return super().forward(*args, **kwargs)
 
-    def _optimizer_will_step(self, optimizer: Optimizer) -> None:
+    def take_dense_gradient(self) -> None:
+        """Move the gradient of the parameter to `dense_gradient`, and leave it masked.
+
+        In a distributed run the gradient is the mean over ranks by then, so what is chosen by it agrees.
+        """
+        grad = self.parameter.grad
+        if grad is not None:
+            self.dense_gradient = grad.detach().clone()
+            keep = self.settle().keep
+            if keep is not None:
+                mask_in_place(grad, keep)
+
+    def optimizer_will_step(self, optimizer: Optimizer) -> None:
+        """Make sure that a step of the optimizer cannot revive an edge; called before each."""
         settled = self._settled
         if settled is None or settled.mask is not self.mask or settled.mask_version != self.mask._version:
             self.settle()
+        if self.collects_gradient:
+            self.take_dense_gradient()
         self.clear_state(optimizer)
 
     def clear_state(self, optimizer: Optimizer) -> None:
@@ -247,14 +275,15 @@ class MaskedLayer(nn.Module):
         if not state or settled is None or settled.keep is None:
             return
         marker = (id(settled.mask), settled.mask_version)
-        if _CLEARED.setdefault(optimizer, {}).get(id(self.parameter)) == marker:
+        if CLEARED.setdefault(optimizer, {}).get(id(self.parameter)) == marker:
             return
         for value in state.values():
             if isinstance(value, Tensor) and value.shape == self.parameter.shape and value.is_floating_point():
                 value.masked_fill_(~self.mask, 0)
-        _CLEARED[optimizer][id(self.parameter)] = marker
+        CLEARED[optimizer][id(self.parameter)] = marker
 
-    def _optimizer_stepped(self, version_before: int) -> None:
+    def optimizer_stepped(self, version_before: int) -> None:
+        """Note that the parameter changed by a step that keeps zeros; `version_before` was its version."""
         # An optimizer with masked gradient and clean state keeps zeros: its own step is no reason to look again.
         settled = self._settled
         if settled is not None and settled.weight is self.parameter and settled.weight_version == version_before:
@@ -266,43 +295,8 @@ class MaskedLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The version counters of a copy's tensors start again: what was seen of the original says nothing of them.
-        return _empty_twin, (self.twin_of,), {**self.__dict__, "_settled": None}
-
-
-# The layer of a parameter, for the optimizer hooks below; entries vanish with their layer.
-_LAYER_OF: weakref.WeakValueDictionary[int, MaskedLayer] = weakref.WeakValueDictionary()
-# Per optimizer and parameter: the mask (identity, version) its state was last cleared for.
-_CLEARED: weakref.WeakKeyDictionary[Optimizer, dict[int, tuple[int, int]]] = weakref.WeakKeyDictionary()
-_VERSIONS: weakref.WeakKeyDictionary[Optimizer, dict[int, int]] = weakref.WeakKeyDictionary()
-
-
-def _masked_layers_of(optimizer: Optimizer) -> Iterator[MaskedLayer]:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            layer = _LAYER_OF.get(id(parameter))
-            if layer is not None and layer.parameter is parameter:
-                yield layer
-
-
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if _LAYER_OF:
-        versions = {}
-        for layer in _masked_layers_of(optimizer):
-            layer._optimizer_will_step(optimizer)
-            versions[id(layer.parameter)] = layer.parameter._version
-        _VERSIONS[optimizer] = versions
-
-
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    versions = _VERSIONS.pop(optimizer, None)
-    if versions:
-        for layer in _masked_layers_of(optimizer):
-            layer._optimizer_stepped(versions.get(id(layer.parameter), -1))
-
-
-# Every optimizer calls these, so that nobody has to tell growfx about theirs.
-register_optimizer_step_pre_hook(_before_step)
-register_optimizer_step_post_hook(_after_step)
+        anew = {"_settled": None, "dense_gradient": None, "collects_gradient": False}
+        return _empty_twin, (self.twin_of,), {**self.__dict__, **anew}
 
 
 class _MaskedConv(MaskedLayer):
@@ -408,8 +402,8 @@ def to_twin(module: nn.Module, mask: Tensor | None = None) -> MaskedLayer:
 def to_plain(module: MaskedLayer) -> nn.Module:
     """Turn a masked twin back into the layer it stands for, in place, +0.0 outside its mask."""
     module.settle()
-    if _LAYER_OF.get(id(module.parameter)) is module:
-        del _LAYER_OF[id(module.parameter)]
+    if LAYER_OF.get(id(module.parameter)) is module:
+        del LAYER_OF[id(module.parameter)]
     del module._buffers["mask"], module._settled
     original: Any = module.twin_of
     module.__class__ = original

@@ -6,6 +6,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from growfx.session import Stage
+
 __all__ = ["Progress"]
 
 
@@ -13,14 +15,13 @@ class Progress:
     """Bars for growth rounds, epochs and steps; silent when not `shown`.
 
     tqdm gives the remaining time of the bar it shows: of the round while growing (how many rounds
-    follow is for the data to say), of the whole final training afterwards.
+    follow is for the data to say), of the whole stage otherwise.
     """
 
     def __init__(self, shown: bool) -> None:
         self.shown = shown
         self._epochs: tqdm[Any] | None = None
         self._steps: tqdm[Any] | None = None
-        self._rounds = 0
 
     def __enter__(self) -> "Progress":
         return self
@@ -37,7 +38,6 @@ class Progress:
 
     def round(self, record: Mapping[str, Any]) -> None:
         """Report a scored growth round: its density, accuracy, noise and what the method decided."""
-        self._rounds += 1
         if not self.shown:
             return
         verdict = "growing" if record["growing"] else f"stop: {record['stop_reason']}"
@@ -46,32 +46,47 @@ class Progress:
             f"{100 * record['val_accuracy']:.2f} +- {100 * record['noise']:.2f} %, {verdict}"
         )
 
-    def begin_final(self, epochs: int, done: int) -> None:
-        """Show the bar of the final training."""
-        self._epochs = tqdm(
-            total=epochs, initial=done, desc="training", unit="epoch", disable=not self.shown, file=_stderr()
-        )
+    def begin_stage(self, stage: Stage, done: int) -> None:
+        """Show the bar over the epochs of a stage, `done` of which are over; a growth round has none."""
+        if not stage.averaged:
+            self._epochs = tqdm(
+                total=stage.epochs,
+                initial=done,
+                desc=stage.title,
+                unit="epoch",
+                disable=not self.shown,
+                file=_stderr(),
+            )
 
-    def final_epoch(self, accuracy: float, density: float) -> None:
-        """Advance the bar of the final training."""
+    def stage_epoch(self, accuracy: float, density: float) -> None:
+        """Advance the bar of the stage."""
         if self._epochs is not None:
             self._epochs.set_postfix_str(
                 f"accuracy {100 * accuracy:.2f} %, density {100 * density:.2f} %", refresh=False
             )
             self._epochs.update()
 
+    def end_stage(self) -> None:
+        """Leave the bar of the stage as it is."""
+        if self._epochs is not None:
+            self._epochs.close()
+            self._epochs = None
+
     @contextmanager
-    def epoch(self, phase: str, epoch: int, epochs: int, steps: int) -> Generator[Callable[[], Any]]:
-        """A bar over the steps of one epoch (over those of the whole round while growing)."""
-        growing = phase == "rounds"
-        name = f"growing, round {self._rounds + 1}" if growing else f"epoch {epoch + 1}/{epochs}"
+    def epoch(self, stage: Stage, first: int, steps: int) -> Generator[Callable[[], Any]]:
+        """A bar over the steps of one epoch of `steps` (over those of the whole round while growing).
+
+        `first` is the step of the stage that training goes on with.
+        """
+        whole = stage.averaged
+        name = f"growing, {stage.title}" if whole else f"epoch {first // steps + 1}/{stage.epochs}"
         with tqdm(
-            total=steps * epochs if growing else steps,
-            initial=steps * epoch if growing else 0,
+            total=steps * stage.epochs if whole else steps,
+            initial=first if whole else first % steps,
             desc=name,
             unit="step",
             leave=False,
-            position=0 if growing else 1,
+            position=0 if whole else 1,
             disable=not self.shown,
             file=_stderr(),
         ) as bar:

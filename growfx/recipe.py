@@ -15,14 +15,15 @@ from torch import nn
 
 from growfx.errors import ConfigError, DataError
 from growfx.options import TrainOptions
+from growfx.session import Stage
 
 __all__ = [
-    "cosine",
     "make_average",
     "make_loss",
     "make_optimizer",
     "pick_device",
     "private_randomness",
+    "schedule_of",
     "seed_globally",
     "steps_of",
 ]
@@ -110,24 +111,38 @@ def private_randomness() -> Generator[None]:
             np.random.set_state(numpy)  # noqa: NPY002
 
 
-def cosine(
-    optimizer: torch.optim.Optimizer,
-    options: TrainOptions,
-    *,
-    peak: float,
-    epochs: int,
-    warmup: float,
-    steps: int,
-) -> Any:
-    """A cosine from `peak` to `peak * options.min_lr` over `epochs` of `steps` steps, after a linear warmup.
+def schedule_of(optimizer: torch.optim.Optimizer, options: TrainOptions, stage: Stage, steps: int) -> Any:
+    """The learning rates of a stage of epochs of `steps` steps: `step_update(n)` sets the rate of its step n.
 
-    Returns:
-        a timm scheduler; its `step_update(n)` sets the rate of step n and needs no state to be continued.
+    It needs no state to be continued.
     """
+    peak = options.lr * stage.peak
+    if stage.low is not None:
+        return Triangle(optimizer, options.lr * stage.low, peak, stage.epochs * steps)
+    warmup = min(options.warmup_epochs, stage.epochs / 2) if stage.warmup is None else stage.warmup
+    return cosine(optimizer, peak=peak, low=peak * options.min_lr, epochs=stage.epochs, warmup=warmup, steps=steps)
+
+
+class Triangle:
+    """A rate that climbs in a straight line from `low` to `peak` at half of `total` steps, and falls back."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, low: float, peak: float, total: int) -> None:
+        self.optimizer, self.low, self.peak, self.total = optimizer, low, peak, total
+
+    def step_update(self, step: int) -> None:
+        """Set the rate of step `step`, counted from 0."""
+        # the middle of the step, so that both ends of a cycle are alike
+        height = 1 - abs(2 * (step + 0.5) / self.total - 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.low + (self.peak - self.low) * height
+
+
+def cosine(optimizer: torch.optim.Optimizer, *, peak: float, low: float, epochs: int, warmup: float, steps: int) -> Any:
+    """A cosine from `peak` to `low` over `epochs` of `steps` steps, after a linear warmup (epochs), by timm."""
     from timm.scheduler.scheduler_factory import create_scheduler_v2
 
     for group in optimizer.param_groups:
-        # timm's schedulers take their peak from here and would keep that of the phase before.
+        # timm's schedulers take their peak from here and would keep that of the stage before.
         group["lr"] = group["initial_lr"] = peak
     schedule, _ = create_scheduler_v2(
         optimizer,
@@ -135,7 +150,7 @@ def cosine(
         num_epochs=epochs,
         warmup_epochs=math.floor(warmup * steps) / steps,  # type: ignore[arg-type]
         warmup_lr=peak * 0.1,
-        min_lr=peak * options.min_lr,
+        min_lr=low,
         step_on_epochs=False,
         updates_per_epoch=steps,
     )

@@ -24,21 +24,23 @@ from growfx.cost import CostMeter
 from growfx.errors import CheckpointError, ConfigError, DataError, GrowfxError
 from growfx.evaluation import Score, evaluate, logits_of, paired_noise
 from growfx.graph import MaskedGraph
+from growfx.methods.fixed import Fixed
 from growfx.options import TrainOptions
 from growfx.progress import Progress
 from growfx.recipe import (
-    cosine,
     make_average,
     make_loss,
     make_optimizer,
     pick_device,
     private_randomness,
+    schedule_of,
     seed_globally,
     steps_of,
 )
 from growfx.report import write_report
 from growfx.run_config import describe_run, model_name
 from growfx.run_folder import RunFolder, finite
+from growfx.session import Session, Stage
 
 if TYPE_CHECKING:
     from growfx.methods.base import Method
@@ -111,7 +113,8 @@ def train(
         raise ConfigError(
             f"growfx.train needs a growfx.MaskedGraph, not a `{type(net).__name__}`; wrap the model first"
         )
-    run = _Run(net, train_loader, val_loader, test_loader, method, options, progress)
+    chosen = Fixed() if method is None else method
+    run = _Run(net, train_loader, val_loader, test_loader, chosen, options, progress)
     if out is not None:
         config = {**describe_run(net, method, options), **(about or {})}
         run.folder = RunFolder.start(Path(out), config, resume=resume, overwrite=overwrite)
@@ -123,10 +126,11 @@ def train(
 
 @dataclass
 class _Position:
-    """Where a run is, between two epochs. `epoch` and `steps` count from its beginning."""
+    """Where a run is, between two epochs. `epoch` and `steps` count from its beginning; `stage` counts the stages
+    done, and `stage_step` the steps into the next."""
 
-    phase: str = "rounds"
-    phase_epoch: int = 0
+    stage: int = 0
+    stage_step: int = 0
     epoch: int = 0
     steps: int = 0
 
@@ -140,7 +144,7 @@ class _Run:
         train_loader: Iterable[Any],
         val_loader: Iterable[Any],
         test_loader: Iterable[Any] | None,
-        method: "Method | None",
+        method: "Method",
         options: TrainOptions,
         progress: bool,
     ) -> None:
@@ -160,11 +164,8 @@ class _Run:
         self._set_up()
         self._restore()
         with self.progress:
-            if self.at.phase == "rounds":
-                self._rounds()
-                self.at = dataclasses.replace(self.at, phase="final", phase_epoch=0)
-            self.ema = None
-            self._final()
+            while (stage := self.method.next_stage()) is not None:
+                self._train_stage(stage)
         return self._finish()
 
     # -- beginning ------------------------------------------------------------------------------------------
@@ -173,40 +174,69 @@ class _Run:
         self.net.to(self.device)
         seed_globally(self.options.seed, -1)
         self.optimizer = make_optimizer(self.net, self.options)
-        if self.method is not None:
-            total = self.options.epochs * self.epoch_steps
-            self.method.attach(self.net, self.optimizer, total_steps=total, steps_per_epoch=self.epoch_steps)
         self.loss = make_loss(self.options).to(self.device)
         self.ema = None
-        if self.method is not None and self.method.epochs_per_round is not None:
-            self.ema = make_average(self.net, self.options, self.method.epochs_per_round * self.epoch_steps)
+        self.method.begin(
+            Session(
+                net=self.net,
+                optimizer=self.optimizer,
+                options=self.options,
+                steps_per_epoch=self.epoch_steps,
+                batches=lambda: (self._moved(*batch) for batch in self.train_loader),
+                loss=lambda output, targets: self.loss(logits_of(output), targets),
+            )
+        )
         images, _ = next(iter(self.val_loader), (None, None))
         if images is None:
             raise DataError("the validation loader gives no images")
         self.meter = CostMeter(self.net, images[:1].to(self.device))
 
-    def _grows(self) -> bool:
-        return self.method is not None and self.method.epochs_per_round is not None
+    def _moved(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
-    # -- growth rounds --------------------------------------------------------------------------------------
+    # -- one stage ------------------------------------------------------------------------------------------
 
-    def _rounds(self) -> None:
-        method = self.method
-        while method is not None and method.growing and method.epochs_per_round is not None:
-            length = method.epochs_per_round
-            peak = self.options.lr * self.options.round_lr
-            schedule = self._schedule(peak, length, self.options.round_warmup * length)
-            for epoch in range(self.at.phase_epoch, length):
-                loss = self._epoch(schedule, epoch, length)
-                self._log_epoch("round", schedule, loss, None)
-                last = epoch == length - 1
-                if last:
-                    self._score_round()
-                self.at.phase_epoch = 0 if last else epoch + 1
-                self._checkpoint()
+    def _train_stage(self, stage: Stage) -> None:
+        schedule = schedule_of(self.optimizer, self.options, stage, self.epoch_steps)
+        if not stage.averaged:
+            self.ema = None
+        elif self.ema is None:
+            self.ema = self._average(stage)
+        done = max(self.at.stage_step, stage.first_step)
+        self.progress.begin_stage(stage, done // self.epoch_steps)
+        total = stage.epochs * self.epoch_steps
+        while done < total:
+            # an epoch that rewinding enters in the middle is a shorter one
+            steps = self.epoch_steps - done % self.epoch_steps
+            loss = self._epoch(stage, schedule, done, steps)
+            done += steps
+            accuracy = self._score(stage, last=done == total)
+            self._log_epoch(stage, loss, accuracy)
+            self.at.stage_step = done
+            if done == total:
+                self.method.end_stage(stage)
+                self.meter.read_masks()
+                self.at.stage, self.at.stage_step = self.at.stage + 1, 0
+            better = stage.kind == "final" and self.val_accuracy > self.best
+            self.best = max(self.best, self.val_accuracy) if better else self.best
+            self._checkpoint(best=better)
+        self.progress.end_stage()
+
+    def _average(self, stage: Stage) -> Any:
+        return make_average(self.net, self.options, stage.epochs * self.epoch_steps)
+
+    def _score(self, stage: Stage, last: bool) -> float | None:
+        """Validate as the stage asks for, and tell the method."""
+        if stage.averaged:
+            if last:
+                self._score_round()
+            return None
+        accuracy = self.val_accuracy = evaluate(self.net, self.val_loader, self.device).accuracy
+        self.method.report(accuracy)
+        self.progress.stage_epoch(accuracy, self.net.density)
+        return accuracy
 
     def _score_round(self) -> None:
-        assert self.method is not None
         assert self.ema is not None
         averaged = evaluate(self.ema.module, self.val_loader, self.device)
         raw = evaluate(self.net, self.val_loader, self.device)
@@ -228,31 +258,13 @@ class _Run:
             self.folder.log(record)
         self.progress.round(record)
 
-    # -- final training -------------------------------------------------------------------------------------
-
-    def _final(self) -> None:
-        options = self.options
-        schedule = self._schedule(options.lr, options.epochs, min(options.warmup_epochs, options.epochs / 2))
-        self.progress.begin_final(options.epochs, self.at.phase_epoch)
-        for epoch in range(self.at.phase_epoch, options.epochs):
-            loss = self._epoch(schedule, epoch, options.epochs)
-            self.val_accuracy = evaluate(self.net, self.val_loader, self.device).accuracy
-            if self.method is not None and not self._grows():
-                self.method.report(self.val_accuracy)
-            self._log_epoch("final", schedule, loss, self.val_accuracy)
-            self.progress.final_epoch(self.val_accuracy, self.net.density)
-            self.at.phase_epoch = epoch + 1
-            better = self.val_accuracy > self.best
-            self.best = max(self.best, self.val_accuracy)
-            self._checkpoint(best=better)
-
     def _finish(self) -> Result:
         test = None
         if self.test_loader is not None:
             test = evaluate(self.net, self.test_loader, self.device).accuracy
         method, net = self.method, self.net
         result = Result(
-            method=method.name if method else "dense" if net.nnz == net.numel else "fixed masks",
+            method=method.name if method.changes_masks else "dense" if net.nnz == net.numel else "fixed masks",
             model=model_name(net),
             density=net.density,
             nnz=net.nnz,
@@ -263,8 +275,8 @@ class _Run:
             dense_equivalent_epochs=self.meter.dense_equivalent_epochs,
             epochs=self.at.epoch,
             steps=self.at.steps,
-            stop_reason=(method.stop_reason if method else "") or "end of the schedule",
-            trace=[finite(entry) for entry in method.trace] if method else [],
+            stop_reason=method.stop_reason or "end of the schedule",
+            trace=[finite(entry) for entry in method.trace],
         )
         if self.folder:
             notice = write_report(self.folder, net, dataclasses.asdict(result))
@@ -274,49 +286,52 @@ class _Run:
 
     # -- one epoch ------------------------------------------------------------------------------------------
 
-    def _schedule(self, peak: float, epochs: int, warmup: float) -> Any:
-        steps = self.epoch_steps
-        return cosine(self.optimizer, self.options, peak=peak, epochs=epochs, warmup=warmup, steps=steps)
-
-    def _epoch(self, schedule: Any, phase_epoch: int, phase_epochs: int) -> float:
-        """Train for one epoch; the mean loss."""
+    def _epoch(self, stage: Stage, schedule: Any, first: int, steps: int) -> float:
+        """Train `steps` steps from step `first` of the stage; the mean loss."""
         seed_globally(self.options.seed, self.at.epoch, self.train_loader)
         self.net.train()
-        step = phase_epoch * self.epoch_steps
         total = torch.zeros((), device=self.device)
         self._started = time.perf_counter()
-        done = 0
-        with self.progress.epoch(self.at.phase, phase_epoch, phase_epochs, self.epoch_steps) as tick:
+        done = uncounted = 0
+        with self.progress.epoch(stage, first, self.epoch_steps) as tick:
             for images, targets in self.train_loader:
-                schedule.step_update(step)
-                total += self._step(images, targets)
-                step, done = step + 1, done + 1
+                schedule.step_update(first + done)
+                dense_gradient = self.method.needs_dense_gradient
+                loss, changed = self._step(images, targets)
+                total += loss
                 if self.ema is not None:
-                    self.ema.update(self.net, step=step - 1)
+                    self.ema.update(self.net, step=first + done)
+                done, uncounted = done + 1, uncounted + 1
+                if changed or dense_gradient or done == steps:
+                    self.meter.add_steps(uncounted - 1, self.epoch_steps)
+                    self.meter.add_steps(1, self.epoch_steps, dense_gradient=dense_gradient)
+                    uncounted = 0
+                    self.meter.read_masks()
                 # A look at the value waits for the device: now and then is enough to stop in time.
-                if done % 20 == 0 or done == self.epoch_steps:
-                    self._require_finite(total, schedule)
+                if done % 20 == 0 or done == steps:
+                    self._require_finite(total)
                 tick()
-        if done != self.epoch_steps:
+                if done == steps:
+                    break
+        if done != steps:
             raise DataError(f"the training loader gave {done} batches; its length says {self.epoch_steps}")
         self.at.epoch += 1
         self.at.steps += done
-        self.meter.add_epoch()
         return float(total) / done
 
-    def _step(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        images = images.to(self.device, non_blocking=True)
-        loss = self.loss(logits_of(self.net(images)), targets.to(self.device, non_blocking=True))
+    def _step(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """One step of optimizer and method: the loss, and whether masks changed."""
+        images, targets = self._moved(images, targets)
+        loss = self.loss(logits_of(self.net(images)), targets)
         loss.backward()
         if self.options.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.net.parameters(), self.options.clip_grad)
         self.optimizer.step()
-        if self.method is not None:
-            self.method.step()
+        changed = self.method.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return loss.detach(), changed
 
-    def _require_finite(self, total: torch.Tensor, schedule: Any) -> None:
+    def _require_finite(self, total: torch.Tensor) -> None:
         if not bool(torch.isfinite(total)):
             kept = f"; the checkpoint of epoch {self.at.epoch} is kept" if self.folder else ""
             rate = self.optimizer.param_groups[0]["lr"]
@@ -325,12 +340,13 @@ class _Run:
                 f"rate {rate:.3g}); lower `lr`, lengthen `warmup_epochs` or set `clip_grad`{kept}"
             )
 
-    def _log_epoch(self, phase: str, schedule: Any, loss: float, accuracy: float | None) -> None:
+    def _log_epoch(self, stage: Stage, loss: float, accuracy: float | None) -> None:
         if self.folder is None:
             return
         record = {
             "event": "epoch",
-            "phase": phase,
+            "phase": stage.kind,
+            "stage": self.at.stage,
             "epoch": self.at.epoch,
             "steps": self.at.steps,
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -352,7 +368,7 @@ class _Run:
             "position": dataclasses.asdict(self.at),
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "method": self.method.state_dict() if self.method else None,
+            "method": self.method.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
             "cost": self.meter.state_dict(),
             "best": self.best,
@@ -372,11 +388,13 @@ class _Run:
             self.at = _Position(**state["position"])
             self.net.load_state_dict(state["net"])
             self.optimizer.load_state_dict(state["optimizer"])
-            if self.method is not None:
-                self.method.load_state_dict(state["method"])
-            if self.ema is not None and state["ema"] is not None:
+            self.method.load_state_dict(state["method"])
+            stage = self.method.next_stage()
+            if state["ema"] is not None and stage is not None and stage.averaged:
+                self.ema = self._average(stage)
                 self.ema.module.load_state_dict(state["ema"])
             self.meter.load_state_dict(state["cost"])
+            self.meter.read_masks()
             self.best, self.val_accuracy = state["best"], state["val_accuracy"]
             self.last_score = None if state["last_score"] is None else Score(state["last_score"])
         except (KeyError, TypeError, RuntimeError, ValueError) as error:

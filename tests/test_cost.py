@@ -116,10 +116,11 @@ def test_counting_leaves_modes_and_statistics_as_they_were():
 def test_epochs_are_weighted_by_the_cost_of_their_masks():
     net = mixed()
     meter = CostMeter(net)
-    assert meter.add_epoch() == 1.0
+    assert meter.add_steps(5, 5) == 1.0
     net.set_masks({"stem": torch.zeros_like(net.layers["stem"].mask)})
     sparse, dense = forward_flops(net)
-    meter.add_epoch(3)
+    meter.read_masks()
+    meter.add_steps(30, 10)
     assert meter.dense_equivalent_epochs == pytest.approx(1 + 3 * sparse / dense)
     again = CostMeter(net)
     again.load_state_dict(meter.state_dict())

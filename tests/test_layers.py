@@ -292,3 +292,31 @@ def test_counts_follow_the_mask_however_it_is_changed() -> None:
     assert layer.nnz == 0
     assert layer.density == 0.0
     assert int(outside(layer).count_nonzero()) == 0
+
+
+@pytest.mark.parametrize("layer", ["conv", "linear", "attention"])
+def test_a_collected_gradient_is_that_of_the_dense_layer_and_the_optimizer_sees_it_masked(layer: str) -> None:
+    torch.manual_seed(0)
+    make = {
+        "conv": lambda: (nn.Conv2d(3, 4, 3), (torch.randn(2, 3, 6, 6),)),
+        "linear": lambda: (nn.Linear(5, 4), (torch.randn(3, 5),)),
+        "attention": lambda: (nn.MultiheadAttention(8, 2, batch_first=True), (torch.randn(2, 3, 8),) * 3),
+    }
+    plain, inputs = make[layer]()
+    twin = to_twin(copy.deepcopy(plain))
+    twin.mask.copy_(torch.rand(twin.mask.shape) < 0.4)
+    with torch.no_grad():
+        next(p for n, p in plain.named_parameters() if n == twin.weight_name).mul_(twin.mask)
+    twin.collects_gradient = True
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    for batch in (inputs, tuple(2 * x for x in inputs)):  # two backward passes: an accumulation window
+        for module in (plain, twin):
+            output = module(*batch)
+            (output[0] if layer == "attention" else output).square().sum().backward()
+    expected = next(p.grad for n, p in plain.named_parameters() if n == twin.weight_name)
+    optimizer.step()
+    assert twin.dense_gradient is not None
+    torch.testing.assert_close(twin.dense_gradient, expected)
+    assert twin.dense_gradient[~twin.mask].abs().max() > 0
+    assert torch.equal(twin.parameter.grad[~twin.mask], torch.zeros(int((~twin.mask).sum())))
+    assert not twin.parameter.detach()[~twin.mask].any()

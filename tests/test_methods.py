@@ -134,7 +134,9 @@ def test_static_has_exactly_its_density_for_good():
     assert net.nnz == round(0.37 * net.numel)
     assert train_steps(net, optimizer, method, 4) == [False] * 4
     assert net.mask_digest() == before
-    assert (method.growing, method.stop_reason, method.trace) == (False, "", [])
+    method.report(0.5)
+    assert (method.growing, method.stop_reason) == (False, "")
+    assert [entry["exploration"] for entry in method.trace] == [net.density]
 
 
 @pytest.mark.parametrize("optimizer_name", sorted(OPTIMIZERS))

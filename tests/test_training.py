@@ -14,6 +14,7 @@ from growfx.density import random_masks
 from growfx.errors import CheckpointError, ConfigError, DataError, GrowfxError
 from growfx.options import TrainOptions
 from growfx.progress import Progress
+from growfx.session import Stage
 from growfx.training import train
 
 
@@ -44,6 +45,9 @@ class Doubling:
     epochs_per_round: int = 2
     seed: int = 0
     trace: list = field(default_factory=list, init=False)
+    changes_masks = True
+    needs_dense_gradient = False
+    finished: bool = field(default=False, init=False)
     growing: bool = field(default=True, init=False)
     stop_reason: str = field(default="", init=False)
     noises: list = field(default_factory=list, init=False)
@@ -54,6 +58,19 @@ class Doubling:
         self.before: dict = {}
         self._draw(0.1)
 
+    def begin(self, session):
+        steps = session.steps_per_epoch
+        self.options = session.options
+        self.attach(session.net, session.optimizer, total_steps=steps * session.options.epochs, steps_per_epoch=steps)
+
+    def next_stage(self):
+        if self.growing:
+            return Stage("round", self.epochs_per_round, len(self.trace), warmup=0.2, averaged=True)
+        return None if self.finished else Stage("final", self.options.epochs)
+
+    def end_stage(self, stage):
+        self.finished = stage.kind == "final"
+
     def _draw(self, density):
         shapes = {name: tuple(layer.mask.shape) for name, layer in self.net.layers.items()}
         self.net.set_masks(random_masks(shapes, density, seed=self.seed))
@@ -63,6 +80,8 @@ class Doubling:
         return False
 
     def report(self, accuracy, noise=None):
+        if not self.growing:
+            return
         entry = {"round": len(self.trace), "density": self.net.density, "nnz": self.net.nnz}
         self.trace.append({**entry, "val_accuracy": accuracy, "fit": None})
         self.noises.append(noise)
@@ -74,7 +93,7 @@ class Doubling:
             self.growing, self.stop_reason = False, "rounds are over"
 
     def state_dict(self):
-        names = ("trace", "growing", "stop_reason", "noises", "steps", "before")
+        names = ("trace", "finished", "growing", "stop_reason", "noises", "steps", "before")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state):
@@ -389,10 +408,12 @@ def test_progress_shows_rounds_epochs_accuracy_and_density(capfd):
 
 def test_progress_is_silent_when_not_wanted_but_for_notices(capfd):
     with Progress(False) as progress:
-        progress.begin_final(3, 0)
-        with progress.epoch("final", 0, 3, 5) as tick:
+        stage = Stage("final", 3)
+        progress.begin_stage(stage, 0)
+        with progress.epoch(stage, 0, 5) as tick:
             tick()
-        progress.final_epoch(0.5, 0.1)
+        progress.stage_epoch(0.5, 0.1)
+        progress.end_stage()
         assert capfd.readouterr().err == ""
         progress.say("a notice")
     assert capfd.readouterr().err == "a notice\n"

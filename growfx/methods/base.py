@@ -1,23 +1,37 @@
 """What every method is: options in a frozen dataclass, run state in an object of its own, one clock.
 
 A method is attached to a network and its optimizer, told of every optimizer step and, if it listens, of
-every measured accuracy; it changes masks and says so.
+every measured accuracy; it changes masks and says so. `growfx.train` asks it for one stage of training after
+another; most have a single one.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from growfx.errors import CheckpointError, ConfigError
+from growfx.layers import MaskedLayer
+from growfx.session import Session, Stage
+
 if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
 
-__all__ = ["Method", "change_masks", "check_accuracy"]
+__all__ = [
+    "Method",
+    "change_masks",
+    "check_accuracy",
+    "check_clock",
+    "check_state",
+    "collect_gradients",
+    "dense_gradients",
+    "not_attached",
+]
 
 
 class Method(ABC):
@@ -26,18 +40,21 @@ class Method(ABC):
 
     Attributes:
         name: as in `growfx.methods.create`.
-        epochs_per_round: length of a growth round; None for methods without rounds.
+        changes_masks: False for one that leaves every mask as it is.
     """
 
     name: ClassVar[str]
-    epochs_per_round: int | None
+    changes_masks: ClassVar[bool] = True
+
+    # -- in any loop ----------------------------------------------------------------------------------------
 
     @abstractmethod
     def attach(self, net: MaskedGraph, optimizer: Optimizer, *, total_steps: int, steps_per_epoch: int) -> None:
         """Draw the starting masks and set the clock.
 
         `total_steps`: optimizer steps of the (final) training, `steps_per_epoch`: of one epoch.
-        Raises `ConfigError` where the options do not fit the network.
+        Raises `ConfigError` where the options do not fit the network, and for methods that need more than one
+        training, or its data.
         """
 
     @abstractmethod
@@ -48,10 +65,31 @@ class Method(ABC):
     def report(self, accuracy: float, noise: float | None = None) -> None:
         """Tell the method a validation accuracy (fraction) and its standard deviation (None: unknown)."""
 
+    # -- in growfx.train ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def begin(self, session: Session) -> None:
+        """Start in a run: draw the starting masks, as `attach` does."""
+
+    @abstractmethod
+    def next_stage(self) -> Stage | None:
+        """Return the stage to train now, the same one until `end_stage`; None when training is over."""
+
+    @abstractmethod
+    def end_stage(self, stage: Stage) -> None:
+        """Do what follows `stage`, which was just trained; its accuracy was reported."""
+
+    # -- facts ----------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def needs_dense_gradient(self) -> bool:
+        """Whether the step under way computes the gradient of absent edges too, which costs more."""
+
     @property
     @abstractmethod
     def trace(self) -> list[dict[str, Any]]:
-        """One `{round, density, nnz, val_accuracy, fit}` a growth round, of plain JSON values."""
+        """`{round, density, nnz, val_accuracy, fit}` of every round or level, of plain JSON values."""
 
     @property
     @abstractmethod
@@ -70,10 +108,13 @@ class Method(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken; call `attach` first.
+        """Continue exactly where `state_dict` was taken; call `attach` (or `begin`) first.
 
         Raises `CheckpointError` for the state of another method or network.
         """
+
+
+# -- what arrives ---------------------------------------------------------------------------------------------
 
 
 def check_accuracy(accuracy: float, noise: float | None) -> None:
@@ -81,6 +122,27 @@ def check_accuracy(accuracy: float, noise: float | None) -> None:
     from growfx.plateau import Point
 
     Point(1.0, float(accuracy), None if noise is None else float(noise))
+
+
+def check_clock(total_steps: int, steps_per_epoch: int) -> None:
+    """Raise `ConfigError` unless both are whole numbers from 1 up."""
+    for name, value in (("total_steps", total_steps), ("steps_per_epoch", steps_per_epoch)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"`{name}` is {value!r}; allowed are whole numbers from 1 up")
+
+
+def check_state(state: Mapping[str, Any], name: str) -> None:
+    """Raise `CheckpointError` unless `state` is of the method `name`."""
+    if state.get("method") != name:
+        raise CheckpointError(f"the state is of method `{state.get('method')}`, not `{name}`")
+
+
+def not_attached(name: str) -> ConfigError:
+    """Return the error of using a method before `attach`."""
+    return ConfigError(f"method `{name}` is not attached; call `method.attach(net, optimizer, ...)` first")
+
+
+# -- masks ----------------------------------------------------------------------------------------------------
 
 
 def change_masks(net: MaskedGraph, optimizer: Optimizer, masks: Mapping[str, Tensor]) -> int:
@@ -113,3 +175,28 @@ def clear_state(optimizer: Optimizer, parameter: nn.Parameter, where: Tensor) ->
 def _clear(values: Tensor, where: Tensor) -> None:
     with torch.no_grad():
         values.masked_fill_(where, 0.0)
+
+
+# -- gradients ------------------------------------------------------------------------------------------------
+
+
+def collect_gradients(layers: Iterable[MaskedLayer], wanted: bool) -> None:
+    """Let the next backward passes leave the gradient of absent edges (or not), and forget the last one."""
+    for layer in layers:
+        layer.collects_gradient = wanted
+        layer.dense_gradient = None
+
+
+def dense_gradients(layers: Mapping[str, MaskedLayer]) -> dict[str, Tensor]:
+    """Return the gradient of every weight, present or absent, of the step just made; shapes of the weights.
+
+    Collected since `collect_gradients(..., True)`: of the whole accumulation window, as the optimizer saw it. Zero
+    for a layer that took no part in the step.
+    """
+    found = {}
+    for name, layer in layers.items():
+        if layer.dense_gradient is None and layer.collects_gradient:
+            layer.take_dense_gradient()  # an optimizer that is none of torch's, whose step nobody announces
+        gradient = layer.dense_gradient
+        found[name] = torch.zeros_like(layer.parameter.detach()) if gradient is None else gradient
+    return found

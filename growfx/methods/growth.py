@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from growfx.errors import CheckpointError
+from growfx.mask_bits import pack, unpack
 
 if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
@@ -47,14 +47,13 @@ class Snapshot:
         """Copy what `net` is now."""
         masks, active = {}, {}
         for name, layer in net.layers.items():
-            mask = layer.mask.cpu()
-            masks[name] = torch.from_numpy(np.packbits(mask.reshape(-1).numpy()))
+            masks[name] = pack(layer.mask)
             active[name] = layer.parameter.detach()[layer.mask].cpu()
         return cls(masks, active, {name: value.detach().cpu().clone() for name, value in _rest(net).items()})
 
     def restore(self, net: MaskedGraph, optimizer: Optimizer) -> None:
         """Make `net` what it was, and forget the optimizer's state: it belongs to another network."""
-        masks = {name: self._mask(name, layer.mask) for name, layer in net.layers.items()}
+        masks = {name: unpack(self.masks[name], layer.mask) for name, layer in net.layers.items()}
         net.set_masks(masks)
         with torch.no_grad():
             for name, layer in net.layers.items():
@@ -63,10 +62,6 @@ class Snapshot:
                 value.copy_(self.rest[name])
         net.settle()
         optimizer.state.clear()
-
-    def _mask(self, name: str, like: Tensor) -> Tensor:
-        bits = np.unpackbits(self.masks[name].numpy(), count=like.numel()).astype(bool)
-        return torch.from_numpy(bits).reshape(like.shape).to(like.device)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return the three parts as plain dicts of tensors."""

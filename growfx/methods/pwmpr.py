@@ -21,15 +21,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch.optim import Optimizer
 
 from growfx.edge_keys import EdgeKeys
-from growfx.errors import CheckpointError, ConfigError
-from growfx.methods.base import Method, change_masks, check_accuracy
+from growfx.errors import ConfigError
+from growfx.methods.base import Method, change_masks, check_accuracy, check_clock, check_state, not_attached
 from growfx.methods.growth import Snapshot, next_nnz
-from growfx.options import check_ranges, option
+from growfx.options import TrainOptions, check_ranges, option
 from growfx.passes.path_products import path_products
 from growfx.passes.seed import seed_masks
 from growfx.paths import PathProducts
 from growfx.plateau import Decision, LogisticFit, PlateauRule, Point
 from growfx.selection import draw
+from growfx.session import Session, Stage
 
 if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
@@ -40,7 +41,7 @@ __all__ = ["PWMPR"]
 @dataclass
 class _State:
     """One growth. `steps` counts in the round under way; `snapshots` holds rounds that may be gone back
-    to."""
+    to. In a run `options` are those of the run, and `finished` says that the final training is over."""
 
     net: Any
     optimizer: Optimizer
@@ -51,6 +52,8 @@ class _State:
     operating_round: int | None = None
     trace: list[dict[str, Any]] = field(default_factory=list)
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
+    options: TrainOptions | None = None
+    finished: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class PWMPR(Method):
 
     seed_density: float | None = option(None, low=0, high=1, open_low=True)
     growth_ratio: float = option(1.3, low=1, high=10, open_low=True)
-    epochs_per_round: int | None = option(2, low=1)
+    epochs_per_round: int = option(2, low=1)
     max_density: float = option(1.0, low=0, high=1, open_low=True)
     tolerance: float = option(0.003, low=0, high=1, open_low=True, open_high=True)
     norm: str = option("fold", choices=("fold", "identity"))
@@ -82,8 +85,6 @@ class PWMPR(Method):
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.epochs_per_round is None:
-            raise ConfigError("`epochs_per_round` is None; allowed are whole numbers from 1 up")
         if self.seed_density is not None and self.seed_density > self.max_density:
             raise ConfigError(
                 f"`seed_density` {self.seed_density} is above `max_density` {self.max_density}; "
@@ -99,9 +100,7 @@ class PWMPR(Method):
         Raises `ConfigError` where layers off path alone are denser than the seed, and `TraceError` for a
         network without path products.
         """
-        if steps_per_epoch < 1:
-            raise ConfigError(f"`steps_per_epoch` is {steps_per_epoch}; allowed are whole numbers from 1 up")
-        assert self.epochs_per_round is not None
+        check_clock(total_steps, steps_per_epoch)
         start = seed_masks(net, self.seed_density, seed=self.seed, largest=self.max_density)
         change_masks(net, optimizer, start.masks)
         object.__setattr__(self, "_state", _State(net, optimizer, self.epochs_per_round * steps_per_epoch))
@@ -127,6 +126,31 @@ class PWMPR(Method):
         check_accuracy(accuracy, noise)
         if state.growing and state.steps >= state.steps_per_round:
             self._finish_round(float(accuracy), None if noise is None else float(noise))
+
+    def begin(self, session: Session) -> None:
+        """Attach to the run's network; its growth rounds anneal as `TrainOptions` says."""
+        epochs, steps = session.options.epochs, session.steps_per_epoch
+        self.attach(session.net, session.optimizer, total_steps=epochs * steps, steps_per_epoch=steps)
+        self._attached().options = session.options
+
+    def next_stage(self) -> Stage | None:
+        """Return a growth round while growth goes on, then the final training."""
+        state = self._attached()
+        assert state.options is not None
+        if state.growing:
+            warmup = state.options.round_warmup * self.epochs_per_round
+            peak, number = state.options.round_lr, len(state.trace)
+            return Stage("round", self.epochs_per_round, number, peak=peak, warmup=warmup, averaged=True)
+        return None if state.finished else Stage("final", state.options.epochs)
+
+    def end_stage(self, stage: Stage) -> None:
+        """Rounds end with their report; after the final stage training is over."""
+        self._attached().finished = stage.kind == "final"
+
+    @property
+    def needs_dense_gradient(self) -> bool:
+        """False: path products need no gradient."""
+        return False
 
     # -- rounds ---------------------------------------------------------------------------------------------
 
@@ -225,7 +249,7 @@ class PWMPR(Method):
 
     def _attached(self) -> _State:
         if self._state is None:
-            raise ConfigError(f"method `{self.name}` is not attached; call `method.attach(net, optimizer, ...)` first")
+            raise not_attached(self.name)
         return self._state
 
     @property
@@ -267,6 +291,7 @@ class PWMPR(Method):
             "growing": state.growing,
             "stop_reason": state.stop_reason,
             "operating_round": state.operating_round,
+            "finished": state.finished,
             "trace": copy.deepcopy(state.trace),
             "snapshots": {str(number): kept.state_dict() for number, kept in state.snapshots.items()},
         }
@@ -277,9 +302,9 @@ class PWMPR(Method):
         Raises `CheckpointError` for the state of another method or network.
         """
         own = self._attached()
-        if state.get("method") != self.name:
-            raise CheckpointError(f"the state is of method `{state.get('method')}`, not `{self.name}`")
+        check_state(state, self.name)
         snapshots = {int(k): Snapshot.from_state(v, own.net) for k, v in state["snapshots"].items()}
         own.steps, own.growing = int(state["steps"]), bool(state["growing"])
         own.stop_reason, own.operating_round = str(state["stop_reason"]), state["operating_round"]
+        own.finished = bool(state["finished"])
         own.trace, own.snapshots = copy.deepcopy(state["trace"]), snapshots
