@@ -262,6 +262,7 @@ def _run(
     """Put a run together from the options of `grow` and `train`, and train."""
     import dataclasses
 
+    from growfx import methods
     from growfx.job import assemble
     from growfx.options import DataOptions, TrainOptions, parse_assignments
     from growfx.report import result_rows, table
@@ -270,7 +271,7 @@ def _run(
 
     kinds: dict[str, type] = {"data": DataOptions, "train": TrainOptions}
     if method_name != _DENSE:
-        kinds["method"] = _method_class(method_name)
+        kinds["method"] = methods.kind_of(method_name)
     values = parse_assignments(assignments, kinds)
     given: dict[str, Any] = {"seed": seed} if epochs is None else {"seed": seed, "epochs": epochs}
     train_options = TrainOptions(**{**given, **values["train"]})
@@ -305,12 +306,6 @@ def _method(name: str, options: Mapping[str, Any]) -> Any:
     from growfx import methods
 
     return None if name == _DENSE else methods.create(name, **options)
-
-
-def _method_class(name: str) -> type:
-    from growfx import methods
-
-    return type(methods.create(name))
 
 
 def _own_text(error: GrowfxError) -> str:

@@ -4,22 +4,55 @@ A method's options are the init fields of its frozen dataclass; their ranges sta
 """
 
 import dataclasses
+import importlib
 from collections.abc import Mapping
 from typing import Any, Final
 
 from growfx.errors import ConfigError
 from growfx.methods.base import Method
-from growfx.methods.pwmpr import PWMPR
-from growfx.methods.static import Static
 
-__all__ = ["Method", "create", "names"]
+__all__ = ["Method", "create", "kind_of", "names"]
 
-_METHODS: Final[Mapping[str, type[Method]]] = {kind.name: kind for kind in (PWMPR, Static)}
+# Module and class of each method; a module is imported when its method is first made.
+_METHODS: Final[Mapping[str, str]] = {
+    "acdc": "acdc:ACDC",
+    "continuous": "continuous:Continuous",
+    "gmp": "gradual:GMP",
+    "gradient-growth": "gradient_growth:GradientGrowth",
+    "granet": "gradual:GraNet",
+    "grasp": "at_init:GraSP",
+    "grow-prune": "grow_prune:GrowPrune",
+    "imp": "imp:IMP",
+    "mest": "dynamic:MEST",
+    "phew": "phew:PHEW",
+    "pwmpr": "pwmpr:PWMPR",
+    "random-growth": "random_growth:RandomGrowth",
+    "rigl": "dynamic:RigL",
+    "rigl-sg": "dynamic:RigLSG",
+    "rigl-sm": "dynamic:RigLSM",
+    "set": "dynamic:SET",
+    "small-dense": "small_dense:SmallDense",
+    "snfs": "dynamic:SNFS",
+    "snip": "at_init:SNIP",
+    "static": "static:Static",
+    "sup-tickets": "sup_tickets:SupTickets",
+    "synflow": "at_init:SynFlow",
+    "ticket": "ticket:Ticket",
+}
 
 
 def names() -> list[str]:
     """Return the names that `create` knows."""
     return sorted(_METHODS)
+
+
+def kind_of(name: str) -> type[Method]:
+    """Return the class of the method `name`; `ConfigError` naming the known ones when there is none."""
+    if name not in _METHODS:
+        allowed = ", ".join(f"`{known}`" for known in names())
+        raise ConfigError(f"method `{name}` is unknown; allowed: {allowed}")
+    module, _, kind = _METHODS[name].partition(":")
+    return getattr(importlib.import_module(f"growfx.methods.{module}"), kind)
 
 
 def create(name: str, **options: Any) -> Method:
@@ -28,10 +61,7 @@ def create(name: str, **options: Any) -> Method:
     Raises `ConfigError` for an unknown method or option (naming the allowed ones) or a value out of its
     range.
     """
-    if name not in _METHODS:
-        allowed = ", ".join(f"`{known}`" for known in names())
-        raise ConfigError(f"method `{name}` is unknown; allowed: {allowed}")
-    kind: Any = _METHODS[name]
+    kind: Any = kind_of(name)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     for option in options:
         if option not in fields:

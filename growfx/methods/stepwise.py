@@ -50,6 +50,7 @@ class Course:
         updates: how many times masks were chosen anew.
         memory: what else the method has to remember, by name: tensors, numbers, lists, dicts.
         ever_active: per layer, which edges were active at any time.
+        session: the run of `growfx.train`, None in a loop of one's own.
         stages: the stages of training still to come; empty in a loop of one's own.
     """
 
@@ -63,6 +64,7 @@ class Course:
     trace: list[dict[str, Any]] = field(default_factory=list)
     memory: dict[str, Any] = field(default_factory=dict)
     ever_active: dict[str, Tensor] = field(default_factory=dict)
+    session: Session | None = None
     stages: list[Stage] = field(default_factory=list)
 
     @property
@@ -147,13 +149,25 @@ class Stepwise(Method):
         Raises `ConfigError` where the options do not fit the network: for example where layers that no path
         crosses, which stay as they are and are counted, alone are denser than `density`.
         """
+        self._open(net, optimizer, total_steps, steps_per_epoch, None)
+
+    def begin(self, session: Session) -> None:
+        """Attach to the run's network for one training of all its epochs."""
+        epochs, steps = session.options.epochs, session.steps_per_epoch
+        course = self._open(session.net, session.optimizer, epochs * steps, steps, session)
+        course.stages = [Stage("final", epochs)]
+
+    def _open(
+        self, net: MaskedGraph, optimizer: Optimizer, total_steps: int, steps_per_epoch: int, session: Session | None
+    ) -> Course:
         check_clock(total_steps, steps_per_epoch)
         layers = layers_on_paths(net) if self.changes_masks else dict(net.layers)
-        course = Course(net, optimizer, layers, total_steps, steps_per_epoch)
+        course = Course(net, optimizer, layers, total_steps, steps_per_epoch, session=session)
         change_masks(net, optimizer, self._start(course))
         course.ever_active = {name: layer.mask.clone() for name, layer in layers.items()}
         object.__setattr__(self, "_course", course)
         self._look_ahead(course)
+        return course
 
     def step(self) -> bool:
         """Count a step and, where one is due, choose masks anew."""
@@ -189,12 +203,6 @@ class Stepwise(Method):
             "exploration": self.exploration,
         }
         course.trace.append(entry)
-
-    def begin(self, session: Session) -> None:
-        """Attach to the run's network for one training of all its epochs."""
-        epochs, steps = session.options.epochs, session.steps_per_epoch
-        self.attach(session.net, session.optimizer, total_steps=epochs * steps, steps_per_epoch=steps)
-        self._attached().stages = [Stage("final", epochs)]
 
     def next_stage(self) -> Stage | None:
         """Return the training, until it is over."""
