@@ -214,13 +214,23 @@ class _Run:
             self._log_epoch(stage, loss, accuracy)
             self.at.stage_step = done
             if done == total:
-                self.method.end_stage(stage)
-                self.meter.read_masks()
-                self.at.stage, self.at.stage_step = self.at.stage + 1, 0
+                self._end_stage(stage)
             better = stage.kind == "final" and self.val_accuracy > self.best
             self.best = max(self.best, self.val_accuracy) if better else self.best
             self._checkpoint(best=better)
         self.progress.end_stage()
+
+    def _end_stage(self, stage: Stage) -> None:
+        before = [parameter._version for parameter in self.net.parameters()]
+        self.method.end_stage(stage)
+        self.meter.read_masks()
+        self.at.stage, self.at.stage_step = self.at.stage + 1, 0
+        changed = before != [parameter._version for parameter in self.net.parameters()]
+        if changed and self.method.next_stage() is None:
+            # what was validated is not what the run ends with (an average of tickets, say)
+            self.val_accuracy = evaluate(self.net, self.val_loader, self.device).accuracy
+            if self.folder:
+                self.folder.log({"event": "replaced", "epoch": self.at.epoch, "val_accuracy": self.val_accuracy})
 
     def _average(self, stage: Stage) -> Any:
         return make_average(self.net, self.options, stage.epochs * self.epoch_steps)

@@ -5,35 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
+from training_nets import QUICK, Tiny, final_state, fresh_net, interrupt_at, loaders
 
 import growfx
 from growfx.checkpoint import content_digest, read
 from growfx.density import random_masks
 from growfx.errors import CheckpointError, ConfigError, DataError, GrowfxError
-from growfx.options import TrainOptions
 from growfx.progress import Progress
 from growfx.session import Stage
 from growfx.training import train
-
-
-class Tiny(nn.Module):
-    """Two convolutions with batch norm and dropout: everything that carries state or draws numbers."""
-
-    def __init__(self, classes: int = 4):
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 8, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(8)
-        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(8)
-        self.drop = nn.Dropout(0.1)
-        self.head = nn.Linear(8, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm1(self.conv1(x)))
-        x = torch.relu(self.norm2(self.conv2(x)))
-        return self.head(self.drop(x.amax((2, 3))))
 
 
 @dataclass
@@ -103,48 +84,6 @@ class Doubling:
 
 def doubling() -> Any:
     return Doubling()
-
-
-def loaders(count: int = 96, batch: int = 16):
-    """Four classes told apart by the brightest corner."""
-    generator = torch.Generator().manual_seed(1)
-    targets = torch.arange(count) % 4
-    images = torch.randn(count, 1, 8, 8, generator=generator)
-    for i, target in enumerate(targets.tolist()):
-        row, column = 4 * (target // 2), 4 * (target % 2)
-        images[i, 0, row : row + 3, column : column + 3] += 1.0 + target
-    data = TensorDataset(images, targets)
-    return DataLoader(data, batch_size=batch, shuffle=True, drop_last=True), DataLoader(data, batch_size=40)
-
-
-def fresh_net() -> growfx.MaskedGraph:
-    torch.manual_seed(3)
-    return growfx.wrap(Tiny(), torch.randn(1, 1, 8, 8))
-
-
-QUICK = TrainOptions(epochs=3, lr=0.1, warmup_epochs=1, device="cpu")
-
-
-def interrupt_at(monkeypatch, epoch: int, step: int) -> None:
-    """Raise in the given step of the given epoch (both counted from the beginning of the run)."""
-    from growfx import training
-
-    original = training._Run._step
-    count = {"steps": 0}
-
-    def stop(self, images, targets):
-        if (self.at.epoch, count["steps"] % self.epoch_steps) == (epoch, step):
-            raise KeyboardInterrupt
-        count["steps"] += 1
-        return original(self, images, targets)
-
-    monkeypatch.setattr(training._Run, "_step", stop)
-
-
-def final_state(path) -> dict:
-    state = read(path / "checkpoint" / "latest.pt")
-    del state["log_position"]  # the log holds times
-    return state
 
 
 def test_a_dense_network_learns_and_the_result_says_what_was_done():
