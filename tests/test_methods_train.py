@@ -1,0 +1,80 @@
+"""Every method through `growfx.train`: what the run ends with, that it can be interrupted, that it leaves no trace."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_nets import QUICK, Tiny, final_state, fresh_net, interrupt_at, loaders
+
+import growfx
+from growfx import methods
+from growfx.checkpoint import content_digest
+from growfx.training import train
+
+# Short versions: a few updates, rounds, levels or cycles within four epochs of six steps.
+QUICK_OPTIONS: dict[str, Any] = {
+    "epochs_per_round": 1,
+    "max_density": 0.4,
+    "growth_ratio": 1.8,
+    "update_every": 2,
+    "levels": 2,
+    "rewind_epochs": 1,
+    "rounds": 2,
+    "search_epochs": 2,
+    "tickets": 2,
+    "cycle_epochs": 1,
+}
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> Path:
+    """An artifact to take masks from."""
+    folder = tmp_path_factory.mktemp("source") / "artifact"
+    net = fresh_net()
+    methods.create("static", density=0.2).attach(
+        net, torch.optim.SGD(net.parameters(), lr=0.1), total_steps=1, steps_per_epoch=1
+    )
+    growfx.save(net, folder)
+    return folder
+
+
+def run(name: str, source: Path, out: Path, **flags: Any) -> tuple[growfx.MaskedGraph, Any]:
+    known = {field.name for field in dataclasses.fields(methods.kind_of(name)) if field.init}
+    options = {"source": str(source), **QUICK_OPTIONS}
+    method = methods.create(name, **{k: v for k, v in options.items() if k in known})
+    train_loader, val_loader = loaders()
+    torch.manual_seed(len(str(out)))  # what came before the run must not matter
+    net = fresh_net()
+    result = train(
+        net, train_loader, val_loader, method=method, options=QUICK, epochs=4, out=out, progress=False, **flags
+    )
+    return net, result
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_method_trains_is_resumed_bit_for_bit_and_leaves_an_artifact(name, source, tmp_path, monkeypatch):
+    net, result = run(name, source, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, result.epochs // 2, 3)
+        with pytest.raises(KeyboardInterrupt):
+            run(name, source, tmp_path / "parts")
+    again, resumed = run(name, source, tmp_path / "parts", resume=True)
+    assert dataclasses.asdict(resumed) == dataclasses.asdict(result)
+    assert content_digest(dict(again.state_dict())) == content_digest(dict(net.state_dict()))
+    assert content_digest(final_state(tmp_path / "parts")) == content_digest(final_state(tmp_path / "whole"))
+
+    assert (result.method, result.nnz, result.density) == (name, net.nnz, net.density)
+    assert 0 < result.density < 1
+    known = {field.name: field.default for field in dataclasses.fields(methods.kind_of(name))}
+    if isinstance(known.get("density"), float):
+        assert net.nnz == round(known["density"] * net.numel)
+    assert 0 < result.dense_equivalent_epochs < 1.4 * result.epochs
+    net.verify()
+    assert all(layer.gate is None and not layer.collects_gradient for layer in net.layers.values())
+
+    loaded = growfx.load(tmp_path / "whole" / "artifact", model=Tiny())
+    images = torch.randn(5, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), net.eval()(images))
