@@ -17,7 +17,9 @@ from growfx.mask_bits import pack, unpack
 if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
 
-__all__ = ["Snapshot", "next_nnz"]
+__all__ = ["DRAWS", "Snapshot", "next_nnz"]
+
+DRAWS = ("sampled", "top")  # in proportion to a score, or the largest scores
 
 
 def next_nnz(nnz: int, numel: int, growth_ratio: float, max_density: float) -> int:
