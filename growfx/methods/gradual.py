@@ -86,12 +86,12 @@ class GraNet(SparseStart):
 
     At every update the density falls along the cubic, by global magnitude; then every layer drops its worst edges by
     magnitude and grows as many where the gradient is largest. Edges that go in either way may grow again at once, and
-    then keep their value and the optimizer's state. `initial_density` 0.5 is the paper's sparse-to-sparse, 1 its
-    dense-to-sparse training. A step whose gradients are not finite has no regeneration.
+    then keep their value and the optimizer's state. `initial_density` 1 is the paper's dense-to-sparse training, 0.5
+    its sparse-to-sparse. A step whose gradients are not finite has no regeneration.
 
     Attributes:
         density: at the end, of all masked layers together.
-        initial_density: at the start, by `distribution`.
+        initial_density: at the start; below 1 at random by `distribution`, and initialised by `init`.
         prune_until: fraction of all steps at which `density` is reached, exactly and at an update of its own.
         update_every: optimizer steps from update to update.
         drop_fraction, last_drop_fraction: of a layer's edges, exchanged by an update at the start and at the end of
@@ -104,7 +104,7 @@ class GraNet(SparseStart):
 
     name: ClassVar[str] = "granet"
 
-    initial_density: float = option(0.5, low=0, high=1, open_low=True)
+    initial_density: float = option(1.0, low=0, high=1, open_low=True)
     prune_until: float = option(0.5, low=0, high=1, open_low=True)
     update_every: int = option(100, low=1)
     drop_fraction: float = option(0.5, low=0, high=1)
