@@ -373,3 +373,34 @@ def test_the_ramp_applies_its_full_progress(name, updates):
     method.attach(net, optimizer, total_steps=3 * updates, steps_per_epoch=3)
     train_steps(net, optimizer, method, 3 * updates)
     assert net.nnz == round(0.05 * net.numel)
+
+
+class Sideways(nn.Module):
+    """A layer that is fed by a sorted output alone, so that no path crosses it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, 6), nn.Linear(6, 4)
+        self.side, self.later = nn.Linear(6, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = torch.tanh(self.stem(x))
+        return self.head(x) + self.later(self.side(x).sort(1)[0])
+
+
+@pytest.mark.parametrize("name", sorted(EXCHANGING + MAGNITUDE))
+def test_layers_no_path_crosses_stay_as_they_are_and_are_counted(name):
+    net = growfx.wrap(Sideways(), torch.randn(2, 3))
+    optimizer = OPTIMIZERS["adamw"](net)
+    method = methods.create(name, density=0.5, **({} if name == "acdc" else {"update_every": 2}))
+    method.attach(net, optimizer, total_steps=12, steps_per_epoch=3)
+    changed = []
+    for number in range(12):
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(number))
+        F.cross_entropy(net(x), (x.sum(1) > 0).long()).backward()
+        optimizer.step()
+        changed.append(method.step())
+        optimizer.zero_grad()
+    assert any(changed)
+    assert net.layers["later"].mask.all()
+    assert net.nnz == round(0.5 * net.numel) < net.numel

@@ -52,7 +52,7 @@ def keep_largest(masks: Scores, edges: int, scores: Scores, spread: str, keys: E
     share = layer_densities(
         {name: tuple(mask.shape) for name, mask in masks.items()}, edges / sum(sizes.values()), spread
     )
-    room = {name: int(mask.sum()) for name, mask in masks.items()}
+    room = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
     counts = apportion(edges, {name: share[name] * sizes[name] for name in sizes}, room)
     return drop_to(masks, counts, scores, keys)
 
@@ -61,7 +61,7 @@ def drop_to(masks: Scores, counts: Counts, scores: Scores, keys: EdgeKeys) -> di
     """Return masks with the `counts` edges of largest score in each layer, of those present."""
     result = {}
     for name, mask in masks.items():
-        active = int(mask.sum())
+        active = int(mask.count_nonzero())
         if not 0 <= counts[name] <= active:
             raise ValueError(f"layer `{name}` has {active} edges; it cannot drop to {counts[name]}")
         full = counts[name] == active
@@ -76,7 +76,7 @@ def grow_to(masks: Scores, counts: Counts, scores: Scores | None, keys: EdgeKeys
     """
     result = {}
     for name, mask in masks.items():
-        active = int(mask.sum())
+        active = int(mask.count_nonzero())
         missing = counts[name] - active
         if not 0 <= missing <= mask.numel() - active:
             raise ValueError(f"layer `{name}` has {active} of {mask.numel()} edges; it cannot grow to {counts[name]}")
@@ -141,10 +141,12 @@ def finite_magnitudes(values: Scores, what: str | None = None) -> dict[str, Tens
 
     With `what` (say, "weights") that is a `ConfigError` instead, which names the layer.
     """
-    fine = {name: torch.isfinite(value).all() for name, value in values.items()}
+    magnitudes = {name: value.detach().abs() for name, value in values.items()}
+    # a maximum is NaN where one value is
+    fine = {name: torch.isfinite(value.max()) for name, value in magnitudes.items() if value.numel()}
     if fine and not bool(torch.stack(list(fine.values())).all()):
         if what is None:
             return None
         name = next(name for name in fine if not bool(fine[name]))
         raise ConfigError(f"{what} of layer `{name}` are not finite; lower the learning rate or clip the gradient")
-    return {name: value.detach().abs() for name, value in values.items()}
+    return magnitudes

@@ -151,7 +151,7 @@ class GraNet(SparseStart):
         if grow is None:
             return None
         rate = anneal("cosine", self.drop_fraction, course.done, self.last_drop_fraction)
-        counts = {name: int(mask.sum()) for name, mask in masks.items()}
+        counts = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
         keep = {name: count - math.ceil(rate * count) for name, count in counts.items()}
         weights = finite_magnitudes(course.magnitudes, "weights") or {}
         return exchange(masks, keep, counts, weights, grow, self.seed, f"after step {course.steps}")
