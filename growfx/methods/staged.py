@@ -124,6 +124,8 @@ class Staged(Method):
         epochs, steps = session.options.epochs, session.steps_per_epoch
         check_clock(epochs * steps, steps)
         layers = layers_on_paths(session.net)
+        if not layers:
+            raise ConfigError(f"method `{self.name}` has nothing to work on: no path crosses a masked layer")
         course = Campaign(session.net, session.optimizer, layers, epochs * steps, steps, session=session)
         course.plan = self._plan(course)
         course.stages = list(course.plan)
