@@ -275,6 +275,15 @@ def test_momentum_is_the_moving_average_of_a_plain_networks_gradients():
     assert method.state_dict()["memory"] == {}
 
 
+def test_momentum_of_an_edge_that_went_is_gone_when_it_comes_back():
+    net, optimizer, method = begin("rigl-sm", 40, drop_fraction=0.9)
+    train_steps(net, optimizer, method, 4)
+    memory = method.state_dict()["memory"]
+    for name, layer in net.layers.items():
+        assert not memory[name][~layer.mask].any()
+        assert memory[name][layer.mask].any()
+
+
 @pytest.mark.parametrize("name", ["snfs", "rigl-sg", "rigl-sm"])
 def test_redistribution_moves_edges_to_the_layer_with_the_larger_gradients(name):
     net, optimizer, method = begin(name, 40, update_every=2, distribution="uniform", drop_fraction=0.5)

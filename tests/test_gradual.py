@@ -264,6 +264,14 @@ def test_the_optimizer_forgets_everything_when_edges_come_back_if_asked(optimize
     assert moments_of(optimizer, net.get_parameter("bn.weight"))
 
 
+def test_a_dense_phase_after_one_too_short_for_a_step_changes_nothing():
+    """In four steps a sparse phase and the dense one behind it begin at step 1: the second is what counts."""
+    net, optimizer, method = begin("acdc", 4, warmup=0.1, cycles=1, last_dense=0.6)
+    assert train_steps(net, optimizer, method, 1) == [False]
+    assert optimizer.state
+    assert net.nnz == net.numel
+
+
 # -- options ------------------------------------------------------------------------------------------------------
 
 
