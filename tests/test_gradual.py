@@ -136,6 +136,15 @@ def test_granet_regenerates_to_the_end_but_for_the_last_step_and_pays_only_then(
     assert {number + 1 for number, moved in enumerate(changed) if moved} <= set(due)
 
 
+def test_a_ramp_to_the_very_end_prunes_in_the_last_step_and_exchanges_nothing():
+    net, optimizer, method = begin("granet", 10, prune_until=1.0)
+    train_steps(net, optimizer, method, 9)
+    assert not method.needs_dense_gradient
+    before = {k: layer.mask.clone() for k, layer in net.layers.items()}
+    assert train_steps(net, optimizer, method, 1, 9) == [True]
+    assert all((layer.mask <= before[k]).all() for k, layer in net.layers.items())
+
+
 def test_granet_prunes_globally_then_exchanges_within_each_layer():
     net, optimizer, method = begin("granet", 40, update_every=8, drop_fraction=0.4, last_drop_fraction=0.1)
     train_steps(net, optimizer, method, 7)
