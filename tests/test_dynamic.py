@@ -284,12 +284,14 @@ def test_momentum_of_an_edge_that_went_is_gone_when_it_comes_back():
         assert memory[name][layer.mask].any()
 
 
-@pytest.mark.parametrize("name", ["snfs", "rigl-sg", "rigl-sm"])
-def test_redistribution_moves_edges_to_the_layer_with_the_larger_gradients(name):
+@pytest.mark.parametrize(
+    ("name", "ratio"), [("rigl-sg", 2.0), ("rigl-sm", (0.9 * 5 + 2) / 1.9), ("snfs", (0.9 * 5 + 2) / 1.9)]
+)
+def test_growth_is_shared_out_by_the_last_gradient_or_by_its_average(name, ratio):
     net, optimizer, method = begin(name, 40, update_every=2, distribution="uniform", drop_fraction=0.5)
     before = counts_of(net)
-    sizes = {"stem": 0.0, "block": 1.0, "wide": 3.0, "head": 0.0}
-    for _ in range(2):
+    for wide in (5.0, 2.0):
+        sizes = {"stem": 0.0, "block": 1.0, "wide": wide, "head": 0.0}
         plant(net, {k: torch.full(layer.mask.shape, -sizes[k]) for k, layer in net.layers.items()})
         optimizer.step()
         method.step()
@@ -298,7 +300,7 @@ def test_redistribution_moves_edges_to_the_layer_with_the_larger_gradients(name)
     grown = {k: net.layers[k].nnz - (before[k] - drops[k]) for k in before}
     assert sum(grown.values()) == sum(drops.values())
     assert grown["stem"] == grown["head"] == 0
-    assert abs(grown["wide"] - 3 * grown["block"]) <= 3
+    assert abs(grown["wide"] - ratio * grown["block"]) <= 1 + ratio
 
 
 # -- MEST ---------------------------------------------------------------------------------------------------------
@@ -324,6 +326,7 @@ def test_a_soft_bound_drops_each_layer_below_its_share_before_it_grows():
     share = layer_counts(shapes, round(0.2 * net.numel) / net.numel)
     before = {k: (layer.mask.clone(), layer.parameter.detach().abs().clone()) for k, layer in net.layers.items()}
     assert method.step()
+    stayed = expected = variance = 0.0
     for k, layer in net.layers.items():
         mask, weight = before[k]
         kept = share[k] - int(rate * share[k])
@@ -331,9 +334,12 @@ def test_a_soft_bound_drops_each_layer_below_its_share_before_it_grows():
         assert layer.mask.reshape(-1)[strongest].all()
         weak = mask.reshape(-1).clone()
         weak[strongest] = False
-        # the rest is drawn from all other edges alike: most of the weak ones are gone
-        expected = (layer.nnz - kept) / (layer.numel - kept)
-        assert int((layer.mask.reshape(-1) & weak).sum()) <= expected * int(weak.sum()) + 4 * math.sqrt(weak.sum()) + 1
+        # the others come back by chance, as often as edges that were never there
+        chance = (layer.nnz - kept) / (layer.numel - kept)
+        stayed += int((layer.mask.reshape(-1) & weak).sum())
+        expected += chance * int(weak.sum())
+        variance += chance * (1 - chance) * int(weak.sum())
+    assert abs(stayed - expected) < 4 * math.sqrt(variance)
 
 
 def test_an_edge_is_worth_its_weight_and_its_gradient():

@@ -96,6 +96,11 @@ def test_a_choice_depends_on_seed_names_and_scores_alone(grow):
     for seed, stream in ((6, "s"), (5, "t")):
         assert not torch.equal(whole["y"], exchange(masks, keep, target, drop, flat, seed, stream)["y"])
     assert not torch.equal(whole["x"], whole["y"])
+    # where nothing is dropped growth alone differs
+    active = {name: int(mask.sum()) for name, mask in masks.items()}
+    more = {name: count + 9 for name, count in active.items()}
+    grown = [exchange(masks, active, more, drop, flat, seed, "s")["y"] for seed in (5, 6)]
+    assert not torch.equal(*grown)
 
 
 def test_counts_a_layer_cannot_have_are_refused():
