@@ -362,19 +362,6 @@ def test_masks_follow_seed_names_and_scores_alone_as_every_rank_must(name):
     assert len(set(digests)) > 1
 
 
-@pytest.mark.parametrize("name", ["gmp", "granet"])
-@pytest.mark.parametrize("updates", [1, 2, 5, 10])
-def test_the_ramp_applies_its_full_progress(name, updates):
-    """Codes that stop one update short end at ``density + (initial - density) / updates**3``."""
-    window = {"gmp": {"end": 1.0}, "granet": {"prune_until": 1.0}}[name]
-    net = small_net()
-    optimizer = OPTIMIZERS["sgd"](net)
-    method = methods.create(name, density=0.05, update_every=3, **window)
-    method.attach(net, optimizer, total_steps=3 * updates, steps_per_epoch=3)
-    train_steps(net, optimizer, method, 3 * updates)
-    assert net.nnz == round(0.05 * net.numel)
-
-
 class Sideways(nn.Module):
     """A layer that is fed by a sorted output alone, so that no path crosses it."""
 

@@ -76,6 +76,7 @@ def test_pruning_starts_after_its_start():
 @pytest.mark.parametrize("total_steps", [1, 2, 5, 10, 23])
 @pytest.mark.parametrize("name", ["gmp", "granet"])
 def test_the_final_density_is_exact_for_any_number_of_steps_and_updates(name, total_steps, updates):
+    """Codes that stop one update short end at ``density + (initial - density) / updates**3``."""
     every = max(total_steps // updates, 1)
     for density in (0.05, 0.37):
         net, optimizer, method = begin(name, total_steps, density=density, update_every=every)
