@@ -14,4 +14,5 @@ PASSES: Final = {
     "path_products": "path_products",
     "connect": "connect",
     "seed": "seed_masks",
+    "walks": "walk_masks",
 }
