@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 import growfx
+from growfx.error_text import one_line
 from growfx.errors import ConfigError, GrowfxError
 
 __all__ = ["main"]
@@ -26,11 +27,10 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except click.Abort:
-        click.echo("growfx: interrupted; `--resume` continues a run from its checkpoint", err=True)
+        click.echo("growfx: interrupted; `--resume` continues from the last checkpoint", err=True)
         sys.exit(130)
     except GrowfxError as error:
-        # One line: an error raised in a loading process carries that process's traceback before its own text.
-        click.echo(f"growfx: {type(error).__name__}: {' '.join(_own_text(error).split())}", err=True)
+        click.echo(f"growfx: {one_line(error)}", err=True)
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)
 
@@ -42,6 +42,18 @@ def commands() -> None:
 
     MODEL is a timm name, torchvision/NAME or package.module:callable.
     """
+
+
+def _listed(kind: Callable[[str], Any]) -> Callable[..., tuple[Any, ...]]:
+    """A callback of click: values between commas, each of a kind."""
+
+    def parse(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(part.strip()) for part in text.split(",")) if text else ()
+        except ValueError as error:
+            raise click.BadParameter(f"`{text}` is no list of numbers between commas", context, parameter) from error
+
+    return parse
 
 
 def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -165,6 +177,45 @@ def eval_command(path: Path, data: str, split: str, assignments: tuple[str, ...]
     )
 
 
+@commands.command("compare")
+@click.argument("model")
+@click.option("--data", required=True, help=_DATA_HELP)
+@click.option("--methods", "names", required=True, callback=_listed(str), help="names between commas, `dense` too")
+@click.option("--densities", callback=_listed(float), help="for the methods that are given one")
+@click.option("--seeds", default="0", show_default=True, callback=_listed(int), help="one run each")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="folder of the comparison")
+@click.option("--epochs", type=int, help="length of the (final) training")
+@click.option("--set", "assignments", multiple=True, metavar="[METHOD.]KEY=VALUE", help="any other option")
+@click.option("--sweep", "sweeps", multiple=True, metavar="METHOD.KEY=V1,V2", help="run a method with each value")
+@click.option("--controls", is_flag=True, help="add controls of equal cost, and tickets with other masks or weights")
+@click.option("--jobs", type=int, help="runs at the same time  [default: number of cores; 8 on an accelerator]")
+@click.option("--resume", is_flag=True, help="continue the comparison in --out (or start it)")
+@click.option("--overwrite", is_flag=True, help="replace the comparison in --out")
+@click.option("--json", "as_json", is_flag=True, help="print compare.json")
+@click.option("--quiet", is_flag=True, help="no progress bar")
+def compare_command(
+    names: tuple[str, ...], sweeps: tuple[str, ...], as_json: bool, quiet: bool, out: Path, **given: Any
+) -> int:
+    """Train MODEL on DATA by several methods, densities and seeds; write a table, JSON and plots.
+
+    Every run is an ordinary run folder in OUT/runs. A failing run does not stop the others; the status is then 1.
+    """
+    from growfx.compare import compare
+    from growfx.compare_report import comparison_text
+
+    values: dict[str, list[str]] = {}
+    for text in sweeps:
+        key, equals, listed = text.partition("=")
+        if not equals or not listed:
+            raise ConfigError(f"`--sweep {text}` has no values; write `--sweep METHOD.KEY=v1,v2`")
+        values.setdefault(key, []).extend(listed.split(","))
+    facts = compare(methods=names, sweeps=values, out=out, progress=not quiet, **given)
+    _show(facts, as_json, f"{comparison_text(facts)}\nwritten to {out}")
+    if not facts["plots"] and len(facts["failures"]) < len(facts["runs"]):
+        click.echo("growfx: matplotlib is not installed, so the plots were not drawn", err=True)
+    return 1 if facts["failures"] else 0
+
+
 @commands.command("methods")
 @click.option("--json", "as_json", is_flag=True, help="print the facts as JSON")
 def methods_command(as_json: bool) -> None:
@@ -262,56 +313,13 @@ def _run(
     """Put a run together from the options of `grow` and `train`, and train."""
     import dataclasses
 
-    from growfx import methods
-    from growfx.job import assemble
-    from growfx.options import DataOptions, TrainOptions, parse_assignments
+    from growfx.compare_runs import RunSpec
     from growfx.report import result_rows, table
-    from growfx.run_folder import refuse_existing
-    from growfx.training import train as run_training
 
-    kinds: dict[str, type] = {"data": DataOptions, "train": TrainOptions}
-    if method_name != _DENSE:
-        kinds["method"] = methods.kind_of(method_name)
-    values = parse_assignments(assignments, kinds)
-    given: dict[str, Any] = {"seed": seed} if epochs is None else {"seed": seed, "epochs": epochs}
-    train_options = TrainOptions(**{**given, **values["train"]})
-    data_options = DataOptions(**values["data"])
-    method = _method(method_name, {"seed": seed, **method_options, **values.get("method", {})})
-    refuse_existing(out, resume=resume, overwrite=overwrite)
-    job = assemble(
-        model,
-        data,
-        data_options,
-        model_kwargs=values["model"],
-        seed=train_options.seed,
-    )
-    result = run_training(
-        job.net,
-        job.loader("train", train=True),
-        job.loader("val"),
-        method=method,
-        test_loader=job.loader("test") if "test" in job.source.splits else None,
-        options=train_options,
-        out=out,
-        resume=resume,
-        overwrite=overwrite,
-        progress=not quiet,
-        about=job.about(),
-    )
+    spec = RunSpec.parse(model, data, method_name, assignments, seed=seed, epochs=epochs, method_options=method_options)
+    result = spec.run(out, resume=resume, overwrite=overwrite, progress=not quiet)
     facts = dataclasses.asdict(result)
     _show(facts, as_json, f"{table(result_rows(facts))}\nwritten to {out}")
-
-
-def _method(name: str, options: Mapping[str, Any]) -> Any:
-    from growfx import methods
-
-    return None if name == _DENSE else methods.create(name, **options)
-
-
-def _own_text(error: GrowfxError) -> str:
-    text = str(error)
-    marker = f"{type(error).__name__}: "
-    return text.rpartition(marker)[2] if "Traceback" in text else text
 
 
 def _show(facts: Mapping[str, Any], as_json: bool, text: str) -> None:

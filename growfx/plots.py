@@ -1,4 +1,4 @@
-"""Pictures of a run: accuracy over density while growing, accuracy over epochs otherwise.
+"""Pictures of a run: accuracy over density while growing, accuracy over epochs otherwise. And of runs side by side.
 
 matplotlib is optional; without it nothing is drawn, and the caller is told once.
 """
@@ -11,9 +11,14 @@ import numpy as np
 
 from growfx.errors import CheckpointError
 
-__all__ = ["draw_epochs", "draw_growth"]
+__all__ = ["draw_epochs", "draw_growth", "draw_methods"]
 
 _POINT, _CURVE, _STOP, _BACK = "#1b5e8c", "#c4651a", "#8a1c1c", "#2c7a3f"
+_MARKERS = "osD^v<>Pp*hX"
+_X_LABELS = {
+    "density": "density, % of the masked weights",
+    "dense_equivalent_epochs": "training cost, dense-equivalent epochs",
+}
 
 
 def draw_growth(path: Path, title: str, rounds: Sequence[Mapping[str, Any]], stop_reason: str) -> bool:
@@ -41,7 +46,7 @@ def draw_growth(path: Path, title: str, rounds: Sequence[Mapping[str, Any]], sto
             axes.axvline(density[back], color=_BACK, linestyle="--", label=_share("gone back to", density[back]))
     axes.axvline(density[-1], color=_STOP, linestyle=":", label=_share(f"stop: {stop_reason}", density[-1]))
     axes.set_xscale("log")
-    _density_ticks(axes, min(density))
+    _plain_ticks(axes, min(density))
     _set_accuracy_limits(axes, accuracy, noise)
     axes.set_xlabel("density, % of the masked weights")
     return _save(axes, path, title)
@@ -55,6 +60,39 @@ def draw_epochs(path: Path, title: str, epochs: Sequence[int], accuracies: Seque
     axes.plot(epochs, 100 * np.array(accuracies), "o-", color=_POINT, markersize=3, label="validation")
     axes.set_xlabel("epoch")
     return _save(axes, path, title)
+
+
+def draw_methods(path: Path, title: str, rows: Sequence[Mapping[str, Any]], key: str, y_label: str) -> bool:
+    """Draw accuracy over density or cost, one line for every label; False when matplotlib is not installed.
+
+    Args:
+        rows: with `label`, `accuracy` and its `spread` (fractions, None for one seed), and `key`.
+        key: "density" (a fraction) or "dense_equivalent_epochs".
+    """
+    axes = _axes(width=9.5)
+    if axes is None:
+        return False
+    scale = 100 if key == "density" else 1
+    series: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        series.setdefault(row["label"], []).append(row)
+    for number, (label, members) in enumerate(series.items()):
+        members.sort(key=lambda row: row[key])
+        style = {"marker": _MARKERS[number % len(_MARKERS)], "color": f"C{number % 10}", "markersize": 5}
+        axes.errorbar(
+            [scale * row[key] for row in members],
+            [100 * row["accuracy"] for row in members],
+            yerr=[100 * (row["spread"] or 0.0) for row in members],
+            label=label,
+            linewidth=1,
+            capsize=2,
+            **style,
+        )
+    axes.set_xscale("log")
+    lowest, highest = (scale * pick(row[key] for row in rows) for pick in (min, max))
+    _plain_ticks(axes, lowest, 1.2 * highest)
+    axes.set_xlabel(_X_LABELS[key])
+    return _save(axes, path, title, y_label, beside=True)
 
 
 def _draw_fit(axes: Any, fit: Mapping[str, Any], lowest: float) -> None:
@@ -73,13 +111,13 @@ def _share(text: str, density: float) -> str:
     return f"{text} ({density:.3g} %)"
 
 
-def _density_ticks(axes: Any, lowest: float) -> None:
-    """Plain percentages at 1, 2 and 5 times the powers of ten, instead of 10^n."""
-    ticks = [m * 10.0**e for e in range(-4, 3) for m in (1, 2, 5)]
-    shown = [t for t in ticks if 0.7 * lowest <= t <= 100]
+def _plain_ticks(axes: Any, lowest: float, highest: float = 100) -> None:
+    """Plain numbers at 1, 2 and 5 times the powers of ten, instead of 10^n."""
+    ticks = [m * 10.0**e for e in range(-4, 6) for m in (1, 2, 5)]
+    shown = [t for t in ticks if 0.7 * lowest <= t <= highest]
     axes.set_xticks(shown, [f"{t:g}" for t in shown])
     axes.minorticks_off()
-    axes.set_xlim(0.8 * lowest, 110)
+    axes.set_xlim(0.8 * lowest, 1.1 * highest)
 
 
 def _set_accuracy_limits(axes: Any, accuracy: np.ndarray, noise: np.ndarray) -> None:
@@ -89,22 +127,25 @@ def _set_accuracy_limits(axes: Any, accuracy: np.ndarray, noise: np.ndarray) -> 
     axes.set_ylim(max(0.0, low - margin), min(101.0, high + margin))
 
 
-def _axes() -> Any:
+def _axes(width: float = 7) -> Any:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(width, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     return figure.add_subplot()
 
 
-def _save(axes: Any, path: Path, title: str) -> bool:
+def _save(axes: Any, path: Path, title: str, y_label: str = "validation accuracy, %", *, beside: bool = False) -> bool:
     axes.set_title(title, fontsize=11)
-    axes.set_ylabel("validation accuracy, %")
+    axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower right")
+    if beside:  # many lines: their names would hide them
+        axes.figure.legend(fontsize=7, loc="outside right upper")
+    else:
+        axes.legend(fontsize=8, loc="lower right")
     new = path.with_name(path.name + ".new")
     try:
         axes.figure.savefig(new, format="png", dpi=150)
