@@ -282,7 +282,8 @@ def test_a_density_asked_for_is_hit_exactly_by_the_largest_scores(mode, density)
     kept = torch.cat([found[name][layer.mask] for name, layer in net.layers.items()])
     lost = torch.cat([found[name][~layer.mask] for name, layer in net.layers.items()])
     assert kept.min() > lost.max()
-    assert method.trace[0]["nnz"] == net.nnz
+    # the soft network, whose accuracy stands there, has more
+    assert method.trace[0]["nnz"] == sum(int((value > 0).sum()) for value in found.values())
 
 
 def test_equal_scores_are_told_apart_by_the_seed():
@@ -320,7 +321,8 @@ def test_layers_no_path_crosses_stay_as_they_are_and_are_counted(density):
     found = end_search(run, method)
     assert torch.equal(net.layers["table"].mask, kept)
     positive = sum(int((value > 0).sum()) for value in found.values()) + int(kept.sum())
-    assert net.nnz == method.trace[0]["nnz"] == (positive if density is None else round(0.4 * net.numel))
+    assert method.trace[0]["nnz"] == positive
+    assert net.nnz == (positive if density is None else round(0.4 * net.numel))
 
 
 # -- in a run -----------------------------------------------------------------------------------------------------
@@ -385,6 +387,10 @@ def test_a_state_is_plain_values_and_of_its_network_alone(tmp_path):
     torch.save(method.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert content_digest(state) == content_digest(method.state_dict())
+    again = methods.create("continuous")
+    again.begin(session())
+    again.load_state_dict(state)
+    assert content_digest(again.state_dict()) == content_digest(state)
     other = methods.create("continuous")
     other.begin(session(fresh_net()))
     with pytest.raises(CheckpointError, match="network with other layers"):

@@ -145,6 +145,18 @@ def test_equal_magnitudes_are_pruned_to_the_exact_count_by_the_seed_alone():
     assert masks(1) == masks(1) != masks(2)
 
 
+def test_an_edge_once_pruned_never_comes_back_though_present_ones_may_be_zero_too():
+    run, method = begin(density=0.2, levels=3, rewind="continued")
+    before = {name: layer.mask.clone() for name, layer in run.net.layers.items()}
+    while method.next_stage() is not None:
+        for name, layer in run.net.layers.items():
+            nn.init.zeros_(layer.parameter)
+            assert not (layer.mask & ~before[name]).any()
+            before[name] = layer.mask.clone()
+        skip(run, method)
+    assert run.net.nnz == round(0.2 * run.net.numel)
+
+
 # -- what a level starts from -------------------------------------------------------------------------------------
 
 
@@ -281,6 +293,10 @@ def test_a_state_is_plain_values_and_of_its_network_alone(tmp_path):
     torch.save(method.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert content_digest(state) == content_digest(method.state_dict())
+    again = methods.create("imp", density=0.5)
+    again.begin(session())
+    again.load_state_dict(state)
+    assert content_digest(again.state_dict()) == content_digest(state)
     other = methods.create("imp", density=0.5)
     other.begin(session(fresh_net()))
     with pytest.raises(CheckpointError, match="network with other layers; resume with the model it came from"):

@@ -355,7 +355,10 @@ def test_a_state_is_plain_values_and_of_its_network_alone(tmp_path):
     torch.save(method.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert content_digest(state) == content_digest(method.state_dict())
-    other = methods.create("sup-tickets", tickets=2, cycle_epochs=1)
+    again, other = (methods.create("sup-tickets", density=0.3, tickets=2, cycle_epochs=1) for _ in range(2))
+    again.begin(session(epochs=4))
+    again.load_state_dict(state)
+    assert content_digest(again.state_dict()) == content_digest(state)
     other.begin(session(fresh_net(), epochs=4))
     with pytest.raises(CheckpointError, match="network with other layers"):
         other.load_state_dict(state)

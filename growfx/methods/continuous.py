@@ -212,17 +212,16 @@ class Continuous(Staged):
         if search is None:
             course.trace.append(trace_entry(course, phase=stage.kind))
             return
-        masks = self._masks(course, search)
         # a soft mask is hardly ever exactly zero: what counts is the sign of the score
-        nnz = course.net.nnz - course.nnz + sum(int(mask.sum()) for mask in masks.values())
-        course.trace.append(trace_entry(course, nnz, phase=stage.kind))
+        positive = sum(int((scores > 0).sum()) for scores in search.scores.values())
+        course.trace.append(trace_entry(course, course.net.nnz - course.nnz + positive, phase=stage.kind))
         course.restart_optimizer()
         if course.stages[0].kind == "search":
             for gate in search.gates.values():
                 gate.restart(self.final_temperature, self.initial_mask)
             self._open(course, _Search.over(search.gates))
         else:
-            self._harden(course, masks)
+            self._harden(course, self._masks(course, search))
 
     def _masks(self, course: Campaign, search: _Search) -> dict[str, Tensor]:
         """Return the hard masks that the scores stand for."""

@@ -108,7 +108,8 @@ class IMP(Staged):
         self._keep_rewind_point(course)
 
     def _keep_rewind_point(self, course: Campaign) -> None:
-        due = course.steps == self._rewind_step(course) and course.stages_done == 0
+        # later levels start there, so their steps are beyond it
+        due = course.steps == self._rewind_step(course)
         if self.rewind == "weights" and due and len(course.plan) > 1:
             course.memory["rewind"] = keep_point(course)
 
