@@ -155,7 +155,7 @@ class _Run:
         self.device = pick_device(options.device)
         self.epoch_steps = steps_of(train_loader)
         self.at = _Position()
-        self.best = -1.0
+        self.best, self.best_nnz = -1.0, net.numel + 1
         self.last_score: Score | None = None
         self.val_accuracy = math.nan
 
@@ -215,10 +215,15 @@ class _Run:
             self.at.stage_step = done
             if done == total:
                 self._end_stage(stage)
-            better = stage.kind == "final" and self.val_accuracy > self.best
-            self.best = max(self.best, self.val_accuracy) if better else self.best
-            self._checkpoint(best=better)
+            self._checkpoint(best=stage.kind == "final" and self._is_best())
         self.progress.end_stage()
+
+    def _is_best(self) -> bool:
+        """Whether no epoch with as few edges was as accurate: a method may still be on its way to its density."""
+        better = (-self.net.nnz, self.val_accuracy) > (-self.best_nnz, self.best)
+        if better:
+            self.best, self.best_nnz = self.val_accuracy, self.net.nnz
+        return better
 
     def _end_stage(self, stage: Stage) -> None:
         before = [parameter._version for parameter in self.net.parameters()]
@@ -382,6 +387,7 @@ class _Run:
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
             "cost": self.meter.state_dict(),
             "best": self.best,
+            "best_nnz": self.best_nnz,
             "val_accuracy": self.val_accuracy,
             "last_score": None if self.last_score is None else self.last_score.correct,
             "log_position": self.folder.log_position(),
@@ -405,7 +411,8 @@ class _Run:
                 self.ema.module.load_state_dict(state["ema"])
             self.meter.load_state_dict(state["cost"])
             self.meter.read_masks()
-            self.best, self.val_accuracy = state["best"], state["val_accuracy"]
+            self.best, self.best_nnz = state["best"], state["best_nnz"]
+            self.val_accuracy = state["val_accuracy"]
             self.last_score = None if state["last_score"] is None else Score(state["last_score"])
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[:1]

@@ -210,6 +210,18 @@ def test_the_best_checkpoint_is_of_the_best_validation_accuracy(tmp_path):
     assert state["val_accuracy"] == state["best"] == best
 
 
+def test_the_best_checkpoint_is_one_at_the_final_density(tmp_path):
+    train_loader, val_loader = loaders()
+    path = tmp_path / "run"
+    # pruned to almost nothing in the last epoch, which cannot be as good as those before
+    method = growfx.methods.create("gmp", density=0.005, start=0.9, end=1.0)
+    train(fresh_net(), train_loader, val_loader, method=method, options=QUICK, epochs=8, out=path, progress=False)
+    log = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+    sparse = [r["val_accuracy"] for r in log if r["nnz"] == log[-1]["nnz"]]
+    assert max(sparse) < max(r["val_accuracy"] for r in log)
+    assert read(path / "checkpoint" / "best.pt")["val_accuracy"] == max(sparse)
+
+
 def test_the_run_folder_is_complete(tmp_path):
     train_loader, val_loader = loaders()
     path = tmp_path / "run"
