@@ -56,7 +56,8 @@ class SupTickets(Staged):
 
     Deviations from the released code:
         1. edges are exchanged after the first step of a cycle, as growth by gradient needs one; masks are fixed in the
-           rest of the cycle (its `--no_maskupdates`).
+           rest of the cycle (its `--no_maskupdates`). A base that averages gradients has those of that step alone: its
+           own memory ends with its last update.
         2. norm statistics are estimated once, for the last average: the estimates before have no influence on it.
         3. whole-number buffers (counters of norms) are those of the last ticket, not averaged.
         4. counts are exact, and among equal magnitudes only edges that some ticket has are kept.
@@ -128,7 +129,6 @@ class SupTickets(Staged):
             **_EXPLORING,
             "drop_fraction": rate,
             "last_drop_fraction": rate,
-            "initial_density": self.density,
             "seed": (self.seed + 1 + number) % 2**63,
         }
         own = base._course
