@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["set_item", "swap_grad_enabled"]
+__all__ = ["applied", "set_item", "swap_grad_enabled"]
 
 
 def set_item(base: Tensor, index: Any, value: Any) -> Tensor:
@@ -22,3 +24,14 @@ def swap_grad_enabled(enabled: bool) -> bool:
     before = torch.is_grad_enabled()
     torch._C._set_grad_enabled(enabled)
     return before
+
+
+@functools.cache
+def applied(kind: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """The application of an autograd function, under a name that generated code can have; the same for each kind."""
+
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        return kind.apply(*args, **kwargs)
+
+    apply.__name__, apply.__qualname__, apply.__module__ = kind.__name__, kind.__qualname__, kind.__module__
+    return apply

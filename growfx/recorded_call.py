@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import base_types
+from torch.utils import _pytree as pytree
 
 from growfx.traced_number import TracedFloat, TracedInt, plain
 
 __all__ = [
     "RECORDED_CONSTANT",
-    "can_be_written", "changes_in_place", "forward_parameters", "holds_tensor", "is_own_or_torch", "operation",
-    "plain_arguments", "plain_tensor_names", "source_line",
+    "all_can_be_written", "can_be_written", "changes_in_place", "forward_parameters", "holds_tensor", "is_own_or_torch",
+    "operation", "plain_arguments", "plain_tensor_names", "source_line",
 ]  # fmt: skip
 
 _IN_PLACE_OPERATORS = {
@@ -37,6 +38,11 @@ _WRITABLE = (
 def can_be_written(value: Any) -> bool:
     """Whether a graph can hold a value that is no tensor and no container: its code names it, or writes it out."""
     return isinstance(value, (fx.Node, *_WRITABLE))
+
+
+def all_can_be_written(nest: Any) -> bool:
+    """Whether a graph can hold all the leaves of nested containers."""
+    return all(isinstance(value, Tensor) or can_be_written(value) for value in pytree.tree_leaves(nest))
 
 
 def changes_in_place(name: str) -> bool:

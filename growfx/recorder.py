@@ -20,6 +20,7 @@ from growfx.meta_shapes import function_shapes, module_shapes
 from growfx.parts import Parts
 from growfx.recorded_call import (
     RECORDED_CONSTANT,
+    all_can_be_written,
     can_be_written,
     changes_in_place,
     forward_parameters,
@@ -413,20 +414,27 @@ class Recorder(TorchFunctionMode):
 
     def call_leaf(self, original: Callable[..., Any], module: nn.Module, name: str, args: Any, kwargs: Any) -> Any:
         """A module recorded as one node."""
-        if not all(isinstance(v, Tensor) or can_be_written(v) for v in pytree.tree_leaves((args, kwargs))):
+        if not all_can_be_written((args, kwargs)):
             # Then the module that called it is what a graph can hold.
             self._refuse_data(-2, f"`{name}` takes an object that a graph cannot hold")
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            value = module_shapes(module, args) if self.shapes_alone and not kwargs else None
+            return original(module, *args, **kwargs) if value is None else value
+
+        return self.as_one_node("call_module", name, run, args, kwargs)
+
+    def as_one_node(self, op: str, target: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run something without looking inside."""
         node_args, node_kwargs = self.as_argument(tuple(args)), self.as_argument(kwargs)
         self.inside_leaf += 1
         try:
-            value = module_shapes(module, args) if self.shapes_alone and not kwargs else None
-            if value is None:
-                value = original(module, *plain_arguments(args), **plain_arguments(kwargs))
+            value = run(*plain_arguments(args), **plain_arguments(kwargs))
         finally:
             self.inside_leaf -= 1
-        node = self._emit("call_module", name, node_args, node_kwargs, value)
+        node = self._emit(op, target, node_args, node_kwargs, value)
         self._track(value, lambda: node)
-        self._note_size(name, args, kwargs, value, node)
+        self._note_size(str(target), args, kwargs, value, node)
         return value
 
     def is_leaf(self, module: nn.Module, name: str) -> bool:

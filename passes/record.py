@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from growfx import graph_ops
 from growfx.errors import TraceError
 from growfx.module_copy import copy_modules
-from growfx.recorded_call import is_own_or_torch
+from growfx.recorded_call import all_can_be_written, is_own_or_torch
 from growfx.recorder import DataDependentError, NeedsValuesError, Recorder
 
 __all__ = ["DataDependentError", "NeedsValuesError", "Recording", "meta_copy", "record"]
@@ -143,9 +143,33 @@ def _intercepted_calls(recorder: Recorder) -> Generator[None]:
 
     nn.Module.__call__ = call
     try:
-        yield
+        with _intercepted_functions(recorder):
+            yield
     finally:
         nn.Module.__call__ = original
+
+
+@contextmanager
+def _intercepted_functions(recorder: Recorder) -> Generator[None]:
+    """In train mode an autograd function is one operator, or the gradient its author wrote would be lost.
+
+    In eval mode it is looked into, for path products to follow what it computes; and wherever it takes functions, or
+    what a graph cannot hold.
+    """
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
+        function = original.__get__(None, kind)
+        whole = all_can_be_written((args, kwargs)) and not any(map(callable, pytree.tree_leaves(args)))
+        if recorder.inside_leaf or not recorder.root.training or not whole:
+            return function(*args, **kwargs)
+        return recorder.as_one_node("call_function", graph_ops.applied(kind), function, args, kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original
 
 
 @contextmanager

@@ -412,3 +412,43 @@ def test_a_model_without_layers_says_so_when_scored() -> None:
     assert not net.layers
     with pytest.raises(growfx.TraceError, match="no masked layer"):
         growfx.path_products(net)
+
+
+class _Rounded(torch.autograd.Function):
+    """Rounds; its gradient is passed on times `slope`, as if nothing had been rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: float) -> Tensor:
+        ctx.slope = slope
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.slope * grads[0], None
+
+
+class _Quantized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(_Rounded.apply(self.first(x), 0.5))
+
+
+def test_the_gradient_of_an_autograd_function_is_its_authors() -> None:
+    torch.manual_seed(0)
+    model = _Quantized()
+    net = growfx.wrap(model, torch.randn(2, 6))
+    assert net.trace_report.faithful
+    images = 3 * torch.randn(7, 6)
+    gradients = []
+    for module in (model, net):
+        module.train()
+        module.zero_grad()
+        module(images).square().sum().backward()
+        gradients.append([p.grad.clone() for p in module.parameters() if p.grad is not None])
+    assert gradients[0][0].abs().max() > 0
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert "_Rounded(" in str(net.graph_at(images, training=True).python_code("self").src)
+    assert growfx.path_products(net).off_path == {}
