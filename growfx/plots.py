@@ -15,6 +15,7 @@ __all__ = ["draw_epochs", "draw_growth", "draw_methods"]
 
 _POINT, _CURVE, _STOP, _BACK = "#1b5e8c", "#c4651a", "#8a1c1c", "#2c7a3f"
 _MARKERS = "osD^v<>Pp*hX"
+_NAMES = 24  # names below each other beside a plot
 _X_LABELS = {
     "density": "density, % of the masked weights",
     "dense_equivalent_epochs": "training cost, dense-equivalent epochs",
@@ -69,13 +70,14 @@ def draw_methods(path: Path, title: str, rows: Sequence[Mapping[str, Any]], key:
         rows: with `label`, `accuracy` and its `spread` (fractions, None for one seed), and `key`.
         key: "density" (a fraction) or "dense_equivalent_epochs".
     """
-    axes = _axes(width=9.5)
-    if axes is None:
-        return False
-    scale = 100 if key == "density" else 1
     series: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         series.setdefault(row["label"], []).append(row)
+    columns = -(-len(series) // _NAMES)
+    axes = _axes(width=6 + 3 * columns)
+    if axes is None:
+        return False
+    scale = 100 if key == "density" else 1
     for number, (label, members) in enumerate(series.items()):
         members.sort(key=lambda row: row[key])
         style = {"marker": _MARKERS[number % len(_MARKERS)], "color": f"C{number % 10}", "markersize": 5}
@@ -92,7 +94,7 @@ def draw_methods(path: Path, title: str, rows: Sequence[Mapping[str, Any]], key:
     lowest, highest = (scale * pick(row[key] for row in rows) for pick in (min, max))
     _plain_ticks(axes, lowest, 1.2 * highest)
     axes.set_xlabel(_X_LABELS[key])
-    return _save(axes, path, title, y_label, beside=True)
+    return _save(axes, path, title, y_label, beside=columns)
 
 
 def _draw_fit(axes: Any, fit: Mapping[str, Any], lowest: float) -> None:
@@ -138,12 +140,12 @@ def _axes(width: float = 7) -> Any:
     return figure.add_subplot()
 
 
-def _save(axes: Any, path: Path, title: str, y_label: str = "validation accuracy, %", *, beside: bool = False) -> bool:
+def _save(axes: Any, path: Path, title: str, y_label: str = "validation accuracy, %", *, beside: int = 0) -> bool:
     axes.set_title(title, fontsize=11)
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
     if beside:  # many lines: their names would hide them
-        axes.figure.legend(fontsize=7, loc="outside right upper")
+        axes.figure.legend(fontsize=7, loc="outside right upper", ncols=beside)
     else:
         axes.legend(fontsize=8, loc="lower right")
     new = path.with_name(path.name + ".new")

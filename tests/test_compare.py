@@ -1,6 +1,7 @@
 """Comparisons: which runs there are, what they are told, what is kept of them, and how they end."""
 
 import json
+import multiprocessing
 import os
 import signal
 import statistics
@@ -14,11 +15,12 @@ import pytest
 import torch
 
 from growfx import plots
+from growfx.checkpoint import read
 from growfx.cli import main
-from growfx.compare import Comparison, Known, plan_controls
+from growfx.compare import Comparison, Known, _open, plan_controls
 from growfx.compare_progress import Meter, epochs_logged
 from growfx.compare_report import comparison_rows, comparison_text, summarise
-from growfx.compare_runs import RunSpec, processes
+from growfx.compare_runs import RunSpec, processes, run_all
 from growfx.errors import ConfigError
 
 MODEL = ["test_resnet", "--data", "digits"]
@@ -320,6 +322,42 @@ def test_what_no_run_could_do_is_said_at_once_and_leaves_nothing(tmp_path, capsy
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_whose_process_dies_is_a_failure_with_its_signal(tmp_path):
+    spec = RunSpec.parse("test_resnet", "digits", "dense", ["img_size=16"], epochs=500)
+    reports = run_all([("a run", spec, tmp_path / "run")], tmp_path / "logs", jobs=1)
+    first = next(reports)
+    assert (first.name, first.ended, first.epochs >= 1) == ("a run", False, True)
+    (child,) = multiprocessing.active_children()
+    os.kill(child.pid, signal.SIGKILL)
+    last = list(reports)[-1]
+    assert (last.ended, last.error) == (True, "killed by SIGKILL (out of memory?)")
+    assert (tmp_path / "logs" / "a run.log").exists()
+
+
+def test_closing_ends_the_processes_and_keeps_the_checkpoint(tmp_path):
+    spec = RunSpec.parse("test_resnet", "digits", "dense", ["img_size=16"], epochs=500)
+    reports = run_all([("a run", spec, tmp_path / "run")], tmp_path / "logs", jobs=1)
+    next(reports)
+    (child,) = multiprocessing.active_children()
+    number = child.pid
+    reports.close()
+    assert not multiprocessing.active_children()
+    with pytest.raises(ProcessLookupError):
+        os.kill(number, 0)
+    assert read(tmp_path / "run" / "checkpoint" / "latest.pt")["position"]["epoch"] >= 1
+
+
+def test_overwriting_replaces_a_comparison_and_nothing_else(tmp_path):
+    old, new = planned("dense", seeds=(0, 1)), planned("dense", seeds=(5,))
+    _open(tmp_path, old, resume=False, overwrite=False)
+    (tmp_path / "runs" / "dense-s0").mkdir(parents=True)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "table.txt").write_text("old")
+    _open(tmp_path, new, resume=False, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "notes.txt"]
+    assert json.loads((tmp_path / "config.json").read_text())["seeds"] == [5]
+
+
 # -- tables and plots -----------------------------------------------------------------------------------------
 
 
@@ -376,6 +414,21 @@ def test_methods_are_drawn_as_lines_over_density_or_cost(tmp_path, monkeypatch, 
     assert x == pytest.approx(sorted(factor * row[key] for row in rows if row["label"] == "static"))
     assert sorted(y) == pytest.approx([50.0, 70.0])
     assert kept[0].get_ylabel() == "test accuracy, %"
+
+
+def test_the_names_of_many_lines_stand_in_columns_beside_the_plot(tmp_path, monkeypatch):
+    kept = []
+    original = plots._axes
+    monkeypatch.setattr(plots, "_axes", lambda **size: kept.append(original(**size)) or kept[-1])
+    rows = summarise([fact(f"method {number}") for number in range(60)])
+    assert plots.draw_methods(tmp_path / "plot.png", "m", rows, "density", "test accuracy, %")
+    figure = kept[0].figure
+    (legend,) = figure.legends
+    area, box = kept[0].get_window_extent(), legend.get_window_extent()
+    assert box.y0 >= 0
+    assert box.x1 <= figure.bbox.x1 + 1
+    assert area.x1 <= box.x0
+    assert area.width > 0.3 * figure.bbox.width
 
 
 # -- progress -------------------------------------------------------------------------------------------------
