@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from growfx.artifact_info import ArtifactInfo, describe
 from growfx.artifact_reader import CONFIG, DEFAULT_MAX_BYTES, inspect, load, load_masks, load_state
 from growfx.codec import encode_index, encode_values
+from growfx.dtypes import DTYPE_NAMES
 from growfx.errors import ArtifactError, ConfigError
 from growfx.graph import MaskedGraph, in_mode
 from growfx.layers import MaskedLayer
 from growfx.manifest import (
-    DTYPES,
     FORMAT,
+    ITEMSIZES,
     VERSION,
     DenseEntry,
     LayerEntry,
@@ -42,6 +43,7 @@ from growfx.model_card import model_card
 from growfx.models import ModelIdentity, blueprint, create_model
 from growfx.recorded_call import RECORDED_CONSTANT
 from growfx.staging import staged_folder
+from growfx.weights_file import MAX_HEADER
 
 __all__ = ["DEFAULT_MAX_BYTES", "inspect", "load", "load_masks", "load_state", "save"]
 
@@ -52,7 +54,6 @@ CARD = "README.md"
 
 Buffer = bytes | memoryview
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # These describe the weights timm would fetch, not those stored here.
 _WEIGHT_ORIGIN = (
@@ -135,7 +136,7 @@ def _encode(net: MaskedGraph, provenance: Mapping[str, Any]) -> _Content:
         else:
             entry, parts = _encode_sparse(name, layer.mask, tensor)
         entries[name] = entry
-        if streams.keys() & parts.keys():
+        if streams.keys() & parts.keys() or "__metadata__" in parts:
             raise ArtifactError(f"`{name}` would be stored under a name that is taken; rename the parameter")
         streams.update(parts)
     names = {id(layer): name for name, layer in net.layers.items()}
@@ -156,9 +157,9 @@ def _plain_state(net: MaskedGraph) -> tuple[dict[str, Tensor], dict[str, MaskedL
     for name, tensor in state.items():
         if id(tensor) in masks:
             continue
-        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.dtype not in _NAMES:
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.dtype not in DTYPE_NAMES:
             kind = f"{tensor.dtype} {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ArtifactError(f"`{name}` ({kind}) cannot be stored; allowed: dense tensors of {', '.join(DTYPES)}")
+            raise ArtifactError(f"`{name}` ({kind}) cannot be stored; allowed: dense tensors of {', '.join(ITEMSIZES)}")
         if id(tensor) in owner:
             layers[name] = owner[id(tensor)]
         plain[name] = tensor.detach()
@@ -167,7 +168,7 @@ def _plain_state(net: MaskedGraph) -> tuple[dict[str, Tensor], dict[str, MaskedL
 
 def _encode_dense(name: str, tensor: Tensor) -> tuple[DenseEntry, dict[str, Buffer]]:
     data = _bytes(tensor)
-    return DenseEntry(_NAMES[tensor.dtype], tuple(tensor.shape), zlib.crc32(data)), {name: data}
+    return DenseEntry(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), zlib.crc32(data)), {name: data}
 
 
 def _encode_sparse(name: str, mask: Tensor, tensor: Tensor) -> tuple[SparseEntry, dict[str, Buffer]]:
@@ -177,7 +178,7 @@ def _encode_sparse(name: str, mask: Tensor, tensor: Tensor) -> tuple[SparseEntry
     index = encode_index(positions, flat.size)
     values = encode_values(flat[positions], floating=tensor.is_floating_point())
     entry = SparseEntry(
-        dtype=_NAMES[tensor.dtype],
+        dtype=DTYPE_NAMES[tensor.dtype],
         shape=tuple(tensor.shape),
         nnz=positions.size,
         index_codec=index.codec,
@@ -288,7 +289,7 @@ def _write(content: _Content, target: Path, dense: bool) -> ArtifactInfo:
         size, digest = _write_safetensors(folder / WEIGHTS, {"growfx": to_metadata(manifest)}, stored, content.streams)
         info = describe(manifest, size)
         if dense:
-            shapes = {name: (_NAMES[t.dtype], tuple(t.shape)) for name, t in content.dense.items()}
+            shapes = {name: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in content.dense.items()}
             tensors = {name: _bytes(t) for name, t in content.dense.items()}
             _write_safetensors(folder / DENSE_WEIGHTS, {"format": "pt"}, shapes, tensors)
         block = {
@@ -329,7 +330,7 @@ def _write_safetensors(
 
     The layout is the safetensors library's: widest dtypes first, then by name, header padded to 8 bytes.
     """
-    order = sorted(tensors, key=lambda name: (-DTYPES[tensors[name][0]].itemsize, name))
+    order = sorted(tensors, key=lambda name: (-ITEMSIZES[tensors[name][0]], name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name in order:
@@ -338,6 +339,8 @@ def _write_safetensors(
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise ArtifactError(f"its header takes {len(text)} bytes; allowed are {MAX_HEADER}: shorten `provenance`")
     digest, size = hashlib.sha256(), 0
     with file.open("wb") as out:
         for part in (struct.pack("<Q", len(text)), text, *(data[name] for name in order)):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from growfx.manifest import DTYPES, DenseEntry, Manifest
+from growfx.manifest import ITEMSIZES, DenseEntry, Manifest
 
 __all__ = ["ArtifactInfo", "LayerInfo", "describe"]
 
@@ -69,7 +69,7 @@ def describe(manifest: Manifest, size: int) -> ArtifactInfo:
     layers: list[LayerInfo] = []
     for layer, tensor in ((x.layer, x.tensor) for x in manifest.layers):
         entry = manifest.tensors[tensor]
-        numel, itemsize = entry.numel, DTYPES[entry.dtype].itemsize
+        numel, itemsize = entry.numel, ITEMSIZES[entry.dtype]
         if isinstance(entry, DenseEntry):
             nnz, stored, codec = numel, numel * itemsize, "dense"
         else:

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
-
 from growfx.codec import INDEX_CODECS, VALUE_CODECS
 from growfx.errors import ArtifactError
 
 __all__ = [
-    "DTYPES",
     "FORMAT",
+    "ITEMSIZES",
     "VERSION",
     "DenseEntry",
     "LayerEntry",
@@ -33,23 +31,24 @@ __all__ = [
 
 FORMAT = "growfx.sparse"
 VERSION = "1.0"
-# safetensors' names.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+# safetensors' names, and bytes of one element.
+ITEMSIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
 }
 # No model comes near it; beyond it sizes would not fit the integers of other readers.
 _MAX_NUMEL = 1 << 34
+_MAX_RANK = 64
 _SEMANTICS = {"fill": "+0.0", "mask": "explicit", "order": "C"}
 
 
@@ -161,7 +160,7 @@ class Manifest:
     @property
     def decoded_bytes(self) -> int:
         """Bytes of all tensors once they are decoded."""
-        return sum(e.numel * DTYPES[e.dtype].itemsize for e in self.tensors.values())
+        return sum(e.numel * ITEMSIZES[e.dtype] for e in self.tensors.values())
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON values."""
@@ -324,9 +323,12 @@ class _Reader:
 
     def tensor(self) -> DenseEntry | SparseEntry:
         dtype, shape = self.take("dtype", str), self.counts("shape")
-        if dtype not in DTYPES:
-            raise self.fail(f"dtype `{dtype}` is unknown; allowed: {', '.join(DTYPES)}")
-        if prod(shape) > _MAX_NUMEL:
+        if dtype not in ITEMSIZES:
+            raise self.fail(f"dtype `{dtype}` is unknown; allowed: {', '.join(ITEMSIZES)}")
+        if len(shape) > _MAX_RANK:
+            raise self.fail(f"its shape has {len(shape)} dimensions; allowed are {_MAX_RANK}")
+        # A size of zero must not hide others too large for any tensor.
+        if prod(max(size, 1) for size in shape) > _MAX_NUMEL:
             raise self.fail(f"its shape has more elements than the format allows ({_MAX_NUMEL})")
         if "index" not in self.body:
             return DenseEntry(dtype, shape, self.count("crc32"))

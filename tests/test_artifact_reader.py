@@ -263,7 +263,7 @@ def test_what_is_no_artifact_is_refused(tmp_path: Path):
     refuses(tmp_path / "nothing", "there is no artifact at this path")
     refuses(tmp_path, "has no `config.json`")
     (tmp_path / "text").write_text("hello")
-    refuses(tmp_path / "text", "is damaged or cannot be read")
+    refuses(tmp_path / "text", "is no safetensors file, so no artifact; or its first bytes are damaged")
     save_file({"a": torch.zeros(1)}, tmp_path / "plain.safetensors")
     refuses(tmp_path / "plain.safetensors", "its metadata has no entry `growfx`")
     with pytest.raises(ArtifactError, match="there is no artifact at this path"):
@@ -311,7 +311,11 @@ RECIPES: list[tuple[Callable[[Json], None], str]] = [
     (recipe("timm", "hf-hub:some/model"), "is no registered name of timm"),
     (recipe("timm", "no_such_model"), "cannot be built here: model `no_such_model` is unknown"),
     (recipe("timm", "test_resnet", num_classes=-5), "cannot be built here|not the artifact's"),
-    (recipe("timm", "test_resnet", num_classes=10**9), "`fc.bias` is"),
+    (recipe("timm", "test_resnet", num_classes=10**6), "`fc.bias` is"),
+    (
+        recipe("timm", "test_resnet", num_classes=10**9),
+        "it has a model argument of 1000000000; allowed are sizes up to",
+    ),
     (recipe("timm", "test_vit"), r"not the artifact's \(VisionTransformer\)"),
     (top(model={"library": "timm", "name": 5, "kwargs": {}}), "it names a model of `timm`"),
 ]

@@ -1,0 +1,55 @@
+"""How much a builder may build when its arguments come from a file.
+
+A few bytes of arguments can ask for a million layers. What is stored says how large the network is, so a builder
+that registers far more modules, tensors or elements than that is stopped while it does.
+"""
+
+import threading
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from growfx.errors import ConfigError
+
+__all__ = ["build_budget"]
+
+# Heads that are replaced, modules without tensors, tables that are not stored (attention masks, positions).
+_FACTOR = 4
+_SPARE_NAMES = 5_000
+_SPARE_ELEMENTS = 1 << 27
+
+
+@contextmanager
+def build_budget(names: int, elements: int) -> Generator[None]:
+    """Stop a builder that makes much more than `names` tensors of `elements` elements in all.
+
+    Raises:
+        ConfigError: from within the builder, when it does.
+    """
+    thread = threading.get_ident()
+    left = [_FACTOR * names + _SPARE_NAMES, _FACTOR * elements + _SPARE_ELEMENTS]
+
+    def spend(_module: nn.Module, _name: str, value: Any) -> None:
+        # The hooks see every thread's modules.
+        if threading.get_ident() == thread:
+            left[0] -= 1
+            left[1] -= value.numel() if isinstance(value, Tensor) and not nn.parameter.is_lazy(value) else 0
+            if min(left) < 0:
+                raise ConfigError("its arguments build a network far larger than the one stored")
+
+    with ExitStack() as stack:
+        for register in (
+            register_module_parameter_registration_hook,
+            register_module_buffer_registration_hook,
+            register_module_module_registration_hook,
+        ):
+            handle: Any = register(spend)
+            stack.callback(handle.remove)
+        yield
