@@ -25,9 +25,12 @@ if TYPE_CHECKING:
     from growfx.errors import UnsupportedOperatorError as UnsupportedOperatorError
     from growfx.graph import MaskedGraph as MaskedGraph
     from growfx.models import create_model as create_model
+    from growfx.onnx_file import export_onnx as export_onnx
     from growfx.passes.mask import unwrap as unwrap
     from growfx.passes.mask import wrap as wrap
     from growfx.passes.path_products import path_products as path_products
+    from growfx.sparse_arrays import to_numpy as to_numpy
+    from growfx.sparse_arrays import to_scipy as to_scipy
     from growfx.training import train as train
 
 __version__ = "0.1.0"
@@ -43,10 +46,13 @@ _HOME = {
     "TraceError": "growfx.errors",
     "UnsupportedOperatorError": "growfx.errors",
     "create_model": "growfx.models",
+    "export_onnx": "growfx.onnx_file",
     "inspect": "growfx.artifact",
     "load": "growfx.artifact",
     "path_products": "growfx.passes.path_products",
     "save": "growfx.artifact",
+    "to_numpy": "growfx.sparse_arrays",
+    "to_scipy": "growfx.sparse_arrays",
     "train": "growfx.training",
     "unwrap": "growfx.passes.mask",
     "wrap": "growfx.passes.mask",
@@ -64,12 +70,15 @@ __all__ = [
     "TraceError",
     "UnsupportedOperatorError",
     "create_model",
+    "export_onnx",
     "inspect",
     "load",
     "methods",
     "passes",
     "path_products",
     "save",
+    "to_numpy",
+    "to_scipy",
     "train",
     "unwrap",
     "wrap",

@@ -273,6 +273,9 @@ def _config(net: MaskedGraph, model: Mapping[str, Any] | None) -> dict[str, Any]
         "num_classes": classes if isinstance(classes, int) else None,
         "pretrained_cfg": pretrained,
     }
+    features = getattr(net.shell, "num_features", None)
+    if isinstance(features, int):  # timm writes it for the reader's information
+        config["num_features"] = features
     # Through JSON and back, for tuples become lists and the two copies of it must be equal.
     return json.loads(canonical(config))
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from growfx.artifact_folder import CONFIG, is_plain_name, read_config
 from growfx.errors import ArtifactError
@@ -55,6 +56,8 @@ def _explained(name: str) -> Generator[None]:
         from huggingface_hub import errors
     except ImportError as error:
         raise ArtifactError("the Hub needs `huggingface_hub`: pip install huggingface_hub") from error
+    # The HTTP client's own error and OSError; the client differs between releases of huggingface_hub.
+    transport: Any = errors.HfHubHTTPError.__bases__
     try:
         yield
     except ArtifactError:
@@ -72,5 +75,5 @@ def _explained(name: str) -> Generator[None]:
             f"`{name}` is not in the local cache and the Hub cannot be reached: connect (or unset HF_HUB_OFFLINE), or "
             "copy its folder here and give that path"
         ) from error
-    except (ValueError, *errors.HfHubHTTPError.__bases__) as error:  # the HTTP client's own, and OSError
+    except (ValueError, *transport) as error:
         raise ArtifactError(f"`{name}` cannot be fetched ({type(error).__name__}: {error})") from error

@@ -1,0 +1,153 @@
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from artifact_nets import Tied, make_net, plain
+from torch import nn
+
+import growfx
+from growfx import onnx_file
+from growfx.errors import ArtifactError, ConfigError
+
+
+def installed(*names: str) -> bool:
+    return all(importlib.util.find_spec(name) for name in names)
+
+
+can_export = pytest.mark.skipif(not installed("onnx", "onnxscript"), reason="onnx and onnxscript are not installed")
+can_run = pytest.mark.skipif(
+    not installed("onnx", "onnxscript", "onnxruntime"), reason="onnx, onnxscript and onnxruntime are not installed"
+)
+
+
+def run(file: Path, *inputs: torch.Tensor) -> Any:
+    import onnxruntime  # pyright: ignore[reportMissingImports]
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return session.run(None, {f"input_{i}": x.numpy() for i, x in enumerate(inputs)})[0]
+
+
+@can_run
+@pytest.mark.parametrize("source", ["artifact", "net", "module"])
+def test_the_file_gives_the_outputs_of_the_network(tmp_path: Path, source: str):
+    net = make_net(0.3).eval()
+    model = plain(net).eval()
+    given: Any = {"net": net, "module": model}.get(source)
+    if source == "artifact":
+        pytest.importorskip("timm")
+        model = growfx.create_model("test_resnet", num_classes=4).eval()
+        growfx.save(growfx.wrap(model, torch.rand(1, 3, 32, 32)), tmp_path / "out")
+        given = tmp_path / "out"
+    x = torch.rand(3, 3, 32, 32) if source == "artifact" else torch.rand(3, 3, 6, 6)
+    file = growfx.export_onnx(given, tmp_path / "sub" / "net.onnx", example_inputs=x[:1])
+    assert [f.name for f in file.parent.iterdir()] == ["net.onnx"]
+    for batch in (1, 3):
+        expected = model(x[:batch]).detach().numpy()
+        assert np.allclose(run(file, x[:batch]), expected, atol=1e-5)
+
+
+@can_export
+def test_a_network_that_onnx_cannot_express_is_a_config_error(tmp_path: Path):
+    class Odd(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * int(x.sum().item() > 0) if x.sum() > 0 else x.nonzero()
+
+    with pytest.raises(ConfigError, match="cannot be exported to ONNX by this torch"):
+        growfx.export_onnx(Odd(), tmp_path / "x.onnx", example_inputs=torch.rand(1, 2))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("missing", [("onnx",), ("onnxscript",), ("onnx", "onnxscript")])
+def test_what_is_not_installed_is_named_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...]
+):
+    monkeypatch.setattr(onnx_file, "_is_installed", lambda name: name not in missing)
+    text = f"export to ONNX needs {' and '.join(missing)}: pip install onnx onnxscript"
+    with pytest.raises(ConfigError, match=text):
+        growfx.export_onnx(tmp_path / "nothing", tmp_path / "x.onnx")
+
+
+class Exporter:
+    """Stands for torch.onnx.export where its packages are not installed: exports, but writes no ONNX."""
+
+    def __init__(self) -> None:
+        self.program: Any = None
+
+    def __call__(self, model: nn.Module, inputs: tuple[Any, ...], file: str, **options: Any) -> None:
+        self.options, self.inputs = options, inputs
+        self.program = torch.export.export(model, inputs, dynamic_shapes=options["dynamic_shapes"])
+        Path(file).write_bytes(b"graph")
+
+
+@pytest.fixture
+def exporter(monkeypatch: pytest.MonkeyPatch) -> Exporter:
+    fake = Exporter()
+    monkeypatch.setattr(onnx_file, "_is_installed", lambda name: True)
+    monkeypatch.setattr(torch.onnx, "export", fake)
+    return fake
+
+
+@pytest.mark.parametrize("source", ["artifact", "net", "module"])
+def test_the_exporter_gets_the_plain_network_with_an_open_batch_size(tmp_path: Path, exporter: Exporter, source: str):
+    net: Any = make_net(0.3)
+    model = plain(net).eval()
+    given: Any = {"net": net, "module": plain(net)}.get(source)
+    size = (3, 6, 6)
+    if source == "artifact":
+        model = growfx.create_model("test_resnet", num_classes=4).eval()
+        growfx.save(growfx.wrap(model, torch.rand(1, 3, 32, 32)), tmp_path / "out")
+        given, size = tmp_path / "out", (3, 160, 160)
+    example = torch.rand(1, *size) if source == "module" else None
+    growfx.export_onnx(given, tmp_path / "net.onnx", example_inputs=example)
+    assert (tmp_path / "net.onnx").read_bytes() == b"graph"
+    assert exporter.options["external_data"] is False
+    assert exporter.options["input_names"] == ["input_0"]
+    for batch in (1, 3):
+        x = torch.rand(batch, *size)
+        assert torch.allclose(exporter.program.module()(x), model(x), atol=1e-6)
+    assert not any("mask" in name for name in exporter.program.state_dict)
+    if source == "net":
+        assert net.training, "the net given stays as it was"
+
+
+def test_a_fixed_batch_size_is_that_of_the_example(tmp_path: Path, exporter: Exporter):
+    growfx.export_onnx(Tied(), tmp_path / "x.onnx", example_inputs=torch.rand(1, 3, 6, 6), batch=False)
+    assert exporter.options["dynamic_shapes"] is None
+    assert exporter.inputs[0].shape == (1, 3, 6, 6)
+
+
+@pytest.mark.usefixtures("exporter")
+def test_a_file_that_exists_is_replaced_and_one_that_cannot_be_written_is_an_artifact_error(tmp_path: Path):
+    (tmp_path / "x.onnx").write_text("old")
+    growfx.export_onnx(Tied(), tmp_path / "x.onnx", example_inputs=torch.rand(1, 3, 6, 6))
+    assert (tmp_path / "x.onnx").read_bytes() == b"graph"
+    with pytest.raises(ArtifactError, match="cannot be written"):
+        growfx.export_onnx(Tied(), tmp_path / "x.onnx" / "y.onnx", example_inputs=torch.rand(1, 3, 6, 6))
+    assert [file.name for file in tmp_path.iterdir()] == ["x.onnx"]
+
+
+def test_a_failing_exporter_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(_model: Any, _inputs: Any, file: str, **_: Any) -> None:
+        Path(file).write_text("half")
+        raise RuntimeError("no operator for aten::odd\nand a long trace")
+
+    monkeypatch.setattr(onnx_file, "_is_installed", lambda name: True)
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    (tmp_path / "x.onnx").write_text("old")
+    with pytest.raises(ConfigError, match=r"cannot be exported to ONNX by this torch \(no operator for aten::odd\)"):
+        growfx.export_onnx(Tied(), tmp_path / "x.onnx", example_inputs=torch.rand(1, 3, 6, 6))
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("x.onnx", "old")]
+
+
+@pytest.mark.usefixtures("exporter")
+def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ConfigError, match="takes an artifact's path or a module, not a `int`"):
+        growfx.export_onnx(7, tmp_path / "x.onnx")
+    with pytest.raises(ArtifactError, match="there is no artifact at this path"):
+        growfx.export_onnx(tmp_path / "nothing", tmp_path / "x.onnx")
+    monkeypatch.setattr(onnx_file, "_LARGEST", 100)
+    with pytest.raises(ConfigError, match="one ONNX file holds less than 100 bytes and the network has"):
+        growfx.export_onnx(Tied(), tmp_path / "x.onnx", example_inputs=torch.rand(1, 3, 6, 6))
