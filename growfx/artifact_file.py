@@ -22,7 +22,7 @@ from growfx.codec import IndexStream, Positions, ValueStream, decode_index, deco
 from growfx.errors import ArtifactError
 from growfx.hub import local_path
 from growfx.manifest import ITEMSIZES, DenseEntry, Manifest, SparseEntry, from_metadata
-from growfx.weights_file import SNIFFED, WeightsFile, open_regular, wrong_file
+from growfx.weights_file import MAX_HEADER, SNIFFED, WeightsFile, open_regular, wrong_file
 
 __all__ = ["DEFAULT_MAX_BYTES", "ArtifactFile", "check_size", "listed", "located", "opened"]
 
@@ -113,12 +113,13 @@ class ArtifactFile:
 
 
 @contextmanager
-def opened(path: str | Path, *, verify: bool) -> Generator[ArtifactFile]:
+def opened(path: str | Path, *, max_bytes: int | None) -> Generator[ArtifactFile]:
     """Open an artifact: a folder, its weights file alone, or `hf-hub:USER/NAME[@REVISION]`.
 
     Args:
         path: where it is.
-        verify: compare the whole file with the digest in the folder's config.
+        max_bytes: of the decoded tensors, for who reads them: the whole file is compared with the digest in the
+            folder's config, if it is not too large for that. None: only the header will be read.
 
     Raises:
         ArtifactError: none there, damaged, or newer; also whatever goes wrong while it is read.
@@ -132,7 +133,7 @@ def opened(path: str | Path, *, verify: bool) -> Generator[ArtifactFile]:
                 raise ArtifactError("there is no artifact at this path; give a folder or its weights file")
             with open_regular(file) as stream:
                 if config is not None:
-                    _check_described(stream, config["growfx"], file.name, verify)
+                    _check_described(stream, config["growfx"], file.name, max_bytes)
                 artifact = ArtifactFile(WeightsFile(stream))
                 if config is not None:
                     _check_config(config, artifact.manifest)
@@ -179,7 +180,7 @@ def listed(names: list[str]) -> str:
     return shown + (f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else "")
 
 
-def _check_described(stream: BufferedReader, block: Mapping[str, Any], name: str, verify: bool) -> None:
+def _check_described(stream: BufferedReader, block: Mapping[str, Any], name: str, max_bytes: int | None) -> None:
     """Refuse a weights file that is not the one of the config, as plainly as it shows."""
     size, start = os.fstat(stream.fileno()).st_size, stream.read(SNIFFED)
     reason = wrong_file(start)
@@ -187,7 +188,10 @@ def _check_described(stream: BufferedReader, block: Mapping[str, Any], name: str
         reason = (
             f"it has {size} bytes instead of {block.get('bytes')}: the download is incomplete or of another version"
         )
-    elif reason is None and verify:
+    elif reason is None and max_bytes is not None:
+        # No codec makes a tensor larger than by a mask of one bit per element.
+        if size > max_bytes * 9 // 8 + 2 * MAX_HEADER:
+            raise ArtifactError(f"`{name}` has {size} bytes, too many for max_bytes={max_bytes}")
         stream.seek(0)
         same = hashlib.file_digest(stream, "sha256").hexdigest() == block.get("sha256")
         reason = None if same else "its SHA-256 differs"

@@ -69,17 +69,17 @@ def load(
         ConfigError: `dtype` is not a floating one, or `device` is not there.
     """
     _check_target(dtype, device)
-    with opened(path, verify=True) as weights:
+    with opened(path, max_bytes=max_bytes) as weights:
         manifest = weights.manifest
         check_size(manifest, max_bytes)
         identity = None if model is not None else _identity(manifest)
-        with _building(manifest):
+        with _building(), build_budget(len(manifest.names), sum(e.numel for e in manifest.tensors.values())):
             plan = model if identity is None else blueprint(identity)
         assert plan is not None
         _check_fit(plan, manifest)
         state = _state(weights)
         if identity is not None:
-            with _building(manifest), torch.random.fork_rng(devices=[]):
+            with _building(), torch.random.fork_rng(devices=[]):
                 plan = create_model(identity.spec, **identity.kwargs)
             _restore_preprocessing(plan, manifest)
         _fill(plan, state)
@@ -92,7 +92,7 @@ def load_state(path: str | Path, *, max_bytes: int = DEFAULT_MAX_BYTES) -> dict[
     Raises:
         ArtifactError: no artifact, damaged, newer, or too large.
     """
-    with opened(path, verify=True) as weights:
+    with opened(path, max_bytes=max_bytes) as weights:
         check_size(weights.manifest, max_bytes)
         return _state(weights)
 
@@ -103,7 +103,7 @@ def inspect(path: str | Path) -> ArtifactInfo:
     Raises:
         ArtifactError: no artifact, or its header is damaged or newer than this reader.
     """
-    with opened(path, verify=False) as weights:
+    with opened(path, max_bytes=None) as weights:
         return describe(weights.manifest, weights.size)
 
 
@@ -113,7 +113,7 @@ def load_masks(path: str | Path, *, max_bytes: int = DEFAULT_MAX_BYTES) -> dict[
     Raises:
         ArtifactError: as `load`.
     """
-    with opened(path, verify=True) as weights:
+    with opened(path, max_bytes=max_bytes) as weights:
         entries = {x.layer: (x.tensor, weights.manifest.tensors[x.tensor]) for x in weights.manifest.layers}
         total = sum(entry.numel for _, entry in entries.values())
         if total > max_bytes:
@@ -179,10 +179,9 @@ def _check_arguments(value: Any) -> None:
 
 
 @contextmanager
-def _building(manifest: Manifest) -> Generator[None]:
+def _building() -> Generator[None]:
     try:
-        with build_budget(len(manifest.names), sum(entry.numel for entry in manifest.tensors.values())):
-            yield
+        yield
     except ConfigError as error:
         raise ArtifactError(f"its model cannot be built here: {error}") from error
 

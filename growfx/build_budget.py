@@ -1,7 +1,8 @@
 """How much a builder may build when its arguments come from a file.
 
 A few bytes of arguments can ask for a million layers. What is stored says how large the network is, so a builder
-that registers far more modules, tensors or elements than that is stopped while it does.
+that registers far more modules, tensors or elements than that, or calls torch far more often than it takes to
+initialise them, is stopped while it does.
 """
 
 import threading
@@ -15,15 +16,41 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.overrides import TorchFunctionMode
 
 from growfx.errors import ConfigError
 
-__all__ = ["build_budget"]
+__all__ = ["BudgetExceeded", "build_budget"]
 
 # Heads that are replaced, modules without tensors, tables that are not stored (attention masks, positions).
 _FACTOR = 4
 _SPARE_NAMES = 5_000
 _SPARE_ELEMENTS = 1 << 27
+# Initialisers take some ten calls per tensor.
+_CALLS_PER_NAME = 100
+_SPARE_CALLS = 20_000
+
+
+class BudgetExceeded(ConfigError):  # noqa: N818 - a reason to stop, told as a ConfigError
+    """A builder makes a network far larger than the one stored; to try it in another way would not help."""
+
+
+class _CountedCalls(TorchFunctionMode):
+    """Stops after so many calls of torch functions."""
+
+    def __init__(self, left: int) -> None:
+        super().__init__()
+        self._left = left
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise _too_large()
+        return func(*args, **(kwargs or {}))
+
+
+def _too_large() -> BudgetExceeded:
+    return BudgetExceeded("its arguments build a network far larger than the one stored")
 
 
 @contextmanager
@@ -31,7 +58,7 @@ def build_budget(names: int, elements: int) -> Generator[None]:
     """Stop a builder that makes much more than `names` tensors of `elements` elements in all.
 
     Raises:
-        ConfigError: from within the builder, when it does.
+        BudgetExceeded: from within the builder, when it does.
     """
     thread = threading.get_ident()
     left = [_FACTOR * names + _SPARE_NAMES, _FACTOR * elements + _SPARE_ELEMENTS]
@@ -42,7 +69,7 @@ def build_budget(names: int, elements: int) -> Generator[None]:
             left[0] -= 1
             left[1] -= value.numel() if isinstance(value, Tensor) and not nn.parameter.is_lazy(value) else 0
             if min(left) < 0:
-                raise ConfigError("its arguments build a network far larger than the one stored")
+                raise _too_large()
 
     with ExitStack() as stack:
         for register in (
@@ -52,4 +79,5 @@ def build_budget(names: int, elements: int) -> Generator[None]:
         ):
             handle: Any = register(spend)
             stack.callback(handle.remove)
+        stack.enter_context(_CountedCalls(_CALLS_PER_NAME * names + _SPARE_CALLS))
         yield

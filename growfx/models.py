@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from growfx.build_budget import BudgetExceeded
 from growfx.errors import ConfigError
 
 __all__ = [
@@ -109,6 +110,8 @@ def blueprint(identity: ModelIdentity) -> nn.Module:
         try:
             with torch.device("meta"), _WithoutInitialisation():
                 return create_model(identity.spec, **identity.kwargs)
+        except BudgetExceeded:
+            raise
         except ConfigError:
             # Some builders compute with values of tensors; these can only be built for real.
             return create_model(identity.spec, **identity.kwargs)
@@ -212,6 +215,8 @@ def _call(build: Callable[[], Any], name: str) -> Any:
     """Foreign builders raise whatever they like on bad arguments; the caller sees one kind."""
     try:
         return build()
+    except BudgetExceeded:
+        raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise ConfigError(f"model `{name}` cannot be built with these arguments ({reason})") from error

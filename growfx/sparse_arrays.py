@@ -47,7 +47,7 @@ def to_numpy(path: str | Path, *, max_bytes: int = DEFAULT_MAX_BYTES) -> dict[st
     Raises:
         ArtifactError: no artifact, damaged, newer, or too large.
     """
-    with opened(path, verify=True) as weights:
+    with opened(path, max_bytes=max_bytes) as weights:
         manifest = weights.manifest
         check_size(manifest, max_bytes)
         arrays = {
@@ -71,7 +71,7 @@ def to_scipy(path: str | Path, *, max_bytes: int = DEFAULT_MAX_BYTES) -> dict[st
     Raises:
         ArtifactError: no artifact, damaged, newer, or too large.
     """
-    with opened(path, verify=True) as weights:
+    with opened(path, max_bytes=max_bytes) as weights:
         entries = [weights.manifest.tensors[x.tensor] for x in weights.manifest.layers]
         stored = [(getattr(e, "nnz", e.numel), e) for e in entries]
         need = sum(
