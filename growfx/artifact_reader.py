@@ -22,7 +22,7 @@ from growfx.build_budget import build_budget
 from growfx.dtypes import TORCH_DTYPES
 from growfx.errors import ArtifactError, ConfigError
 from growfx.manifest import Manifest
-from growfx.models import WEIGHT_SOURCES, ModelIdentity, blueprint, create_model
+from growfx.models import WEIGHT_SOURCES, ModelIdentity, blueprint, build_unfilled
 
 __all__ = ["CONFIG", "DEFAULT_MAX_BYTES", "inspect", "load", "load_masks", "load_state"]
 
@@ -79,8 +79,8 @@ def load(
         _check_fit(plan, manifest)
         state = _state(weights)
         if identity is not None:
-            with _building(), torch.random.fork_rng(devices=[]):
-                plan = create_model(identity.spec, **identity.kwargs)
+            with _building():
+                plan = build_unfilled(identity, plan)
             _restore_preprocessing(plan, manifest)
         _fill(plan, state)
     return plan.to(device=device, dtype=dtype).eval()

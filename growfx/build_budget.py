@@ -29,6 +29,8 @@ _SPARE_ELEMENTS = 1 << 27
 # Initialisers take some ten calls per tensor.
 _CALLS_PER_NAME = 100
 _SPARE_CALLS = 20_000
+# One call, as many Python objects as the tensor has elements.
+_MAKING_MANY = {"__iter__", "chunk", "split", "tolist", "unbind"}
 
 
 class BudgetExceeded(ConfigError):  # noqa: N818 - a reason to stop, told as a ConfigError
@@ -44,6 +46,8 @@ class _CountedCalls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._left -= 1
+        if getattr(func, "__name__", "") in _MAKING_MANY and isinstance(args[0], Tensor):
+            self._left -= args[0].numel()
         if self._left < 0:
             raise _too_large()
         return func(*args, **(kwargs or {}))

@@ -24,6 +24,7 @@ __all__ = [
     "WEIGHT_SOURCES",
     "ModelIdentity",
     "blueprint",
+    "build_unfilled",
     "create_model",
     "default_input_shape",
     "identity_of",
@@ -117,6 +118,35 @@ def blueprint(identity: ModelIdentity) -> nn.Module:
             return create_model(identity.spec, **identity.kwargs)
 
 
+def build_unfilled(identity: ModelIdentity, plan: nn.Module) -> nn.Module:
+    """The model `identity` builds, for a caller who then sets every tensor of its state dict.
+
+    Where nothing can come of their initial values, parameters are left as the memory was: when `plan`, the
+    model's blueprint, is wholly on the meta device (so no number was read from a tensor) and every tensor it has
+    is in its state dict (so none was computed from a parameter and stays).
+
+    Raises:
+        ConfigError: it cannot be built.
+    """
+    with torch.random.fork_rng(devices=[]):
+        if not _is_all_stored_on_meta(plan):
+            return create_model(identity.spec, **identity.kwargs)
+        with _WithoutInitialisation(parameters=True):
+            return create_model(identity.spec, **identity.kwargs)
+
+
+def _is_all_stored_on_meta(model: nn.Module) -> bool:
+    stored = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    held: list[Any] = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        for value in vars(module).values():
+            inner = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+            )
+            held += [item for item in inner if isinstance(item, Tensor)]
+    return all(tensor.is_meta and id(tensor) in stored for tensor in held)
+
+
 # What initialisers do in place; on a tensor without values it changes nothing.
 _FILLING = {
     "add_", "clamp_", "constant_", "copy_", "div_", "erfinv_", "exponential_", "fill_", "kaiming_normal_",
@@ -126,13 +156,18 @@ _FILLING = {
 
 
 class _WithoutInitialisation(TorchFunctionMode):
-    """Leaves tensors of the meta device as they are: pretending to fill them takes most of the time of a build."""
+    """Leaves tensors of the meta device, or all parameters, as they are: filling takes most of the time of a build."""
+
+    def __init__(self, *, parameters: bool = False) -> None:
+        super().__init__()
+        self._parameters = parameters
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in _FILLING:
             target = args[0] if args else kwargs.get("tensor")
-            if isinstance(target, Tensor) and target.is_meta:
+            skipped = isinstance(target, nn.Parameter) if self._parameters else False
+            if skipped or (isinstance(target, Tensor) and target.is_meta):
                 return target
         return func(*args, **kwargs)
 

@@ -8,9 +8,18 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from growfx.errors import ConfigError
-from growfx.models import ModelIdentity, blueprint, create_model, default_input_shape, identity_of, remember
+from growfx.models import (
+    ModelIdentity,
+    blueprint,
+    build_unfilled,
+    create_model,
+    default_input_shape,
+    identity_of,
+    remember,
+)
 
 
 def make_tiny(width: int = 3) -> nn.Module:
@@ -160,3 +169,72 @@ def test_an_unknown_library_is_refused():
 def test_importing_the_module_imports_no_model_library():
     code = "import sys, growfx.models; assert not {'timm', 'torchvision'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def built(spec: str, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
+    identity = identity_of(create_model(spec, **kwargs))
+    assert identity is not None
+    torch.manual_seed(1)
+    filled = create_model(identity.spec, **identity.kwargs)
+    torch.manual_seed(1)
+    return filled, build_unfilled(identity, blueprint(identity))
+
+
+@pytest.mark.parametrize(
+    "spec", ["test_resnet", "test_vit", "test_convnext", "torchvision/resnet18", "test_efficientnet"]
+)
+def test_a_model_built_for_other_weights_is_the_usual_one_once_they_are_set(spec: str) -> None:
+    filled, unfilled = built(spec)
+    names = {name: t.shape for name, t in filled.named_buffers()} | {n: t.shape for n, t in filled.named_parameters()}
+    assert names == {n: t.shape for n, t in [*unfilled.named_buffers(), *unfilled.named_parameters()]}
+    for name, buffer in filled.named_buffers():
+        assert torch.equal(unfilled.get_buffer(name), buffer)
+    unfilled.load_state_dict(filled.state_dict())
+    x = torch.rand(1, *default_input_shape(filled)[1:])
+    with torch.no_grad():
+        assert torch.equal(unfilled.eval()(x), filled.eval()(x))
+
+
+def test_no_random_number_is_drawn_for_weights_that_are_set_later() -> None:
+    identity = identity_of(create_model("test_resnet"))
+    assert identity is not None
+    draws: list[str] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            draws.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    plan = blueprint(identity)
+    with Watch():
+        build_unfilled(identity, plan)
+    assert not {"normal_", "uniform_", "kaiming_normal_", "trunc_normal_"} & set(draws)
+    with Watch():
+        create_model("test_resnet")
+    assert {"normal_", "uniform_", "kaiming_normal_"} & set(draws)
+
+
+class Derived(nn.Module):
+    """Holds a tensor computed from its parameter, where `place` says."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        nn.init.constant_(self.linear.weight, 2.0)
+        derived = self.linear.weight.detach().sum(0)
+        if place == "buffer":
+            self.register_buffer("table", derived, persistent=False)
+        elif place == "attribute":
+            self.table = derived
+        elif place == "list":
+            self.tables = [derived]
+        else:
+            self.number = float(derived[0])
+
+
+@pytest.mark.parametrize("place", ["buffer", "attribute", "list", "number"])
+def test_a_model_that_computes_from_its_parameters_is_filled(place: str) -> None:
+    identity = ModelIdentity("python", f"{__name__}:Derived", {"place": place})
+    model: Any = build_unfilled(identity, blueprint(identity))
+    found = {"buffer": lambda: model.table[0], "attribute": lambda: model.table[0], "list": lambda: model.tables[0][0]}
+    assert float(found[place]() if place in found else model.number) == 6.0
