@@ -28,10 +28,11 @@ def local_path(path: str | Path) -> Path:
         ArtifactError: no spec of the Hub, no such repository or revision, no artifact in it, or the Hub cannot
             be reached and the artifact is not in the cache.
     """
-    if not isinstance(path, str) or not path.startswith(HUB_PREFIX):
+    text = path.as_posix() if isinstance(path, Path) else path
+    if not text.startswith(HUB_PREFIX):
         return Path(path)
-    spec = _SPEC.fullmatch(path.removeprefix(HUB_PREFIX))
-    if spec is None or ".." in path:
+    spec = _SPEC.fullmatch(text.removeprefix(HUB_PREFIX))
+    if spec is None or ".." in text:
         raise ArtifactError("it names no model of the Hub; allowed: `hf-hub:USER/NAME` or `hf-hub:USER/NAME@REVISION`")
     name, revision = spec["name"], spec["revision"]
     with _explained(name):

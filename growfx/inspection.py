@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from growfx.artifact_file import located
 from growfx.data import open_data
 from growfx.errors import ArtifactError, ConfigError, DataError, TraceError
 from growfx.evaluation import evaluate
 from growfx.graph import MaskedGraph
+from growfx.hub import local_path
 from growfx.job import reopen, wrap_for
 from growfx.loaders import InputFormat, fit_input, make_loader
 from growfx.models import create_model, default_input_shape
@@ -28,7 +30,7 @@ def facts_of(path: str, model_kwargs: Mapping[str, Any] | None = None) -> dict[s
     """Layer by layer: shape, nnz, numel, density, bytes (of an artifact) and the numbers of alive units.
 
     Args:
-        path: an artifact, a run folder, or a model spec.
+        path: an artifact (also `hf-hub:USER/NAME`), a run folder, or a model spec.
         model_kwargs: arguments of the model when `path` is its spec.
 
     Returns:
@@ -38,13 +40,14 @@ def facts_of(path: str, model_kwargs: Mapping[str, Any] | None = None) -> dict[s
     Raises:
         ArtifactError, CheckpointError, ConfigError: damaged, or nothing of that name.
     """
-    kind = _kind(Path(path))
+    place = _local(path)
+    kind = _kind(place)
     if kind == "artifact":
-        return _facts_of_artifact(Path(path))
+        return _facts_of_artifact(place)
     if kind == "run":
-        net, folder = reopen(Path(path))
+        net, folder = reopen(place)
         return _facts_of_net("run", folder.config["model"]["name"], net)
-    if Path(path).exists():
+    if place.exists():
         raise ArtifactError(f"`{path}` is neither an artifact (no `{_WEIGHTS_FILE}`) nor a run (no `config.json`)")
     model = create_model(path, **(model_kwargs or {}))
     return _facts_of_net("model", path, wrap_for(model, _default_format(model)))
@@ -65,6 +68,7 @@ def accuracy_of(path: Path, data: str, split: str, assignments: Sequence[str] = 
     values = parse_assignments(assignments, {"data": DataOptions, "device": TrainOptions})
     if values["model"] or set(values["device"]) - {"device"}:
         raise ConfigError("`growfx eval` takes data options and `device` after `--set`, no training options")
+    given, path = path, _local(path)
     kind = _kind(path)
     if kind == "artifact":
         net: nn.Module = growfx.artifact.load(path)
@@ -88,7 +92,7 @@ def accuracy_of(path: Path, data: str, split: str, assignments: Sequence[str] = 
     device = pick_device(values["device"].get("device", "auto"))
     score = evaluate(net.to(device), make_loader(source, split, form, options), device)
     return {
-        "path": str(path),
+        "path": str(given),
         "data": data,
         "split": split,
         "accuracy": score.accuracy,
@@ -100,6 +104,11 @@ def accuracy_of(path: Path, data: str, split: str, assignments: Sequence[str] = 
 def _listed(classes: Sequence[str]) -> str:
     names = ", ".join(f"`{name}`" for name in classes[:3])
     return f"{len(classes)} classes ({names}{', ...' if len(classes) > 3 else ''})"
+
+
+def _local(path: str | Path) -> Path:
+    with located(f"`{path}`"):
+        return local_path(path)
 
 
 def _kind(path: Path) -> str:

@@ -170,7 +170,7 @@ def forge_manifest(rng: random.Random, folder: Path) -> Path:
 
     def edit(manifest: Json) -> None:
         for _ in range(rng.choice([1, 1, 1, 2, 3])):
-            edit_leaf(rng, rng.choice([manifest, manifest["tensors"], manifest["tensors"]]))
+            edit_leaf(rng, rng.choice([manifest, *[manifest.get("tensors") or manifest] * 2]))
 
     forge(folder / WEIGHTS, edit)
     return either(rng, folder)

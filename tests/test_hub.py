@@ -16,6 +16,7 @@ from torch import nn
 
 import growfx
 from growfx.errors import ArtifactError, ConfigError, GrowfxError
+from growfx.inspection import accuracy_of, facts_of
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = ("config.json", "sparse.safetensors", "README.md")
@@ -237,6 +238,19 @@ def test_two_files_of_one_commit_are_fetched_and_nothing_else(
         ("some/net", "v1.0", ["config.json"]),
         ("some/net", COMMIT, ["sparse.safetensors"]),
     ]
+
+
+def test_the_commands_take_a_name_on_the_hub(tmp_path: Path, saved: Path, zoo_net: growfx.MaskedGraph, hub: Any):
+    snapshot = cache(tmp_path, saved)
+    hub(snapshot)
+    facts, local = facts_of("hf-hub:some/net"), facts_of(str(snapshot))
+    assert facts == local
+    assert (facts["kind"], facts["nnz"]) == ("artifact", zoo_net.nnz)
+    assert growfx.inspect(Path("hf-hub:some/net")).nnz == zoo_net.nnz
+    hub(errors.LocalEntryNotFoundError("x"))
+    for command in (facts_of, lambda path: accuracy_of(Path(path), "digits", "test")):
+        with pytest.raises(ArtifactError, match=r"^`hf-hub:some/net`: .*is not in the local cache"):
+            command("hf-hub:some/net")
 
 
 def test_a_config_from_the_hub_cannot_ask_for_other_files(tmp_path: Path, saved: Path, hub: Any):

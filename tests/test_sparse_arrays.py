@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from artifact_nets import bits, forge, make_net, plain
+from safetensors.torch import load_file
 from scipy.sparse import csr_array
 from torch import nn
 
@@ -15,6 +16,7 @@ from growfx.errors import ArtifactError
 from growfx.layers import MaskedLayer
 from growfx.sparse_arrays import _E4M3, _numbers
 
+GOLDEN = Path(__file__).parent / "golden" / "artifact-1.0"
 WIDENED = [torch.float16, torch.bfloat16]
 
 
@@ -135,3 +137,13 @@ def test_a_damaged_artifact_is_refused(tmp_path: Path):
         growfx.to_scipy(tmp_path / "out")
     with pytest.raises(ArtifactError, match="CRC-32 does not agree"):
         growfx.to_numpy(file)
+
+
+def test_the_golden_artifact_reads_as_arrays():
+    expected = load_file(GOLDEN / "expected.safetensors")
+    arrays, matrices = growfx.to_numpy(GOLDEN), growfx.to_scipy(GOLDEN)
+    for name, tensor in expected.items():
+        if name.startswith("mask "):
+            assert matrices[name.removeprefix("mask ")].nnz == int(tensor.sum())
+        else:
+            assert np.array_equal(arrays[name], tensor.double().numpy(), equal_nan=True)
