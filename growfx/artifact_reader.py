@@ -171,11 +171,13 @@ def _identity(manifest: Manifest) -> ModelIdentity:
     return identity
 
 
-def _check_arguments(value: Any) -> None:
-    if isinstance(value, int | float) and abs(value) > _LARGEST_ARGUMENT:
-        raise ArtifactError(f"it has a model argument of {value}; allowed are sizes up to {_LARGEST_ARGUMENT}")
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _check_arguments(inner)
+def _check_arguments(kwargs: Mapping[str, Any]) -> None:
+    left: list[Any] = [kwargs]
+    while left:
+        value = left.pop()
+        if isinstance(value, int | float) and abs(value) > _LARGEST_ARGUMENT:
+            raise ArtifactError(f"it has a model argument of {value}; allowed are sizes up to {_LARGEST_ARGUMENT}")
+        left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 @contextmanager
@@ -207,15 +209,11 @@ def _check_fit(model: nn.Module, manifest: Manifest) -> None:
 
 
 def _kind(dtype: torch.dtype) -> str:
-    return (
-        "float"
-        if dtype.is_floating_point
-        else "complex"
-        if dtype.is_complex
-        else "bool"
-        if dtype == torch.bool
-        else "int"
-    )
+    if dtype.is_floating_point:
+        return "float"
+    if dtype.is_complex:
+        return "complex"
+    return "bool" if dtype == torch.bool else "int"
 
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
