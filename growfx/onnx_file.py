@@ -129,4 +129,5 @@ def _export(model: "nn.Module", inputs: tuple[Any, ...], file: Path, batch: bool
         raise
     except Exception as error:  # torch.onnx raises many kinds, of modules that move between releases
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"the network cannot be exported to ONNX by this torch ({reason})") from error
+        hint = "; `batch=False` fixes the batch size, which may help" if batch else ""
+        raise ConfigError(f"the network cannot be exported to ONNX by this torch ({reason}){hint}") from error
