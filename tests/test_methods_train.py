@@ -68,8 +68,9 @@ def test_every_method_trains_is_resumed_bit_for_bit_and_leaves_an_artifact(name,
     assert (result.method, result.nnz, result.density) == (name, net.nnz, net.density)
     assert 0 < result.density < 1
     known = {field.name: field.default for field in dataclasses.fields(methods.kind_of(name))}
-    if isinstance(known.get("density"), float):
-        assert net.nnz == round(known["density"] * net.numel)
+    density = known.get("density")
+    if isinstance(density, float):
+        assert net.nnz == round(density * net.numel)
     assert 0 < result.dense_equivalent_epochs < 1.4 * result.epochs
     net.verify()
     assert all(layer.gate is None and not layer.collects_gradient for layer in net.layers.values())
