@@ -15,4 +15,5 @@ PASSES: Final = {
     "connect": "connect",
     "seed": "seed_masks",
     "walks": "walk_masks",
+    "compact": "compact",
 }

@@ -94,7 +94,8 @@ def test_every_package_folder_is_listed_for_the_build() -> None:
 def test_every_pass_is_listed_with_a_function_that_exists() -> None:
     for file, function in growfx.passes.PASSES.items():
         assert callable(getattr(importlib.import_module(f"growfx.passes.{file}"), function))
-    helpers = {f.stem for pattern in ("path_*.py", "connect_*.py") for f in VERBS.glob(pattern)} | {"__init__"}
+    patterns = ("path_*.py", "connect_*.py", "compact_*.py")
+    helpers = {f.stem for pattern in patterns for f in VERBS.glob(pattern)} | {"__init__"}
     assert {f.stem for f in VERBS.glob("*.py")} - helpers <= set(growfx.passes.PASSES)
 
 

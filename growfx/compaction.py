@@ -1,0 +1,280 @@
+"""Compaction: which units of a model are left out, as plain data, and a function that leaves them out.
+
+A plan says for each tensor which indices along which axis stay, and for each module which integers change. It is
+found by `growfx.passes.compact.compact`; stored in an artifact it makes the original model the smaller one before
+the weights are loaded, without the graph it was found on. A plan that was read is checked against the model
+before anything is changed: it can make tensors smaller and nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from growfx.errors import ArtifactError
+
+__all__ = ["CompactionPlan", "apply_plan", "columns_axis", "kept_indices", "sizes_after", "sizes_of", "spans"]
+
+Spans = tuple[tuple[int, int], ...]
+
+# A stored plan lists no more spans than this; a model of a million units needs fewer.
+_MAX_SPANS = 1 << 22
+
+
+@dataclass(frozen=True)
+class CompactionPlan:
+    """What stays of a model.
+
+    Attributes:
+        tensors: parameter or buffer -> axis -> the indices that stay, as ascending half-open spans ``(start, stop)``.
+        modules: module -> integer attribute -> its new value (`in_channels`, `out_features`, `groups`, ...).
+        biases: layers without a bias that get one, for the constants of units that are left out.
+    """
+
+    tensors: Mapping[str, Mapping[int, Spans]] = field(default_factory=dict)
+    modules: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    biases: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.tensors or self.modules or self.biases)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return {
+            "biases": list(self.biases),
+            "modules": {name: dict(sizes) for name, sizes in self.modules.items()},
+            "tensors": {
+                name: {str(axis): [list(span) for span in kept] for axis, kept in axes.items()}
+                for name, axes in self.tensors.items()
+            },
+        }
+
+    @classmethod
+    def from_json(cls, value: object) -> CompactionPlan:
+        """Read a plan.
+
+        Raises:
+            ArtifactError: it has another form.
+        """
+        if not isinstance(value, dict) or value.keys() != {"biases", "modules", "tensors"}:
+            raise _damaged("a plan has the fields `biases`, `modules` and `tensors`")
+        biases, modules, tensors = value["biases"], value["modules"], value["tensors"]
+        if not isinstance(biases, list) or not all(isinstance(name, str) for name in biases):
+            raise _damaged("`biases` is no list of names")
+        for part in (modules, tensors):
+            if not isinstance(part, dict) or not all(isinstance(inner, dict) for inner in part.values()):
+                raise _damaged("`modules` or `tensors` is no object of objects")
+        for name, sizes in modules.items():
+            if not all(_is_count(size) for size in sizes.values()):
+                raise _damaged(f"`{name}` has a size that is no positive integer")
+        read = {
+            name: {_axis(name, axis): _spans(name, kept) for axis, kept in axes.items()}
+            for name, axes in tensors.items()
+        }
+        if sum(len(kept) for axes in read.values() for kept in axes.values()) > _MAX_SPANS:
+            raise _damaged(f"it has more than {_MAX_SPANS} spans")
+        return cls(read, {name: dict(sizes) for name, sizes in modules.items()}, tuple(biases))
+
+
+def _damaged(what: str) -> ArtifactError:
+    return ArtifactError(f"the artifact is damaged: its compaction plan: {what}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
+
+
+def _axis(name: str, axis: object) -> int:
+    if axis not in ("0", "1", "2", "3", "4", "5"):
+        raise _damaged(f"`{name}` has no axis `{axis}`")
+    return int(axis)
+
+
+def _spans(name: str, kept: object) -> Spans:
+    if not isinstance(kept, list) or not kept:
+        raise _damaged(f"`{name}` keeps no index along an axis")
+    last = -1
+    for span in kept:
+        good = isinstance(span, list) and len(span) == 2
+        if not good or not all(isinstance(i, int) and not isinstance(i, bool) for i in span):
+            raise _damaged(f"`{name}` has a span that is no pair of integers")
+        if not last < span[0] < span[1]:
+            raise _damaged(f"the spans of `{name}` do not ascend")
+        last = span[1]
+    return tuple((start, stop) for start, stop in kept)
+
+
+def spans(kept: Tensor) -> Spans:
+    """The true positions of a bool vector as half-open spans."""
+    edges = torch.diff(kept.to(torch.int8), prepend=torch.zeros(1, dtype=torch.int8), append=torch.zeros(1).char())
+    starts, stops = (edges > 0).nonzero().flatten().tolist(), (edges < 0).nonzero().flatten().tolist()
+    return tuple(zip(starts, stops, strict=True))
+
+
+def kept_indices(kept: Spans) -> Tensor:
+    """The indices in spans, int64."""
+    return torch.cat([torch.arange(start, stop) for start, stop in kept])
+
+
+def columns_axis(module: nn.Module) -> int:
+    """The axis of a layer's weight that its input channels or features stand along."""
+    return 0 if isinstance(module, _ConvTransposeNd) else 1
+
+
+def sizes_of(module: nn.Module, groups: int | None = None) -> dict[str, int]:
+    """The integers of a layer or norm that follow from its tensors' shapes and its number of groups.
+
+    A module of another kind has none.
+    """
+    weight = module._parameters.get("weight")
+    if isinstance(module, _ConvNd) and weight is not None:
+        groups = module.groups if groups is None else groups
+        own, other = weight.shape[0], weight.shape[1] * groups
+        inputs, outputs = (own, other) if columns_axis(module) == 0 else (other, own)
+        return {"in_channels": inputs, "out_channels": outputs, "groups": groups}
+    if isinstance(module, nn.Linear) and weight is not None:
+        return {"in_features": weight.shape[1], "out_features": weight.shape[0]}
+    tensors = (weight, module._buffers.get("running_mean"))
+    size = next((tensor.shape[0] for tensor in tensors if tensor is not None and tensor.ndim == 1), None)
+    if isinstance(module, _NormBase) and size is not None:
+        return {"num_features": size}
+    if isinstance(module, nn.PReLU) and size is not None:
+        return {"num_parameters": size}
+    if isinstance(module, nn.GroupNorm) and size is not None:
+        return {"num_channels": size, "num_groups": module.num_groups if groups is None else groups}
+    return {}
+
+
+def sizes_after(
+    model: nn.Module, tensors: Mapping[str, Mapping[int, Spans]], groups: Mapping[str, int]
+) -> dict[str, dict[str, int]]:
+    """The integers of modules that change when these indices of their tensors stay.
+
+    Args:
+        model: the model before.
+        tensors: as in `CompactionPlan`.
+        groups: grouped convolutions -> how many of their groups stay.
+    """
+    trial = _apply(_hollow(model), CompactionPlan(tensors))
+    changed: dict[str, dict[str, int]] = {}
+    for name in dict.fromkeys((*(name.rpartition(".")[0] for name in tensors), *groups)):
+        module, count = trial.get_submodule(name), groups.get(name)
+        if isinstance(module, nn.GroupNorm) and module.num_groups == module.num_channels:
+            count = module.weight.shape[0]
+        sizes = {key: size for key, size in sizes_of(module, count).items() if getattr(module, key) != size}
+        changed |= {name: sizes} if sizes else {}
+    return changed
+
+
+def apply_plan(model: nn.Module, plan: CompactionPlan) -> nn.Module:
+    """Leave out of `model`, in place, what the plan leaves out; parameters stay the objects they are.
+
+    New biases are zero. Returns the model.
+
+    Raises:
+        ArtifactError: the plan is not one of this model; nothing is changed then.
+    """
+    trial = _hollow(model)
+    try:
+        _apply(trial, plan)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise _damaged(f"it does not fit the model ({error})") from error
+    _check(model, trial, plan)
+    return _apply(model, plan)
+
+
+def _hollow(model: nn.Module) -> nn.Module:
+    """A copy of a model without values."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
+
+
+def _apply(model: nn.Module, plan: CompactionPlan) -> nn.Module:
+    _check_names(model, plan)
+    for name, axes in plan.tensors.items():
+        owner, last = _owner(model, name)
+        tensor = owner._parameters[last] if last in owner._parameters else owner._buffers[last]
+        assert tensor is not None
+        small = tensor.detach()
+        for axis, kept in axes.items():
+            if axis >= small.ndim or kept[-1][1] > small.shape[axis]:
+                raise _damaged(f"`{name}` of shape {tuple(tensor.shape)} has no index {kept[-1][1] - 1} on axis {axis}")
+            small = small.index_select(axis, kept_indices(kept).to(small.device))
+        if last in owner._parameters:
+            tensor.data, tensor.grad = small, None
+        else:
+            owner._buffers[last] = small
+    for name in plan.biases:
+        module: Any = model.get_submodule(name)
+        outputs = module.weight.shape[1 - columns_axis(module)]
+        outputs *= module.groups if columns_axis(module) == 0 else 1
+        module.bias = nn.Parameter(module.weight.new_zeros(outputs), module.weight.requires_grad)
+    for name, sizes in plan.modules.items():
+        for attribute, size in sizes.items():
+            setattr(model.get_submodule(name), attribute, size)
+    return model
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    way, _, last = name.rpartition(".")
+    return model.get_submodule(way), last
+
+
+def _check_names(model: nn.Module, plan: CompactionPlan) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    uses: dict[int, int] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _all_tensors(model):
+        tensors[name] = tensor
+        uses[id(tensor)] = uses.get(id(tensor), 0) + 1
+    for name in plan.tensors:
+        if name not in tensors:
+            raise _damaged(f"the model has no tensor `{name}`")
+        if uses[id(tensors[name])] > 1:
+            raise _damaged(f"`{name}` is tied to another tensor of the model")
+    for name in {*plan.modules, *plan.biases}:
+        if name not in modules:
+            raise _damaged(f"the model has no module `{name}`")
+    for name, sizes in plan.modules.items():
+        wrong = sizes.keys() - sizes_of(modules[name]).keys()
+        if wrong:
+            raise _damaged(f"`{name}` has no size `{min(wrong)}` that could change")
+    for name in plan.biases:
+        module = modules[name]
+        if not isinstance(module, (_ConvNd, nn.Linear)) or module.bias is not None or plan.biases.count(name) > 1:
+            raise _damaged(f"`{name}` is no layer without a bias")
+
+
+def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _check(model: nn.Module, trial: nn.Module, plan: CompactionPlan) -> None:
+    """The integers of every module changed are those of its tensors, and layers of other kinds are whole."""
+    touched = {name.rpartition(".")[0] for name in plan.tensors} | plan.modules.keys()
+    for name in sorted(touched):
+        before, after = model.get_submodule(name), trial.get_submodule(name)
+        sizes = sizes_of(after)
+        wrong = [key for key, size in sizes.items() if getattr(after, key) != size]
+        groups = sizes.get("groups", 1)
+        if groups < 1 or any(sizes[key] % groups for key in ("in_channels", "out_channels") if key in sizes):
+            wrong.append("groups")
+        if wrong:
+            raise _damaged(f"`{wrong[0]}` of `{name}` does not agree with its tensors")
+        sizes_before = sizes_of(before)
+        if any(sizes[key] > sizes_before[key] for key in sizes):
+            raise _damaged(f"`{name}` would grow")
+        bias, outputs = after._parameters.get("bias"), sizes.get("out_channels", sizes.get("out_features"))
+        if bias is not None and outputs is not None and bias.shape != (outputs,):
+            raise _damaged(f"the bias of `{name}` does not agree with its weight")

@@ -1,0 +1,340 @@
+"""Compaction against the masked network itself: the same outputs from fewer units."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from connect_nets import NETS, build
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import growfx
+from growfx.passes.compact import Compacted, compact
+
+
+def sparse_net(model: nn.Module, x: Tensor, density: float, dead: float, seed: int = 0) -> growfx.MaskedGraph:
+    """A net with random masks of which whole rows and columns are gone."""
+    net = growfx.wrap(model, x)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in net.layers.values():
+        mask = torch.rand(layer.mask.shape, generator=generator) < density
+        mask[torch.rand(mask.shape[0], generator=generator) < dead] = False
+        if mask.shape[1] > 1:
+            mask[:, torch.rand(mask.shape[1], generator=generator) < dead / 2] = False
+        layer.mask.copy_(mask)
+    net.settle()
+    return net.eval()
+
+
+def awake(model: nn.Module) -> nn.Module:
+    """No parameter or statistic at a value of its initialisation that hides mistakes."""
+    generator = torch.Generator().manual_seed(5)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for tensor in (module.weight, module.bias, module.running_mean):
+                if tensor is not None:
+                    tensor.data.copy_(torch.randn(tensor.shape, generator=generator))
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, Tensor):
+            bias.data.copy_(torch.randn(bias.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def agree(net: growfx.MaskedGraph, small: nn.Module, *inputs: Tensor) -> None:
+    for x in inputs:
+        with torch.no_grad():
+            expected, got = net.eval()(x), small(x)
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6 * scale)
+
+
+def units(result: Compacted) -> dict[str, tuple[int, int]]:
+    return {change.layer: (change.before, change.after) for change in result.report.layers}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", NETS)
+def test_outputs_stay_and_a_second_compaction_finds_nothing(name: str, seed: int) -> None:
+    model, x = build(name)
+    net = sparse_net(awake(model), x, 0.5, 0.4, seed)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    result = compact(net)
+    assert not result.report.refusal
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    agree(net, result.model, x, torch.randn_like(x))
+    again = growfx.wrap(copy.deepcopy(result.model), x)
+    again.set_masks(result.masks)
+    second = compact(again)
+    assert second.report.removed == 0
+    assert not second.plan
+
+
+# Nets whose graphs let units go: dead ones must leave, not merely be allowed to stay.
+@pytest.mark.parametrize("name", ["residual", "dense", "excite", "flat", "attention", "subpixel"])
+def test_units_leave_where_nothing_holds_them(name: str) -> None:
+    model, x = build(name)
+    removed = [compact(sparse_net(awake(copy.deepcopy(model)), x, 0.5, 0.5, seed)).report.removed for seed in range(4)]
+    assert sum(removed) > 0
+
+
+def wrapped(model: nn.Module, x: Tensor, **dead: list[int]) -> growfx.MaskedGraph:
+    """A dense net of which some output units have no incoming weight."""
+    net = growfx.wrap(model.eval(), x)
+    for name, rows in dead.items():
+        net.layers[name].mask[rows] = False
+    net.settle()
+    return net
+
+
+class Pair(nn.Module):
+    """Two layers with something between them."""
+
+    def __init__(self, second: nn.Module, between: Callable[[Tensor], Tensor] = torch.relu, bias: bool = True) -> None:
+        super().__init__()
+        self.a, self.b, self.between = nn.Conv2d(3, 6, 3, bias=bias), second, between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.between(self.a(x)))
+
+
+def pair(value: float, second: nn.Module, between: Callable[[Tensor], Tensor] = torch.relu) -> tuple[Any, Tensor]:
+    """Units 1 and 4 of the first layer are the constant `value`."""
+    model, x = Pair(second, between), torch.randn(2, 3, 9, 9)
+    model.a.bias.data[[1, 4]] = value
+    net = wrapped(model, x, a=[1, 4])
+    result = compact(net)
+    agree(net, result.model, x, torch.randn(1, 3, 12, 12))
+    return result, x
+
+
+def test_a_constant_goes_into_the_next_bias_where_nothing_is_padded() -> None:
+    result, _ = pair(2.0, nn.Conv2d(6, 5, 3))
+    assert units(result)["a"] == (6, 4)
+    assert result.model.b.bias is not None
+    assert result.plan.biases == ()
+
+
+def test_a_layer_without_bias_gets_one_for_a_constant() -> None:
+    result, _ = pair(2.0, nn.Conv2d(6, 5, 3, bias=False))
+    assert units(result)["a"] == (6, 4)
+    assert result.plan.biases == ("b",)
+
+
+def test_a_constant_is_kept_where_zeros_are_padded_and_leaves_where_it_is_zero() -> None:
+    kept, _ = pair(2.0, nn.Conv2d(6, 5, 3, padding=1))
+    assert units(kept)["a"] == (6, 6)
+    assert kept.report.kept == {"a": ("its constant meets the zero padding of `b`",)}
+    gone, _ = pair(-2.0, nn.Conv2d(6, 5, 3, padding=1))  # behind the ReLU it is zero
+    assert units(gone)["a"] == (6, 4)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_a_constant_stays_itself_where_padding_repeats(mode: str) -> None:
+    assert units(pair(2.0, nn.Conv2d(6, 5, 3, padding=1, padding_mode=mode))[0])["a"] == (6, 4)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid", 0, (0, 1)])
+def test_padding_by_name_and_by_axis(padding: Any) -> None:
+    after = 6 if padding in ("same", (0, 1)) else 4
+    assert units(pair(2.0, nn.Conv2d(6, 5, 3, padding=padding))[0])["a"] == (6, after)
+
+
+def test_zeros_padded_by_an_operator_of_their_own_keep_a_constant() -> None:
+    result, _ = pair(2.0, nn.Conv2d(6, 5, 3), lambda x: F.pad(torch.relu(x), (1, 1, 1, 1)))
+    assert units(result)["a"] == (6, 6)
+    assert result.report.kept == {"a": ("its constant is not the same everywhere before `b`",)}
+
+
+def test_pooling_that_counts_its_padding_keeps_a_constant_and_other_pooling_does_not() -> None:
+    for include, after in ((True, 6), (False, 4)):
+        pool = nn.AvgPool2d(3, 2, padding=1, count_include_pad=include)
+        result, _ = pair(2.0, nn.Conv2d(6, 5, 1), lambda x, pool=pool: pool(torch.sigmoid(x)))
+        assert units(result)["a"] == (6, after), include
+
+
+def test_a_transposed_convolution_keeps_constants_for_their_borders_differ() -> None:
+    result, _ = pair(2.0, nn.ConvTranspose2d(6, 5, 3, stride=2))
+    assert units(result)["a"] == (6, 6)
+    assert "ConvTranspose2d" in result.report.kept["a"][0]
+
+
+def test_the_shift_of_a_norm_is_part_of_the_constant() -> None:
+    norm = nn.BatchNorm2d(6)
+    nn.init.normal_(norm.bias), nn.init.normal_(norm.running_mean)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), norm, nn.GELU(), nn.Conv2d(6, 4, 3, bias=False))
+    x = torch.randn(2, 3, 8, 8)
+    net = wrapped(model, x, **{"0": [0, 3, 5]})
+    result = compact(net)
+    agree(net, result.model, x)
+    assert units(result)["0"] == (6, 3)
+    small = result.model.get_submodule("1")
+    assert (small.num_features, len(small.running_mean)) == (3, 3)
+
+
+def test_a_unit_that_nothing_reads_leaves_whatever_its_value() -> None:
+    model, x = Pair(nn.Conv2d(6, 5, 3, padding=1)), torch.randn(2, 3, 8, 8)
+    net = growfx.wrap(model.eval(), x)
+    net.layers["b"].mask[:, 2] = False
+    net.settle()
+    result = compact(net)
+    agree(net, result.model, x)
+    assert units(result)["a"] == (6, 5)
+
+
+def test_a_unit_behind_a_scale_of_zero_leaves_in_eval_mode() -> None:
+    model, x = Pair(nn.Conv2d(6, 5, 1)), torch.randn(2, 3, 8, 8)
+    model.between = nn.Sequential(nn.BatchNorm2d(6), nn.SiLU())
+    nn.init.normal_(model.between[0].bias)
+    model.between[0].weight.data[3] = 0
+    net = growfx.wrap(model.eval(), x)
+    result = compact(net)
+    agree(net, result.model, x)
+    assert units(result)["a"] == (6, 5)
+
+
+def test_a_relu_that_is_silent_on_the_inputs_seen_is_not_taken_for_a_constant() -> None:
+    model, x = Pair(nn.Conv2d(6, 5, 3)), torch.randn(2, 3, 8, 8)
+    model.a.bias.data[2] = -100.0
+    net = growfx.wrap(model.eval(), x)
+    result = compact(net)
+    assert result.report.removed == 0
+    agree(net, result.model, x, 1000 * x)
+
+
+def test_a_unit_that_is_always_zero_takes_its_gate_along() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.gate, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x)) * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True))))
+
+    model, x = Gated(), torch.randn(2, 3, 6, 6)
+    model.a.bias.data[[0, 2]] = torch.tensor([-1.0, 1.0])
+    net = wrapped(model, x, a=[0, 2])
+    result = compact(net)
+    agree(net, result.model, x)
+    assert units(result) == {"a": (6, 5), "gate": (6, 5), "b": (4, 4)}  # the other one is a constant times a gate
+
+
+def test_a_whole_branch_that_is_dead_keeps_one_unit_a_layer() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1), nn.Conv2d(8, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(torch.cat([x, torch.relu(self.b(torch.relu(self.a(x))))], 1))
+
+    model, x = Branches(), torch.randn(2, 3, 5, 5)
+    net = wrapped(model, x, b=[0, 1, 2, 3, 4])
+    result = compact(net)
+    agree(net, result.model, x)
+    assert units(result) == {"a": (4, 1), "b": (5, 1), "c": (3, 3)}
+    assert result.report.kept["b"] == ("a unit of `b` has to stay",)
+
+
+def test_depthwise_channels_leave_with_their_inputs_and_uneven_groups_stay() -> None:
+    def make(groups: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 1, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=groups, bias=False),
+            nn.ReLU(), nn.Conv2d(8, 4, 1),
+        )  # fmt: skip
+
+    x = torch.randn(2, 3, 6, 6)
+    net = wrapped(make(8), x, **{"0": [1, 2, 6]})
+    result = compact(net)
+    agree(net, result.model, x)
+    deep = result.model.get_submodule("2")
+    assert (deep.groups, deep.in_channels, tuple(deep.weight.shape)) == (5, 5, (5, 1, 3, 3))
+    net = wrapped(make(4), x, **{"0": [0, 1, 4]})  # the whole first group, and half of the third
+    result = compact(net)
+    agree(net, result.model, x)
+    grouped = result.model.get_submodule("2")
+    assert (grouped.groups, tuple(grouped.weight.shape)) == (3, (6, 2, 3, 3))
+    assert result.report.kept["0"] == ("groups of `2` would be uneven",)
+
+
+def test_sizes_written_into_the_code_put_back_only_what_breaks() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 1), nn.Conv2d(8, 4, 1)
+            self.d = nn.Linear(4 * 16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.b(torch.relu(self.a(x)))).view(x.shape[0], 8, 16).view(-1, 8, 4, 4)
+            return self.d(torch.relu(self.c(x)).flatten(1))
+
+    model, x = Fixed(), torch.randn(2, 3, 4, 4)
+    net = wrapped(model, x, a=[0, 1], b=[3], c=[2])
+    result = compact(net)
+    agree(net, result.model, x)
+    assert units(result) == {"a": (6, 4), "b": (8, 8), "c": (4, 3), "d": (5, 5)}
+    assert "the model fails without it: shape '[2, 8, 16]' is invalid" in result.report.kept["b"][0]
+
+
+def test_norms_over_units_and_tied_weights_keep_them() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
+    result = compact(wrapped(model, torch.randn(2, 4), **{"0": [1]}))
+    assert result.report.removed == 0
+    assert "a norm runs over it" in result.report.kept["0"][0]
+    tied = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
+    tied[4].weight = tied[2].weight
+    result = compact(wrapped(tied, torch.randn(2, 3), **{"0": [1], "2": [1]}))
+    assert result.report.removed == 0
+    assert any("is tied" in reason for reasons in result.report.kept.values() for reason in reasons)
+
+
+def test_masks_keep_their_sparsity_inside_the_weights_that_stay() -> None:
+    model, x = build("flat")
+    net = sparse_net(awake(model), x, 0.6, 0.5, 1)
+    result = compact(net)
+    assert result.report.removed > 0
+    for name, mask in result.masks.items():
+        weight = result.model.get_parameter(f"{name}.weight")
+        assert mask.shape == weight.shape
+        assert not weight[~mask].any()
+        assert int(mask.sum()) <= net.layers[name].nnz
+
+
+def test_the_plan_alone_makes_another_instance_as_small() -> None:
+    from growfx.compaction import CompactionPlan, apply_plan
+
+    model, x = build("dense")
+    net = sparse_net(awake(model), x, 0.6, 0.5, 2)
+    result = compact(net)
+    assert result.plan
+    other = apply_plan(build("dense")[0], CompactionPlan.from_json(result.plan.to_json()))
+    other.load_state_dict(result.model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(other(x), result.model(x))
+
+
+def test_the_report_is_a_table_of_the_layers_with_dead_units() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 4, 1)
+    ).double()
+    model[0].bias.data[:] = torch.tensor([-1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    net = wrapped(model, torch.randn(1, 3, 4, 4, dtype=torch.float64), **{"0": [0, 1], "2": [4]})
+    report = compact(net).report
+    report = type(report)(report.layers, report.parameters, 0.0, report.checked)
+    assert str(report) == (
+        "layer  units  after  dead, kept  because\n"
+        "0      6      5      1           its constant meets the zero padding of `2`\n"
+        "2      5      4\n"
+        "2 of 15 units left out; 323 parameters before, 224 after; largest error 0.0e+00 of the outputs "
+        "on inputs of 2x3x4x4, 2x3x8x8"
+    )
+
+
+def test_where_nothing_can_be_removed_it_says_so() -> None:
+    net = growfx.wrap(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.randn(2, 3))
+    result = compact(net)
+    assert not result.plan
+    assert str(result.report).startswith("nothing to leave out: every unit is on a path from input to output\n")
