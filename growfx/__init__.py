@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from growfx import passes as passes
     from growfx.artifact import inspect as inspect
     from growfx.artifact import load as load
-    from growfx.artifact import save as save
     from growfx.errors import ArtifactError as ArtifactError
     from growfx.errors import CheckpointError as CheckpointError
     from growfx.errors import ConfigError as ConfigError
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from growfx.errors import MaskError as MaskError
     from growfx.errors import TraceError as TraceError
     from growfx.errors import UnsupportedOperatorError as UnsupportedOperatorError
+    from growfx.export import save as save
     from growfx.graph import MaskedGraph as MaskedGraph
     from growfx.models import create_model as create_model
     from growfx.onnx_file import export_onnx as export_onnx
@@ -50,7 +50,7 @@ _HOME = {
     "inspect": "growfx.artifact",
     "load": "growfx.artifact",
     "path_products": "growfx.passes.path_products",
-    "save": "growfx.artifact",
+    "save": "growfx.export",
     "to_numpy": "growfx.sparse_arrays",
     "to_scipy": "growfx.sparse_arrays",
     "train": "growfx.training",

@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from growfx.artifact_info import ArtifactInfo, describe
 from growfx.artifact_reader import CONFIG, DEFAULT_MAX_BYTES, inspect, load, load_masks, load_state
 from growfx.codec import encode_index, encode_values
+from growfx.compaction import CompactionPlan
 from growfx.dtypes import DTYPE_NAMES
 from growfx.errors import ArtifactError, ConfigError
 from growfx.graph import MaskedGraph, in_mode
 from growfx.layers import MaskedLayer
 from growfx.manifest import (
+    COMPACTED_VERSION,
     FORMAT,
     ITEMSIZES,
     VERSION,
@@ -78,6 +80,7 @@ def save(
     *,
     dense: bool = False,
     provenance: Mapping[str, Any] | None = None,
+    origin: tuple[MaskedGraph, CompactionPlan] | None = None,
 ) -> ArtifactInfo:
     """Write `net` to the folder `path`, whole or not at all; the same net gives the same bytes.
 
@@ -86,6 +89,8 @@ def save(
         path: a new folder, or one to whose other files nothing happens; an artifact in it is replaced.
         dense: also write `model.safetensors`, which timm and others can load, at full size.
         provenance: JSON values to keep beside the weights, for example how the network was trained.
+        origin: where `net` is a compacted network: the one it was made of, and the plan that was followed
+            (`growfx.save(net, path, compact=True)` does all of it).
 
     Returns:
         What was written, as `inspect` would tell.
@@ -100,7 +105,7 @@ def save(
     target = Path(path)
     if target.is_file() or target.suffix == ".safetensors":
         raise ArtifactError(f"`{target}` is a file; save writes a folder: give the folder's path")
-    content = _encode(net, dict(provenance or {}))
+    content = _encode(net, dict(provenance or {}), origin)
     try:
         return _write(content, target, dense)
     except OSError as error:
@@ -117,7 +122,9 @@ class _Content:
     dense: Mapping[str, Tensor]
 
 
-def _encode(net: MaskedGraph, provenance: Mapping[str, Any]) -> _Content:
+def _encode(
+    net: MaskedGraph, provenance: Mapping[str, Any], origin: tuple[MaskedGraph, CompactionPlan] | None
+) -> _Content:
     state, layers = _plain_state(net)
     entries: dict[str, DenseEntry | SparseEntry] = {}
     aliases: dict[str, str] = {}
@@ -142,8 +149,11 @@ def _encode(net: MaskedGraph, provenance: Mapping[str, Any]) -> _Content:
     names = {id(layer): name for name, layer in net.layers.items()}
     listed = {id(layer): tensor for tensor, layer in layers.items() if tensor in entries}
     order = tuple(LayerEntry(names[key], listed[key]) for key in names)
-    model = _model_recipe(net)
-    manifest = Manifest(entries, aliases, order, _config(net, model), model, provenance)
+    described, plan = origin or (net, None)
+    model = _model_recipe(described)
+    version = COMPACTED_VERSION if plan else VERSION
+    config = _config(described, model)
+    manifest = Manifest(entries, aliases, order, config, model, provenance, version, plan or None)
     return _Content(manifest, streams, state)
 
 
@@ -305,7 +315,7 @@ def _write(content: _Content, target: Path, dense: bool) -> ArtifactInfo:
             "numel": info.numel,
             "provenance": manifest.provenance,
             "sha256": digest,
-            "version": VERSION,
+            "version": manifest.version,
             "weights": WEIGHTS,
         }
         config = json.dumps({**manifest.config, "growfx": block}, indent=2, sort_keys=True)

@@ -19,6 +19,7 @@ from growfx.artifact_file import DEFAULT_MAX_BYTES, ArtifactFile, check_size, li
 from growfx.artifact_folder import CONFIG
 from growfx.artifact_info import ArtifactInfo, describe
 from growfx.build_budget import build_budget
+from growfx.compaction import apply_plan, hollow
 from growfx.dtypes import TORCH_DTYPES
 from growfx.errors import ArtifactError, ConfigError
 from growfx.manifest import Manifest
@@ -76,12 +77,15 @@ def load(
         with _building(), build_budget(len(manifest.names), sum(e.numel for e in manifest.tensors.values())):
             plan = model if identity is None else blueprint(identity)
         assert plan is not None
-        _check_fit(plan, manifest)
+        small = manifest.compaction
+        _check_fit(plan if small is None else apply_plan(hollow(plan), small), manifest)
         state = _state(weights)
         if identity is not None:
             with _building():
                 plan = build_unfilled(identity, plan)
             _restore_preprocessing(plan, manifest)
+        if small is not None:
+            apply_plan(plan, small)
         _fill(plan, state)
     return plan.to(device=device, dtype=dtype).eval()
 

@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from growfx.errors import ArtifactError
 
-__all__ = ["CompactionPlan", "apply_plan", "columns_axis", "kept_indices", "sizes_after", "sizes_of", "spans"]
+__all__ = ["CompactionPlan", "apply_plan", "columns_axis", "hollow", "kept_indices", "sizes_after", "sizes_of", "spans"]
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -162,7 +162,7 @@ def sizes_after(
         tensors: as in `CompactionPlan`.
         groups: grouped convolutions -> how many of their groups stay.
     """
-    trial = _apply(_hollow(model), CompactionPlan(tensors))
+    trial = _apply(hollow(model), CompactionPlan(tensors))
     changed: dict[str, dict[str, int]] = {}
     for name in dict.fromkeys((*(name.rpartition(".")[0] for name in tensors), *groups)):
         module, count = trial.get_submodule(name), groups.get(name)
@@ -181,7 +181,7 @@ def apply_plan(model: nn.Module, plan: CompactionPlan) -> nn.Module:
     Raises:
         ArtifactError: the plan is not one of this model; nothing is changed then.
     """
-    trial = _hollow(model)
+    trial = hollow(model)
     try:
         _apply(trial, plan)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -190,7 +190,7 @@ def apply_plan(model: nn.Module, plan: CompactionPlan) -> nn.Module:
     return _apply(model, plan)
 
 
-def _hollow(model: nn.Module) -> nn.Module:
+def hollow(model: nn.Module) -> nn.Module:
     """A copy of a model without values."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):

@@ -14,9 +14,11 @@ from math import prod
 from typing import Any
 
 from growfx.codec import INDEX_CODECS, VALUE_CODECS
+from growfx.compaction import CompactionPlan
 from growfx.errors import ArtifactError
 
 __all__ = [
+    "COMPACTED_VERSION",
     "FORMAT",
     "ITEMSIZES",
     "VERSION",
@@ -31,6 +33,10 @@ __all__ = [
 
 FORMAT = "growfx.sparse"
 VERSION = "1.0"
+# Written where there is a compaction plan: the first version with `requires`.
+COMPACTED_VERSION = "1.1"
+# What a reader must know beyond version 1.0 to load an artifact that lists it in `requires`.
+FEATURES = ("compaction",)
 # safetensors' names, and bytes of one element.
 ITEMSIZES = {
     "F64": 8,
@@ -138,6 +144,7 @@ class Manifest:
         config: the folder's `config.json` without its `growfx` block.
         model: how the model is built (`library`, `name`, `kwargs`), or None.
         provenance: what the writer wanted to note.
+        compaction: what the model has to lose before it takes these tensors, None when nothing.
     """
 
     tensors: Mapping[str, DenseEntry | SparseEntry]
@@ -147,6 +154,7 @@ class Manifest:
     model: Mapping[str, Any] | None
     provenance: Mapping[str, Any]
     version: str = VERSION
+    compaction: CompactionPlan | None = None
 
     @property
     def names(self) -> set[str]:
@@ -164,8 +172,10 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON values."""
+        extra = {"compaction": self.compaction.to_json(), "requires": ["compaction"]} if self.compaction else {}
         return {
             **_SEMANTICS,
+            **extra,
             "aliases": dict(self.aliases),
             "config": dict(self.config),
             "format": FORMAT,
@@ -285,6 +295,7 @@ class _Reader:
         for key, value in _SEMANTICS.items():
             if self.body.get(key) != value:
                 raise self.fail(f"field `{key}` is not `{value}`")
+        plan = self._compaction()
         tensors = {name: _Reader(f"tensor `{name}`", e).tensor() for name, e in self._objects("tensors").items()}
         aliases = self.take("aliases", dict)
         for alias, name in aliases.items():
@@ -298,7 +309,22 @@ class _Reader:
             model=self.take("model", (dict, type(None))),
             provenance=self.take("provenance", dict),
             version=self.take("version", str),
+            compaction=plan,
         )
+
+    def _compaction(self) -> CompactionPlan | None:
+        required = self.body.get("requires", [])
+        if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+            raise self.fail("field `requires` is no list of names")
+        unknown = sorted({*required} - {*FEATURES})
+        if unknown:
+            raise ArtifactError(
+                f"the artifact requires `{unknown[0]}`, unknown to this growfx; known: {', '.join(FEATURES)}. "
+                "A newer growfx may read it"
+            )
+        if ("compaction" in required) != ("compaction" in self.body):
+            raise self.fail("fields `compaction` and `requires` do not agree")
+        return CompactionPlan.from_json(self.body["compaction"]) if "compaction" in required else None
 
     def _objects(self, key: str) -> dict[str, Mapping[str, Any]]:
         objects = self.take(key, dict)

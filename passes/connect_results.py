@@ -134,7 +134,9 @@ def _layer_units(layer: Fed, signals: Signals, number: Ints, first: Ints, of_gro
         np.minimum.at(source, at, np.where(first[fed] == 0, np.iinfo(np.int64).max, first[fed]))
         slots = np.ones(layer.columns, bool)
         slots[at[signals.kind[fed] != SLOT]] = False
-        sources = np.where((lowest == highest) & (lowest > 0), source, -1)
+        # A group may be coupled with units elsewhere while none of them arrives here itself.
+        followed = (lowest == highest) & (lowest > 0) & (source < np.iinfo(np.int64).max)
+        sources = np.where(followed, source, -1)
         sources[(highest == -1) | slots] = 0
     if layer.mixes_positions:
         sources[:] = -1

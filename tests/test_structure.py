@@ -20,7 +20,15 @@ LEVELS = [
     {"growfx.*"},
     {"growfx.passes.*", "growfx.passes"},
     {"growfx.methods.*", "growfx.methods"},
-    {"growfx.training", "growfx.evaluation", "growfx.recipe", "growfx.inspection", "growfx.job", "growfx.onnx_file"},
+    {
+        "growfx.training",
+        "growfx.evaluation",
+        "growfx.recipe",
+        "growfx.inspection",
+        "growfx.job",
+        "growfx.onnx_file",
+        "growfx.export",
+    },
     {"growfx.zoo", "growfx.zoo_check", "growfx.zoo_pool", "growfx.compare", "growfx.compare_runs"},
     {"growfx.cli", "growfx.__main__"},
 ]
