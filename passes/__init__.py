@@ -15,5 +15,6 @@ PASSES: Final = {
     "connect": "connect",
     "seed": "seed_masks",
     "walks": "walk_masks",
+    "fold_norm": "fold_norm",
     "compact": "compact",
 }

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -28,6 +27,7 @@ from growfx.inputs import Inputs
 from growfx.passes.compact_choice import Chooser, Removal, fold_constants, make_plan
 from growfx.passes.compact_liveness import find_liveness
 from growfx.passes.compact_report import CompactionReport, LayerChange
+from growfx.passes.compact_trials import Trial, difference, example_of, outputs_of, trials_of, working_copy
 from growfx.passes.connect import connect
 from growfx.passes.mask import unwrap
 from growfx.passes.record import meta_copy
@@ -36,10 +36,6 @@ if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
 
 __all__ = ["Compacted", "compact"]
-
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-
-Trial = tuple[Inputs, list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -74,13 +70,13 @@ def compact(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None =
     model = unwrap(net).eval()
     if any(tensor.is_meta for tensor in model.parameters()):
         raise TraceError("the network is on the meta device, so nothing is known of its values; load them first")
-    example = _example(net, example_inputs)
+    example = example_of(net, example_inputs)
     try:
         graph = net.graph_at(*example.args, training=False)
         found = connect(net, example.args)
     except TraceError as refusal:
         return _whole(net, model, f"the network could not be followed: {refusal}")
-    work, trials = _working_copy(model, example)
+    work, trials = working_copy(model, example)
     live = find_liveness(work, graph, found, [inputs for inputs, _ in trials])
     chooser = Chooser(work, found, live)
     groups, problems = _fitting(chooser, trials)
@@ -88,8 +84,8 @@ def compact(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None =
     plan, folds = make_plan(chooser, removal)
     reasons = {**chooser.refused, **problems, **back}
     result = _built(model, plan, folds)
-    trials = _trials(model, [inputs for inputs, _ in trials])
-    error, problem = _difference(result, trials)
+    trials = trials_of(model, [inputs for inputs, _ in trials])
+    error, problem = difference(result, trials)
     if problem:
         return _whole(net, model, problem)
     report = CompactionReport(
@@ -116,95 +112,6 @@ def _shape(inputs: Inputs) -> tuple[int, ...]:
     return next((tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)), ())
 
 
-# -- inputs and comparison --------------------------------------------------------------------------------------------
-
-
-def _example(net: MaskedGraph, example_inputs: Any) -> Inputs:
-    if example_inputs is None:
-        return Inputs(net.example_inputs(), {})
-    return Inputs((example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs), {})
-
-
-def _working_copy(model: nn.Module, example: Inputs) -> tuple[nn.Module, list[Trial]]:
-    """A copy of the model in float64, or in its own type where it does not run in that, and inputs with outputs."""
-    candidates = [example.with_batch(2).redrawn(seed) for seed in (1, 2)]
-    larger = _larger(candidates[0])
-    if larger is not None:
-        candidates.append(larger)
-    try:
-        work = copy.deepcopy(model).double()
-        return work, _trials(work, [_as_double(inputs) for inputs in candidates])
-    except Exception:  # types written into the model
-        return model, _trials(model, candidates)
-
-
-def _as_double(inputs: Inputs) -> Inputs:
-    double = lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v  # noqa: E731
-    return Inputs(*pytree.tree_map(double, (inputs.args, dict(inputs.kwargs))))
-
-
-def _larger(inputs: Inputs) -> Inputs | None:
-    """Images half as large again, in steps of 32 where they are such themselves."""
-    generator = torch.Generator().manual_seed(3)
-
-    def larger(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.ndim < 4:
-            return value
-        sizes = [n + max(n // 2 // 32 * 32, min(n, 32)) for n in value.shape[2:]]
-        return torch.randn((*value.shape[:2], *sizes), generator=generator).to(value)
-
-    args = tuple(map(larger, inputs.args))
-    changed = any(new is not old for new, old in zip(args, inputs.args, strict=True))
-    return Inputs(args, inputs.kwargs) if changed and not inputs.structural else None
-
-
-def _trials(model: nn.Module, candidates: Sequence[Inputs]) -> list[Trial]:
-    """Inputs that the model takes, with its outputs; the first has to be one."""
-    first = next(iter(model.parameters()), torch.empty(0))
-    move = lambda v: v.to(first.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v  # noqa: E731
-    trials: list[Trial] = []
-    for inputs in candidates:
-        inputs = Inputs(*pytree.tree_map(move, (inputs.args, dict(inputs.kwargs))))
-        try:
-            trials.append((inputs, _outputs(model, inputs)))
-        except Exception as error:
-            if not trials:
-                raise TraceError(f"the network does not run on the example inputs: {_first_line(error)}") from error
-    return trials
-
-
-def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    with torch.no_grad():
-        result = model(*inputs.args, **inputs.kwargs)
-    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _difference(model: nn.Module, trials: Sequence[Trial]) -> tuple[float, str]:
-    """The largest error of the outputs over the largest output, and what is wrong, if anything is."""
-    largest = 0.0
-    for inputs, expected in trials:
-        try:
-            got = _outputs(model, inputs)
-        except Exception as error:
-            return largest, f"the model fails without it: {_first_line(error)}"
-        if [value.shape for value in got] != [value.shape for value in expected]:
-            return largest, "the outputs would have another shape"
-        for ours, theirs in zip(got, expected, strict=True):
-            if theirs.is_meta or not theirs.numel():
-                continue
-            scale = float(theirs.abs().double().nan_to_num().max()) or 1.0
-            error = float((ours.double() - theirs.double()).abs().nan_to_num().max()) / scale
-            tolerance = _TOLERANCE.get(theirs.dtype, 1e-2)
-            if error > tolerance or bool((ours.isnan() != theirs.isnan()).any()):
-                return error, f"the outputs would differ by {error:.2g} of the largest"
-            largest = max(largest, error)
-    return largest, ""
-
-
 # -- the removal ------------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +133,7 @@ def _on_meta(model: nn.Module, trials: Sequence[Trial]) -> tuple[nn.Module, list
     move = lambda v: v.to("meta") if isinstance(v, Tensor) else v  # noqa: E731
     try:
         moved = [Inputs(*pytree.tree_map(move, (inputs.args, dict(inputs.kwargs)))) for inputs, _ in trials]
-        return hollow, [(inputs, _outputs(hollow, inputs)) for inputs in moved]
+        return hollow, [(inputs, outputs_of(hollow, inputs)) for inputs in moved]
     except Exception:  # it reads its data
         return None
 
@@ -258,7 +165,7 @@ def _problem(chooser: Chooser, groups: list[int], model: nn.Module, trials: Sequ
     removal, _ = chooser.removal(groups)
     plan, folds = make_plan(chooser, removal)
     hollow = all(value.is_meta for _, outputs in trials for value in outputs)
-    return _difference(_built(model, plan, {} if hollow else folds), trials)[1] if plan else ""
+    return difference(_built(model, plan, {} if hollow else folds), trials)[1] if plan else ""
 
 
 def _built(model: nn.Module, plan: CompactionPlan, folds: dict[str, Tensor]) -> nn.Module:
