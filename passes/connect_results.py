@@ -107,15 +107,15 @@ def _first_fed(signals: Signals) -> Ints:
     first = np.where(signals.kind == UNIT, np.arange(none), none)
     first = np.append(first, none)
     summed = signals.kind == SUM
-    for signal, members in signals.members.items():
-        if summed[signal]:
-            first[signal] = first[members].min()
+    several = {signal: members for signal, members in signals.members.items() if summed[signal]}
     left, right = (
         np.where(signals.left > 0, signals.left, none),
         np.where(summed & (signals.right > 0), signals.right, none),
     )
     left[(signals.kind == MIX) | (signals.kind == SLOT)] = none
     while True:
+        for signal, members in several.items():  # in every turn: members may be sums themselves
+            first[signal] = min(first[signal], first[members].min())
         better = np.minimum(first[:-1], np.minimum(first[left], first[right]))
         if (better == first[:-1]).all():
             return np.where(better == none, 0, better)
@@ -134,9 +134,7 @@ def _layer_units(layer: Fed, signals: Signals, number: Ints, first: Ints, of_gro
         np.minimum.at(source, at, np.where(first[fed] == 0, np.iinfo(np.int64).max, first[fed]))
         slots = np.ones(layer.columns, bool)
         slots[at[signals.kind[fed] != SLOT]] = False
-        # A group may be coupled with units elsewhere while none of them arrives here itself.
-        followed = (lowest == highest) & (lowest > 0) & (source < np.iinfo(np.int64).max)
-        sources = np.where(followed, source, -1)
+        sources = np.where((lowest == highest) & (lowest > 0), source, -1)
         sources[(highest == -1) | slots] = 0
     if layer.mixes_positions:
         sources[:] = -1
