@@ -28,7 +28,9 @@ __all__ = ["Liveness", "edges", "find_liveness"]
 
 # A constant is the same everywhere up to the rounding of different kernels at the borders of a vector.
 _SAME = {torch.float64: 1e-12, torch.float32: 1e-5}
-_SCALES = (0.1, 1.0, 20.0)
+# A shift before an activation must not hide noise: some of it is larger than any shift.
+_SCALES = (1e6, 1.0, 1e3)
+_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,7 @@ class _Watch:
     low: dict[str, Tensor] = field(default_factory=dict)
     high: dict[str, Tensor] = field(default_factory=dict)
     floating: bool = True
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(0)
@@ -200,15 +203,22 @@ class _Watch:
             for name, module in self.modules.items():
                 stack.callback(module.register_forward_pre_hook(self._seeing(name, module)).remove)
                 stack.callback(module.register_forward_hook(self._replacing(name, module)).remove)
-            for trial in trials:
-                args, kwargs = pytree.tree_map(self._noise, (trial.args, dict(trial.kwargs)))
+            shapes = [trials[i % len(trials)] for i in range(max(len(trials), len(_SCALES)))]
+            for i, trial in enumerate(shapes):
+                self.scale = _SCALES[i % len(_SCALES)]
+                many = trial.with_batch(_ROWS)
+                args, kwargs = pytree.tree_map(lambda value: self._noise(value, 1), (many.args, dict(many.kwargs)))
                 self.model(*args, **kwargs)
 
-    def _noise(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+    def _noise(self, value: Any, axis: int) -> Any:
+        """Noise of one sign per row and channel; the second half of the rows has the signs of the first reversed."""
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 2:
             return value
-        scale = torch.tensor(_SCALES)[torch.randint(len(_SCALES), value.shape, generator=self.generator)]
-        return (torch.randn(value.shape, generator=self.generator) * scale).to(value)
+        size = torch.randn(value.shape, generator=self.generator).abs_() * self.scale
+        half = (value.shape[0] + 1) // 2
+        signs = torch.randint(2, (half, value.shape[axis]), generator=self.generator) * 2 - 1
+        signs = torch.cat([signs, -signs])[: value.shape[0]]
+        return (size.movedim((0, axis), (-2, -1)) * signs).movedim((-2, -1), (0, axis)).to(value)
 
     def _seeing(self, name: str, module: nn.Module) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any) -> None:
@@ -226,7 +236,7 @@ class _Watch:
         def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
             axis = _channels(module, output)
             shape = [-1 if i == axis % output.ndim else 1 for i in range(output.ndim)]
-            return torch.where(fed.to(output.device).reshape(shape), self._noise(output), output)
+            return torch.where(fed.to(output.device).reshape(shape), self._noise(output, axis), output)
 
         return hook
 

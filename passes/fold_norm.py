@@ -7,6 +7,7 @@ rounding; the sparsity of the weight stays (a weight of zero stays +0.0, a scale
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -68,7 +69,12 @@ def fold_norm(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None
     graph = net.graph_at(*example.args, training=False)
     work, trials = working_copy(model, example)
     pairs, kept = _pairs(work, graph, trials)
-    folded = {norm: layer for norm, layer in pairs.items() if _fits(work, norm, layer, trials, kept)}
+    all_at_once = copy.deepcopy(work)
+    for norm, layer in pairs.items():
+        _fold(all_at_once, norm, layer)
+    folded = pairs
+    if difference(all_at_once, trials)[1]:
+        folded = {norm: layer for norm, layer in pairs.items() if _fits(work, norm, layer, trials, kept)}
     own = trials_of(model, [inputs for inputs, _ in trials])
     for norm, layer in folded.items():
         _fold(model, norm, layer)
