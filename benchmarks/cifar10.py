@@ -6,9 +6,10 @@ same densities and to its own plateau, and the controls of equal cost. Hundreds 
 
 `--protocol cpu`: a reduced one, about half an hour on two cores: 200 training images of each class, 50 others for
 validation, 200 test images, WRN-16-1, 10 epochs in batches of 64 (31 steps), one seed, densities of 10 and 30 %, no
-controls. Masks change every 10 steps. Methods of several trainings are cut short: `imp` prunes 55 % a level and trains
-levels of 5 epochs, `continuous` searches twice for 5 epochs. One seed of few images tells that methods work and what
-they cost; differences of a few points are noise.
+controls. Masks change every 10 steps; growth starts at 5 % and has rounds of one epoch, 1.6 times as many edges each.
+Methods of several trainings are cut short: `imp` prunes 55 % a level and trains levels of 5 epochs, `continuous`
+searches twice for 5 epochs, `acdc` has 3 cycles, `synflow` 20 rounds. One seed of few images tells that methods work
+and what they cost; differences of a few points are noise.
 
     python benchmarks/cifar10.py --data cifar10/ --protocol cpu [--out runs/cifar10-cpu] [--jobs N]
 
