@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from growfx.artifact_info import ArtifactInfo, describe
 from growfx.artifact_reader import CONFIG, DEFAULT_MAX_BYTES, inspect, load, load_masks, load_state
 from growfx.codec import encode_index, encode_values
-from growfx.compaction import CompactionPlan
+from growfx.compaction_plan import CompactionPlan
 from growfx.dtypes import DTYPE_NAMES
 from growfx.errors import ArtifactError, ConfigError
 from growfx.graph import MaskedGraph, in_mode

@@ -45,6 +45,9 @@ _PREPROCESSING = (
     "test_input_size",
 )
 
+# Times that a compacted network may have been larger.
+_MOST_LEFT_OUT = 64
+
 
 def load(
     path: str | Path,
@@ -74,10 +77,12 @@ def load(
         manifest = weights.manifest
         check_size(manifest, max_bytes)
         identity = None if model is not None else _identity(manifest)
-        with _building(), build_budget(len(manifest.names), sum(e.numel for e in manifest.tensors.values())):
+        small = manifest.compaction
+        stored = sum(entry.numel for entry in manifest.tensors.values())
+        # a network that was compacted is larger when it is built
+        with _building(), build_budget(len(manifest.names), stored if small is None else _MOST_LEFT_OUT * stored):
             plan = model if identity is None else blueprint(identity)
         assert plan is not None
-        small = manifest.compaction
         _check_fit(plan if small is None else apply_plan(hollow(plan), small), manifest)
         state = _state(weights)
         if identity is not None:

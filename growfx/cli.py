@@ -107,20 +107,26 @@ def train(method: str, density: float | None, **given: Any) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="artifact folder")
 @click.option("--dense", is_flag=True, help="also write a dense model.safetensors that timm loads")
+@click.option("--compact", is_flag=True, help="leave out units that the outputs do not need")
+@click.option("--onnx", type=click.Path(path_type=Path), help="also write the network as one (dense) ONNX file")
 @click.option("--best", is_flag=True, help="from the checkpoint of the best validation accuracy, not the last")
 @click.option("--json", "as_json", is_flag=True, help="print the facts as JSON")
-def export(run: Path, out: Path, dense: bool, best: bool, as_json: bool) -> None:
+def export(run: Path, out: Path, dense: bool, compact: bool, onnx: Path | None, best: bool, as_json: bool) -> None:
     """Write the artifact of a run from its checkpoint."""
-    from growfx.artifact import save
+    from growfx.export import save
     from growfx.job import reopen
+    from growfx.onnx_file import export_onnx
     from growfx.report import percent, provenance
 
     net, folder = reopen(run, best=best)
+    if onnx is not None:
+        export_onnx(net, onnx)
     # The result's figures are those of the last epoch, not of the best one.
     info = save(
         net,
         out,
         dense=dense,
+        compact=compact,
         provenance=provenance(folder, None if best else folder.read_json("result.json")),
     )
     facts = {

@@ -1,4 +1,4 @@
-"""Compaction: which units of a model are left out, as plain data, and a function that leaves them out.
+"""Compaction: leaves units out of a model, by a plan.
 
 A plan says for each tensor which indices along which axis stay, and for each module which integers change. It is
 found by `growfx.passes.compact.compact`; stored in an artifact it makes the original model the smaller one before
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,97 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from growfx.errors import ArtifactError
+from growfx.compaction_plan import CompactionPlan, Spans, damaged_plan
 
-__all__ = ["CompactionPlan", "apply_plan", "columns_axis", "hollow", "kept_indices", "sizes_after", "sizes_of", "spans"]
-
-Spans = tuple[tuple[int, int], ...]
-
-# A stored plan lists no more spans than this; a model of a million units needs fewer.
-_MAX_SPANS = 1 << 22
-
-
-@dataclass(frozen=True)
-class CompactionPlan:
-    """What stays of a model.
-
-    Attributes:
-        tensors: parameter or buffer -> axis -> the indices that stay, as ascending half-open spans ``(start, stop)``.
-        modules: module -> integer attribute -> its new value (`in_channels`, `out_features`, `groups`, ...).
-        biases: layers without a bias that get one, for the constants of units that are left out.
-    """
-
-    tensors: Mapping[str, Mapping[int, Spans]] = field(default_factory=dict)
-    modules: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    biases: tuple[str, ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.tensors or self.modules or self.biases)
-
-    def to_json(self) -> dict[str, Any]:
-        """The plan as JSON values."""
-        return {
-            "biases": list(self.biases),
-            "modules": {name: dict(sizes) for name, sizes in self.modules.items()},
-            "tensors": {
-                name: {str(axis): [list(span) for span in kept] for axis, kept in axes.items()}
-                for name, axes in self.tensors.items()
-            },
-        }
-
-    @classmethod
-    def from_json(cls, value: object) -> CompactionPlan:
-        """Read a plan.
-
-        Raises:
-            ArtifactError: it has another form.
-        """
-        if not isinstance(value, dict) or value.keys() != {"biases", "modules", "tensors"}:
-            raise _damaged("a plan has the fields `biases`, `modules` and `tensors`")
-        biases, modules, tensors = value["biases"], value["modules"], value["tensors"]
-        if not isinstance(biases, list) or not all(isinstance(name, str) for name in biases):
-            raise _damaged("`biases` is no list of names")
-        for part in (modules, tensors):
-            if not isinstance(part, dict) or not all(isinstance(inner, dict) for inner in part.values()):
-                raise _damaged("`modules` or `tensors` is no object of objects")
-        for name, sizes in modules.items():
-            if not all(_is_count(size) for size in sizes.values()):
-                raise _damaged(f"`{name}` has a size that is no positive integer")
-        read = {
-            name: {_axis(name, axis): _spans(name, kept) for axis, kept in axes.items()}
-            for name, axes in tensors.items()
-        }
-        if sum(len(kept) for axes in read.values() for kept in axes.values()) > _MAX_SPANS:
-            raise _damaged(f"it has more than {_MAX_SPANS} spans")
-        return cls(read, {name: dict(sizes) for name, sizes in modules.items()}, tuple(biases))
-
-
-def _damaged(what: str) -> ArtifactError:
-    return ArtifactError(f"the artifact is damaged: its compaction plan: {what}")
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
-
-
-def _axis(name: str, axis: object) -> int:
-    if axis not in ("0", "1", "2", "3", "4", "5"):
-        raise _damaged(f"`{name}` has no axis `{axis}`")
-    return int(axis)
-
-
-def _spans(name: str, kept: object) -> Spans:
-    if not isinstance(kept, list) or not kept:
-        raise _damaged(f"`{name}` keeps no index along an axis")
-    last = -1
-    for span in kept:
-        good = isinstance(span, list) and len(span) == 2
-        if not good or not all(isinstance(i, int) and not isinstance(i, bool) for i in span):
-            raise _damaged(f"`{name}` has a span that is no pair of integers")
-        if not last < span[0] < span[1]:
-            raise _damaged(f"the spans of `{name}` do not ascend")
-        last = span[1]
-    return tuple((start, stop) for start, stop in kept)
+__all__ = ["apply_plan", "columns_axis", "hollow", "kept_indices", "sizes_after", "sizes_of", "spans"]
 
 
 def spans(kept: Tensor) -> Spans:
@@ -185,7 +96,7 @@ def apply_plan(model: nn.Module, plan: CompactionPlan) -> nn.Module:
     try:
         _apply(trial, plan)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise _damaged(f"it does not fit the model ({error})") from error
+        raise damaged_plan(f"it does not fit the model ({error})") from error
     _check(model, trial, plan)
     return _apply(model, plan)
 
@@ -208,7 +119,9 @@ def _apply(model: nn.Module, plan: CompactionPlan) -> nn.Module:
         small = tensor.detach()
         for axis, kept in axes.items():
             if axis >= small.ndim or kept[-1][1] > small.shape[axis]:
-                raise _damaged(f"`{name}` of shape {tuple(tensor.shape)} has no index {kept[-1][1] - 1} on axis {axis}")
+                raise damaged_plan(
+                    f"`{name}` of shape {tuple(tensor.shape)} has no index {kept[-1][1] - 1} on axis {axis}"
+                )
             small = small.index_select(axis, kept_indices(kept).to(small.device))
         if last in owner._parameters:
             tensor.data, tensor.grad = small, None
@@ -239,20 +152,20 @@ def _check_names(model: nn.Module, plan: CompactionPlan) -> None:
         uses[id(tensor)] = uses.get(id(tensor), 0) + 1
     for name in plan.tensors:
         if name not in tensors:
-            raise _damaged(f"the model has no tensor `{name}`")
+            raise damaged_plan(f"the model has no tensor `{name}`")
         if uses[id(tensors[name])] > 1:
-            raise _damaged(f"`{name}` is tied to another tensor of the model")
+            raise damaged_plan(f"`{name}` is tied to another tensor of the model")
     for name in {*plan.modules, *plan.biases}:
         if name not in modules:
-            raise _damaged(f"the model has no module `{name}`")
+            raise damaged_plan(f"the model has no module `{name}`")
     for name, sizes in plan.modules.items():
         wrong = sizes.keys() - sizes_of(modules[name]).keys()
         if wrong:
-            raise _damaged(f"`{name}` has no size `{min(wrong)}` that could change")
+            raise damaged_plan(f"`{name}` has no size `{min(wrong)}` that could change")
     for name in plan.biases:
         module = modules[name]
         if not isinstance(module, (_ConvNd, nn.Linear)) or module.bias is not None or plan.biases.count(name) > 1:
-            raise _damaged(f"`{name}` is no layer without a bias")
+            raise damaged_plan(f"`{name}` is no layer without a bias")
 
 
 def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -271,10 +184,10 @@ def _check(model: nn.Module, trial: nn.Module, plan: CompactionPlan) -> None:
         if groups < 1 or any(sizes[key] % groups for key in ("in_channels", "out_channels") if key in sizes):
             wrong.append("groups")
         if wrong:
-            raise _damaged(f"`{wrong[0]}` of `{name}` does not agree with its tensors")
+            raise damaged_plan(f"`{wrong[0]}` of `{name}` does not agree with its tensors")
         sizes_before = sizes_of(before)
         if any(sizes[key] > sizes_before[key] for key in sizes):
-            raise _damaged(f"`{name}` would grow")
+            raise damaged_plan(f"`{name}` would grow")
         bias, outputs = after._parameters.get("bias"), sizes.get("out_channels", sizes.get("out_features"))
         if bias is not None and outputs is not None and bias.shape != (outputs,):
-            raise _damaged(f"the bias of `{name}` does not agree with its weight")
+            raise damaged_plan(f"the bias of `{name}` does not agree with its weight")

@@ -10,6 +10,7 @@ from growfx import artifact
 from growfx.artifact_info import ArtifactInfo
 from growfx.errors import ArtifactError
 from growfx.graph import MaskedGraph
+from growfx.layers import is_maskable
 from growfx.passes.compact import Compacted, compact
 from growfx.passes.mask import wrap
 
@@ -67,7 +68,5 @@ def masked(net: MaskedGraph, small: Compacted) -> MaskedGraph:
 
 
 def _is_layer(net: MaskedGraph, name: str) -> bool:
-    from growfx.layers import is_maskable
-
     modules = dict(net.shell.named_modules())
     return name in modules and is_maskable(modules[name])

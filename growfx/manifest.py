@@ -14,7 +14,7 @@ from math import prod
 from typing import Any
 
 from growfx.codec import INDEX_CODECS, VALUE_CODECS
-from growfx.compaction import CompactionPlan
+from growfx.compaction_plan import CompactionPlan
 from growfx.errors import ArtifactError
 
 __all__ = [

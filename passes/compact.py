@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from growfx.compaction import CompactionPlan, apply_plan, columns_axis
+from growfx.compaction import apply_plan, columns_axis
+from growfx.compaction_plan import CompactionPlan
 from growfx.connectivity import Connectivity
 from growfx.errors import TraceError
 from growfx.inputs import Inputs

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from growfx.compaction import CompactionPlan, columns_axis, sizes_after, spans
+from growfx.compaction import columns_axis, sizes_after, spans
+from growfx.compaction_plan import CompactionPlan
 from growfx.connectivity import Connectivity
 from growfx.passes.compact_liveness import Liveness, edges
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import growfx
-from growfx.compaction import CompactionPlan, apply_plan
+from growfx.compaction import apply_plan
+from growfx.compaction_plan import CompactionPlan
 from growfx.errors import ArtifactError
 from growfx.passes.compact import compact
 

@@ -1,0 +1,100 @@
+"""Which units of a model are left out, as plain data; `growfx.compaction` leaves them out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from growfx.errors import ArtifactError
+
+__all__ = ["CompactionPlan", "Spans", "damaged_plan"]
+
+Spans = tuple[tuple[int, int], ...]
+
+# A stored plan lists no more spans than this; a model of a million units needs fewer.
+_MAX_SPANS = 1 << 22
+
+
+@dataclass(frozen=True)
+class CompactionPlan:
+    """What stays of a model.
+
+    Attributes:
+        tensors: parameter or buffer -> axis -> the indices that stay, as ascending half-open spans ``(start, stop)``.
+        modules: module -> integer attribute -> its new value (`in_channels`, `out_features`, `groups`, ...).
+        biases: layers without a bias that get one, for the constants of units that are left out.
+    """
+
+    tensors: Mapping[str, Mapping[int, Spans]] = field(default_factory=dict)
+    modules: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    biases: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.tensors or self.modules or self.biases)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return {
+            "biases": list(self.biases),
+            "modules": {name: dict(sizes) for name, sizes in self.modules.items()},
+            "tensors": {
+                name: {str(axis): [list(span) for span in kept] for axis, kept in axes.items()}
+                for name, axes in self.tensors.items()
+            },
+        }
+
+    @classmethod
+    def from_json(cls, value: object) -> CompactionPlan:
+        """Read a plan.
+
+        Raises:
+            ArtifactError: it has another form.
+        """
+        if not isinstance(value, dict) or value.keys() != {"biases", "modules", "tensors"}:
+            raise damaged_plan("a plan has the fields `biases`, `modules` and `tensors`")
+        biases, modules, tensors = value["biases"], value["modules"], value["tensors"]
+        if not isinstance(biases, list) or not all(isinstance(name, str) for name in biases):
+            raise damaged_plan("`biases` is no list of names")
+        for part in (modules, tensors):
+            if not isinstance(part, dict) or not all(isinstance(inner, dict) for inner in part.values()):
+                raise damaged_plan("`modules` or `tensors` is no object of objects")
+        for name, sizes in modules.items():
+            if not all(_is_count(size) for size in sizes.values()):
+                raise damaged_plan(f"`{name}` has a size that is no positive integer")
+        read = {
+            name: {_axis(name, axis): _spans(name, kept) for axis, kept in axes.items()}
+            for name, axes in tensors.items()
+        }
+        if sum(len(kept) for axes in read.values() for kept in axes.values()) > _MAX_SPANS:
+            raise damaged_plan(f"it has more than {_MAX_SPANS} spans")
+        return cls(read, {name: dict(sizes) for name, sizes in modules.items()}, tuple(biases))
+
+
+def damaged_plan(what: str) -> ArtifactError:
+    """Return the error of a plan that cannot be right."""
+    return ArtifactError(f"the artifact is damaged: its compaction plan: {what}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
+
+
+def _axis(name: str, axis: object) -> int:
+    if axis not in ("0", "1", "2", "3", "4", "5"):
+        raise damaged_plan(f"`{name}` has no axis `{axis}`")
+    return int(axis)
+
+
+def _spans(name: str, kept: object) -> Spans:
+    if not isinstance(kept, list) or not kept:
+        raise damaged_plan(f"`{name}` keeps no index along an axis")
+    last = -1
+    for span in kept:
+        good = isinstance(span, list) and len(span) == 2
+        if not good or not all(isinstance(i, int) and not isinstance(i, bool) for i in span):
+            raise damaged_plan(f"`{name}` has a span that is no pair of integers")
+        if not last < span[0] < span[1]:
+            raise damaged_plan(f"the spans of `{name}` do not ascend")
+        last = span[1]
+    return tuple((start, stop) for start, stop in kept)
