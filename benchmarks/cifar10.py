@@ -13,7 +13,7 @@ and what they cost; differences of a few points are noise.
 
     python benchmarks/cifar10.py --data cifar10/ --protocol cpu [--out runs/cifar10-cpu] [--jobs N]
 
-The same command continues where it was interrupted. Figures go to `benchmarks/results/cifar10_<protocol>.json`, tables
+The same command continues where it was interrupted. Figures go to `benchmarks/results/methods_<protocol>.json`, tables
 in Markdown to standard output.
 """
 
@@ -171,7 +171,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--no-controls", action="store_true")
     parser.add_argument("--quiet", action="store_true")
-    parser.add_argument("--json", type=Path, help="default: benchmarks/results/cifar10_<protocol>.json")
+    parser.add_argument("--json", type=Path, help="default: benchmarks/results/methods_<protocol>.json")
     args = parser.parse_args()
     protocol = PROTOCOLS[args.protocol]
     out = args.out or Path("runs") / f"cifar10-{args.protocol}"
@@ -206,7 +206,7 @@ def main() -> int:
         if facts["failures"]:
             print("\n".join(f"{name}: {error}" for name, error in facts["failures"].items()), file=sys.stderr)
     content = {"machine": describe(), "protocol": {"name": args.protocol, "images": protocol.images}, "models": results}
-    file = args.json or Path(__file__).parent / "results" / f"cifar10_{args.protocol}.json"
+    file = args.json or Path(__file__).parent / "results" / f"methods_{args.protocol}.json"
     file.write_text(json.dumps(content, indent=1))
     return status
 
