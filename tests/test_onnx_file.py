@@ -24,7 +24,7 @@ can_run = pytest.mark.skipif(
 
 
 def run(file: Path, *inputs: torch.Tensor) -> Any:
-    import onnxruntime  # pyright: ignore[reportMissingImports]
+    import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     return session.run(None, {f"input_{i}": x.numpy() for i, x in enumerate(inputs)})[0]
