@@ -39,7 +39,7 @@ from growfx.recipe import (
 )
 from growfx.report import write_report
 from growfx.run_config import describe_run, model_name
-from growfx.run_folder import RunFolder, finite
+from growfx.run_folder import RunFolder, finite, refuse_existing
 from growfx.session import Session, Stage
 
 if TYPE_CHECKING:
@@ -115,12 +115,16 @@ def train(
         )
     chosen = Fixed() if method is None else method
     run = _Run(net, train_loader, val_loader, test_loader, chosen, options, progress)
-    if out is not None:
-        config = {**describe_run(net, method, options), **(about or {})}
-        run.folder = RunFolder.start(Path(out), config, resume=resume, overwrite=overwrite)
-    elif resume:
+    if out is None and resume:
         raise ConfigError("`resume` needs `out`, the folder of the run to continue")
+    config = {**describe_run(net, method, options), **(about or {})}
     with private_randomness():
+        if out is not None:
+            refuse_existing(Path(out), resume=resume, overwrite=overwrite)
+        # what a method refuses must leave no folder behind, and no run in it be replaced
+        run.set_up()
+        if out is not None:
+            run.folder = RunFolder.start(Path(out), config, resume=resume, overwrite=overwrite)
         return run.all()
 
 
@@ -161,7 +165,6 @@ class _Run:
 
     def all(self) -> Result:
         """The whole run, or what is left of it."""
-        self._set_up()
         self._restore()
         with self.progress:
             while (stage := self.method.next_stage()) is not None:
@@ -170,7 +173,8 @@ class _Run:
 
     # -- beginning ------------------------------------------------------------------------------------------
 
-    def _set_up(self) -> None:
+    def set_up(self) -> None:
+        """Bring network, optimizer, method and averages together."""
         self.net.to(self.device)
         seed_globally(self.options.seed, -1)
         self.optimizer = make_optimizer(self.net, self.options)

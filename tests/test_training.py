@@ -222,6 +222,20 @@ def test_the_best_checkpoint_is_one_at_the_final_density(tmp_path):
     assert read(path / "checkpoint" / "best.pt")["val_accuracy"] == max(sparse)
 
 
+def test_a_run_its_method_refuses_leaves_no_folder_and_keeps_the_one_it_was_to_replace(tmp_path):
+    train_loader, val_loader = loaders()
+    path = tmp_path / "run"
+    method = growfx.methods.create("imp", rewind_epochs=99)
+    with pytest.raises(ConfigError, match="`rewind_epochs` = 99 is not before the end"):
+        train(fresh_net(), train_loader, val_loader, method=method, options=QUICK, out=path, progress=False)
+    assert not path.exists()
+    train(fresh_net(), train_loader, val_loader, options=QUICK, out=path, progress=False)
+    before = (path / "result.json").read_text()
+    with pytest.raises(ConfigError, match="`rewind_epochs` = 99 is not before the end"):
+        train(fresh_net(), train_loader, val_loader, method=method, options=QUICK, out=path, overwrite=True)
+    assert (path / "result.json").read_text() == before
+
+
 def test_the_run_folder_is_complete(tmp_path):
     train_loader, val_loader = loaders()
     path = tmp_path / "run"
