@@ -275,6 +275,7 @@ def compare(
     jobs, threads = processes(jobs, planned[0].spec.train_options.device)
     folder = _open(Path(out), comparison, resume=resume, overwrite=overwrite)
     work, errors = Path(out) / "runs", dict[str, str]()
+    work.mkdir(exist_ok=True)
     with closing(Meter(work, progress)) as meter:
         _expect(meter, planned)
         if controls:

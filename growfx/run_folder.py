@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,9 @@ def refuse_existing(path: Path, *, resume: bool, overwrite: bool) -> None:
         probe = path / ".writable"
         probe.touch()
         probe.unlink()
-        for folder in missing:
-            folder.rmdir()
+        with suppress(OSError):  # another run may have started in a folder above this one
+            for folder in missing:
+                folder.rmdir()
     except OSError as error:
         raise CheckpointError(f"run folder `{path}` cannot be written ({error.strerror})") from error
 

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from growfx.errors import CheckpointError, ConfigError
@@ -115,3 +117,15 @@ def test_a_folder_without_a_run_or_with_a_damaged_one_is_named(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"cannot be read .it does not describe a run"):
         RunFolder.open(tmp_path)
+
+
+def test_runs_that_start_at_the_same_time_in_a_new_folder_do_not_refuse_each_other(tmp_path, monkeypatch):
+    original = Path.touch
+
+    def touch(path, *args, **kwargs):
+        original(path, *args, **kwargs)
+        (tmp_path / "new" / "other").mkdir(exist_ok=True)  # the other run, just now
+
+    monkeypatch.setattr(Path, "touch", touch)
+    refuse_existing(tmp_path / "new" / "run", resume=False, overwrite=False)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["other"]
