@@ -24,6 +24,7 @@ from growfx.cost import CostMeter
 from growfx.errors import CheckpointError, ConfigError, DataError, GrowfxError
 from growfx.evaluation import Score, evaluate, logits_of, paired_noise
 from growfx.graph import MaskedGraph
+from growfx.layers import MaskedLayer
 from growfx.methods.fixed import Fixed
 from growfx.options import TrainOptions
 from growfx.progress import Progress
@@ -121,11 +122,22 @@ def train(
     with private_randomness():
         if out is not None:
             refuse_existing(Path(out), resume=resume, overwrite=overwrite)
-        # what a method refuses must leave no folder behind, and no run in it be replaced
-        run.set_up()
-        if out is not None:
-            run.folder = RunFolder.start(Path(out), config, resume=resume, overwrite=overwrite)
-        return run.all()
+        try:
+            # what a method refuses must leave no folder behind, and no run in it be replaced
+            run.set_up()
+            if out is not None:
+                run.folder = RunFolder.start(Path(out), config, resume=resume, overwrite=overwrite)
+            return run.all()
+        except BaseException:
+            _release(net)
+            raise
+
+
+def _release(net: MaskedGraph) -> None:
+    """Take soft masks and the collection of gradients off the layers: their method will not come back to them."""
+    for layer in net.shell.modules():
+        if isinstance(layer, MaskedLayer):
+            layer.gate, layer.dense_gradient, layer.collects_gradient = None, None, False
 
 
 @dataclass

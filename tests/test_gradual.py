@@ -320,3 +320,9 @@ def test_weights_that_are_not_finite_are_an_error_that_names_the_layer(name):
         layer.parameter[layer.mask] = math.nan
     with pytest.raises(ConfigError, match=r"weights of layer `[a-z]+` are not finite"):
         train_steps(net, optimizer, method, 10)
+
+
+def test_granet_refuses_an_init_that_would_do_nothing():
+    with pytest.raises(ConfigError, match="`init` = `sparse-aware` has no effect at `initial_density` = 1"):
+        methods.create("granet", init="sparse-aware")
+    methods.create("granet", init="sparse-aware", initial_density=0.5)

@@ -40,10 +40,14 @@ def source(tmp_path_factory) -> Path:
     return folder
 
 
-def run(name: str, source: Path, out: Path, **flags: Any) -> tuple[growfx.MaskedGraph, Any]:
+def short(name: str, source: Path) -> methods.Method:
     known = {field.name for field in dataclasses.fields(methods.kind_of(name)) if field.init}
     options = {"source": str(source), **QUICK_OPTIONS}
-    method = methods.create(name, **{k: v for k, v in options.items() if k in known})
+    return methods.create(name, **{k: v for k, v in options.items() if k in known})
+
+
+def run(name: str, source: Path, out: Path, **flags: Any) -> tuple[growfx.MaskedGraph, Any]:
+    method = short(name, source)
     train_loader, val_loader = loaders()
     torch.manual_seed(len(str(out)))  # what came before the run must not matter
     net = fresh_net()
@@ -79,3 +83,14 @@ def test_every_method_trains_is_resumed_bit_for_bit_and_leaves_an_artifact(name,
     images = torch.randn(5, 1, 8, 8)
     with torch.no_grad():
         assert torch.equal(loaded(images), net.eval()(images))
+
+
+@pytest.mark.parametrize("name", ["continuous", "snfs"])
+def test_a_run_that_breaks_off_leaves_plain_layers(name, source, monkeypatch):
+    net = fresh_net()
+    train_loader, val_loader = loaders()
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 0, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train(net, train_loader, val_loader, method=short(name, source), options=QUICK, epochs=4, progress=False)
+    assert all(layer.gate is None and not layer.collects_gradient for layer in net.layers.values())

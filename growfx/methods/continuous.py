@@ -106,7 +106,7 @@ class Continuous(Staged):
     The density is an outcome, governed by `initial_mask` and `penalty`, unless `density` is given. A layer, even the
     whole network, may lose all its edges. The trace has one entry a round, with the edges of positive score and the
     accuracy of the soft network, and one of the final training, whose network is hard. A search costs as much as dense
-    training. A run that breaks off in a search leaves the gates on the layers of `net`.
+    training.
 
     Attributes:
         initial_mask: s0; the lower, the sparser.

@@ -122,6 +122,12 @@ class GraNet(SparseStart):
                 "allowed is at most that"
             )
 
+        if self.initial_density == 1 and self.init != "dense":
+            raise ConfigError(
+                f"`init` = `{self.init}` has no effect at `initial_density` = 1, where nothing is sparse yet; allowed "
+                "is `dense`, or a lower `initial_density`"
+            )
+
     def _start(self, course: Course) -> Mapping[str, Tensor]:
         course.edges_at(self.density)
         return self._random_start(course, self.initial_density)
