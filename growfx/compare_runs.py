@@ -29,7 +29,7 @@ from growfx.recipe import pick_device
 from growfx.run_folder import refuse_existing
 
 if TYPE_CHECKING:
-    from growfx.training import Result
+    from growfx.run_result import Result
 
 __all__ = ["DENSE", "Report", "RunSpec", "field_names", "processes", "run_all"]
 

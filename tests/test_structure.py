@@ -22,6 +22,8 @@ LEVELS = [
     {"growfx.methods.*", "growfx.methods"},
     {
         "growfx.training",
+        "growfx.train_run",
+        "growfx.train_step",
         "growfx.evaluation",
         "growfx.recipe",
         "growfx.inspection",

@@ -49,18 +49,27 @@ QUICK = TrainOptions(epochs=3, lr=0.1, warmup_epochs=1, device="cpu")
 
 def interrupt_at(monkeypatch, epoch: int, step: int) -> None:
     """Raise in the given step of the given epoch (both counted from the beginning of the run)."""
-    from growfx import training
+    from growfx.train_run import Run
+    from growfx.train_step import TrainStep
 
-    original = training._Run._step
-    count = {"steps": 0}
+    set_up, train_on = Run.set_up, TrainStep.__call__
+    started: list[Run] = []
+    steps = 0
+
+    def noted(self):
+        started.append(self)
+        set_up(self)
 
     def stop(self, images, targets):
-        if (self.at.epoch, count["steps"] % self.epoch_steps) == (epoch, step):
+        nonlocal steps
+        run = started[-1]
+        if (run.at.epoch, steps % run.epoch_steps) == (epoch, step):
             raise KeyboardInterrupt
-        count["steps"] += 1
-        return original(self, images, targets)
+        steps += 1
+        return train_on(self, images, targets)
 
-    monkeypatch.setattr(training._Run, "_step", stop)
+    monkeypatch.setattr(Run, "set_up", noted)
+    monkeypatch.setattr(TrainStep, "__call__", stop)
 
 
 def final_state(path) -> dict:
