@@ -18,9 +18,10 @@ from typing import Any
 
 from growfx import methods
 from growfx.compare_progress import Meter, finished
-from growfx.compare_report import FORMAT, run_facts, versions, write_comparison
+from growfx.compare_report import FORMAT, run_facts, write_comparison
 from growfx.compare_runs import DENSE, RunSpec, field_names, processes, run_all
 from growfx.errors import CheckpointError, ConfigError
+from growfx.machine import versions
 from growfx.methods.growing import Growing
 from growfx.options import DataOptions, TrainOptions, parse_assignments
 from growfx.recipe import private_randomness

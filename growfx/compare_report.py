@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import growfx
 from growfx.artifact import inspect
 from growfx.errors import ArtifactError
+from growfx.machine import machine_facts
 from growfx.plots import draw_methods
 from growfx.report import percent, table
 from growfx.run_folder import RunFolder
 
-__all__ = ["FORMAT", "comparison_rows", "comparison_text", "run_facts", "summarise", "versions", "write_comparison"]
+__all__ = ["FORMAT", "comparison_rows", "comparison_text", "run_facts", "summarise", "write_comparison"]
 
 FORMAT = "growfx comparison 1"
 _MEANS = ("density", "epochs", "dense_equivalent_epochs", "seconds", "artifact_bytes")
@@ -143,35 +140,6 @@ def write_comparison(folder: RunFolder, about: Mapping[str, Any], runs: Sequence
     folder.write_text("table.txt", comparison_text(facts))
     folder.write_json("compare.json", facts)
     return facts
-
-
-def versions() -> dict[str, str]:
-    """Versions that results depend on."""
-    others = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy", "scipy")}
-    return {"growfx": growfx.__version__, "python": platform.python_version(), **others}
-
-
-def machine_facts() -> dict[str, Any]:
-    """Processor, number of cores, accelerator and system."""
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    name = str(accelerator) if accelerator is not None else None
-    if accelerator is not None and accelerator.type == "cuda":
-        name = torch.cuda.get_device_name()
-    return {
-        "cpu": _processor(),
-        "cores": os.cpu_count(),
-        "accelerator": name,
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def _processor() -> str:
-    facts = Path("/proc/cpuinfo")
-    lines = facts.read_text(encoding="utf-8").splitlines() if facts.exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def _number(value: float | None, form: str) -> str:
