@@ -1,0 +1,382 @@
+// Convolution and linear layers with an unstructured-sparse weight, for inference on a CPU.
+//
+// A weight is stored by output channel: `start[o] .. start[o + 1]` are its entries, each a value and an offset into
+// the input. All output positions of a channel are laid out in one row, so an entry adds
+//     value * input[offset + position]
+// to every position: contiguous loads, no index arithmetic. Tiles of up to 8 vector registers stay in registers while
+// the entries of one channel go by.
+//
+// For that the input is first copied into planes, one for each pair of input channel and kernel column that has an
+// entry: shifted, strided and zero-padded along the width, so that a plane has exactly the columns of the output.
+// Rows are kept by phase (row modulo stride); a kernel row is then an offset by whole rows. Three layouts:
+//   direct  1x1, stride 1, float32: the input is its own planes, nothing is copied;
+//   copied  planes of one image at a time;
+//   folded  planes too small for a register: a block of images side by side forms one wide image.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/BFloat16.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <optional>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int MAX_REGISTERS = 8;
+// What a row costs besides its entries, in entries; and the work, in register updates, worth a thread of its own.
+constexpr int64_t ROW_COST = 4;
+constexpr int64_t THREAD_WORK = 6000;
+constexpr int64_t KEPT_SCRATCH = int64_t{16} << 20;
+
+typedef float Vector __attribute__((vector_size(LANES * 4)));
+typedef float LooseVector __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+typedef uint16_t LooseHalves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+
+inline Vector load(const float* p) { return *reinterpret_cast<const LooseVector*>(p); }
+inline void store(float* p, Vector v) { *reinterpret_cast<LooseVector*>(p) = v; }
+inline Vector load(const c10::BFloat16* p) {
+  const Halves halves = *reinterpret_cast<const LooseHalves*>(p);
+  return (Vector)(__builtin_convertvector(halves, Words) << 16);
+}
+inline void store(c10::BFloat16* p, Vector v) {
+  const Words bits = (Words)v;
+  const Words even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Words quiet = (bits >> 16) | 0x40u;  // rounding could carry a NaN over into zero
+  const Words is_nan = (Words)(v != v);
+  *reinterpret_cast<LooseHalves*>(p) = __builtin_convertvector((is_nan & quiet) | (~is_nan & even), Halves);
+}
+// A NaN is not below zero and stays.
+inline Vector rectified(Vector v) { return v < 0.0f ? Vector{} : v; }
+
+// What sparse_kernel.py works out once for each input shape; the order is `_Plan`'s.
+struct Plan {
+  int64_t layout, images, channels, height, width, out_channels, out_height, out_width, stride_h, stride_w, padding_h,
+      padding_w, dilation_w, block, phases, rows, plane_size, positions;
+};
+enum Layout : int64_t { DIRECT = 0, COPIED = 1, FOLDED = 2 };
+
+struct Entries {
+  const int32_t* start;
+  const int32_t* offset;
+  const float* value;
+};
+
+class Scratch {
+ public:
+  float* get(int64_t count) {
+    if (count > size_) {
+      data_.reset();
+      data_.reset(static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t{64})));
+      size_ = count;
+    }
+    return data_.get();
+  }
+  // Small buffers are kept for the thread's next layer, large ones are not.
+  void trim() {
+    if (size_ > KEPT_SCRATCH) {
+      data_.reset();
+      size_ = 0;
+    }
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
+  };
+  std::unique_ptr<float, Free> data_;
+  int64_t size_ = 0;
+};
+thread_local Scratch input_scratch;
+thread_local Scratch output_scratch;
+
+// One image (or block of images): where its planes are and where its output channels go.
+template <class T>
+struct Job {
+  Entries entries;
+  int64_t channels, positions, out_stride;
+  const float* planes;
+  T* out;
+  const float* bias;
+  const T* residual;
+  bool relu;
+};
+
+// Output channels first..end at the positions `begin` and on. The last register lies where the positions end and may
+// overlap the one before: both compute the same, and nothing outside is read or written.
+template <class T, int REGISTERS>
+void run_tile(const Job<T>& job, int64_t begin, int64_t last, int64_t first, int64_t end) {
+  // Few registers alone would wait for each other's additions.
+  constexpr int CHAINS = REGISTERS == 1 ? 4 : REGISTERS <= 3 ? 2 : 1;
+  const float* const x = job.planes + begin;
+  const auto at = [last](int r) -> int64_t { return r == REGISTERS - 1 ? last : r * LANES; };
+  for (int64_t o = first; o < end; ++o) {
+    Vector sum[CHAINS][REGISTERS] = {};
+    int64_t k = job.entries.start[o];
+    const int64_t stop = job.entries.start[o + 1];
+    for (; k + CHAINS <= stop; k += CHAINS) {
+#pragma GCC unroll 4
+      for (int c = 0; c < CHAINS; ++c) {
+        const float* const source = x + job.entries.offset[k + c];
+        const float value = job.entries.value[k + c];
+#pragma GCC unroll 8
+        for (int r = 0; r < REGISTERS; ++r) sum[c][r] += value * load(source + at(r));
+      }
+    }
+    if constexpr (CHAINS > 1) {
+      for (; k < stop; ++k) {
+        const float* const source = x + job.entries.offset[k];
+        const float value = job.entries.value[k];
+#pragma GCC unroll 8
+        for (int r = 0; r < REGISTERS; ++r) sum[0][r] += value * load(source + at(r));
+      }
+#pragma GCC unroll 4
+      for (int c = 1; c < CHAINS; ++c)
+#pragma GCC unroll 8
+        for (int r = 0; r < REGISTERS; ++r) sum[0][r] += sum[c][r];
+    }
+    const int64_t where = o * job.out_stride + begin;
+    const float bias = job.bias ? job.bias[o] : 0.0f;
+#pragma GCC unroll 8
+    for (int r = 0; r < REGISTERS; ++r) {
+      Vector v = sum[0][r] + bias;
+      if (job.residual) v += load(job.residual + where + at(r));
+      if (job.relu) v = rectified(v);
+      sum[0][r] = v;
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < REGISTERS; ++r) store(job.out + where + at(r), sum[0][r]);
+  }
+}
+
+template <class T, int REGISTERS = MAX_REGISTERS>
+void run_tile_of(int registers, const Job<T>& job, int64_t begin, int64_t last, int64_t first, int64_t end) {
+  if (registers == REGISTERS) return run_tile<T, REGISTERS>(job, begin, last, first, end);
+  if constexpr (REGISTERS > 1) run_tile_of<T, REGISTERS - 1>(registers, job, begin, last, first, end);
+}
+
+template <class T>
+int64_t row_cost_before(const Job<T>& job, int64_t row) {
+  return job.entries.start[row] + ROW_COST * row;
+}
+
+// First output channel whose cost begins at or after `cost`.
+template <class T>
+int64_t row_at_cost(const Job<T>& job, int64_t cost) {
+  int64_t low = 0, high = job.channels;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (row_cost_before(job, middle) < cost) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
+
+int64_t registers_of(int64_t positions) { return (positions + LANES - 1) / LANES; }
+
+template <class T>
+int64_t work_of(const Job<T>& job) {
+  return registers_of(job.positions) * row_cost_before(job, job.channels);
+}
+
+// Share number `share` of `shares`: equal by entries, tile after tile.
+template <class T>
+void run_share(const Job<T>& job, int64_t share, int64_t shares) {
+  const int64_t registers = registers_of(job.positions);
+  const int64_t tiles = (registers + MAX_REGISTERS - 1) / MAX_REGISTERS;
+  const int64_t rows = row_cost_before(job, job.channels), total = registers * rows;
+  const int64_t from = total * share / shares, to = total * (share + 1) / shares;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t r0 = registers * t / tiles, r1 = registers * (t + 1) / tiles;
+    if (r1 * rows <= from || r0 * rows >= to) continue;
+    const auto row = [&](int64_t cost) {
+      return row_at_cost(job, std::clamp<int64_t>((cost - r0 * rows) / (r1 - r0), 0, rows));
+    };
+    // A range ends with the tile when the share goes beyond it.
+    const int64_t first = from <= r0 * rows ? 0 : row(from), end = to >= r1 * rows ? job.channels : row(to);
+    const int64_t begin = r0 * LANES;
+    const int64_t last = t + 1 == tiles ? job.positions - LANES - begin : (r1 - r0 - 1) * LANES;
+    run_tile_of(static_cast<int>(r1 - r0), job, begin, last, first, end);
+  }
+}
+
+// `together`: the whole thread pool works on this job; else the calling thread alone.
+template <class T>
+void run(const Job<T>& job, bool together) {
+  const int64_t shares =
+      together ? std::clamp<int64_t>(work_of(job) / THREAD_WORK, 1, at::get_num_threads()) : 1;
+  if (shares == 1) return run_share(job, 0, 1);
+  at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) run_share(job, s, shares);
+  });
+}
+
+template <class F>
+void for_each(int64_t count, int64_t grain, bool together, const F& function) {
+  if (together) at::parallel_for(0, count, std::max<int64_t>(grain, 1), function);
+  else function(0, count);
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+
+// One channel of one image into one plane; `row` is the distance between the plane's rows.
+template <class T>
+void copy_plane(const Plan& p, const T* image, int64_t column, int64_t row, float* plane) {
+  const int64_t shift = column * p.dilation_w - p.padding_w;
+  const int64_t low = std::clamp<int64_t>(ceil_div(-shift, p.stride_w), 0, p.out_width);
+  const int64_t high = std::clamp<int64_t>(ceil_div(p.width - shift, p.stride_w), low, p.out_width);
+  for (int64_t phase = 0; phase < p.phases; ++phase) {
+    for (int64_t j = 0; j < p.rows; ++j, plane += row) {
+      const int64_t y = j * p.stride_h + phase - p.padding_h;
+      if (y < 0 || y >= p.height) {
+        std::fill_n(plane, p.out_width, 0.0f);
+        continue;
+      }
+      const T* const source = image + y * p.width + shift;
+      std::fill_n(plane, low, 0.0f);
+      if (p.stride_w == 1) for (int64_t i = low; i < high; ++i) plane[i] = static_cast<float>(source[i]);
+      else if (p.stride_w == 2) for (int64_t i = low; i < high; ++i) plane[i] = static_cast<float>(source[2 * i]);
+      else for (int64_t i = low; i < high; ++i) plane[i] = static_cast<float>(source[p.stride_w * i]);
+      std::fill_n(plane + high, p.out_width - high, 0.0f);
+    }
+  }
+}
+
+// Planes of images first..first + block; images beyond the last are zeros.
+template <class T>
+void copy_planes(const Plan& p, const T* x, const int32_t* planes, int64_t count, int64_t first, bool together,
+                 float* out) {
+  const int64_t row = p.block * p.out_width, image = p.height * p.width, used = std::min(p.block, p.images - first);
+  for_each(count, 20000 / (p.plane_size + 1), together, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      float* const plane = out + i * p.plane_size;
+      if (used < p.block) std::fill_n(plane, p.plane_size, 0.0f);
+      for (int64_t n = 0; n < used; ++n) {
+        const T* const source = x + ((first + n) * p.channels + planes[2 * i]) * image;
+        copy_plane(p, source, planes[2 * i + 1], row, plane + n * p.out_width);
+      }
+    }
+  });
+}
+
+// The folded output (channel, row, image, column) back into images, with what is added after the sums.
+template <class T>
+void unfold(const Plan& p, const float* sums, int64_t first, const T* residual, bool relu, bool together, T* out) {
+  const int64_t row = p.block * p.out_width, size = p.out_height * p.out_width;
+  const int64_t stride = std::max<int64_t>(p.positions, LANES);
+  for_each(std::min(p.block, p.images - first), 20000 / (p.out_channels * size), together, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      for (int64_t o = 0; o < p.out_channels; ++o) {
+        const float* source = sums + o * stride + n * p.out_width;
+        int64_t where = ((first + n) * p.out_channels + o) * size;
+        for (int64_t y = 0; y < p.out_height; ++y, source += row) {
+          for (int64_t i = 0; i < p.out_width; ++i, ++where) {
+            float v = source[i];
+            if (residual) v += static_cast<float>(residual[where]);
+            out[where] = static_cast<T>(relu && v < 0.0f ? 0.0f : v);
+          }
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+struct Call {
+  Plan plan;
+  Entries entries;
+  const int32_t* planes;
+  int64_t plane_count;
+  const T* x;
+  const float* bias;
+  const T* residual;
+  bool relu;
+  T* out;
+
+  // Block number `unit`: one image, or several side by side.
+  void run_unit(int64_t unit, bool together) const {
+    const int64_t first = unit * plan.block, image = plan.channels * plan.height * plan.width;
+    const float* input = nullptr;
+    if (plan.layout == DIRECT) {
+      input = reinterpret_cast<const float*>(x) + first * image;
+    } else {
+      float* const buffer = input_scratch.get(plane_count * plan.plane_size + LANES);
+      copy_planes(plan, x, planes, plane_count, first, together, buffer);
+      input = buffer;
+    }
+    if (plan.layout == FOLDED) {
+      const int64_t stride = std::max<int64_t>(plan.positions, LANES);
+      float* const sums = output_scratch.get(plan.out_channels * stride);
+      const Job<float> job{entries, plan.out_channels, stride, stride, input, sums, bias, nullptr, false};
+      ::run(job, together);
+      unfold(plan, sums, first, residual, relu, together, out);
+      output_scratch.trim();
+    } else {
+      const int64_t where = first * plan.out_channels * plan.positions;
+      const Job<T> job{entries,    plan.out_channels, plan.positions,                        plan.positions, input,
+                       out + where, bias,             residual ? residual + where : nullptr, relu};
+      ::run(job, together);
+    }
+    input_scratch.trim();
+  }
+
+  // Whole blocks to each thread as long as that comes out even; the pool shares each of the others.
+  void run() const {
+    const int64_t units = (plan.images + plan.block - 1) / plan.block, threads = at::get_num_threads();
+    const int64_t even = units / threads * threads;
+    at::parallel_for(0, even, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) run_unit(unit, false);
+    });
+    for (int64_t unit = even; unit < units; ++unit) run_unit(unit, true);
+  }
+};
+
+at::Tensor sparse_conv2d(const at::Tensor& x, const at::Tensor& plan, const at::Tensor& start, const at::Tensor& offset,
+                         const at::Tensor& value, const at::Tensor& planes, const std::optional<at::Tensor>& bias,
+                         const std::optional<at::Tensor>& residual, bool relu) {
+  Plan p;
+  TORCH_CHECK(plan.nbytes() == sizeof(Plan), "a plan has ", sizeof(Plan), " bytes, got ", plan.nbytes());
+  std::memcpy(&p, plan.const_data_ptr<int64_t>(), sizeof(Plan));
+  const Entries entries{start.const_data_ptr<int32_t>(), offset.const_data_ptr<int32_t>(),
+                        value.const_data_ptr<float>()};
+  at::Tensor out = at::empty({p.images, p.out_channels, p.out_height, p.out_width}, x.options());
+  const auto call = [&](auto zero) {
+    using T = decltype(zero);
+    const Call<T> c{p,
+                    entries,
+                    planes.const_data_ptr<int32_t>(),
+                    planes.size(0),
+                    x.const_data_ptr<T>(),
+                    bias ? bias->const_data_ptr<float>() : nullptr,
+                    residual ? residual->const_data_ptr<T>() : nullptr,
+                    relu,
+                    out.mutable_data_ptr<T>()};
+    c.run();
+  };
+  if (x.scalar_type() == at::kFloat) call(0.0f);
+  else call(c10::BFloat16{});
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(growfx, library) {
+  library.def(
+      "sparse_conv2d(Tensor x, Tensor plan, Tensor start, Tensor offset, Tensor value, Tensor planes, Tensor? bias, "
+      "Tensor? residual, bool relu) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(growfx, CPU, library) { library.impl("sparse_conv2d", &sparse_conv2d); }
