@@ -8,8 +8,7 @@ before anything is changed: it can make tensors smaller and nothing else.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,8 +17,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from growfx.compaction_plan import CompactionPlan, Spans, damaged_plan
+from growfx.module_copy import copy_modules
 
-__all__ = ["apply_plan", "columns_axis", "hollow", "kept_indices", "sizes_after", "sizes_of", "spans"]
+__all__ = ["apply_plan", "columns_axis", "hollow", "kept_indices", "sharing_copy", "sizes_after", "sizes_of", "spans"]
 
 
 def spans(kept: Tensor) -> Spans:
@@ -103,11 +103,20 @@ def apply_plan(model: nn.Module, plan: CompactionPlan) -> nn.Module:
 
 def hollow(model: nn.Module) -> nn.Module:
     """A copy of a model without values."""
+    return _copied(model, lambda tensor: torch.empty_like(tensor, device="meta"))
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model that can be made smaller; what is not written to is stored once for both."""
+    return _copied(model, Tensor.detach)
+
+
+def _copied(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, memo)
+        new = change(tensor)
+        memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+    return copy_modules(model, memo)
 
 
 def _apply(model: nn.Module, plan: CompactionPlan) -> nn.Module:

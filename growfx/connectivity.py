@@ -6,16 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from growfx.paths import PathProducts
+from growfx.signal_graph import Origin, SignalGraph
 
-__all__ = ["Connectivity", "LayerUnits", "Signal"]
-
-Ints = NDArray[np.int64]
+__all__ = ["Connectivity", "LayerUnits"]
 
 
 @dataclass(frozen=True)
@@ -40,25 +37,6 @@ class LayerUnits:
 
 
 @dataclass(frozen=True)
-class Signal:
-    """How values are made of units, for `Connectivity.feeding`.
-
-    Attributes:
-        unit: the unit that a signal is, or 0.
-        left: the signal's first part, or 0.
-        right: its second part, or 0.
-        members: further parts of signals that have more.
-        columns: layer name -> pairs of column and signal.
-    """
-
-    unit: Ints
-    left: Ints
-    right: Ints
-    members: Mapping[int, Ints]
-    columns: Mapping[str, tuple[Ints, Ints]]
-
-
-@dataclass(frozen=True)
 class Connectivity:
     """What `growfx.passes.connect.connect` finds.
 
@@ -78,6 +56,7 @@ class Connectivity:
         frames: groups that stand along several axes of one value, such as (heads, dims) or (2, half the channels), in
             that shape. What remains after a removal must be a full rectangle in each, and in the queries, keys and
             values of one attention as many heads.
+        signals: how the values between layers are made of units.
     """
 
     layers: Mapping[str, LayerUnits]
@@ -87,7 +66,7 @@ class Connectivity:
     counted: Mapping[int, str]
     parameters: Mapping[str, tuple[int, Tensor]]
     frames: tuple[Tensor, ...]
-    _signals: Signal = field(repr=False)
+    signals: SignalGraph = field(repr=False)
 
     def coupled(self, layer: str) -> Tensor:
         """The group of every output unit of a layer."""
@@ -102,21 +81,8 @@ class Connectivity:
         Returns:
             Columns and units, two int64 tensors of the same length, sorted.
         """
-        signals = self._signals
-        columns, waiting = signals.columns.get(layer, (np.zeros(0, np.int64),) * 2)
-        found: list[Ints] = []
-        while len(waiting):
-            pairs = np.unique(np.stack([columns, waiting]), axis=1)
-            columns, waiting = pairs
-            unit = signals.unit[waiting]
-            found.append(np.stack([columns, unit])[:, unit > 0])
-            more = [(columns[i : i + 1], signals.members[s]) for i, s in enumerate(waiting) if s in signals.members]
-            sides = [(columns, signals.left[waiting]), (columns, signals.right[waiting])]
-            sides += [(np.repeat(column, len(members)), members) for column, members in more]
-            columns, waiting = (np.concatenate(part) for part in zip(*sides, strict=True))
-            columns, waiting = columns[waiting > 0], waiting[waiting > 0]
-        pairs = np.unique(np.concatenate(found, axis=1), axis=1) if found else np.zeros((2, 0), np.int64)
-        return torch.from_numpy(pairs[0].copy()), torch.from_numpy(pairs[1].copy())
+        columns, units = self.signals.pairs(layer)
+        return torch.from_numpy(columns), torch.from_numpy(units)
 
     def alive(self, paths: PathProducts) -> Tensor:
         """For every unit whether a path with a product above zero runs through it; index 0 is False.
@@ -129,19 +95,15 @@ class Connectivity:
         for name, layer in self.layers.items():
             if name in paths.alive_out:
                 alive[layer.outputs] = paths.alive_out[name].cpu()
-        inputs = torch.cat([torch.zeros(0, dtype=torch.int64), *self.inputs.values()])
-        reached, fed = torch.zeros(len(self.group), dtype=torch.bool), torch.zeros(len(self.group), dtype=torch.bool)
-        for name in self.layers:
-            columns, units = self.feeding(name) if self._fed_by_inputs(name) else (None, inputs[:0])
-            fed[units] = True
+        reached, fed = Origin(self.signals), Origin(self.signals)
+        for name, layer in self.layers.items():
+            every = torch.ones(len(layer.sources), dtype=torch.bool)
+            fed.add(name, every)
             known = paths.alive_in.get(name)
-            if columns is not None:
-                reached[units] |= torch.ones_like(units, dtype=torch.bool) if known is None else known.cpu()[columns]
-        alive[inputs] = reached[inputs] | ~fed[inputs]
+            reached.add(name, every if known is None else known.cpu())
+        inputs = torch.cat([torch.zeros(0, dtype=torch.int64), *self.inputs.values()])
+        alive[inputs] = (reached.units() | ~fed.units())[inputs]
         return alive
-
-    def _fed_by_inputs(self, layer: str) -> bool:
-        return bool(np.isin(self.feeding(layer)[1].numpy(), np.concatenate([[0], *self.inputs.values()])).any())
 
     def dead_units(self, paths: PathProducts) -> dict[str, Tensor]:
         """Layer name -> indices of its output units that no path crosses; layers without one are left out."""

@@ -12,7 +12,6 @@ model takes one, in float64 where the model runs in it. A removal that the model
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from growfx.compaction import apply_plan, columns_axis
+from growfx.compaction import apply_plan, columns_axis, sharing_copy
 from growfx.compaction_plan import CompactionPlan
 from growfx.connectivity import Connectivity
 from growfx.errors import TraceError
@@ -170,7 +169,7 @@ def _problem(chooser: Chooser, groups: list[int], model: nn.Module, trials: Sequ
 
 
 def _built(model: nn.Module, plan: CompactionPlan, folds: dict[str, Tensor]) -> nn.Module:
-    small = copy.deepcopy(model)
+    small = sharing_copy(model)
     apply_plan(small, plan)
     fold_constants(small, folds)
     return small
@@ -206,11 +205,11 @@ def _changes(
         stays = removal.outputs[name]
         idle = stays & chooser.idle[layer.outputs]
         groups = found.coupled(name)[idle].tolist()
-        why = [reasons.get(g) or f"coupled with a live unit{_of_others(found, g, name)}" for g in groups]
+        why = [reasons.get(g) or f"coupled with a live unit{_of_others(chooser.owners[g], name)}" for g in groups]
         changes.append(LayerChange(name, len(stays), int(stays.sum()), len(groups), tuple(dict.fromkeys(why))))
     return changes
 
 
-def _of_others(found: Connectivity, group: int, name: str) -> str:
-    others = [other for other in found.layers if other != name and bool((found.coupled(other) == group).any())]
-    return f" of `{others[0]}`" if others else ""
+def _of_others(owners: list[str], name: str) -> str:
+    other = next((owner for owner in owners if owner != name), None)
+    return f" of `{other}`" if other else ""

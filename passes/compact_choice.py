@@ -20,6 +20,7 @@ from growfx.compaction import columns_axis, sizes_after, spans
 from growfx.compaction_plan import CompactionPlan
 from growfx.connectivity import Connectivity
 from growfx.passes.compact_liveness import Liveness, edges
+from growfx.signal_graph import Origin, Reach
 
 __all__ = ["Chooser", "Removal", "fold_constants", "make_plan"]
 
@@ -50,6 +51,7 @@ class Chooser:
         found: its connectivity.
         live: its liveness.
         refused: group -> why it may not leave.
+        owners: group -> the layers that have units in it, in data-flow order.
         dead: unit -> not needed, or not dependent on the input.
         idle: the same, with those that are unconnected though something is computed over them.
     """
@@ -58,6 +60,7 @@ class Chooser:
     found: Connectivity
     live: Liveness
     refused: dict[int, str] = field(default_factory=dict)
+    owners: dict[int, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         found = self.found
@@ -72,6 +75,9 @@ class Chooser:
             for name, layer in found.layers.items()
         }
         self.candidates = candidates  # by unit; all units of a group alike
+        for name in found.layers:
+            for group in found.coupled(name).unique().tolist():
+                self.owners.setdefault(group, []).append(name)
         self.refused.update({**found.counted, **found.pinned})
         self._refuse_whole_layers()
         self.idle = self.dead | self._unconnected()
@@ -105,24 +111,19 @@ class Chooser:
     def _unconnected(self) -> Tensor:
         """Units that nothing leads to, or that lead to no weight; what is pinned or counted is never called dead."""
         alone = torch.zeros(len(self.found.group), dtype=torch.bool)
-        reached, used = torch.zeros_like(alone), torch.zeros_like(alone)
+        reaching, used = Origin(self.found.signals), Origin(self.found.signals)
         for name, layer in self.found.layers.items():
             alone[layer.outputs[~self.live.edges[name].any(1)]] = True
-            columns, units = self.live.pairs[name]
-            reached[units] = True
-            used[units[self.live.edges[name].any(0)[columns]]] = True
-        return alone | (reached & ~used)
+            reaching.add(name, torch.ones(len(layer.sources), dtype=torch.bool))
+            used.add(name, self.live.edges[name].any(0))
+        return alone | (reaching.units() & ~used.units())
 
     def clusters(self) -> dict[frozenset[str], list[int]]:
         """The candidates by the layers whose units are in them: what a model's code treats alike."""
-        owners: dict[int, set[str]] = {}
-        for name in self.found.layers:
-            for group in self.found.coupled(name).unique().tolist():
-                owners.setdefault(group, set()).add(name)
         found: dict[frozenset[str], list[int]] = {}
         for group in self.found.group[self.candidates].unique().tolist():
             if group not in self.refused:
-                found.setdefault(frozenset(owners.get(group, ())), []).append(group)
+                found.setdefault(frozenset(self.owners.get(group, ())), []).append(group)
         return found
 
     def removal(self, groups: list[int]) -> tuple[Removal, dict[int, str]]:
@@ -144,8 +145,9 @@ class Chooser:
 
     def _objections(self, removed: Tensor) -> Iterator[tuple[int, str]]:
         """Groups that cannot leave together with the others that are to; `removed` may change meanwhile."""
+        acting = Reach(self.found.signals, removed[self.found.group] & self.live.needed)
         for name in self.found.layers:
-            yield from self._noticed(name, removed)
+            yield from self._noticed(name, removed, acting)
             yield from self._grouped(name, removed)
             coupled = self.found.coupled(name)
             if removed[coupled].all():
@@ -166,7 +168,7 @@ class Chooser:
     def _of(removed: Tensor, groups: Tensor) -> Tensor:
         return removed[groups.reshape(-1)].reshape(groups.shape)
 
-    def _noticed(self, name: str, removed: Tensor) -> Iterator[tuple[int, str]]:
+    def _noticed(self, name: str, removed: Tensor, acting: Reach) -> Iterator[tuple[int, str]]:
         """Groups whose columns, or whose influence on others, are used by what stays."""
         layer, live, lead = self.found.layers[name], self.live, self.leads[name]
         rows = ~removed[self.found.coupled(name)] & live.needed[layer.outputs]
@@ -182,10 +184,11 @@ class Chooser:
                     yield int(lead[column]), problem
         if layer.mixes_positions:  # units pass it one by one
             return
-        columns, units = live.pairs[name]
-        acting = removed[self.found.group[units]] & live.needed[units] & ~gone[columns] & used[columns]
-        for unit in units[acting].unique().tolist():
-            yield int(self.found.group[unit]), f"it acts on other units before `{name}`"
+        touched = ~gone & used & acting.at(name, len(gone))
+        if touched.any():
+            units = Origin(self.found.signals).add(name, touched)
+            for group in self.found.group[units[live.needed[units]]].unique().tolist():
+                yield group, f"it acts on other units before `{name}`"
 
     def _no_fold(self, name: str) -> str:
         """Why a layer's bias cannot take over a constant; "" when it can."""

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from growfx.compaction import columns_axis
 from growfx.connectivity import Connectivity
 from growfx.inputs import Inputs
+from growfx.signal_graph import Origin, Reach
 
 __all__ = ["Liveness", "edges", "find_liveness"]
 
@@ -43,7 +44,6 @@ class Liveness:
         varies: layer -> bool per input column: what stands there depends on the input.
         constant: layer -> per input column the constant that stands there everywhere; nan where it varies, or differs
             between positions (where a padding of zeros met a constant).
-        pairs: layer -> columns and the units that reach them.
         edges: layer -> bool (outputs, columns): some weight between them is not zero.
     """
 
@@ -51,7 +51,6 @@ class Liveness:
     needed: Tensor
     varies: dict[str, Tensor]
     constant: dict[str, Tensor]
-    pairs: dict[str, tuple[Tensor, Tensor]]
     edges: dict[str, Tensor]
 
 
@@ -83,17 +82,15 @@ def find_liveness(model: nn.Module, graph: fx.Graph, found: Connectivity, trials
         needed=torch.zeros(len(found.group), dtype=torch.bool),
         varies={},
         constant={},
-        pairs={name: found.feeding(name) for name in found.layers},
         edges={name: _edges(model, found, name) for name in found.layers},
     )
     kept = torch.zeros(len(found.group), dtype=torch.bool)
     kept[[*found.pinned, *found.counted]] = True
     always = kept[found.group]
     always[0] = False
+    everywhere = Reach(found.signals, torch.arange(1, len(found.group)))
     for name, layer in found.layers.items():
-        reached = torch.zeros(len(layer.sources), dtype=torch.bool)
-        reached[known.pairs[name][0]] = True
-        known.varies[name] = ~reached & (layer.sources != 0)
+        known.varies[name] = ~everywhere.at(name, len(layer.sources)) & (layer.sources != 0)
     _follow_inputs(known, found, always)
     watch = _Watch(model, found, known)
     watch.run(trials)
@@ -124,18 +121,18 @@ def _follow_inputs(known: Liveness, found: Connectivity, always: Tensor) -> None
         known.fed[units] = True
     lost = {name: known.varies[name].clone() for name in found.layers}
     allowed = {name: ~(known.constant[name] == known.constant[name]) for name in known.constant}
+    reach = Reach(found.signals, known.fed)
     changed = True
     while changed:
         changed = False
         for name, layer in found.layers.items():
-            columns, units = known.pairs[name]
-            varies = lost[name].clone()
-            varies[columns[known.fed[units]]] = True
+            varies = lost[name] | reach.at(name, len(layer.sources))
             varies &= allowed.get(name, torch.ones_like(varies))
             known.varies[name] = varies
-            fed = (known.edges[name] & varies).any(1) & ~known.fed[layer.outputs]
+            fed = known.edges[name][:, varies].any(1) & ~known.fed[layer.outputs]
             if fed.any():
                 known.fed[layer.outputs[fed]] = True
+                reach.add(layer.outputs[fed])
                 changed = True
 
 
@@ -144,16 +141,18 @@ def _follow_outputs(known: Liveness, found: Connectivity, always: Tensor, silenc
     known.needed.logical_or_(always & ~silenced)
     for units in found.inputs.values():
         known.needed[units] = True
+    by_any, by_constants = Origin(found.signals), Origin(found.signals)
     changed = True
     while changed:
         changed = False
         for name in reversed(list(found.layers)):
-            columns, units = known.pairs[name]
             rows = known.needed[found.layers[name].outputs]
-            used = known.edges[name][rows].any(0)[columns]
+            used = known.edges[name][rows].any(0)
             # What depends on the input and still leaves a column constant has no effect there.
-            used &= (known.varies[name] | known.constant[name].isnan())[columns] | ~known.fed[units]
-            new = units[used & ~known.needed[units] & ~silenced[units]]
+            varies = known.varies[name] | known.constant[name].isnan()
+            constants = by_constants.add(name, used & ~varies)
+            new = torch.cat([by_any.add(name, used & varies), constants[~known.fed[constants]]])
+            new = new[~known.needed[new] & ~silenced[new]]
             if len(new):
                 known.needed[new] = True
                 changed = True
@@ -203,9 +202,10 @@ class _Watch:
             for name, module in self.modules.items():
                 stack.callback(module.register_forward_pre_hook(self._seeing(name, module)).remove)
                 stack.callback(module.register_forward_hook(self._replacing(name, module)).remove)
-            shapes = [trials[i % len(trials)] for i in range(max(len(trials), len(_SCALES)))]
-            for i, trial in enumerate(shapes):
-                self.scale = _SCALES[i % len(_SCALES)]
+            sizes = {trial.signature: trial for trial in trials}
+            ascending = sorted(sizes.values(), key=_elements)  # the smallest is the quickest, and used most
+            for i in range(max(len(sizes), len(_SCALES))):
+                self.scale, trial = _SCALES[i % len(_SCALES)], ascending[i % len(sizes)]
                 many = trial.with_batch(_ROWS)
                 args, kwargs = pytree.tree_map(lambda value: self._noise(value, 1), (many.args, dict(many.kwargs)))
                 self.model(*args, **kwargs)
@@ -255,23 +255,29 @@ class _Watch:
     def settle(self) -> bool:
         """Take columns that stayed the same as constant; whether any of them was thought to vary."""
         surprised = False
+        replaced = torch.zeros(len(self.found.group), dtype=torch.bool)
+        for other in self.modules.keys() & self.low.keys():
+            replaced[self.found.layers[other].outputs] = True
+        for inputs in self.found.inputs.values():
+            replaced[inputs] = self.floating
+        replaced[0] = True
+        others = Reach(self.found.signals, ~replaced)
         for name, constant in self.constants().items():
-            columns, units = self.known.pairs[name]
             varies, layer = self.known.varies[name], self.found.layers[name]
             # Only where all that reaches the column was replaced.
-            replaced = torch.zeros(len(self.found.group), dtype=torch.bool)
-            for other in self.modules.keys() & self.low.keys():
-                replaced[self.found.layers[other].outputs] = True
-            for inputs in self.found.inputs.values():
-                replaced[inputs] = self.floating
-            certain = layer.sources > 0
-            certain[columns[~replaced[units]]] = False
+            certain = (layer.sources > 0) & ~others.at(name, len(layer.sources))
             same = varies & certain & ~constant.isnan()
             varies[same] = False
             constant[varies] = torch.nan
             self.known.constant[name] = constant
             surprised |= bool(same.any())
         return surprised
+
+
+def _elements(inputs: Inputs) -> int:
+    return sum(
+        leaf.numel() for leaf in pytree.tree_leaves((inputs.args, dict(inputs.kwargs))) if isinstance(leaf, Tensor)
+    )
 
 
 def _channels(module: Any, value: Tensor) -> int:

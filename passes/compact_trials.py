@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,14 +33,26 @@ def example_of(net: MaskedGraph, example_inputs: Any) -> Inputs:
 def working_copy(model: nn.Module, example: Inputs) -> tuple[nn.Module, list[Trial]]:
     """A copy of the model in float64, or in its own type where it does not run in that, and inputs with outputs."""
     candidates = [example.with_batch(2).redrawn(seed) for seed in (1, 2)]
-    larger = _larger(candidates[0])
-    if larger is not None:
-        candidates.append(larger)
     try:
         work = copy.deepcopy(model).double()
-        return work, trials_of(work, [_as_double(inputs) for inputs in candidates])
+        return work, _with_another_size(work, trials_of(work, [_as_double(inputs) for inputs in candidates]))
     except Exception:  # types written into the model
-        return model, trials_of(model, candidates)
+        return model, _with_another_size(model, trials_of(model, candidates))
+
+
+def _with_another_size(model: nn.Module, trials: list[Trial]) -> list[Trial]:
+    """The trials, and one with images of another size where the model takes one: of half the size, or larger."""
+    inputs, outputs = trials[0]
+    finite = all(bool(value.isfinite().all()) for value in outputs)
+    for sizes in (_half, _larger):
+        other = _resized(inputs, sizes)
+        try:
+            result = [] if other is None else outputs_of(model, other)
+        except Exception:  # its sizes are fixed
+            continue
+        if other is not None and finite == all(bool(value.isfinite().all()) for value in result):
+            return [*trials, (other, result)]
+    return trials
 
 
 def _as_double(inputs: Inputs) -> Inputs:
@@ -48,19 +60,29 @@ def _as_double(inputs: Inputs) -> Inputs:
     return Inputs(*pytree.tree_map(double, (inputs.args, dict(inputs.kwargs))))
 
 
-def _larger(inputs: Inputs) -> Inputs | None:
-    """Images half as large again, in steps of 32 where they are such themselves."""
+def _half(size: int) -> int:
+    """About half of a size that is large enough to be halved, in steps of 32; others stay."""
+    return max(64, size // 64 * 32) if size >= 128 else size
+
+
+def _larger(size: int) -> int:
+    """Half as large again, in steps of 32; twice as large where it is small."""
+    return size + max(size // 2 // 32 * 32, min(size, 32))
+
+
+def _resized(inputs: Inputs, change: Callable[[int], int]) -> Inputs | None:
+    """Noise in the place of images, of other sizes; None where nothing is of another size."""
     generator = torch.Generator().manual_seed(3)
 
-    def larger(value: Any) -> Any:
+    def resized(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.ndim < 4:
             return value
-        sizes = [n + max(n // 2 // 32 * 32, min(n, 32)) for n in value.shape[2:]]
+        sizes = [change(size) for size in value.shape[2:]]
         return torch.randn((*value.shape[:2], *sizes), generator=generator).to(value)
 
-    args = tuple(map(larger, inputs.args))
-    changed = any(new is not old for new, old in zip(args, inputs.args, strict=True))
-    return Inputs(args, inputs.kwargs) if changed and not inputs.structural else None
+    args = tuple(map(resized, inputs.args))
+    shapes = [[value.shape for value in values if isinstance(value, Tensor)] for values in (args, inputs.args)]
+    return Inputs(args, inputs.kwargs) if shapes[0] != shapes[1] and not inputs.structural else None
 
 
 def trials_of(model: nn.Module, candidates: Sequence[Inputs]) -> list[Trial]:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from growfx.connectivity import Connectivity, LayerUnits, Signal
+from growfx.connectivity import Connectivity, LayerUnits
 from growfx.passes.connect_signals import MIX, SLOT, SUM, UNIT, Ints, Signals, numbers
+from growfx.signal_graph import SignalGraph
 
 __all__ = ["Fed", "found"]
 
@@ -62,7 +63,7 @@ def found(
     columns = {
         name: (np.concatenate(layer.at), np.concatenate(layer.signals)) for name, layer in layers.items() if layer.at
     }
-    dag = Signal(number, signals.left.copy(), signals.right.copy(), dict(signals.members), columns)
+    dag = SignalGraph(number, signals.left.copy(), signals.right.copy(), dict(signals.members), columns)
     return Connectivity(
         layers=known,
         inputs={name: torch.from_numpy(number[units]) for name, units in inputs.items()},
@@ -71,7 +72,7 @@ def found(
         counted=reasons[1],
         parameters={name: (axis, torch.from_numpy(of_group[ids])) for name, (axis, ids) in cut.items()},
         frames=tuple(torch.from_numpy(of_group[frame.numpy()]) for frame in frames),
-        _signals=dag,
+        signals=dag,
     )
 
 
