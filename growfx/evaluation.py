@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from growfx.errors import ConfigError, DataError
 
-__all__ = ["Score", "evaluate", "logits_of", "paired_noise"]
+__all__ = ["Score", "count_classes", "evaluate", "logits_of", "paired_noise"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,16 @@ def evaluate(net: nn.Module, loader: Iterable[Any], device: torch.device | str) 
     if not found:
         raise DataError("the loader to evaluate on gives no images")
     return Score(torch.cat(found))
+
+
+def count_classes(net: nn.Module, images: Tensor) -> int:
+    """How many classes `net` scores; its mode is restored. ConfigError where it gives no class scores."""
+    training = net.training
+    try:
+        with torch.no_grad():
+            return logits_of(net.eval()(images)).shape[1]
+    finally:
+        net.train(training)
 
 
 def logits_of(output: Any) -> Tensor:

@@ -89,10 +89,17 @@ class TrainOptions:
         momentum: for optimizers that have one.
         weight_decay: on tensors of two or more dimensions.
         warmup_epochs: linear warmup of the final training, at most half of it is used.
-        min_lr: learning rate at the end of every cosine, as a fraction of its peak.
+        schedule: of the final training, by timm: "cosine", "linear", "step" (`lr` times `decay_rate` after every
+            `decay_epochs`) or "constant", each after the warmup. All other stages keep their own.
+        decay_epochs: of "step"; None is a third of the training.
+        decay_rate: of "step".
+        min_lr: learning rate at the end of a cosine or line, as a fraction of its peak.
         round_lr: peak learning rate of a growth round, as a fraction of `lr`.
         round_warmup: linear warmup of a growth round, as a fraction of the round.
-        label_smoothing: of the cross-entropy.
+        loss: "cross-entropy", or "bce", a binary cross-entropy of every class.
+        label_smoothing: of the classes that the loss compares with.
+        mixup: alpha of timm's mixup of every training batch with itself reversed; 0 for none. Batches must be even.
+        cutmix: alpha of timm's cutmix; with `mixup` too, a batch gets the one or the other, at even chances.
         clip_grad: largest norm of the gradient; None leaves it alone.
         ema_decay: of the averaged weights that score a growth round, at most; their memory is otherwise a tenth
             of the round.
@@ -106,10 +113,16 @@ class TrainOptions:
     momentum: float = option(0.9, low=0, high=1, open_high=True)
     weight_decay: float = option(5e-4, low=0)
     warmup_epochs: float = option(1.0, low=0)
+    schedule: str = option("cosine", choices=("cosine", "linear", "step", "constant"))
+    decay_epochs: float | None = option(None, low=0, open_low=True)
+    decay_rate: float = option(0.1, low=0, high=1, open_low=True)
     min_lr: float = option(1e-3, low=0, high=1)
     round_lr: float = option(1.0, low=0, high=10, open_low=True)
     round_warmup: float = option(0.1, low=0, high=0.9)
+    loss: str = option("cross-entropy", choices=("cross-entropy", "bce"))
     label_smoothing: float = option(0.0, low=0, high=1, open_high=True)
+    mixup: float = option(0.0, low=0)
+    cutmix: float = option(0.0, low=0)
     clip_grad: float | None = option(None, low=0, open_low=True)
     ema_decay: float = option(0.999, low=0, high=1, open_high=True)
     seed: int = option(0, low=0, high=2**63 - 1)
@@ -117,6 +130,11 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.decay_epochs is not None and self.schedule != "step":
+            raise ConfigError(
+                f"`decay_epochs` = {self.decay_epochs} is of `schedule` = `step`, which here is `{self.schedule}`; "
+                "set `schedule` to `step`, or leave `decay_epochs` out"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,17 @@
-"""The parts of a training recipe, made by timm's factories: optimizer, schedule, loss, weight averaging.
+"""The parts of a training recipe, made by timm's factories: optimizer, schedule, loss, mixing, weight averaging.
 
 And the randomness of an epoch.
 """
 
 import math
 import random
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from growfx.errors import ConfigError, DataError
 from growfx.options import TrainOptions
@@ -20,6 +20,7 @@ from growfx.session import Stage
 __all__ = [
     "make_average",
     "make_loss",
+    "make_mixup",
     "make_optimizer",
     "pick_device",
     "private_randomness",
@@ -69,11 +70,55 @@ def make_optimizer(net: nn.Module, options: TrainOptions) -> torch.optim.Optimiz
 
 
 def make_loss(options: TrainOptions) -> nn.Module:
-    """Cross-entropy, with label smoothing where asked for."""
-    from timm.loss.cross_entropy import LabelSmoothingCrossEntropy
+    """timm's loss of class scores (B, classes), given class numbers (B) or mixed targets (B, classes)."""
+    from timm.loss.binary_cross_entropy import BinaryCrossEntropy
 
-    smoothing = options.label_smoothing
-    return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
+    if options.loss == "bce":
+        return BinaryCrossEntropy(options.label_smoothing)
+    return _CrossEntropy(options.label_smoothing)
+
+
+class _CrossEntropy(nn.Module):
+    """Cross-entropy of class numbers, smoothed; of mixed targets as they are, since mixing has smoothed them."""
+
+    def __init__(self, smoothing: float) -> None:
+        super().__init__()
+        from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+
+        self.hard = LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
+        self.soft = SoftTargetCrossEntropy()
+
+    def forward(self, scores: Tensor, targets: Tensor) -> Tensor:
+        return self.soft(scores, targets) if targets.ndim == scores.ndim else self.hard(scores, targets)
+
+
+def make_mixup(options: TrainOptions, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """timm's mixup and cutmix of images (B, C, H, W) and class numbers (B) into targets (B, classes), drawn from
+    numpy's global generator; None where the options ask for neither.
+
+    What it returns raises `ConfigError` for a batch of an odd number of images, and where cutmix is no option.
+    """
+    from timm.data.mixup import Mixup
+
+    if not options.mixup and not options.cutmix:
+        return None
+    mix = Mixup(options.mixup, options.cutmix, label_smoothing=options.label_smoothing, num_classes=classes)
+
+    def mixed(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if len(images) % 2:
+            raise ConfigError(
+                f"`mixup` and `cutmix` pair the images of a batch, and one has {len(images)}; choose an even batch "
+                "size, and leave an odd rest out (`drop_last=True`)"
+            )
+        if options.cutmix and images.ndim != 4:
+            raise ConfigError(
+                f"`cutmix` cuts rectangles out of images (B, C, H, W), and a batch has shape {tuple(images.shape)}; "
+                "`mixup` alone takes any shape"
+            )
+        # timm mixes in place, and the images may be the caller's own.
+        return mix(images.clone(), targets)
+
+    return mixed
 
 
 def make_average(net: nn.Module, options: TrainOptions, steps: int) -> Any:
@@ -120,7 +165,16 @@ def schedule_of(optimizer: torch.optim.Optimizer, options: TrainOptions, stage: 
     if stage.low is not None:
         return Triangle(optimizer, options.lr * stage.low, peak, stage.epochs * steps)
     warmup = min(options.warmup_epochs, stage.epochs / 2) if stage.warmup is None else stage.warmup
-    return cosine(optimizer, peak=peak, low=peak * options.min_lr, epochs=stage.epochs, warmup=warmup, steps=steps)
+    kind: dict[str, Any] = {"sched": "cosine"}
+    if stage.kind == "final":
+        kind = {
+            "cosine": kind,
+            "linear": {"sched": "poly", "decay_rate": 1.0},  # timm hands the power over as `decay_rate`
+            "step": {"sched": "step", "decay_epochs": options.decay_epochs or stage.epochs / 3}
+            | {"decay_rate": options.decay_rate},
+            "constant": {"sched": "step", "decay_rate": 1.0},
+        }[options.schedule]
+    return _timm_schedule(optimizer, peak, peak * options.min_lr, stage.epochs, warmup, steps, **kind)
 
 
 class Triangle:
@@ -137,8 +191,10 @@ class Triangle:
             group["lr"] = self.low + (self.peak - self.low) * height
 
 
-def cosine(optimizer: torch.optim.Optimizer, *, peak: float, low: float, epochs: int, warmup: float, steps: int) -> Any:
-    """A cosine from `peak` to `low` over `epochs` of `steps` steps, after a linear warmup (epochs), by timm."""
+def _timm_schedule(
+    optimizer: torch.optim.Optimizer, peak: float, low: float, epochs: int, warmup: float, steps: int, **kind: Any
+) -> Any:
+    """timm's schedule of a kind from `peak` to `low` over `epochs` of `steps` steps, after a linear warmup (epochs)."""
     from timm.scheduler.scheduler_factory import create_scheduler_v2
 
     for group in optimizer.param_groups:
@@ -146,12 +202,12 @@ def cosine(optimizer: torch.optim.Optimizer, *, peak: float, low: float, epochs:
         group["lr"] = group["initial_lr"] = peak
     schedule, _ = create_scheduler_v2(
         optimizer,
-        sched="cosine",
         num_epochs=epochs,
         warmup_epochs=math.floor(warmup * steps) / steps,  # type: ignore[arg-type]
         warmup_lr=peak * 0.1,
         min_lr=low,
         step_on_epochs=False,
         updates_per_epoch=steps,
+        **kind,
     )
     return schedule

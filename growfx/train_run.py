@@ -14,13 +14,14 @@ import torch
 
 from growfx.cost import CostMeter
 from growfx.errors import CheckpointError, DataError, GrowfxError
-from growfx.evaluation import Score, evaluate, paired_noise
+from growfx.evaluation import Score, count_classes, evaluate, paired_noise
 from growfx.graph import MaskedGraph
 from growfx.options import TrainOptions
 from growfx.progress import Progress
 from growfx.recipe import (
     make_average,
     make_loss,
+    make_mixup,
     make_optimizer,
     pick_device,
     schedule_of,
@@ -106,7 +107,9 @@ class Run:
         images, _ = next(iter(self.val_loader), (None, None))
         if images is None:
             raise DataError("the validation loader gives no images")
-        self.meter = CostMeter(self.net, images[:1].to(self.device))
+        example = images[:1].to(self.device)
+        self.meter = CostMeter(self.net, example)
+        self.step.mix = make_mixup(self.options, count_classes(self.net, example))
 
     def _moved(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)

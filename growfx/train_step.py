@@ -1,5 +1,6 @@
 """One step of training: forward, loss, backward, optimizer, method."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ class TrainStep:
 
     Attributes:
         net, optimizer, method: attached to each other before the first step.
-        criterion: of class scores (B, classes) and class numbers (B).
+        criterion: of class scores (B, classes), and class numbers (B) or mixed targets (B, classes).
+        mix: turns images and class numbers into mixed images and targets; None leaves a batch as it is.
     """
 
     def __init__(
@@ -28,6 +30,7 @@ class TrainStep:
     ) -> None:
         self.net, self.optimizer, self.method, self.criterion = net, optimizer, method, criterion
         self.options = options
+        self.mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     def loss(self, output: Any, targets: Tensor) -> Tensor:
         """Return the loss of what the network gave for one batch."""
@@ -35,6 +38,8 @@ class TrainStep:
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, bool]:
         """Train on one batch, on the network's device; return its loss, and whether masks changed."""
+        if self.mix is not None:
+            images, targets = self.mix(images, targets)
         loss = self.loss(self.net(images), targets)
         loss.backward()
         if self.options.clip_grad is not None:
