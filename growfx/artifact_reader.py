@@ -24,6 +24,7 @@ from growfx.dtypes import TORCH_DTYPES
 from growfx.errors import ArtifactError, ConfigError
 from growfx.manifest import Manifest
 from growfx.models import WEIGHT_SOURCES, ModelIdentity, blueprint, build_unfilled
+from growfx.rollback import unchanged_on_error
 
 __all__ = ["CONFIG", "DEFAULT_MAX_BYTES", "inspect", "load", "load_masks", "load_state"]
 
@@ -83,16 +84,18 @@ def load(
         with _building(), build_budget(len(manifest.names), stored if small is None else _MOST_LEFT_OUT * stored):
             plan = model if identity is None else blueprint(identity)
         assert plan is not None
+        _check_storage(plan, own=model is not None)
         _check_fit(plan if small is None else apply_plan(hollow(plan), small), manifest)
         state = _state(weights)
         if identity is not None:
             with _building():
                 plan = build_unfilled(identity, plan)
             _restore_preprocessing(plan, manifest)
-        if small is not None:
-            apply_plan(plan, small)
-        _fill(plan, state)
-    return plan.to(device=device, dtype=dtype).eval()
+        with unchanged_on_error(plan):
+            if small is not None:
+                apply_plan(plan, small)
+            _fill(plan, state)
+            return plan.to(device=device, dtype=dtype).eval()
 
 
 def load_state(path: str | Path, *, max_bytes: int = DEFAULT_MAX_BYTES) -> dict[str, Tensor]:
@@ -197,6 +200,15 @@ def _building() -> Generator[None]:
         raise ArtifactError(f"its model cannot be built here: {error}") from error
 
 
+def _check_storage(model: nn.Module, *, own: bool) -> None:
+    """An instance that was passed has tensors to fill; a blueprint has none yet."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and nn.parameter.is_lazy(tensor):
+            raise ArtifactError(f"`{name}` of the model has no shape yet; call the model once on an input first")
+        if own and isinstance(tensor, Tensor) and tensor.is_meta:
+            raise ArtifactError(f"`{name}` of `model=` has no storage; move the model with `to_empty` first")
+
+
 def _check_fit(model: nn.Module, manifest: Manifest) -> None:
     """Keys and shapes of the model are exactly those stored; a float stays a float of some width."""
     own = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
@@ -232,8 +244,6 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     plan: list[tuple[Tensor, Tensor]] = []
     for name, tensor in sorted(state.items()):
         target = targets[name]
-        if target.is_meta:
-            raise ArtifactError(f"`{name}` of `model=` has no storage; move the model with `to_empty` first")
         before = filled.setdefault(id(target), name)
         if state[before] is not tensor:
             raise ArtifactError(f"`{before}` and `{name}` are one tensor in the model and two in the artifact")

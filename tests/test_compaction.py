@@ -142,6 +142,55 @@ def test_a_hostile_plan_is_refused_and_the_instance_stays_as_it_was(tmp_path: Pa
     assert all(torch.equal(after[name], value) and id(after[name]) == key for name, (value, key) in before.items())
 
 
+def on_meta() -> nn.Module:
+    return build("flat")[0].to("meta")
+
+
+def lazy() -> nn.Module:
+    model = build("flat")[0]
+    model.add_module("a", nn.LazyConv2d(6, 3))
+    return model
+
+
+@pytest.mark.parametrize(("make", "text"), [(on_meta, "has no storage"), (lazy, "no shape yet")])
+def test_an_instance_that_cannot_take_the_weights_stays_as_it_was(make: Callable[[], nn.Module], text: str) -> None:
+    model = make()
+    before = facts(model)
+    with pytest.raises(ArtifactError, match=text):
+        growfx.load(GOLDEN, model=model)
+    assert facts(model) == before
+
+
+def facts(model: nn.Module) -> dict[str, Any]:
+    """Which objects a model consists of, where their values lie, and every number and flag of its modules."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, (int, str, bool, tuple)):
+                found[f"{name}.{key}"] = value
+        for key, value in (*module._parameters.items(), *module._buffers.items()):
+            if value is not None and not nn.parameter.is_lazy(value):
+                place = 0 if value.is_meta else value.data_ptr()
+                found[f"{name}.{key}"] = (id(value), place, tuple(value.shape), value.dtype, id(value.grad))
+    return found
+
+
+def test_whatever_breaks_while_the_instance_is_filled_leaves_it_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = build("flat")
+    model.train()
+    model(x).sum().backward()
+    before, values = facts(model), {name: value.clone() for name, value in model.state_dict().items()}
+
+    def fail(*_: object, **__: object) -> nn.Module:
+        raise torch.OutOfMemoryError("no memory left on the device")
+
+    monkeypatch.setattr(nn.Module, "to", fail)  # the last step: weights are filled in already
+    with pytest.raises(torch.OutOfMemoryError):
+        growfx.load(GOLDEN, model=model, dtype=torch.float16)
+    assert facts(model) == before
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+
+
 def test_what_a_reader_does_not_know_is_refused_by_name(tmp_path: Path) -> None:
     for edit, text in (
         (lambda m: m.update(requires=["compaction", "origami"]), "requires `origami`, unknown to this growfx; known"),

@@ -1,0 +1,42 @@
+"""A model that is changed in place, and is as it was when that does not succeed."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from itertools import chain
+
+from torch import nn
+
+__all__ = ["unchanged_on_error"]
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Generator[None]:
+    """Undo, if an exception leaves the block, what it did to the attributes and tensors of all modules.
+
+    Tensors get back their storage: what was written into that in place stays written. Lists and the like that are
+    attributes of a module are the same objects, whatever was done to them.
+    """
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    registries = [
+        (entries, dict(entries)) for m in model.modules() for entries in map(vars(m).get, _REGISTRIES) if entries
+    ]
+    tensors = [t for t in chain(model.parameters(), model.buffers()) if not nn.parameter.is_lazy(t)]
+    values = [(tensor, tensor.data, tensor.grad if tensor.is_leaf else None) for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        for module, before in attributes:
+            vars(module).clear()
+            vars(module).update(before)
+        for entries, before in registries:
+            entries.clear()
+            entries.update(before)
+        for tensor, data, grad in values:
+            tensor.data = data
+            if tensor.is_leaf:
+                tensor.grad = grad
+        raise
