@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from growfx import methods as methods
     from growfx import passes as passes
     from growfx.artifact import inspect as inspect
-    from growfx.artifact import load as load
     from growfx.errors import ArtifactError as ArtifactError
     from growfx.errors import CheckpointError as CheckpointError
     from growfx.errors import ConfigError as ConfigError
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from growfx.passes.mask import unwrap as unwrap
     from growfx.passes.mask import wrap as wrap
     from growfx.passes.path_products import path_products as path_products
+    from growfx.runtime import load as load
     from growfx.sparse_arrays import to_numpy as to_numpy
     from growfx.sparse_arrays import to_scipy as to_scipy
     from growfx.training import train as train
@@ -48,7 +48,7 @@ _HOME = {
     "create_model": "growfx.models",
     "export_onnx": "growfx.onnx_file",
     "inspect": "growfx.artifact",
-    "load": "growfx.artifact",
+    "load": "growfx.runtime",
     "path_products": "growfx.passes.path_products",
     "save": "growfx.export",
     "to_numpy": "growfx.sparse_arrays",

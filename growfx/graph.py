@@ -251,7 +251,7 @@ class MaskedGraph(fx.GraphModule):
         if recording is not None and recording.faithful:
             # On the shell, not on the net: a submodule of the model may be called `layers` or `graph`.
             return recording.run(self.shell, *args, **kwargs)
-        with _MaskedUses(self):
+        with _MaskedUses(self) if self.layers else nullcontext():
             return self.shell(*args, **kwargs)
 
     def _worth_recording(self, inputs: Inputs) -> bool:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from growfx import graph_ops
 from growfx.layers import MaskedLayer
+from growfx.lowered_layer import LoweredLayer
 from growfx.meta_shapes import function_shapes, module_shapes
 from growfx.parts import Parts
 from growfx.recorded_call import (
@@ -37,6 +38,7 @@ __all__ = ["DataDependentError", "NeedsValuesError", "Recorder"]
 # Subclasses of these compute what their base computes, in their own way: one node each, whatever is inside.
 _LEAF_KINDS = (
     MaskedLayer,
+    LoweredLayer,
     nn.modules.conv._ConvNd,
     nn.Linear,
     nn.modules.batchnorm._NormBase,
@@ -132,7 +134,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             # A fresh tensor object: an input that is also a buffer or another input must not share its node.
             value = value.view_as(value)
-            node.meta["shape"] = tuple(value.shape)
+            node.meta.update(shape=tuple(value.shape), dtype=value.dtype)
         self._track(value, lambda: node)
         return value
 
@@ -225,9 +227,9 @@ class Recorder(TorchFunctionMode):
 
     def _emit(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> fx.Node:
         node = self.graph.create_node(op, target, self.as_argument(args), self.as_argument(kwargs))
-        node.meta["source"] = source_line()
-        node.meta["module"] = self.stack[-1] if self.stack else ""
-        node.meta["shape"] = tuple(value.shape) if isinstance(value, Tensor) else None
+        facts = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (None, None)
+        module = self.stack[-1] if self.stack else ""
+        node.meta.update(source=source_line(), module=module, shape=facts[0], dtype=facts[1])
         if any(n in self.from_data for n in node.all_input_nodes):
             self.from_data.add(node)
         return node

@@ -17,4 +17,5 @@ PASSES: Final = {
     "walks": "walk_masks",
     "fold_norm": "fold_norm",
     "compact": "compact",
+    "lower": "lower",
 }

@@ -30,6 +30,7 @@ LEVELS = [
         "growfx.job",
         "growfx.onnx_file",
         "growfx.export",
+        "growfx.runtime",
     },
     {"growfx.zoo", "growfx.zoo_check", "growfx.zoo_pool", "growfx.compare", "growfx.compare_runs"},
     {"growfx.cli", "growfx.__main__"},
@@ -104,7 +105,7 @@ def test_every_package_folder_is_listed_for_the_build() -> None:
 def test_every_pass_is_listed_with_a_function_that_exists() -> None:
     for file, function in growfx.passes.PASSES.items():
         assert callable(getattr(importlib.import_module(f"growfx.passes.{file}"), function))
-    patterns = ("path_*.py", "connect_*.py", "compact_*.py")
+    patterns = ("path_*.py", "connect_*.py", "compact_*.py", "lower_*.py")
     helpers = {f.stem for pattern in patterns for f in VERBS.glob(pattern)} | {"__init__"}
     assert {f.stem for f in VERBS.glob("*.py")} - helpers <= set(growfx.passes.PASSES)
 
