@@ -21,11 +21,11 @@ def unchanged_on_error(model: nn.Module) -> Generator[None]:
     attributes of a module are the same objects, whatever was done to them.
     """
     attributes = [(module, dict(vars(module))) for module in model.modules()]
-    registries = [
-        (entries, dict(entries)) for m in model.modules() for entries in map(vars(m).get, _REGISTRIES) if entries
-    ]
+    own = [vars(module)[key] for module in model.modules() for key in _REGISTRIES]
+    registries = [(entries, dict(entries)) for entries in own]
     tensors = [t for t in chain(model.parameters(), model.buffers()) if not nn.parameter.is_lazy(t)]
-    values = [(tensor, tensor.data, tensor.grad if tensor.is_leaf else None) for tensor in tensors]
+    values = [(tensor, tensor.data) for tensor in tensors]
+    gradients = [(t, t.grad, None if t.grad is None else t.grad.data) for t in tensors if t.is_leaf]
     try:
         yield
     except BaseException:
@@ -35,8 +35,10 @@ def unchanged_on_error(model: nn.Module) -> Generator[None]:
         for entries, before in registries:
             entries.clear()
             entries.update(before)
-        for tensor, data, grad in values:
+        for tensor, data in values:
             tensor.data = data
-            if tensor.is_leaf:
-                tensor.grad = grad
+        for tensor, gradient, data in gradients:
+            if gradient is not None and data is not None:
+                gradient.data = data  # `Module.to` casts it where it is
+            tensor.grad = gradient
         raise
