@@ -120,7 +120,7 @@ class Run:
         schedule = schedule_of(self.optimizer, self.options, stage, self.epoch_steps)
         if not stage.averaged:
             self.ema = None
-        elif self.ema is None:
+        elif self.ema is None or self.averaged_epochs != stage.epochs:
             self.ema = self._average(stage)
         done = max(self.at.stage_step, stage.first_step)
         self.progress.begin_stage(stage, done // self.epoch_steps)
@@ -158,6 +158,7 @@ class Run:
                 self.folder.log({"event": "replaced", "epoch": self.at.epoch, "val_accuracy": self.val_accuracy})
 
     def _average(self, stage: Stage) -> Any:
+        self.averaged_epochs = stage.epochs  # its memory is a part of the stage
         return make_average(self.net, self.options, stage.epochs * self.epoch_steps)
 
     def _score(self, stage: Stage, last: bool) -> float | None:

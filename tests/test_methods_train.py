@@ -40,14 +40,16 @@ def source(tmp_path_factory) -> Path:
     return folder
 
 
-def short(name: str, source: Path) -> methods.Method:
+def short(name: str, source: Path, **changes: Any) -> methods.Method:
     known = {field.name for field in dataclasses.fields(methods.kind_of(name)) if field.init}
-    options = {"source": str(source), **QUICK_OPTIONS}
+    options = {"source": str(source), **QUICK_OPTIONS, **changes}
     return methods.create(name, **{k: v for k, v in options.items() if k in known})
 
 
-def run(name: str, source: Path, out: Path, **flags: Any) -> tuple[growfx.MaskedGraph, Any]:
-    method = short(name, source)
+def run(
+    name: str, source: Path, out: Path, changes: dict[str, Any] | None = None, **flags: Any
+) -> tuple[growfx.MaskedGraph, Any]:
+    method = short(name, source, **(changes or {}))
     train_loader, val_loader = loaders()
     torch.manual_seed(len(str(out)))  # what came before the run must not matter
     net = fresh_net()
@@ -83,6 +85,22 @@ def test_every_method_trains_is_resumed_bit_for_bit_and_leaves_an_artifact(name,
     images = torch.randn(5, 1, 8, 8)
     with torch.no_grad():
         assert torch.equal(loaded(images), net.eval()(images))
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3, 6], ids=["seed", "after the seed", "second round", "final"])
+def test_growth_with_a_long_seed_round_and_initial_weights_is_resumed_bit_for_bit(epoch, source, tmp_path, monkeypatch):
+    changes = {"seed_epochs": 2, "final_weights": "initial"}
+    net, result = run("pwmpr", source, tmp_path / "whole", changes)
+    rounds = len(result.trace)
+    assert rounds > 2
+    assert result.epochs == 2 + (rounds - 1) + 4
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, epoch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            run("pwmpr", source, tmp_path / "parts", changes)
+    again, resumed = run("pwmpr", source, tmp_path / "parts", changes, resume=True)
+    assert dataclasses.asdict(resumed) == dataclasses.asdict(result)
+    assert content_digest(dict(again.state_dict())) == content_digest(dict(net.state_dict()))
 
 
 @pytest.mark.parametrize("name", ["continuous", "snfs"])

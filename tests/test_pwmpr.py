@@ -92,6 +92,55 @@ def test_at_the_plateau_growth_stops_and_the_operating_round_is_put_back_whole(o
     assert len(method.trace) == len(states)
 
 
+def test_the_seed_may_be_trained_for_longer_than_the_other_rounds():
+    net, optimizer, method = attached(steps_per_epoch=2, seed_epochs=3, max_density=0.2)
+    # by the clock: grown in the first step after six steps, then in every second one
+    changed = train_steps(net, optimizer, method, 12)
+    assert [number for number, grown in enumerate(changed) if grown] == [6, 8, 10]
+    net, optimizer, method = attached(steps_per_epoch=2, seed_epochs=3)
+    for number in range(6):
+        method.report(0.5)
+        assert method.trace == []
+        train_steps(net, optimizer, method, 1, number)
+    method.report(0.5)
+    train_steps(net, optimizer, method, 2)
+    method.report(0.5)
+    assert [entry["round"] for entry in method.trace] == [0, 1]
+
+
+@pytest.mark.parametrize("optimizer_name", sorted(OPTIMIZERS))
+def test_initial_weights_are_put_back_under_the_grown_masks(optimizer_name):
+    initial = small_net().state_dict()
+    net, optimizer, method = attached(optimizer_name, final_weights="initial")
+    states = grow(net, optimizer, method, plateau_at)
+    assert method.stop_reason == "plateau"
+    assert method.operating_round is not None
+    wanted = states[method.operating_round]
+    for name, value in net.state_dict().items():
+        if name.endswith(".mask"):
+            assert torch.equal(value, wanted[name])
+        elif f"{name.removesuffix('weight')}mask" in wanted and name.endswith("weight"):
+            assert torch.equal(value, torch.where(wanted[name.removesuffix("weight") + "mask"], initial[name], 0.0))
+        else:
+            assert torch.equal(value, initial[name])
+    assert not optimizer.state
+
+
+def test_initial_weights_survive_a_state_dict():
+    net, optimizer, method = attached(final_weights="initial")
+    train_steps(net, optimizer, method, 1)
+    state, weights = method.state_dict(), net.state_dict()
+    other, its_optimizer, resumed = attached(final_weights="initial")
+    other.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    for net_, optimizer_, method_ in ((net, optimizer, method), (other, its_optimizer, resumed)):
+        grow(net_, optimizer_, method_, lambda density: 0.5)
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in other.state_dict().items())
+    state["origin"] = {name: value[:1] for name, value in state["origin"].items() if value.dim()}
+    with pytest.raises(CheckpointError, match="initial weights"):
+        attached(final_weights="initial")[2].load_state_dict(state)
+
+
 def test_a_curve_that_keeps_rising_has_no_plateau_and_stays_at_max_density():
     net, optimizer, method = attached(max_density=0.6)
     grow(net, optimizer, method, lambda density: 0.2 + 0.6 * density)

@@ -29,7 +29,7 @@ from growfx.methods.base import (
     dense_gradients,
     not_attached,
 )
-from growfx.methods.growth import Snapshot, next_nnz
+from growfx.methods.growth import Origin, Snapshot, next_nnz
 from growfx.options import TrainOptions, check_ranges, option
 from growfx.passes.seed import seed_masks
 from growfx.paths import PathProducts
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Growing", "Growth"]
 
+FINAL_WEIGHTS = ("current", "initial")
+
 
 @dataclass
 class Growth:
@@ -48,17 +50,18 @@ class Growth:
 
     Attributes:
         net, optimizer: what the method is attached to.
-        steps_per_round: optimizer steps of a round; `steps` counts in the round under way.
+        steps_per_epoch: optimizer steps; `steps` counts those of the round under way.
         trace: one entry a round, see `Growing.trace`.
         snapshots: rounds that may be gone back to, by number.
         gradients: dense gradients of the last step of a round that awaits its report, by layer with absent edges;
             empty otherwise.
+        origin: the network before the seed was drawn, if the final training is to start from it.
         options: of the run, None in a loop of one's own. finished: the final training of a run is over.
     """
 
     net: MaskedGraph
     optimizer: Optimizer
-    steps_per_round: int
+    steps_per_epoch: int
     steps: int = 0
     growing: bool = True
     stop_reason: str = ""
@@ -66,6 +69,7 @@ class Growth:
     trace: list[dict[str, Any]] = field(default_factory=list)
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    origin: Origin | None = None
     options: TrainOptions | None = None
     finished: bool = False
 
@@ -87,8 +91,13 @@ class Growing(Method):
         seed_density: density of the seed; None takes the smallest of 1, 2, 5, 10 % where every unit is alive.
         growth_ratio: edges of a round over those of the round before.
         epochs_per_round: length of a growth round, by the clock of `step()`.
+        seed_epochs: length of the first round, in which the seed is trained; None takes that of the others. A short one
+            leaves the seed far from trained, so that the next rounds gain by training as well as by density, and the
+            fit takes the end of that rise for a plateau.
         max_density: growth ends here at the latest.
         tolerance: accuracy (fraction) full density may still gain when growth stops; 0.003 is 0.3 points.
+        final_weights: what the final training starts from under the grown masks: "current" takes the weights of the
+            operating round, "initial" everything (weights, biases, norm statistics) as it was before the seed.
         seed: of the starting masks and of every draw.
     """
 
@@ -97,8 +106,10 @@ class Growing(Method):
     seed_density: float | None = option(None, low=0, high=1, open_low=True)
     growth_ratio: float = option(1.3, low=1, high=10, open_low=True)
     epochs_per_round: int = option(2, low=1)
+    seed_epochs: int | None = option(None, low=1)
     max_density: float = option(1.0, low=0, high=1, open_low=True)
     tolerance: float = option(0.003, low=0, high=1, open_low=True, open_high=True)
+    final_weights: str = option("current", choices=FINAL_WEIGHTS)
     seed: int = option(0, low=0, high=2**63 - 1)
     _growth: Growth | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -135,8 +146,11 @@ class Growing(Method):
         """
         check_clock(total_steps, steps_per_epoch)
         start = seed_masks(net, self.seed_density, seed=self.seed, largest=self.max_density)
+        growth = Growth(net, optimizer, steps_per_epoch)
+        if self.final_weights == "initial":
+            growth.origin = Origin.take(net)
         change_masks(net, optimizer, start.masks)
-        object.__setattr__(self, "_growth", Growth(net, optimizer, self.epochs_per_round * steps_per_epoch))
+        object.__setattr__(self, "_growth", growth)
         self._look_ahead()
 
     def step(self) -> bool:
@@ -146,7 +160,7 @@ class Growing(Method):
             return False
         gradients = dense_gradients(growth.unfilled) if self.needs_dense_gradient else {}
         changed = False
-        if growth.steps >= growth.steps_per_round:
+        if growth.steps >= self._round_steps:
             changed = self._finish_round(None, None)
         if growth.growing:
             growth.steps += 1
@@ -161,7 +175,7 @@ class Growing(Method):
         """
         growth = self._attached()
         check_accuracy(accuracy, noise)
-        if growth.growing and growth.steps >= growth.steps_per_round:
+        if growth.growing and growth.steps >= self._round_steps:
             self._finish_round(float(accuracy), None if noise is None else float(noise))
             self._look_ahead()
 
@@ -176,9 +190,9 @@ class Growing(Method):
         growth = self._attached()
         assert growth.options is not None
         if growth.growing:
-            warmup = growth.options.round_warmup * self.epochs_per_round
-            peak, number = growth.options.round_lr, len(growth.trace)
-            return Stage("round", self.epochs_per_round, number, peak=peak, warmup=warmup, averaged=True)
+            epochs, number = self._round_epochs, len(growth.trace)
+            warmup = growth.options.round_warmup * epochs
+            return Stage("round", epochs, number, peak=growth.options.round_lr, warmup=warmup, averaged=True)
         return None if growth.finished else Stage("final", growth.options.epochs)
 
     def end_stage(self, stage: Stage) -> None:
@@ -191,8 +205,18 @@ class Growing(Method):
         growth = self._growth
         if not self.reads_gradient or growth is None or not growth.growing:
             return False
-        last = growth.steps % growth.steps_per_round == growth.steps_per_round - 1
+        last = growth.steps % self._round_steps == self._round_steps - 1
         return last and self._wanted(growth.net) > 0
+
+    @property
+    def _round_epochs(self) -> int:
+        """Length of the round under way."""
+        first = self.seed_epochs is not None and not self._attached().trace
+        return self.seed_epochs if first and self.seed_epochs is not None else self.epochs_per_round
+
+    @property
+    def _round_steps(self) -> int:
+        return self._round_epochs * self._attached().steps_per_epoch
 
     def _look_ahead(self) -> None:
         """Collect dense gradients in the next step, if it is one that growth reads."""
@@ -291,6 +315,9 @@ class Growing(Method):
             changed = growth.net.nnz != before
         growth.operating_round = back
         growth.snapshots.clear()
+        if growth.origin is not None:
+            growth.origin.restore(growth.net, growth.optimizer)
+            growth.origin = None
         return changed
 
     # -- state ----------------------------------------------------------------------------------------------
@@ -343,6 +370,7 @@ class Growing(Method):
             "trace": copy.deepcopy(growth.trace),
             "snapshots": {str(number): kept.state_dict() for number, kept in growth.snapshots.items()},
             "gradients": {name: value.clone() for name, value in growth.gradients.items()},
+            "origin": None if growth.origin is None else dict(growth.origin.tensors),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -359,6 +387,8 @@ class Growing(Method):
         own.finished = bool(state["finished"])
         own.trace, own.snapshots = copy.deepcopy(state["trace"]), snapshots
         own.gradients = {name: _fitting(own.net, name, value) for name, value in state["gradients"].items()}
+        origin = state.get("origin")  # states of version 0.1 have none
+        own.origin = None if origin is None else Origin.from_state(origin, own.net)
         self._look_ahead()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from growfx.mask_bits import pack, unpack
 if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
 
-__all__ = ["DRAWS", "Snapshot", "next_nnz"]
+__all__ = ["DRAWS", "Origin", "Snapshot", "next_nnz"]
 
 DRAWS = ("sampled", "top")  # in proportion to a score, or the largest scores
 
@@ -82,8 +82,47 @@ class Snapshot:
         return cls(*({k: v.cpu() for k, v in state[part].items()} for part in ("masks", "active", "rest")))
 
 
-def _rest(net: MaskedGraph) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Origin:
+    """Everything in a network but its masks (weights, biases, norm statistics) at one moment, kept on the CPU.
+
+    tensors: by name, as in the state dict.
+    """
+
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def take(cls, net: MaskedGraph) -> Origin:
+        """Copy what `net` is now."""
+        return cls({name: value.detach().cpu().clone() for name, value in _unmasked(net).items()})
+
+    def restore(self, net: MaskedGraph, optimizer: Optimizer) -> None:
+        """Put all of it back under the masks that `net` has now, and forget the optimizer's state."""
+        with torch.no_grad():
+            for name, value in _unmasked(net).items():
+                value.copy_(self.tensors[name])
+        net.settle()
+        optimizer.state.clear()
+
+    @classmethod
+    def from_state(cls, tensors: Mapping[str, Tensor], net: MaskedGraph) -> Origin:
+        """Read `tensors`; raises `CheckpointError` where they are not those of `net`."""
+        if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in _unmasked(net).items()}:
+            raise CheckpointError(
+                "the initial weights in this state are of a network with other layers; resume with the model it came "
+                "from"
+            )
+        return cls({name: value.cpu() for name, value in tensors.items()})
+
+
+def _rest(net: MaskedGraph) -> dict[str, Tensor]:
     """Return the live tensors of the state dict that are neither masked weights nor masks; tied names too."""
-    masked = {id(tensor) for layer in net.layers.values() for tensor in (layer.parameter, layer.mask)}
+    weights = {id(layer.parameter) for layer in net.layers.values()}
+    return {name: value for name, value in _unmasked(net).items() if id(value) not in weights}
+
+
+def _unmasked(net: MaskedGraph) -> dict[str, Tensor]:
+    """Return the live tensors of the state dict that are no masks."""
+    masks = {id(layer.mask) for layer in net.layers.values()}
     state = net.state_dict(keep_vars=True)
-    return {name: value for name, value in state.items() if isinstance(value, Tensor) and id(value) not in masked}
+    return {name: value for name, value in state.items() if isinstance(value, Tensor) and id(value) not in masks}
