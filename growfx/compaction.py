@@ -19,7 +19,17 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from growfx.compaction_plan import CompactionPlan, Spans, damaged_plan
 from growfx.module_copy import copy_modules
 
-__all__ = ["apply_plan", "columns_axis", "hollow", "kept_indices", "sharing_copy", "sizes_after", "sizes_of", "spans"]
+__all__ = [
+    "apply_plan",
+    "columns_axis",
+    "hollow",
+    "kept_indices",
+    "select_blocks",
+    "sharing_copy",
+    "sizes_after",
+    "sizes_of",
+    "spans",
+]
 
 
 def spans(kept: Tensor) -> Spans:
@@ -32,6 +42,29 @@ def spans(kept: Tensor) -> Spans:
 def kept_indices(kept: Spans) -> Tensor:
     """The indices in spans, int64."""
     return torch.cat([torch.arange(start, stop) for start, stop in kept])
+
+
+def select_blocks(weight: Tensor, groups: int, first: Tensor, second: Tensor) -> Tensor:
+    """The part of a grouped convolution's weight between channels that stay.
+
+    Args:
+        weight: (channels of all groups, channels of one group, *kernel).
+        groups: how many there are.
+        first: the channels that stay along the first axis, ascending int64.
+        second: those of the other side, numbered over all groups; every group keeps as many of each side as the
+            other groups do, or none.
+
+    Raises:
+        ValueError: they do not.
+    """
+    height, width = weight.shape[0] // groups, weight.shape[1]
+    staying = (first // height).unique()
+    counts = [torch.bincount(side, minlength=groups) for side in (first // height, second // width)]
+    if any((count[staying] * len(staying) != count.sum()).any() for count in counts):
+        raise ValueError("its groups would be uneven")
+    rows, columns = first.reshape(len(staying), -1), second.reshape(len(staying), -1)
+    where = [staying.reshape(-1, 1, 1), rows.unsqueeze(2) % height, columns.unsqueeze(1) % width]
+    return weight.unflatten(0, (groups, height))[tuple(index.to(weight.device) for index in where)].flatten(0, 1)
 
 
 def columns_axis(module: nn.Module) -> int:
@@ -64,7 +97,10 @@ def sizes_of(module: nn.Module, groups: int | None = None) -> dict[str, int]:
 
 
 def sizes_after(
-    model: nn.Module, tensors: Mapping[str, Mapping[int, Spans]], groups: Mapping[str, int]
+    model: nn.Module,
+    tensors: Mapping[str, Mapping[int, Spans]],
+    groups: Mapping[str, int],
+    blocks: Mapping[str, Spans] | None = None,
 ) -> dict[str, dict[str, int]]:
     """The integers of modules that change when these indices of their tensors stay.
 
@@ -72,10 +108,11 @@ def sizes_after(
         model: the model before.
         tensors: as in `CompactionPlan`.
         groups: grouped convolutions -> how many of their groups stay.
+        blocks: as in `CompactionPlan`.
     """
-    trial = _apply(hollow(model), CompactionPlan(tensors))
+    trial = _apply(hollow(model), CompactionPlan(tensors, blocks=blocks or {}))
     changed: dict[str, dict[str, int]] = {}
-    for name in dict.fromkeys((*(name.rpartition(".")[0] for name in tensors), *groups)):
+    for name in dict.fromkeys((*(name.rpartition(".")[0] for name in (*tensors, *(blocks or ()))), *groups)):
         module, count = trial.get_submodule(name), groups.get(name)
         if isinstance(module, nn.GroupNorm) and module.num_groups == module.num_channels:
             count = module.weight.shape[0]
@@ -121,17 +158,11 @@ def _copied(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
 
 def _apply(model: nn.Module, plan: CompactionPlan) -> nn.Module:
     _check_names(model, plan)
-    for name, axes in plan.tensors.items():
+    for name in dict.fromkeys((*plan.tensors, *plan.blocks)):
         owner, last = _owner(model, name)
         tensor = owner._parameters[last] if last in owner._parameters else owner._buffers[last]
         assert tensor is not None
-        small = tensor.detach()
-        for axis, kept in axes.items():
-            if axis >= small.ndim or kept[-1][1] > small.shape[axis]:
-                raise damaged_plan(
-                    f"`{name}` of shape {tuple(tensor.shape)} has no index {kept[-1][1] - 1} on axis {axis}"
-                )
-            small = small.index_select(axis, kept_indices(kept).to(small.device))
+        small = _selected(plan, name, owner, tensor.detach())
         if last in owner._parameters:
             tensor.data, tensor.grad = small, None
         else:
@@ -147,6 +178,24 @@ def _apply(model: nn.Module, plan: CompactionPlan) -> nn.Module:
     return model
 
 
+def _selected(plan: CompactionPlan, name: str, owner: nn.Module, tensor: Tensor) -> Tensor:
+    """What stays of a tensor."""
+    axes = plan.tensors.get(name, {})
+    for axis, kept in axes.items():
+        if axis >= tensor.ndim or kept[-1][1] > tensor.shape[axis]:
+            raise damaged_plan(f"`{name}` of shape {tuple(tensor.shape)} has no index {kept[-1][1] - 1} on axis {axis}")
+    if name in plan.blocks:
+        if not isinstance(owner, _ConvNd) or owner.groups == 1 or not name.endswith("weight") or axes.keys() - {0}:
+            raise damaged_plan(f"`{name}` is no weight of a grouped convolution, or is cut along its second axis too")
+        if plan.blocks[name][-1][1] > tensor.shape[1] * owner.groups:
+            raise damaged_plan(f"`{name}` has {tensor.shape[1] * owner.groups} channels along its second axis")
+        rows = kept_indices(axes[0]) if 0 in axes else torch.arange(len(tensor))
+        return select_blocks(tensor, owner.groups, rows, kept_indices(plan.blocks[name]))
+    for axis, kept in axes.items():
+        tensor = tensor.index_select(axis, kept_indices(kept).to(tensor.device))
+    return tensor
+
+
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     way, _, last = name.rpartition(".")
     return model.get_submodule(way), last
@@ -159,7 +208,7 @@ def _check_names(model: nn.Module, plan: CompactionPlan) -> None:
     for name, tensor in _all_tensors(model):
         tensors[name] = tensor
         uses[id(tensor)] = uses.get(id(tensor), 0) + 1
-    for name in plan.tensors:
+    for name in (*plan.tensors, *plan.blocks):
         if name not in tensors:
             raise damaged_plan(f"the model has no tensor `{name}`")
         if uses[id(tensors[name])] > 1:
@@ -184,7 +233,7 @@ def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _check(model: nn.Module, trial: nn.Module, plan: CompactionPlan) -> None:
     """The integers of every module changed are those of its tensors, and layers of other kinds are whole."""
-    touched = {name.rpartition(".")[0] for name in plan.tensors} | plan.modules.keys()
+    touched = {name.rpartition(".")[0] for name in (*plan.tensors, *plan.blocks)} | plan.modules.keys()
     for name in sorted(touched):
         before, after = model.get_submodule(name), trial.get_submodule(name)
         sizes = sizes_of(after)

@@ -24,18 +24,23 @@ class CompactionPlan:
         tensors: parameter or buffer -> axis -> the indices that stay, as ascending half-open spans ``(start, stop)``.
         modules: module -> integer attribute -> its new value (`in_channels`, `out_features`, `groups`, ...).
         biases: layers without a bias that get one, for the constants of units that are left out.
+        blocks: weight of a grouped convolution -> the channels that stay along its second axis (inputs, or outputs of
+            a transposed convolution), numbered over all groups: each group may keep others, of equal number.
     """
 
     tensors: Mapping[str, Mapping[int, Spans]] = field(default_factory=dict)
     modules: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
+    blocks: Mapping[str, Spans] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.tensors or self.modules or self.biases)
+        return bool(self.tensors or self.modules or self.biases or self.blocks)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
+        blocks = {name: [list(span) for span in kept] for name, kept in self.blocks.items()}
         return {
+            **({"blocks": blocks} if blocks else {}),
             "biases": list(self.biases),
             "modules": {name: dict(sizes) for name, sizes in self.modules.items()},
             "tensors": {
@@ -51,14 +56,16 @@ class CompactionPlan:
         Raises:
             ArtifactError: it has another form.
         """
-        if not isinstance(value, dict) or value.keys() != {"biases", "modules", "tensors"}:
-            raise damaged_plan("a plan has the fields `biases`, `modules` and `tensors`")
-        biases, modules, tensors = value["biases"], value["modules"], value["tensors"]
+        if not isinstance(value, dict) or value.keys() - {"blocks"} != {"biases", "modules", "tensors"}:
+            raise damaged_plan("a plan has the fields `biases`, `modules`, `tensors` and at most `blocks` beside them")
+        biases, modules, tensors, blocks = value["biases"], value["modules"], value["tensors"], value.get("blocks", {})
         if not isinstance(biases, list) or not all(isinstance(name, str) for name in biases):
             raise damaged_plan("`biases` is no list of names")
         for part in (modules, tensors):
             if not isinstance(part, dict) or not all(isinstance(inner, dict) for inner in part.values()):
                 raise damaged_plan("`modules` or `tensors` is no object of objects")
+        if not isinstance(blocks, dict):
+            raise damaged_plan("`blocks` is no object")
         for name, sizes in modules.items():
             if not all(_is_count(size) for size in sizes.values()):
                 raise damaged_plan(f"`{name}` has a size that is no positive integer")
@@ -66,9 +73,11 @@ class CompactionPlan:
             name: {_axis(name, axis): _spans(name, kept) for axis, kept in axes.items()}
             for name, axes in tensors.items()
         }
-        if sum(len(kept) for axes in read.values() for kept in axes.values()) > _MAX_SPANS:
+        grouped = {name: _spans(name, kept) for name, kept in blocks.items()}
+        every = [kept for axes in read.values() for kept in axes.values()]
+        if sum(map(len, (*every, *grouped.values()))) > _MAX_SPANS:
             raise damaged_plan(f"it has more than {_MAX_SPANS} spans")
-        return cls(read, {name: dict(sizes) for name, sizes in modules.items()}, tuple(biases))
+        return cls(read, {name: dict(sizes) for name, sizes in modules.items()}, tuple(biases), grouped)
 
 
 def damaged_plan(what: str) -> ArtifactError:

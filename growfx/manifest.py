@@ -36,7 +36,7 @@ VERSION = "1.0"
 # Written where there is a compaction plan: the first version with `requires`.
 COMPACTED_VERSION = "1.1"
 # What a reader must know beyond version 1.0 to load an artifact that lists it in `requires`.
-FEATURES = ("compaction",)
+FEATURES = ("compaction", "grouped-compaction")
 # safetensors' names, and bytes of one element.
 ITEMSIZES = {
     "F64": 8,
@@ -172,7 +172,9 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON values."""
-        extra = {"compaction": self.compaction.to_json(), "requires": ["compaction"]} if self.compaction else {}
+        extra: dict[str, Any] = {}
+        if self.compaction:
+            extra = {"compaction": self.compaction.to_json(), "requires": _features(self.compaction)}
         return {
             **_SEMANTICS,
             **extra,
@@ -185,6 +187,11 @@ class Manifest:
             "tensors": {name: entry.to_json() for name, entry in self.tensors.items()},
             "version": self.version,
         }
+
+
+def _features(plan: CompactionPlan) -> list[str]:
+    """What a reader must know to follow a plan."""
+    return [*FEATURES] if plan.blocks else ["compaction"]
 
 
 def to_metadata(manifest: Manifest) -> str:
@@ -324,7 +331,10 @@ class _Reader:
             )
         if ("compaction" in required) != ("compaction" in self.body):
             raise self.fail("fields `compaction` and `requires` do not agree")
-        return CompactionPlan.from_json(self.body["compaction"]) if "compaction" in required else None
+        plan = CompactionPlan.from_json(self.body["compaction"]) if "compaction" in required else None
+        if ("grouped-compaction" in required) != (plan is not None and bool(plan.blocks)):
+            raise self.fail("fields `compaction` and `requires` do not agree")
+        return plan
 
     def _objects(self, key: str) -> dict[str, Mapping[str, Any]]:
         objects = self.take(key, dict)

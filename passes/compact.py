@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from growfx.compaction import apply_plan, columns_axis, sharing_copy
+from growfx.compaction import apply_plan, columns_axis, select_blocks, sharing_copy
 from growfx.compaction_plan import CompactionPlan
 from growfx.connectivity import Connectivity
 from growfx.errors import TraceError
@@ -183,11 +183,13 @@ def _masks(net: MaskedGraph, removal: Removal, model: nn.Module) -> dict[str, Te
         if name in removal.outputs and mask.shape != _weight(model, name, layer).shape:
             rows, columns = removal.outputs[name].to(mask.device), removal.columns[name].to(mask.device)
             axis = columns_axis(layer)
-            grouped = getattr(layer, "groups", 1) > 1
-            if not grouped or axis == 0:
-                mask = mask.index_select(axis, columns.nonzero().flatten())
-            if not grouped or axis == 1:
-                mask = mask.index_select(1 - axis, rows.nonzero().flatten())
+            groups = getattr(layer, "groups", 1)
+            sides = [rows.nonzero().flatten(), columns.nonzero().flatten()]
+            first, second = reversed(sides) if axis == 0 else sides
+            if groups > 1:
+                mask = select_blocks(mask, groups, first, second)
+            else:
+                mask = mask.index_select(0, first).index_select(1, second)
         masks[name] = mask
     return masks
 

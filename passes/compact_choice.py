@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from growfx.compaction import columns_axis, sizes_after, spans
-from growfx.compaction_plan import CompactionPlan
+from growfx.compaction_plan import CompactionPlan, Spans
 from growfx.connectivity import Connectivity
 from growfx.passes.compact_liveness import Liveness, edges
 from growfx.signal_graph import Origin, Reach
@@ -203,16 +202,21 @@ class Chooser:
         return ""
 
     def _grouped(self, name: str, removed: Tensor) -> Iterator[tuple[int, str]]:
-        """A group of a grouped convolution leaves whole or not at all."""
+        """The groups of a grouped convolution that stay keep equally many inputs, and equally many outputs."""
         groups = self.found.layers[name].groups
         if groups == 1:
             return
-        coupled, lead = self.found.coupled(name).reshape(groups, -1), self.leads[name].reshape(groups, -1)
-        gone = torch.cat([self._of(removed, coupled), self._of(removed, lead)], 1)
-        uneven = gone.any(1) & ~gone.all(1)
-        members = torch.cat([coupled, lead], 1)[uneven]
-        for group in members[gone[uneven]].unique().tolist():
-            yield group, f"groups of `{name}` would be uneven"
+        sides = [units.reshape(groups, -1) for units in (self.found.coupled(name), self.leads[name])]
+        gone = [self._of(removed, side) for side in sides]
+        stays = ~torch.cat(gone, 1).all(1)
+        if not stays.any():
+            return
+        for units, missing in zip(sides, gone, strict=True):
+            kept = (~missing).sum(1)
+            most = max(int(kept[stays].max()), 1)
+            for group in (stays & (kept < most)).nonzero().flatten().tolist():
+                for unit in units[group][missing[group]][: most - int(kept[group])].tolist():
+                    yield unit, f"groups of `{name}` would be uneven"
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
@@ -225,6 +229,7 @@ def make_plan(chooser: Chooser, removal: Removal) -> tuple[CompactionPlan, dict[
     model, found = chooser.model, chooser.found
     tensors: dict[str, dict[int, Any]] = {}
     groups: dict[str, int] = {}
+    blocks: dict[str, Spans] = {}
 
     def cut(name: str, axis: int, kept: Tensor) -> None:
         if not kept.all():
@@ -237,8 +242,13 @@ def make_plan(chooser: Chooser, removal: Removal) -> tuple[CompactionPlan, dict[
         module: Any = model.get_submodule(name)
         axis = columns_axis(module)
         if layer.groups > 1:
-            groups[name] = int(columns.reshape(layer.groups, -1).any(1).sum())
-            cut(f"{name}.weight", 0, columns if isinstance(module, _ConvTransposeNd) else outputs)
+            first, second = (columns, outputs) if axis == 0 else (outputs, columns)
+            inside = second.reshape(layer.groups, -1)
+            staying = inside.any(1)
+            groups[name] = int(staying.sum())
+            cut(f"{name}.weight", 0, first)
+            if not inside[staying].all():
+                blocks[f"{name}.weight"] = spans(second)
         else:
             cut(f"{name}.weight", axis, columns)
             cut(f"{name}.weight", 1 - axis, outputs)
@@ -250,7 +260,7 @@ def make_plan(chooser: Chooser, removal: Removal) -> tuple[CompactionPlan, dict[
         cut(name, axis, ~removal.removed[units])
     folds = dict(_folds(chooser, removal))
     biases = tuple(name for name in folds if model.get_submodule(name)._parameters.get("bias") is None)
-    return CompactionPlan(tensors, sizes_after(model, tensors, groups), biases), folds
+    return CompactionPlan(tensors, sizes_after(model, tensors, groups, blocks), biases, blocks), folds
 
 
 def _folds(chooser: Chooser, removal: Removal) -> Iterator[tuple[str, Tensor]]:

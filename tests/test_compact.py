@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growfx
+from growfx.compaction import apply_plan
+from growfx.compaction_plan import CompactionPlan
 from growfx.passes.compact import Compacted, compact
 
 
@@ -241,6 +243,32 @@ def test_depthwise_channels_leave_with_their_inputs_and_uneven_groups_stay() -> 
     grouped = result.model.get_submodule("2")
     assert (grouped.groups, tuple(grouped.weight.shape)) == (3, (6, 2, 3, 3))
     assert result.report.kept["0"] == ("groups of `2` would be uneven",)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_groups_that_lose_unequally_keep_as_many_as_the_largest(transposed: bool) -> None:
+    middle = (nn.ConvTranspose2d if transposed else nn.Conv2d)(12, 16, 3, padding=1, groups=4, bias=False)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 1, bias=False), nn.ReLU(), middle, nn.ReLU(), nn.Conv2d(16, 4, 1)
+    )  # fmt: skip
+    x = torch.randn(2, 3, 6, 6)
+    net = growfx.wrap(model.eval(), x)
+    net.layers["0"].mask[[0, 1, 5, 6, 7, 8, 10]] = False  # of three inputs each group keeps 1, 2, 0 and 2
+    net.layers["4"].mask[:, [0, 1, 2, 6, 12]] = False  # of four outputs each 1, 3, 4 (of a group without input), 3
+    net.settle()
+    result = compact(net)
+    agree(net, result.model, x)
+    small: Any = result.model.get_submodule("2")
+    assert (small.groups, small.in_channels, small.out_channels) == (3, 6, 9)
+    assert tuple(small.weight.shape) == ((6, 3, 3, 3) if transposed else (9, 2, 3, 3))
+    assert units(result)["0"] == (12, 6)
+    assert result.masks["2"].shape == small.weight.shape
+    assert bool((small.weight[~result.masks["2"]] == 0).all())
+    assert set(result.report.kept) == {"0", "2"}
+    assert result.report.kept["0"] == ("groups of `2` would be uneven",)
+    again = apply_plan(copy.deepcopy(model), CompactionPlan.from_json(result.plan.to_json()))
+    again.load_state_dict(result.model.state_dict())
+    agree(net, again, x)
 
 
 def test_sizes_written_into_the_code_put_back_only_what_breaks() -> None:

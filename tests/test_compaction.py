@@ -142,6 +142,59 @@ def test_a_hostile_plan_is_refused_and_the_instance_stays_as_it_was(tmp_path: Pa
     assert all(torch.equal(after[name], value) and id(after[name]) == key for name, (value, key) in before.items())
 
 
+def grouped() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 1, groups=2), nn.ReLU(), nn.Conv2d(6, 2, 1))
+
+
+@pytest.fixture(scope="module")
+def grouped_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of three inputs the first group keeps 0 and 2, the second 4 and 5."""
+    model = grouped()
+    model[0].bias.data[[1, 3]] = 0
+    net = growfx.wrap(model.eval(), torch.randn(1, 3, 4, 4))
+    net.layers["0"].mask[[1, 3]] = False
+    net.settle()
+    growfx.save(net, tmp_path_factory.mktemp("grouped") / "out", compact=True)
+    return tmp_path_factory.getbasetemp() / "grouped0" / "out"
+
+
+def test_an_artifact_whose_groups_lost_different_channels_loads(grouped_folder: Path) -> None:
+    model = growfx.load(grouped_folder, model=grouped())
+    assert tuple(model.get_parameter("2.weight").shape) == (6, 2, 1, 1)
+    assert model.get_submodule("2").in_channels == 4
+
+
+BLOCKS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
+    (lambda m: m.update(requires=["compaction"]), "fields `compaction` and `requires` do not agree"),
+    (lambda m: m["compaction"].pop("blocks"), "fields `compaction` and `requires` do not agree"),
+    (lambda m: m["compaction"].update(blocks=[]), "`blocks` is no object"),
+    (lambda m: m["compaction"].update(blocks={"2.weight": [[0, 10**18]]}), "has 6 channels along its second axis"),
+    (lambda m: m["compaction"].update(blocks={"2.weight": [[-1, 2]]}), "do not ascend"),
+    (lambda m: m["compaction"].update(blocks={"2.weight": [[0, 3], [4, 5]]}), "its groups would be uneven"),
+    (lambda m: m["compaction"].update(blocks={"2.weight": [[0, 3]]}), "its groups would be uneven"),
+    (lambda m: m["compaction"].update(blocks={"2.weight": [[0, 1], [3, 4]]}), "does not agree with its tensors"),
+    (lambda m: m["compaction"].update(blocks={"4.weight": [[0, 1]]}), "`4.weight` is no weight of a grouped conv"),
+    (lambda m: m["compaction"].update(blocks={"2.bias": [[0, 1]]}), "`2.bias` is no weight of a grouped conv"),
+    (lambda m: m["compaction"].update(blocks={"nowhere": [[0, 1]]}), "the model has no tensor `nowhere`"),
+    (lambda m: m["compaction"]["tensors"].update({"2.weight": {"0": [[0, 1]]}}), "its groups would be uneven"),
+    (lambda m: m["compaction"]["tensors"].update({"2.weight": {"0": [[0, 7]]}}), "has no index 6 on axis 0"),
+    (lambda m: m["compaction"]["tensors"].update({"2.weight": {"1": [[0, 1]]}}), "cut along its second axis too"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BLOCKS)))
+def test_a_hostile_plan_for_groups_is_refused(tmp_path: Path, grouped_folder: Path, case: int) -> None:
+    edit, text = BLOCKS[case]
+    file = tmp_path / "sparse.safetensors"
+    shutil.copy(grouped_folder / file.name, file)
+    forge(file, edit)
+    model = grouped()
+    before = facts(model)
+    with pytest.raises(ArtifactError, match=text):
+        growfx.load(file, model=model)
+    assert facts(model) == before
+
+
 def on_meta() -> nn.Module:
     return build("flat")[0].to("meta")
 
