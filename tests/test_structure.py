@@ -30,6 +30,8 @@ LEVELS = [
         "growfx.job",
         "growfx.onnx_file",
         "growfx.export",
+        "growfx.foreign_loop",
+        "growfx.hf_trainer",
         "growfx.runtime",
     },
     {"growfx.zoo", "growfx.zoo_check", "growfx.zoo_pool", "growfx.compare", "growfx.compare_runs"},
