@@ -25,6 +25,7 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <utility>
 
 namespace {
 
@@ -36,6 +37,8 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 constexpr int MAX_REGISTERS = 8;
+// Planes of a 1x1 layer whose tile of 4 registers stays near the first cache and one of 8 does not.
+constexpr int64_t NARROW_FROM = 113, NARROW_TO = 256;
 // What a row costs besides its entries, in entries; and the work, in register updates, worth a thread of its own.
 constexpr int64_t ROW_COST = 4;
 constexpr int64_t THREAD_WORK = 6000;
@@ -59,6 +62,19 @@ inline void store(c10::BFloat16* p, Vector v) {
   const Words quiet = (bits >> 16) | 0x40u;  // rounding could carry a NaN over into zero
   const Words is_nan = (Words)(v != v);
   *reinterpret_cast<LooseHalves*>(p) = __builtin_convertvector((is_nan & quiet) | (~is_nan & even), Halves);
+}
+// The values at even places of two vectors in a row.
+template <int... I>
+inline Vector every_second(Vector a, Vector b, std::integer_sequence<int, I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, (2 * I)...);
+#else
+  typedef int Order __attribute__((vector_size(LANES * 4)));
+  return __builtin_shuffle(a, b, Order{(2 * I)...});
+#endif
+}
+inline Vector every_second(Vector a, Vector b) {
+  return every_second(a, b, std::make_integer_sequence<int, LANES>{});
 }
 // A NaN is not below zero and stays.
 inline Vector rectified(Vector v) { return v < 0.0f ? Vector{} : v; }
@@ -108,7 +124,7 @@ thread_local Scratch output_scratch;
 template <class T>
 struct Job {
   Entries entries;
-  int64_t channels, positions, out_stride;
+  int64_t channels, positions, out_stride, registers;  // in the widest tile
   const float* planes;
   T* out;
   const float* bias;
@@ -197,7 +213,7 @@ int64_t work_of(const Job<T>& job) {
 template <class T>
 void run_share(const Job<T>& job, int64_t share, int64_t shares) {
   const int64_t registers = registers_of(job.positions);
-  const int64_t tiles = (registers + MAX_REGISTERS - 1) / MAX_REGISTERS;
+  const int64_t tiles = (registers + job.registers - 1) / job.registers;
   const int64_t rows = row_cost_before(job, job.channels), total = registers * rows;
   const int64_t from = total * share / shares, to = total * (share + 1) / shares;
   for (int64_t t = 0; t < tiles; ++t) {
@@ -233,25 +249,34 @@ void for_each(int64_t count, int64_t grain, bool together, const F& function) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 
-// One channel of one image into one plane; `row` is the distance between the plane's rows.
+// Every `step`-th of the values from `source` on. Before `end`, where the input's memory ends, whole registers are
+// written, past `count` too.
 template <class T>
-void copy_plane(const Plan& p, const T* image, int64_t column, int64_t row, float* plane) {
+inline void copy_row(const T* source, const T* end, int64_t step, int64_t count, float* out) {
+  int64_t i = 0;
+  if (step == 1) {
+    for (; i < count && end - source >= i + LANES; i += LANES) store(out + i, load(source + i));
+  } else if (step == 2) {
+    for (; i < count && end - source >= 2 * (i + LANES); i += LANES)
+      store(out + i, every_second(load(source + 2 * i), load(source + 2 * i + LANES)));
+  }
+  for (; i < count; ++i) out[i] = static_cast<float>(source[step * i]);
+}
+
+// One channel of one image into one plane, row after row; `row` is the distance between them.
+template <class T>
+void copy_plane(const Plan& p, const T* image, const T* end, int64_t column, int64_t row, float* plane) {
   const int64_t shift = column * p.dilation_w - p.padding_w;
   const int64_t low = std::clamp<int64_t>(ceil_div(-shift, p.stride_w), 0, p.out_width);
   const int64_t high = std::clamp<int64_t>(ceil_div(p.width - shift, p.stride_w), low, p.out_width);
   for (int64_t phase = 0; phase < p.phases; ++phase) {
     for (int64_t j = 0; j < p.rows; ++j, plane += row) {
       const int64_t y = j * p.stride_h + phase - p.padding_h;
-      if (y < 0 || y >= p.height) {
-        std::fill_n(plane, p.out_width, 0.0f);
-        continue;
-      }
-      const T* const source = image + y * p.width + shift;
-      std::fill_n(plane, low, 0.0f);
-      if (p.stride_w == 1) for (int64_t i = low; i < high; ++i) plane[i] = static_cast<float>(source[i]);
-      else if (p.stride_w == 2) for (int64_t i = low; i < high; ++i) plane[i] = static_cast<float>(source[2 * i]);
-      else for (int64_t i = low; i < high; ++i) plane[i] = static_cast<float>(source[p.stride_w * i]);
-      std::fill_n(plane + high, p.out_width - high, 0.0f);
+      const bool inside = y >= 0 && y < p.height;
+      const int64_t from = inside ? low : p.out_width, to = inside ? high : p.out_width;
+      for (int64_t i = 0; i < from; ++i) plane[i] = 0.0f;
+      if (from < to) copy_row(image + y * p.width + from * p.stride_w + shift, end, p.stride_w, to - from, plane + from);
+      for (int64_t i = to; i < p.out_width; ++i) plane[i] = 0.0f;
     }
   }
 }
@@ -261,13 +286,15 @@ template <class T>
 void copy_planes(const Plan& p, const T* x, const int32_t* planes, int64_t count, int64_t first, bool together,
                  float* out) {
   const int64_t row = p.block * p.out_width, image = p.height * p.width, used = std::min(p.block, p.images - first);
+  // Where images stand side by side, what is written past a row would fall on one that is already there.
+  const T* const limit = p.layout == FOLDED ? x : x + p.images * p.channels * image;
   for_each(count, 20000 / (p.plane_size + 1), together, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       float* const plane = out + i * p.plane_size;
       if (used < p.block) std::fill_n(plane, p.plane_size, 0.0f);
       for (int64_t n = 0; n < used; ++n) {
         const T* const source = x + ((first + n) * p.channels + planes[2 * i]) * image;
-        copy_plane(p, source, planes[2 * i + 1], row, plane + n * p.out_width);
+        copy_plane(p, source, limit, planes[2 * i + 1], row, plane + n * p.out_width);
       }
     }
   });
@@ -318,17 +345,19 @@ struct Call {
       copy_planes(plan, x, planes, plane_count, first, together, buffer);
       input = buffer;
     }
+    const int64_t inputs = plan.layout == COPIED ? 0 : plan.channels;
+    const int64_t registers = inputs >= NARROW_FROM && inputs <= NARROW_TO ? MAX_REGISTERS / 2 : MAX_REGISTERS;
     if (plan.layout == FOLDED) {
       const int64_t stride = std::max<int64_t>(plan.positions, LANES);
       float* const sums = output_scratch.get(plan.out_channels * stride);
-      const Job<float> job{entries, plan.out_channels, stride, stride, input, sums, bias, nullptr, false};
+      const Job<float> job{entries, plan.out_channels, stride, stride, registers, input, sums, bias, nullptr, false};
       ::run(job, together);
       unfold(plan, sums, first, residual, relu, together, out);
       output_scratch.trim();
     } else {
-      const int64_t where = first * plan.out_channels * plan.positions;
-      const Job<T> job{entries,    plan.out_channels, plan.positions,                        plan.positions, input,
-                       out + where, bias,             residual ? residual + where : nullptr, relu};
+      const int64_t size = plan.positions, where = first * plan.out_channels * size;
+      const T* const added = residual ? residual + where : nullptr;
+      const Job<T> job{entries, plan.out_channels, size, size, registers, input, out + where, bias, added, relu};
       ::run(job, together);
     }
     input_scratch.trim();

@@ -21,6 +21,8 @@ __all__ = ["SparseWeight", "conv2d", "kernel_status", "linear"]
 _DIRECT, _COPIED, _FOLDED = 0, 1, 2
 # Positions that a folded block has at least: the kernel's widest tile.
 _BLOCK_POSITIONS = 128
+# Values in the widest register.
+_REGISTER = 16
 # Below these a plane is folded: at any batch size, and where a batch shares the work.
 _MIN_POSITIONS, _MIN_POSITIONS_OF_BATCH = 16, 48
 # Input shapes whose layout a weight remembers.
@@ -51,6 +53,20 @@ class _Layout(NamedTuple):
     positions: int
 
 
+class Plan(NamedTuple):
+    """What a call needs to know about one input shape.
+
+    Attributes:
+        out_shape: (N, O, OH, OW).
+        layout: int64, the kernel's description of the shapes.
+        offset: int32 (nnz), where each entry reads, relative to the output position.
+    """
+
+    out_shape: tuple[int, int, int, int]
+    layout: Tensor
+    offset: Tensor
+
+
 @dataclass(eq=False)
 class SparseWeight:
     """A masked weight in the kernel's order: the entries of an output channel stand together.
@@ -73,7 +89,7 @@ class SparseWeight:
     position: Tensor
     value: Tensor
     planes: Tensor
-    _plans: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _plans: dict[tuple[int, ...], Plan] = field(default_factory=dict, repr=False)
 
     @classmethod
     def pack(
@@ -125,17 +141,11 @@ class SparseWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, with those remembered for the input shapes seen so far."""
-        tensors = [
-            self.start,
-            self.position,
-            self.value,
-            self.planes,
-            *(t for plan in self._plans.values() for t in plan),
-        ]
-        return sum(t.nbytes for t in tensors)
+        remembered = [t for plan in self._plans.values() for t in (plan.layout, plan.offset)]
+        return sum(t.nbytes for t in (self.start, self.position, self.value, self.planes, *remembered))
 
-    def plan(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """The layout for inputs (N, I, H, W) as the kernel reads it, and the int32 offset of every entry (nnz).
+    def plan(self, shape: tuple[int, ...]) -> Plan:
+        """The plan for inputs (N, I, H, W), worked out the first time.
 
         Raises:
             ConfigError: the shape does not fit the weight, or one image is too large for 32-bit offsets.
@@ -144,7 +154,8 @@ class SparseWeight:
         if found is None:
             layout = _layout(self, shape)
             _check_offsets(layout, self.planes.shape[0])
-            found = torch.tensor(layout, dtype=torch.int64), _offsets(self, layout)
+            out_shape = (layout.images, layout.out_channels, layout.out_height, layout.out_width)
+            found = Plan(out_shape, torch.tensor(layout, dtype=torch.int64), _offsets(self, layout))
             while len(self._plans) >= _REMEMBERED:
                 self._plans.pop(next(iter(self._plans)), None)
             self._plans[shape] = found
@@ -201,19 +212,21 @@ def linear(x: Tensor, weight: SparseWeight, bias: Tensor | None = None, *, relu:
 def _run(x: Tensor, weight: SparseWeight, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
     if reason := kernel_status():
         raise ConfigError(f"the sparse kernel is not available: {reason}; run the layer dense")
-    plan, offset = weight.plan(tuple(x.shape))
-    out_shape = (x.shape[0], weight.shape[0], *_output_size(weight, x.shape[2], x.shape[3]))
-    _check_tensor("x", x, tuple(x.shape), weight.dtype)
+    plan = weight.plan(x.shape)
+    out_shape, dtype = plan.out_shape, weight.dtype
+    _check_tensor("x", x, x.shape, dtype)
     if bias is not None:
-        _check_tensor("bias", bias, out_shape[1:2], weight.dtype)
-        bias = bias.detach().float().contiguous()
+        _check_tensor("bias", bias, out_shape[1:2], dtype)
+        bias = bias if dtype == torch.float32 and bias.is_contiguous() else bias.float().contiguous()
     if residual is not None:
-        _check_tensor("residual", residual, out_shape, weight.dtype)
+        _check_tensor("residual", residual, out_shape, dtype)
         residual = residual.contiguous()
     if x.numel() == 0 or 0 in out_shape:
         return x.new_empty(out_shape)
     run = torch.ops.growfx.sparse_conv2d.default
-    return run(x.contiguous(), plan, weight.start, offset, weight.value, weight.planes, bias, residual, relu)
+    return run(
+        x.contiguous(), plan.layout, weight.start, plan.offset, weight.value, weight.planes, bias, residual, relu
+    )
 
 
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -276,7 +289,9 @@ def _layout(weight: SparseWeight, shape: tuple[int, ...]) -> _Layout:
     units = max(1, images * positions // _BLOCK_POSITIONS) if folds else images
     block = -(-images // units) if images else 1
     phases, rows = min(weight.stride[0], reach + 1), out_height + reach // weight.stride[0]
-    plane_size = height * width if layout == _DIRECT else _padded(phases * rows * block * out_width)
+    plane_size = height * width if layout == _DIRECT else phases * rows * block * out_width
+    if layout == _COPIED:
+        plane_size = _padded(plane_size)
     return _Layout(
         layout,
         *(images, channels, height, width, out_channels, out_height, out_width),
@@ -286,11 +301,9 @@ def _layout(weight: SparseWeight, shape: tuple[int, ...]) -> _Layout:
 
 
 def _padded(size: int) -> int:
-    """Aligned to cache lines, and no multiple of a page: planes would share the same few lines of the cache."""
-    if size < 64:
-        return size
-    size = -(-size // 16) * 16
-    return size + 16 if size % 512 == 0 else size
+    """Room for a register past the end, aligned to cache lines, and no half page: planes would share cache lines."""
+    size = -(-(size + _REGISTER) // _REGISTER) * _REGISTER
+    return size + _REGISTER if size % 512 == 0 else size
 
 
 def _check_offsets(layout: _Layout, planes: int) -> None:
