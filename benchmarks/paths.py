@@ -22,6 +22,7 @@ from torch import nn
 
 import growfx
 from growfx.edge_keys import EdgeKeys
+from growfx.optimizer_hooks import clear_state
 from growfx.selection import draw
 
 GROWTH = 1.3
@@ -75,7 +76,7 @@ class GrowthRound:
         drawn = time.perf_counter()
         self.net.set_masks({name: self.net.layers[name].mask | mask for name, mask in chosen.masks.items()})
         for layer in self.net.layers.values():
-            layer.clear_state(self.optimizer)
+            clear_state(self.optimizer, layer.parameter, ~layer.mask)
         assert chosen.count == wanted
         self.rounds += 1
         self.parts["paths"].append(scored - start)

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
-from torch.optim import Optimizer
 
+from growfx.compiled_weight import compiled_weight
 from growfx.errors import MaskError
-from growfx.optimizer_hooks import CLEARED, LAYER_OF
+from growfx.optimizer_hooks import LAYER_OF
 
 __all__ = [
     "MaskedLayer",
@@ -121,17 +121,28 @@ class MaskedLayer(nn.Module):
         weight_name: the parameter the mask belongs to (`in_proj_weight` for multi-head attention).
         collects_gradient: while True, backward passes in training leave the gradient of absent edges too; the
             optimizer's step finds it masked, and `dense_gradient` keeps the whole.
-        dense_gradient: what the last step collected (shape and dtype of the weight), None when nothing was.
+        dense_gradient: what a step collected since this was set to None (shape and dtype of the weight).
         gate: None, or what turns the parameter into the weight the layer uses, instead of the mask (a soft mask).
     """
 
     twin_of: ClassVar[type[nn.Module]]
     weight_name: ClassVar[str] = "weight"
     mask: Tensor
-    collects_gradient: bool = False
     dense_gradient: Tensor | None = None
     gate: Callable[[Tensor], Tensor] | None = None
     _settled: _Settled | None
+    _collects: Tensor  # `collects_gradient` as a scalar, for compiled code
+    _collecting: bool = False
+
+    @property
+    def collects_gradient(self) -> bool:  # noqa: D102 - see the class
+        return self._collecting
+
+    @collects_gradient.setter
+    def collects_gradient(self, wanted: bool) -> None:
+        if wanted != self._collecting:
+            self._collecting = wanted
+            self._collects.fill_(wanted)
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -200,7 +211,7 @@ class MaskedLayer(nn.Module):
         if not self.training or not torch.is_grad_enabled() or not weight.requires_grad:
             return None
         if torch.compiler.is_compiling():
-            return (weight, None) if self.collects_gradient else None
+            return None
         if (
             settled is None
             or settled.weight_version != weight._version
@@ -210,11 +221,13 @@ class MaskedLayer(nn.Module):
             or settled.data != weight.data_ptr()
         ):
             settled = self.settle()
-        return weight, None if settled.keep is None or self.collects_gradient else settled
+        return weight, None if settled.keep is None or self._collecting else settled
 
     def _masked_at_use(self) -> Tensor:
         if self.mask.is_meta:  # no values to mask, and torch's shape function of `where` is slow
             return self.parameter
+        if self.training and torch.compiler.is_compiling():
+            return compiled_weight(self.parameter, self.mask, self._collects)
         return torch.where(self.mask, self.parameter, 0)
 
     def _own_weight(self) -> Tensor:
@@ -247,40 +260,35 @@ class MaskedLayer(nn.Module):
         with self._effective_parameters():
             return super().forward(*args, **kwargs)
 
-    def take_dense_gradient(self) -> None:
-        """Move the gradient of the parameter to `dense_gradient`, and leave it masked.
+    def take_dense_gradient(self, scale: Tensor | None = None) -> None:
+        """Move the gradient of the parameter, divided by `scale`, to `dense_gradient`, and leave it masked.
 
-        In a distributed run the gradient is the mean over ranks by then, so what is chosen by it agrees.
+        What lies there already stays: a step within a step, or after clipping, finds a gradient masked before. In a
+        distributed run the gradient is the mean over ranks by then, so what is chosen by it agrees.
         """
         grad = self.parameter.grad
-        if grad is not None:
-            self.dense_gradient = grad.detach().clone()
-            keep = self.settle().keep
-            if keep is not None:
-                mask_in_place(grad, keep)
+        if grad is None:
+            return
+        if self.dense_gradient is None:
+            self.dense_gradient = grad.detach().clone() if scale is None else grad.detach() / scale
+        keep = self.settle().keep
+        if keep is not None:
+            mask_in_place(grad, keep)
 
-    def optimizer_will_step(self, optimizer: Optimizer) -> None:
-        """Make sure that a step of the optimizer cannot revive an edge; called before each."""
+    def mask_marker(self) -> tuple[int, int]:
+        """What is another one whenever the mask is another one."""
+        return id(self.mask), self.mask._version
+
+    def optimizer_will_step(self, scale: Tensor | None) -> None:
+        """Make sure that a step of the optimizer cannot revive an edge; called before each.
+
+        `scale`: of the loss, where the optimizer is still to divide the gradient by it.
+        """
         settled = self._settled
         if settled is None or settled.mask is not self.mask or settled.mask_version != self.mask._version:
             self.settle()
         if self.collects_gradient:
-            self.take_dense_gradient()
-        self.clear_state(optimizer)
-
-    def clear_state(self, optimizer: Optimizer) -> None:
-        """Set the optimizer's state to zero outside the mask, where the mask changed since its last step."""
-        settled = self._settled
-        state = optimizer.state.get(self.parameter)
-        if not state or settled is None or settled.keep is None:
-            return
-        marker = (id(settled.mask), settled.mask_version)
-        if CLEARED.setdefault(optimizer, {}).get(id(self.parameter)) == marker:
-            return
-        for value in state.values():
-            if isinstance(value, Tensor) and value.shape == self.parameter.shape and value.is_floating_point():
-                value.masked_fill_(~self.mask, 0)
-        CLEARED[optimizer][id(self.parameter)] = marker
+            self.take_dense_gradient(scale)
 
     def optimizer_stepped(self, version_before: int) -> None:
         """Note that the parameter changed by a step that keeps zeros; `version_before` was its version."""
@@ -289,13 +297,23 @@ class MaskedLayer(nn.Module):
         if settled is not None and settled.weight is self.parameter and settled.weight_version == version_before:
             settled.weight_version = self.parameter._version
 
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> MaskedLayer:
+        super()._apply(fn, recurse)
+        self._collects = fn(self._collects).fill_(self._collecting)
+        return self
+
     def extra_repr(self) -> str:
         """The original class's line with the layer's density."""
         return f"{super().extra_repr()}, density={self.density:.4g}"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The version counters of a copy's tensors start again: what was seen of the original says nothing of them.
-        anew = {"_settled": None, "dense_gradient": None, "collects_gradient": False}
+        anew = {
+            "_settled": None,
+            "dense_gradient": None,
+            "_collecting": False,
+            "_collects": torch.zeros_like(self._collects),
+        }
         return _empty_twin, (self.twin_of,), {**self.__dict__, **anew}
 
 
@@ -396,6 +414,8 @@ def to_twin(module: nn.Module, mask: Tensor | None = None) -> MaskedLayer:
     weight = module.parameter
     module.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool) if mask is None else mask)
     module._settled = None
+    module._collects = torch.zeros((), dtype=torch.bool, device=weight.device)
+    LAYER_OF[id(weight)] = module
     return module
 
 
@@ -404,7 +424,7 @@ def to_plain(module: MaskedLayer) -> nn.Module:
     module.settle()
     if LAYER_OF.get(id(module.parameter)) is module:
         del LAYER_OF[id(module.parameter)]
-    del module._buffers["mask"], module._settled
+    del module._buffers["mask"], module._settled, module._collects
     original: Any = module.twin_of
     module.__class__ = original
     return module

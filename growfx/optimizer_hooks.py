@@ -1,24 +1,104 @@
-"""Hooks that every optimizer calls around its step, so that nobody has to tell growfx about theirs."""
+"""Hooks that every optimizer calls around its step, so that nobody has to tell growfx about theirs.
+
+Around a step of any `torch.optim.Optimizer` its masked weights and their state are kept at +0.0 outside the masks, and
+the step is counted, which tells a step from one that a loss scaler left out. State is what has the weight's shape,
+whatever its name. State of other shapes (factored moments, preconditioners) belongs to rows and columns, not to
+edges, and is left alone; only the weights are masked after the step.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch.optim import Optimizer
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 if TYPE_CHECKING:
     from growfx.layers import MaskedLayer
 
-__all__ = ["CLEARED", "LAYER_OF"]
+__all__ = ["LAYER_OF", "StepWatch", "clear_state", "optimizers_of"]
 
 # The masked layer of a parameter, by the parameter's id; entries vanish with their layer.
 LAYER_OF: weakref.WeakValueDictionary[int, MaskedLayer] = weakref.WeakValueDictionary()
-# Per optimizer and parameter: the mask (identity, version) its state was last cleared for.
-CLEARED: weakref.WeakKeyDictionary[Optimizer, dict[int, tuple[int, int]]] = weakref.WeakKeyDictionary()
-_VERSIONS: weakref.WeakKeyDictionary[Optimizer, dict[int, int]] = weakref.WeakKeyDictionary()
+
+# Optimizers that work edge by edge and add nothing of their own: where weight, gradient and state are zero, they stay
+# zero, and a pass over the weights after each step is saved. All others (orthogonalised or preconditioned updates,
+# moments with an epsilon in them, anything unknown) are cleaned up after. The tests hold each of these to it.
+_TORCH = ("sgd.SGD", "adam.Adam", "adamw.AdamW", "rmsprop.RMSprop", "nadam.NAdam", "radam.RAdam", "adagrad.Adagrad")
+_TIMM = ("lamb.Lamb", "lion.Lion", "lars.Lars", "adamp.AdamP", "adan.Adan", "adamw.AdamWLegacy", "nadamw.NAdamW")
+_KEEPS_ZEROS = {f"torch.optim.{name}" for name in _TORCH} | {f"timm.optim.{name}" for name in _TIMM}
+
+
+@dataclass
+class _Record:
+    """What is known of an optimizer that steps masked weights.
+
+    `steps`: made so far. `cleared`: by parameter, the mask (identity, version) its state was last cleared for.
+    `versions`: of the parameters, before each step under way (a subclass's step may call its base class's).
+    """
+
+    steps: int = 0
+    cleared: dict[int, tuple[int, int]] = field(default_factory=dict)
+    versions: list[dict[int, int]] = field(default_factory=list)
+
+
+_RECORDS: weakref.WeakKeyDictionary[Optimizer, _Record] = weakref.WeakKeyDictionary()
+
+
+def optimizers_of(parameter: nn.Parameter) -> list[Optimizer]:
+    """Return the optimizers that have stepped a masked parameter, those inside wrappers among them."""
+    return [optimizer for optimizer, record in _RECORDS.items() if id(parameter) in record.cleared]
+
+
+def clear_state(optimizer: Optimizer, parameter: nn.Parameter, where: Tensor) -> None:
+    """Set the optimizer's state of `parameter` to zero at the positions `where` (bool, the parameter's shape).
+
+    The memory of `LBFGS` is of the whole network at once: it starts anew.
+    """
+    if isinstance(optimizer, LBFGS):
+        optimizer.state.clear()
+        return
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
+            with torch.no_grad():
+                value.masked_fill_(where, 0.0)
+
+
+class StepWatch:
+    """Tells whether an optimizer stepped since it was last asked, or a loss scaler left the step out.
+
+    A torch optimizer announces its steps, and so does one inside a wrapper. Before the first announcement, and for an
+    optimizer that is none of torch's, a step is taken for left out when gradients are not finite: the one reason a
+    scaler has.
+    """
+
+    def __init__(self, optimizer: object, parameters: Iterable[nn.Parameter]) -> None:
+        self._optimizer, self._parameters = optimizer, list(parameters)
+        self._ids = {id(parameter) for parameter in self._parameters}
+        self._seen, self._announced = self._count(), False
+
+    def stepped(self) -> bool:
+        """Whether there was a step since the last call, or since this watch was made."""
+        before, self._seen = self._seen, self._count()
+        if self._seen > before:
+            self._announced = True
+            return True
+        if self._announced:
+            return False
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+
+    def _count(self) -> int:
+        return sum(
+            record.steps
+            for optimizer, record in _RECORDS.items()
+            if optimizer is self._optimizer or not self._ids.isdisjoint(record.cleared)
+        )
 
 
 def _masked_layers_of(optimizer: Optimizer) -> Iterator[MaskedLayer]:
@@ -29,20 +109,65 @@ def _masked_layers_of(optimizer: Optimizer) -> Iterator[MaskedLayer]:
                 yield layer
 
 
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if LAYER_OF:
-        versions = {}
-        for layer in _masked_layers_of(optimizer):
-            layer.optimizer_will_step(optimizer)
-            versions[id(layer.parameter)] = layer.parameter._version
-        _VERSIONS[optimizer] = versions
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not LAYER_OF:
+        return None
+    layers = list(_masked_layers_of(optimizer))
+    if not layers:
+        return None
+    record = _RECORDS.setdefault(optimizer, _Record())
+    versions: dict[int, int] = {}
+    scale = vars(optimizer).get("grad_scale")  # where a fused step is to unscale by itself
+    for layer in layers:
+        marker = layer.mask_marker()
+        if record.cleared.get(id(layer.parameter)) != marker:
+            # The first step clears what was loaded or made under other masks; the memory of LBFGS may be kept then.
+            if id(layer.parameter) in record.cleared or not isinstance(optimizer, LBFGS):
+                clear_state(optimizer, layer.parameter, ~layer.mask)
+            record.cleared[id(layer.parameter)] = marker
+        layer.optimizer_will_step(scale)
+        versions[id(layer.parameter)] = layer.parameter._version
+    record.versions.append(versions)
+    return _with_closure_masked(layers, args, kwargs)
+
+
+def _with_closure_masked(layers: list[MaskedLayer], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Let gradients that are made within the step, by a closure, reach the optimizer as others do."""
+
+    def masked(closure: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            for layer in layers:
+                layer.dense_gradient = None  # the last call counts, as for the optimizer
+            loss = closure()
+            for layer in layers:
+                layer.optimizer_will_step(None)
+            return loss
+
+        return run
+
+    if kwargs.get("closure") is not None:
+        return args, {**kwargs, "closure": masked(kwargs["closure"])}
+    if len(args) > 1 and callable(args[1]):
+        return (args[0], masked(args[1]), *args[2:]), kwargs
+    return None
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    versions = _VERSIONS.pop(optimizer, None)
-    if versions:
-        for layer in _masked_layers_of(optimizer):
+    record = _RECORDS.get(optimizer)
+    if record is None or not record.versions:
+        return
+    versions = record.versions.pop()
+    keeps_zeros = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}" in _KEEPS_ZEROS
+    for layer in _masked_layers_of(optimizer):
+        if keeps_zeros:
             layer.optimizer_stepped(versions.get(id(layer.parameter), -1))
+        else:
+            layer.settle()
+            if not isinstance(optimizer, LBFGS) and layer.nnz < layer.numel:
+                clear_state(optimizer, layer.parameter, ~layer.mask)
+    found_inf = vars(optimizer).get("found_inf")  # of a fused step, which leaves itself out
+    if found_inf is None or not bool(found_inf):
+        record.steps += 1
 
 
 register_optimizer_step_pre_hook(_before_step)

@@ -232,15 +232,16 @@ def test_gradients_of_absent_edges_are_paid_for_in_exactly_the_steps_that_read_t
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["rigl", "rigl-sg", "rigl-sm", "snfs", "mest"])
 def test_a_step_without_finite_gradients_is_left_out(name, bad):
-    """As under mixed precision, where the optimizer skips such a step too."""
+    """As under mixed precision, where a loss scaler leaves such a step out; it is not counted either."""
     net, optimizer, method = begin(name, 40)
     train_steps(net, optimizer, method, 3)
     before = net.mask_digest()
     plant(net, {k: torch.full(layer.mask.shape, bad) for k, layer in net.layers.items()})
-    assert method.step() == (name in ("snfs", "mest"))  # one has an average to go by, the other magnitudes
-    assert (net.mask_digest() == before) == (name not in ("snfs", "mest"))
+    assert not method.step()
+    assert net.mask_digest() == before
     optimizer.zero_grad()
-    assert any(train_steps(net, optimizer, method, 36, 4))
+    changed = train_steps(net, optimizer, method, 36, 4)
+    assert changed[0]
     assert net.nnz == round(0.2 * net.numel)
     assert all(torch.isfinite(p).all() for p in net.parameters())
 
@@ -248,6 +249,7 @@ def test_a_step_without_finite_gradients_is_left_out(name, bad):
 def test_weights_that_are_not_finite_are_an_error_that_names_the_layer():
     net, optimizer, method = begin("rigl", 40)
     train_steps(net, optimizer, method, 3)
+    optimizer.step()
     with torch.no_grad():
         net.layers["wide"].parameter[net.layers["wide"].mask] = math.nan
     with pytest.raises(ConfigError, match="weights of layer `wide` are not finite"):

@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from growfx.errors import CheckpointError, ConfigError
 from growfx.layers import MaskedLayer
+from growfx.optimizer_hooks import clear_state, optimizers_of
 from growfx.session import Session, Stage
 
 if TYPE_CHECKING:
@@ -59,7 +60,10 @@ class Method(ABC):
 
     @abstractmethod
     def step(self) -> bool:
-        """Count one optimizer step; call it after `optimizer.step()`. Returns True when masks changed."""
+        """Count one optimizer step; call it after `optimizer.step()`. Returns True when masks changed.
+
+        A call without a step of the optimizer since the last one counts nothing: a loss scaler left it out.
+        """
 
     @abstractmethod
     def report(self, accuracy: float, noise: float | None = None) -> None:
@@ -149,7 +153,8 @@ def change_masks(net: MaskedGraph, optimizer: Optimizer, masks: Mapping[str, Ten
     """Set `masks`; at every changed position the weight and the optimizer's state are zero. Returns how many
     changed.
 
-    Optimizer state is any floating-point tensor of the parameter's shape in `optimizer.state[parameter]`.
+    Optimizer state is any floating-point tensor of the parameter's shape in `optimizer.state[parameter]`, of
+    `optimizer` and of every other one that steps the parameter (one inside a wrapper, say).
     """
     changed = 0
     for name, mask in masks.items():
@@ -157,24 +162,13 @@ def change_masks(net: MaskedGraph, optimizer: Optimizer, masks: Mapping[str, Ten
         differs = mask.to(layer.mask.device) ^ layer.mask
         count = int(differs.sum())
         if count:
-            _clear(layer.parameter, differs)
-            clear_state(optimizer, layer.parameter, differs)
+            with torch.no_grad():
+                layer.parameter.masked_fill_(differs, 0.0)
+            for each in {optimizer, *optimizers_of(layer.parameter)}:
+                clear_state(each, layer.parameter, differs)
         changed += count
     net.set_masks(masks)
     return changed
-
-
-def clear_state(optimizer: Optimizer, parameter: nn.Parameter, where: Tensor) -> None:
-    """Set the optimizer's state of `parameter` to zero at the positions `where` (bool, the parameter's
-    shape)."""
-    for value in optimizer.state.get(parameter, {}).values():
-        if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
-            _clear(value, where)
-
-
-def _clear(values: Tensor, where: Tensor) -> None:
-    with torch.no_grad():
-        values.masked_fill_(where, 0.0)
 
 
 # -- gradients ------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from growfx.methods.base import (
     not_attached,
 )
 from growfx.methods.growth import Origin, Snapshot, next_nnz
+from growfx.optimizer_hooks import StepWatch
 from growfx.options import TrainOptions, check_ranges, option
 from growfx.passes.seed import seed_masks
 from growfx.paths import PathProducts
@@ -72,6 +73,9 @@ class Growth:
     origin: Origin | None = None
     options: TrainOptions | None = None
     finished: bool = False
+
+    def __post_init__(self) -> None:
+        self.watch = StepWatch(self.optimizer, [layer.parameter for layer in self.net.layers.values()])
 
     def absent(self, paths: PathProducts) -> dict[str, Tensor]:
         """Return the edges that growth chooses from: absent ones of layers that some path crosses, bool."""
@@ -154,9 +158,15 @@ class Growing(Method):
         self._look_ahead()
 
     def step(self) -> bool:
-        """Count a step. Where a round ended without a report, growth goes on by the clock."""
+        """Count a step. Where a round ended without a report, growth goes on by the clock.
+
+        A step that a loss scaler left out is not counted.
+        """
         growth = self._attached()
         if not growth.growing:
+            return False
+        if not growth.watch.stepped():
+            self._look_ahead()
             return False
         gradients = dense_gradients(growth.unfilled) if self.needs_dense_gradient else {}
         changed = False

@@ -28,6 +28,7 @@ from growfx.methods.base import (
     collect_gradients,
     not_attached,
 )
+from growfx.optimizer_hooks import StepWatch
 from growfx.options import check_ranges
 from growfx.passes.path_products import path_gradients
 from growfx.session import Session, Stage
@@ -66,6 +67,9 @@ class Course:
     ever_active: dict[str, Tensor] = field(default_factory=dict)
     session: Session | None = None
     stages: list[Stage] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.watch = StepWatch(self.optimizer, [layer.parameter for layer in self.net.layers.values()])
 
     @property
     def done(self) -> float:
@@ -170,8 +174,11 @@ class Stepwise(Method):
         return course
 
     def step(self) -> bool:
-        """Count a step and, where one is due, choose masks anew."""
+        """Count a step and, where one is due, choose masks anew. One that a loss scaler left out is not counted."""
         course = self._attached()
+        if not course.watch.stepped():
+            self._look_ahead(course)
+            return False
         course.steps += 1
         masks = self._update(course)
         changed = 0

@@ -1,0 +1,258 @@
+"""Edges outside the mask stay exactly +0.0, and carry no state, under whatever steps the weights."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from method_nets import Small, small_net
+from timm.optim import Lookahead, create_optimizer_v2
+from torch import nn, optim
+from torch.nn import functional as F
+
+import growfx
+from growfx import methods
+from growfx.optimizer_hooks import _KEEPS_ZEROS
+
+
+class Holding(optim.Optimizer):
+    """A wrapper of one's own: an optimizer that holds another, and steps back half of what it does."""
+
+    def __init__(self, inner: optim.Optimizer):
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    @torch.no_grad()
+    def step(self, closure=None) -> Any:
+        parameters = [p for group in self.inner.param_groups for p in group["params"]]
+        before = [p.clone() for p in parameters]
+        loss = self.inner.step(closure)
+        for parameter, old in zip(parameters, before, strict=True):
+            parameter.lerp_(old, 0.5)
+        return loss
+
+
+class Drifting(optim.SGD):
+    """Adds something to every weight, as a step with noise does."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.add_(1e-3)
+        return loss
+
+
+def timm(name: str):
+    return lambda net: create_optimizer_v2(net, opt=name, lr=0.01, weight_decay=0.01)
+
+
+def torchs(kind, **options):
+    return lambda net: kind(net.parameters(), lr=0.01, **options)
+
+
+def groups(net):
+    decayed = [p for p in net.parameters() if p.ndim > 1]
+    others = [p for p in net.parameters() if p.ndim <= 1]
+    return optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": others, "lr": 0.1}], lr=0.01)
+
+
+OPTIMIZERS = {
+    "sgd": torchs(optim.SGD, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "sgd foreach": torchs(optim.SGD, momentum=0.9, foreach=True),
+    "sgd fused": torchs(optim.SGD, momentum=0.9, fused=True, weight_decay=0.1),
+    "adam amsgrad": torchs(optim.Adam, amsgrad=True),
+    "adam fused": torchs(optim.Adam, fused=True, weight_decay=0.1),
+    "adamw foreach": torchs(optim.AdamW, foreach=True, weight_decay=0.1),
+    "rmsprop": torchs(optim.RMSprop, momentum=0.9, centered=True, weight_decay=0.1),
+    "nadam": torchs(optim.NAdam),
+    "radam": torchs(optim.RAdam),
+    "adagrad fused": torchs(optim.Adagrad, fused=True),
+    "adadelta": torchs(optim.Adadelta),
+    "adamax": torchs(optim.Adamax),
+    "asgd": torchs(optim.ASGD, weight_decay=0.1),
+    "rprop": torchs(optim.Rprop),
+    "adafactor": torchs(optim.Adafactor),
+    "lbfgs": torchs(optim.LBFGS, max_iter=3),
+    "groups": groups,
+    **{
+        name: timm(name)
+        for name in (
+            *("lamb", "lion", "lars", "adamp", "sgdp", "adan", "adamwlegacy", "nadamw", "adabelief", "adahessian"),
+            *("adopt", "madgrad", "mars", "novograd", "rmsproptf", "adafactorbv", "muon", "adamuon", "cadamw"),
+        )
+    },
+    "lookahead": lambda net: Lookahead(optim.SGD(net.parameters(), lr=0.1, momentum=0.9), k=2),
+    "holding": lambda net: Holding(optim.AdamW(net.parameters(), lr=0.01)),
+    "drifting": torchs(Drifting, momentum=0.9),
+}
+
+
+def step(net, optimizer, number: int) -> None:
+    """One step with clipping, through a closure where the optimizer wants one."""
+    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(number))
+    targets = images.mean((1, 2, 3)).gt(0).long()
+
+    def loss():
+        optimizer.zero_grad()
+        value = F.cross_entropy(net(images), targets)
+        value.backward(create_graph=getattr(optimizer, "is_second_order", False))
+        return value
+
+    if isinstance(optimizer, optim.LBFGS):
+        optimizer.step(loss)
+        return
+    loss()
+    nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    optimizer.step()
+
+
+def innermost(optimizer):
+    return vars(optimizer).get("_base_optimizer", vars(optimizer).get("inner", optimizer))
+
+
+def state_of(optimizer, layer) -> list[torch.Tensor]:
+    state = innermost(optimizer).state.get(layer.parameter, {})
+    return [v for v in state.values() if isinstance(v, torch.Tensor) and v.shape == layer.mask.shape]
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_absent_edges_are_plus_zero_and_without_state_under_steps_decay_clipping_and_updates(name):
+    net = small_net().train()
+    optimizer = OPTIMIZERS[name](net)
+    method = methods.create("rigl", density=0.3, update_every=2, update_until=1.0, drop_fraction=0.5)
+    method.attach(net, optimizer, total_steps=9, steps_per_epoch=3)
+    start = {k: layer.parameter.detach().clone() for k, layer in net.layers.items()}
+    exchanges = 0
+    for number in range(8):
+        step(net, optimizer, number)
+        net.verify()
+        before = {k: layer.mask.clone() for k, layer in net.layers.items()}
+        exchanges += method.step()
+        for k, layer in net.layers.items():
+            changed = before[k] ^ layer.mask
+            for value in (layer.parameter.detach(), *state_of(optimizer, layer)):
+                assert not value[changed].any(), k
+                assert not value[~layer.mask].any(), k
+                assert torch.isfinite(value).all()
+        net.verify()
+    assert exchanges == 4
+    for k, layer in net.layers.items():
+        assert not torch.equal(start[k], layer.parameter)
+
+
+def test_every_optimizer_that_is_trusted_to_keep_zeros_is_among_the_tested():
+    tested = {type(innermost(make(small_net()))) for make in OPTIMIZERS.values()}
+    assert {f"{kind.__module__}.{kind.__qualname__}" for kind in tested} >= _KEEPS_ZEROS
+
+
+@pytest.mark.parametrize("name", ["adamw foreach", "lamb", "muon"])
+def test_an_optimizer_made_before_wrapping_is_as_good(name):
+    torch.manual_seed(0)
+    model = Small()
+    optimizer = OPTIMIZERS[name](model)
+    net = growfx.wrap(model, torch.randn(2, 3, 8, 8), density=0.3).train()
+    for number in range(3):
+        step(net, optimizer, number)
+        net.verify()
+        with torch.no_grad():
+            net.layers["wide"].mask.copy_(torch.rand(net.layers["wide"].mask.shape) < 0.3)
+
+
+def test_a_step_cleans_the_state_even_when_masks_were_changed_by_hand_in_evaluation_mode():
+    net = small_net().eval()
+    optimizer = optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    layer = net.layers["wide"]
+    for density in (0.9, 0.2):
+        layer.mask.copy_(torch.rand(layer.mask.shape) < density)
+        step(net, optimizer, 0)
+        assert not optimizer.state[layer.parameter]["momentum_buffer"][~layer.mask].any()
+        net.verify()
+
+
+def test_several_optimizers_each_step_their_own_part():
+    net = small_net().train()
+    first = optim.SGD(net.shell.stem.parameters(), lr=0.1, momentum=0.9)
+    second = create_optimizer_v2([p for k, p in net.named_parameters() if not k.startswith("stem")], "muon", lr=0.01)
+    method = methods.create("set", density=0.3, update_every=2, update_until=1.0)
+    method.attach(net, first, total_steps=9, steps_per_epoch=3)
+    for number in range(8):
+        step(net, second, number)
+        first.step()
+        changed = method.step()
+        first.zero_grad()
+        assert changed == (number % 2 == 1)
+        for optimizer in (first, second):
+            for layer in net.layers.values():
+                assert all(not value[~layer.mask].any() for value in state_of(optimizer, layer))
+        net.verify()
+
+
+def test_frozen_layers_keep_their_weights_and_the_others_train():
+    net = small_net().train()
+    net.layers["block"].parameter.requires_grad_(False)
+    optimizer = optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.1)
+    method = methods.create("static", density=0.3)
+    method.attach(net, optimizer, total_steps=9, steps_per_epoch=3)
+    frozen, free = (net.layers[k].parameter.detach().clone() for k in ("block", "wide"))
+    for number in range(3):
+        step(net, optimizer, number)
+        net.verify()
+    assert torch.equal(frozen, net.layers["block"].parameter)
+    assert not torch.equal(free, net.layers["wide"].parameter)
+
+
+@pytest.mark.parametrize(
+    "kind", [optim.SGD, optim.LBFGS, lambda p, lr: Holding(optim.SGD(p, lr))], ids=["sgd", "lbfgs", "holding"]
+)
+def test_a_closure_that_collects_gradients_gives_them_whole_and_the_optimizer_masked_ones(kind):
+    net = small_net().train()
+    net.set_masks({"wide": torch.rand(net.layers["wide"].mask.shape) < 0.3})
+    layer = net.layers["wide"]
+    optimizer = kind(net.parameters(), lr=0.01)
+    layer.collects_gradient = True
+    seen = []
+    images = torch.randn(4, 3, 8, 8)
+
+    def loss():
+        optimizer.zero_grad()
+        value = net(images).square().mean()
+        value.backward()
+        seen.append(layer.parameter.grad.clone())
+        return value
+
+    optimizer.step(closure=loss)
+    assert torch.equal(layer.dense_gradient, seen[-1])
+    assert layer.dense_gradient[~layer.mask].any()
+    assert not layer.parameter.grad[~layer.mask].any()
+    net.verify()
+
+
+def test_an_edge_dropped_and_grown_again_between_two_steps_has_no_memory_of_before():
+    net = small_net().train()
+    inner = optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    step(net, inner, 0)
+    layer, mask = net.layers["wide"], net.layers["wide"].mask.clone()
+    gone = torch.rand(mask.shape) < 0.5
+    for wanted in (mask & ~gone, mask):
+        methods.base.change_masks(net, Holding(inner), {"wide": wanted})
+    assert not inner.state[layer.parameter]["momentum_buffer"][gone].any()
+    assert inner.state[layer.parameter]["momentum_buffer"][~gone].any()
+
+
+def test_a_copied_optimizer_and_network_go_on_alike_and_apart():
+    net = small_net().train()
+    net.set_masks({k: torch.rand(layer.mask.shape) < 0.4 for k, layer in net.layers.items()})
+    optimizer = OPTIMIZERS["muon"](net)
+    step(net, optimizer, 0)
+    other = copy.deepcopy(net)
+    twin = OPTIMIZERS["muon"](other)
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for number in range(1, 4):
+        step(net, optimizer, number)
+        step(other, twin, number)
+    other.verify()
+    for mine, its in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, its)
