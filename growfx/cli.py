@@ -222,6 +222,48 @@ def compare_command(
     return 1 if facts["failures"] else 0
 
 
+@commands.command("bench")
+@click.argument("path")
+@click.option(
+    "--batch", "batches", type=click.IntRange(min=1), multiple=True, help="batch size; repeatable  [default: 1]"
+)
+@click.option("--threads", type=click.IntRange(min=1), multiple=True, help="repeatable  [default: torch's own]")
+@click.option("--img-size", type=click.IntRange(min=1), help="height and width  [default: as trained]")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--repeats", type=click.IntRange(min=1), help="times a row is timed  [default: about 10 s a table]")
+@click.option("--compile/--no-compile", "with_compile", default=True, help="time torch.compile")
+@click.option("--density", type=float, help="of random masks, when PATH is a model's name")
+@click.option("--set", "assignments", multiple=True, metavar="model.KEY=VALUE", help="argument of a named model")
+@click.option("--json", "as_json", is_flag=True, help="print all figures as JSON")
+@click.option("--quiet", is_flag=True, help="no progress bar")
+def bench_command(
+    path: str,
+    batches: tuple[int, ...],
+    with_compile: bool,
+    assignments: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    **given: Any,
+) -> None:
+    """Time PATH on this machine's CPU: dense torch, compiled, onnxruntime, masked, compact, sparse runtime.
+
+    PATH is an artifact, a run, or a model's name. A row that cannot run says why.
+    """
+    from growfx.bench import bench
+    from growfx.bench_variants import COMPILED, VARIANTS
+    from growfx.options import parse_assignments
+
+    report = bench(
+        path,
+        batches=batches or (1,),
+        variants=[name for name in VARIANTS if with_compile or name != COMPILED],
+        model_kwargs=parse_assignments(assignments, {})["model"],
+        progress=not quiet,
+        **given,
+    )
+    _show(report.to_json() if as_json else {}, as_json, str(report))
+
+
 @commands.command("methods")
 @click.option("--json", "as_json", is_flag=True, help="print the facts as JSON")
 def methods_command(as_json: bool) -> None:

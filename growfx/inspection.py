@@ -19,7 +19,7 @@ from growfx.models import create_model, default_input_shape
 from growfx.options import DataOptions, TrainOptions, parse_assignments
 from growfx.recipe import pick_device
 
-__all__ = ["accuracy_of", "facts_of"]
+__all__ = ["accuracy_of", "facts_of", "kind_of", "nothing_there", "place_of", "recorded_format"]
 
 _WEIGHTS_FILE = "sparse.safetensors"
 # What is recorded of a data set beside the options it was opened with.
@@ -40,15 +40,15 @@ def facts_of(path: str, model_kwargs: Mapping[str, Any] | None = None) -> dict[s
     Raises:
         ArtifactError, CheckpointError, ConfigError: damaged, or nothing of that name.
     """
-    place = _local(path)
-    kind = _kind(place)
+    place = place_of(path)
+    kind = kind_of(place)
     if kind == "artifact":
         return _facts_of_artifact(place)
     if kind == "run":
         net, folder = reopen(place)
         return _facts_of_net("run", folder.config["model"]["name"], net)
     if place.exists():
-        raise ArtifactError(f"`{path}` is neither an artifact (no `{_WEIGHTS_FILE}`) nor a run (no `config.json`)")
+        raise nothing_there(path)
     model = create_model(path, **(model_kwargs or {}))
     return _facts_of_net("model", path, wrap_for(model, _default_format(model)))
 
@@ -68,8 +68,8 @@ def accuracy_of(path: Path, data: str, split: str, assignments: Sequence[str] = 
     values = parse_assignments(assignments, {"data": DataOptions, "device": TrainOptions})
     if values["model"] or set(values["device"]) - {"device"}:
         raise ConfigError("`growfx eval` takes data options and `device` after `--set`, no training options")
-    given, path = path, _local(path)
-    kind = _kind(path)
+    given, path = path, place_of(path)
+    kind = kind_of(path)
     if kind == "artifact":
         net: nn.Module = growfx.artifact.load(path)
         known: Mapping[str, Any] = growfx.artifact.inspect(path).provenance
@@ -77,7 +77,7 @@ def accuracy_of(path: Path, data: str, split: str, assignments: Sequence[str] = 
         net, folder = reopen(path)
         known = folder.config
     else:
-        raise ArtifactError(f"`{path}` is neither an artifact (no `{_WEIGHTS_FILE}`) nor a run (no `config.json`)")
+        raise nothing_there(path)
     recorded = dict(known.get("data", {}))
     classes = recorded.pop("classes", None)
     options = DataOptions(**{k: v for k, v in (recorded | values["data"]).items() if k not in _SOURCE})
@@ -106,12 +106,19 @@ def _listed(classes: Sequence[str]) -> str:
     return f"{len(classes)} classes ({names}{', ...' if len(classes) > 3 else ''})"
 
 
-def _local(path: str | Path) -> Path:
+def place_of(path: str | Path) -> Path:
+    """The path itself, or where an artifact of the Hub was fetched to; ArtifactError when it could not be."""
     with located(f"`{path}`"):
         return local_path(path)
 
 
-def _kind(path: Path) -> str:
+def nothing_there(path: str | Path) -> ArtifactError:
+    """The error to raise for a path of another kind."""
+    return ArtifactError(f"`{path}` is neither an artifact (no `{_WEIGHTS_FILE}`) nor a run (no `config.json`)")
+
+
+def kind_of(path: Path) -> str:
+    """`artifact`, `run` or `other`."""
     if (path / _WEIGHTS_FILE).is_file() or (path.is_file() and path.suffix == ".safetensors"):
         return "artifact"
     return "run" if (path / "checkpoint").is_dir() or (path / "log.jsonl").is_file() else "other"
@@ -126,7 +133,7 @@ def _facts_of_artifact(path: Path) -> dict[str, Any]:
     growfx.artifact.load_state(path)  # damage is an error; that the model cannot be built here is not
     try:
         model = growfx.artifact.load(path)
-        net = wrap_for(model, _recorded_format(info.provenance, model))
+        net = wrap_for(model, recorded_format(info.provenance, model))
     except (ConfigError, TraceError, DataError, ArtifactError) as error:
         return {**facts, "alive_note": f"alive units are not known: {error}"}
     # The plain model has no masks; a weight that is active and zero carries no path either.
@@ -174,7 +181,8 @@ def _with_alive(facts: dict[str, Any], net: MaskedGraph) -> dict[str, Any]:
     return facts
 
 
-def _recorded_format(provenance: Mapping[str, Any], model: nn.Module) -> InputFormat:
+def recorded_format(provenance: Mapping[str, Any], model: nn.Module) -> InputFormat:
+    """The input format an artifact was trained with, else the model's own; DataError when it is not readable."""
     recorded = provenance.get("input")
     return InputFormat.from_json(recorded) if recorded else _default_format(model)
 

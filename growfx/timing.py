@@ -1,13 +1,78 @@
-"""Comparing the time of several calls on a machine that does other things too."""
+"""Times of several calls on a machine whose speed drifts: measured in turn, compared round by round."""
 
 from __future__ import annotations
 
+import random
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 
-__all__ = ["interleaved_minima"]
+import torch
+
+__all__ = ["Timing", "in_turn", "interleaved_minima", "thread_count"]
 
 _HOPELESS = 3.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call, one entry a round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def minimum(self) -> float:
+        """The fastest round, in seconds."""
+        return min(self.seconds)
+
+    @property
+    def median(self) -> float:
+        """The median round, in seconds."""
+        return statistics.median(self.seconds)
+
+    def speedup_over(self, other: Timing) -> float:
+        """How many times as long the other takes: the median of the rounds' ratios, so that drift does not decide.
+
+        Raises:
+            ValueError: the two were not measured in the same rounds.
+        """
+        pairs = zip(self.seconds, other.seconds, strict=True)
+        return statistics.median(theirs / own for own, theirs in pairs)
+
+
+def in_turn(
+    calls: Mapping[str, Callable[[], object]], rounds: int, *, seed: int = 0
+) -> tuple[dict[str, Timing], dict[str, Exception]]:
+    """Time every call once a round, in an order drawn anew for every round.
+
+    Before it is timed a call runs once untimed: the caches are its own then, as in a process that runs nothing else,
+    and the threads of the one before it have gone to sleep.
+
+    Args:
+        calls: name -> what to time.
+        rounds: how many times each is timed.
+        seed: of the orders.
+
+    Returns:
+        the times, and the errors of calls that raised one; those are left out from then on.
+    """
+    draw = random.Random(seed)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    errors: dict[str, Exception] = {}
+    for _ in range(rounds):
+        for name in draw.sample(list(calls), len(calls)):
+            if name in errors:
+                continue
+            try:
+                calls[name]()
+                start = time.perf_counter()
+                calls[name]()
+                seconds[name].append(time.perf_counter() - start)
+            except Exception as error:  # of any library: one that fails must not end the others
+                errors[name] = error
+    return {name: Timing(tuple(spent)) for name, spent in seconds.items() if name not in errors}, errors
 
 
 def interleaved_minima(
@@ -40,3 +105,14 @@ def interleaved_minima(
             limit = _HOPELESS * min(least.values())
             running = {name: call for name, call in running.items() if least[name] <= limit}
     return {name: value * 1e6 for name, value in least.items()}
+
+
+@contextmanager
+def thread_count(threads: int) -> Generator[None]:
+    """`threads` threads for torch's operators; afterwards as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -16,7 +16,16 @@ from growfx.inputs import Inputs
 if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
 
-__all__ = ["Trial", "difference", "example_of", "outputs_of", "trials_of", "working_copy"]
+__all__ = [
+    "Trial",
+    "difference",
+    "example_of",
+    "outputs_of",
+    "relative_error",
+    "tolerance_of",
+    "trials_of",
+    "working_copy",
+]
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -128,10 +137,21 @@ def difference(model: nn.Module, trials: Sequence[Trial]) -> tuple[float, str]:
         for ours, theirs in zip(got, expected, strict=True):
             if theirs.is_meta or not theirs.numel():
                 continue
-            scale = float(theirs.abs().double().nan_to_num().max()) or 1.0
-            error = float((ours.double() - theirs.double()).abs().nan_to_num().max()) / scale
-            tolerance = _TOLERANCE.get(theirs.dtype, 1e-2)
-            if error > tolerance or bool((ours.isnan() != theirs.isnan()).any()):
+            error = relative_error(ours, theirs)
+            if error > tolerance_of(theirs.dtype):
                 return error, f"the outputs would differ by {error:.2g} of the largest"
             largest = max(largest, error)
     return largest, ""
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """The error, over the largest output, up to which outputs of this type count as equal."""
+    return _TOLERANCE.get(dtype, 1e-2)
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference over the largest value of `theirs`; infinite where only one of them is not a number."""
+    if bool((ours.isnan() != theirs.isnan()).any()):
+        return float("inf")
+    scale = float(theirs.abs().double().nan_to_num().max()) or 1.0
+    return float((ours.double() - theirs.double()).abs().nan_to_num().max()) / scale

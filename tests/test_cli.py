@@ -36,7 +36,9 @@ def test_the_command_line_is_there_before_torch_is():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-@pytest.mark.parametrize("command", ["grow", "train", "export", "inspect", "eval", "compare", "methods", "zoo"])
+@pytest.mark.parametrize(
+    "command", ["grow", "train", "export", "inspect", "eval", "compare", "bench", "methods", "zoo"]
+)
 def test_every_command_explains_itself(command, capsys):
     assert call(command, "--help") == 0
     assert command in capsys.readouterr().out

@@ -34,6 +34,7 @@ LEVELS = [
         "growfx.hf_trainer",
         "growfx.runtime",
     },
+    {"growfx.bench", "growfx.bench_subject", "growfx.bench_variants"},
     {"growfx.zoo", "growfx.zoo_check", "growfx.zoo_pool", "growfx.compare", "growfx.compare_runs"},
     {"growfx.cli", "growfx.__main__"},
 ]

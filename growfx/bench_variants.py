@@ -1,0 +1,172 @@
+"""The ways to run a network that `growfx bench` compares."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from growfx.bench_subject import Subject
+from growfx.errors import ConfigError
+from growfx.graph import MaskedGraph
+from growfx.inputs import Inputs
+from growfx.onnx_file import export_onnx
+from growfx.onnx_session import OnnxSession
+from growfx.passes.compact import compact
+from growfx.passes.fold_norm import fold_norm
+
+__all__ = ["COMPILED", "DENSE", "VARIANTS", "Built", "Setting", "Workshop", "bytes_of"]
+
+DENSE, COMPILED = "dense", "torch.compile"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the times of one table hold for."""
+
+    inputs: Inputs
+    batch: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """One way to run the network.
+
+    Attributes:
+        module: called with the network's inputs.
+        weight_bytes: what its weights take, in memory or, for another runtime, in the file it is given.
+        note: what is worth knowing of it.
+        lowering: the sparse runtime's report of its choices.
+    """
+
+    module: nn.Module
+    weight_bytes: int
+    note: str = ""
+    lowering: Any = None
+
+
+class Workshop:
+    """Builds variants of one network; what does not depend on batch and threads is made once, and so are failures."""
+
+    def __init__(self, subject: Subject, dtype: torch.dtype, folder: Path) -> None:
+        self.subject, self.dtype, self.folder = subject, dtype, folder
+        self._made: dict[Any, Any] = {}
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gave when it was first asked for `key`; its error is raised again."""
+        if key not in self._made:
+            try:
+                self._made[key] = make()
+            except Exception as error:
+                self._made[key] = error
+        if isinstance(self._made[key], Exception):
+            raise self._made[key]
+        return self._made[key]
+
+    def dense(self) -> nn.Module:
+        """The plain model."""
+        return self.once(DENSE, lambda: self.subject.load(dtype=self.dtype))
+
+    def net(self) -> MaskedGraph:
+        """The masked network, in the precision it is stored in."""
+        return self.once("net", self.subject.masked)
+
+
+def _dense(work: Workshop, _: Setting) -> Built:
+    return Built(work.dense(), bytes_of(work.dense()))
+
+
+def _folded(work: Workshop, _: Setting) -> Built:
+    folded = work.once("folded", lambda: fold_norm(work.net()))
+    if not folded.folded:
+        raise ConfigError("no norm can be folded" if folded.kept else "the network has no batch norm to fold")
+    model = work.once("folded model", lambda: folded.model.to(work.dtype))
+    return Built(model, bytes_of(model), f"{len(folded.folded)} norms folded")
+
+
+def _compiled(work: Workshop, _: Setting) -> Built:
+    # Beyond a few compilations of one class torch would silently run it uncompiled.
+    torch.compiler.reset()
+    compiled: Any = torch.compile(work.dense(), dynamic=False)
+    return Built(_Quiet(compiled), bytes_of(work.dense()))
+
+
+def _onnxruntime(work: Workshop, setting: Setting) -> Built:
+    if work.dtype is not torch.float32:
+        raise ConfigError("measured in float32 only")
+    file = work.folder / f"batch{setting.batch}.onnx"
+    inputs = setting.inputs.args
+    work.once(file, lambda: export_onnx(work.dense(), file, example_inputs=inputs, batch=False))
+    return Built(OnnxSession(file, setting.threads), file.stat().st_size, "dense")
+
+
+def _masked(work: Workshop, setting: Setting) -> Built:
+    net: MaskedGraph = work.once("masked", lambda: work.subject.masked().to(work.dtype))
+    with torch.no_grad():
+        net(*setting.inputs.args)  # records it, which inference mode would disturb
+    return Built(net, bytes_of(net))
+
+
+def _compact(work: Workshop, _: Setting) -> Built:
+    small = work.once("compact", lambda: compact(work.net()))
+    report = small.report
+    if report.refusal:
+        raise ConfigError(f"left whole: {report.refusal}")
+    if not small.plan:
+        raise ConfigError("nothing can be left out, so it is the dense network")
+    model = work.once("compact model", lambda: small.model.to(work.dtype))
+    before, after = report.parameters
+    return Built(model, bytes_of(model), f"{report.removed} units left out, {after / before:.1%} of the parameters")
+
+
+def _sparse(work: Workshop, setting: Setting) -> Built:
+    options: dict[str, Any] = {"runtime": "sparse", "example_inputs": setting.inputs.args}
+    model: Any = work.subject.load(dtype=work.dtype, **options)
+    return Built(model, bytes_of(model), lowering=model.lowering)
+
+
+# In the order they are shown. Each raises where it cannot be had, and says why.
+VARIANTS: dict[str, Callable[[Workshop, Setting], Built]] = {
+    DENSE: _dense,
+    "norms folded": _folded,
+    COMPILED: _compiled,
+    "onnxruntime": _onnxruntime,
+    "masked": _masked,
+    "compact": _compact,
+    "sparse runtime": _sparse,
+}
+
+
+class _Quiet(nn.Module):
+    """A compiled model whose compiler keeps its warnings, about itself, to itself."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.compiled = False
+
+    def forward(self, *inputs: Any) -> Any:
+        """The model's outputs; the first call compiles."""
+        if self.compiled:
+            return self.module(*inputs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = self.module(*inputs)
+        self.compiled = True
+        return result
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones once."""
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in _tensors(model)}.values())
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
