@@ -152,7 +152,7 @@ class SparseWeight:
         """
         found = self._plans.get(shape)
         if found is None:
-            layout = _layout(self, shape)
+            layout = _layout(self, tuple(shape))
             _check_offsets(layout, self.planes.shape[0])
             out_shape = (layout.images, layout.out_channels, layout.out_height, layout.out_width)
             found = Plan(out_shape, torch.tensor(layout, dtype=torch.int64), _offsets(self, layout))
