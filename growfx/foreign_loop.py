@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -88,17 +88,11 @@ class ForeignLoop:
         def stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             loop = own()
             if loop is not None and loop._attached is not None and loop._attached.optimizer is optimizer:
-                loop._step(optimizer)
+                loop.method.step()
 
         # Hooks of one optimizer run before those of all; growfx's own, which see to zeros, have to be first.
         handle = register_optimizer_step_post_hook(stepped)
         self._unhook = weakref.finalize(self, handle.remove)
-
-    def _step(self, optimizer: Optimizer) -> None:
-        # A fused optimizer skips by itself: a gradient scaler leaves it this flag for the time of the step.
-        skipped = vars(optimizer).get("found_inf")
-        if not (isinstance(skipped, Tensor) and bool(skipped)):
-            self.method.step()
 
     def report(self, metrics: Mapping[str, Any], name: str) -> None:
         """Tell the method the accuracy (fraction) that `metrics` has under `name`.

@@ -117,6 +117,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         return None
     record = _RECORDS.setdefault(optimizer, _Record())
     versions: dict[int, int] = {}
+    masked = _with_closure_masked(layers, args, kwargs)
     scale = vars(optimizer).get("grad_scale")  # where a fused step is to unscale by itself
     for layer in layers:
         marker = layer.mask_marker()
@@ -125,10 +126,12 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
             if id(layer.parameter) in record.cleared or not isinstance(optimizer, LBFGS):
                 clear_state(optimizer, layer.parameter, ~layer.mask)
             record.cleared[id(layer.parameter)] = marker
-        layer.optimizer_will_step(scale)
+        if masked is None:
+            # With a closure the gradient is not whole yet: what is there is the accumulated part of it.
+            layer.optimizer_will_step(scale)
         versions[id(layer.parameter)] = layer.parameter._version
     record.versions.append(versions)
-    return _with_closure_masked(layers, args, kwargs)
+    return masked
 
 
 def _with_closure_masked(layers: list[MaskedLayer], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

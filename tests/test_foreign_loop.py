@@ -154,7 +154,9 @@ def test_a_method_that_trains_several_times_over_is_refused():
         ForeignLoop(growfx.methods.create("imp")).start(model, optimizer_of(model), **CLOCK)
 
 
-@pytest.mark.parametrize(("package", "module"), [("transformers", "growfx.hf_trainer")])
+@pytest.mark.parametrize(
+    ("package", "module"), [("lightning", "growfx.lightning"), ("transformers", "growfx.hf_trainer")]
+)
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, package, module):
     really = importlib.import_module
 

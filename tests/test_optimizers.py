@@ -230,6 +230,30 @@ def test_a_closure_that_collects_gradients_gives_them_whole_and_the_optimizer_ma
     net.verify()
 
 
+def test_a_closure_that_adds_to_an_accumulated_gradient_gives_the_whole_window():
+    """Lightning accumulates so: all batches but the last are outside the step."""
+    net = small_net().train()
+    net.set_masks({"wide": torch.rand(net.layers["wide"].mask.shape) < 0.3})
+    layer = net.layers["wide"]
+    optimizer = optim.SGD(net.parameters(), lr=0.01)
+    layer.collects_gradient = True
+    first, second = torch.randn(2, 4, 3, 8, 8)
+
+    def add(images):
+        value = net(images).square().mean()
+        value.backward()
+        return value
+
+    add(first)
+    add(second)
+    whole = layer.parameter.grad.clone()
+    optimizer.zero_grad()
+    add(first)
+    optimizer.step(closure=lambda: add(second))
+    torch.testing.assert_close(layer.dense_gradient, whole)
+    net.verify()
+
+
 def test_an_edge_dropped_and_grown_again_between_two_steps_has_no_memory_of_before():
     net = small_net().train()
     inner = optim.SGD(net.parameters(), lr=0.1, momentum=0.9)

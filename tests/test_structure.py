@@ -32,6 +32,7 @@ LEVELS = [
         "growfx.export",
         "growfx.foreign_loop",
         "growfx.hf_trainer",
+        "growfx.lightning",
         "growfx.runtime",
     },
     {"growfx.bench", "growfx.bench_subject", "growfx.bench_variants"},
