@@ -17,6 +17,7 @@ from growfx.errors import ConfigError
 from growfx.layer_kernels import CHOICES, KernelRefusedError, make_kernel, padding_of
 from growfx.lowered_layer import LoweredLayer
 from growfx.passes.lower_fuse import drop_identities, fuse_into_layers
+from growfx.passes.lower_pools import replace_max_pools
 from growfx.passes.path_rules import APPLIED, module_rule, row_of
 from growfx.passes.path_rules_layers import convolution, linear
 
@@ -43,6 +44,7 @@ def lower(
     swap_layers(lowered, choices, masks or {})
     drop_identities(lowered)
     fuse_into_layers(lowered)
+    replace_max_pools(lowered)
     lowered.recompile()
     return lowered
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from typing import Any
 
@@ -16,6 +17,7 @@ from growfx import sparse_kernel
 from growfx.errors import ConfigError
 from growfx.layer_kernels import CHOICES
 from growfx.lowered_layer import LoweredLayer
+from growfx.max_pool import max_pool2d
 from growfx.passes.lower import lower, lowerable
 
 X = torch.randn(1, 3, 12, 12, generator=torch.Generator().manual_seed(7))
@@ -210,6 +212,44 @@ def test_a_layer_takes_over_what_only_it_feeds(case: str) -> None:
     assert len(module.graph.nodes) - len(lowered.graph.nodes) == count
     with torch.no_grad():
         same(lowered(x.clone()), module(x.clone()))
+
+
+def test_max_pools_are_those_of_torch_bit_for_bit() -> None:
+    cases = itertools.product((1, 2, 3, 5), (1, 2, 3), (0, 1, 2), (1, 2), (False, True), (5, 8, 13))
+    for size, stride, padding, dilation, ceil_mode, height in cases:
+        if padding > size // 2 or dilation * (size - 1) >= height + 2 * padding:
+            continue
+        x = torch.randn(2, 3, height, height + 2, generator=torch.Generator().manual_seed(0))
+        x[0, 0, 1, 1], x[0, 1] = torch.nan, -torch.inf
+        pairs = [(size, size), (stride, stride), (padding, padding), (dilation, dilation)]
+        expected = F.max_pool2d(x, size, stride, padding, dilation, ceil_mode)
+        for given in (x, x.to(memory_format=torch.channels_last), x[1]):
+            got = max_pool2d(given, *pairs, ceil_mode)
+            torch.testing.assert_close(
+                got, expected[1] if given.ndim == 3 else expected, rtol=0, atol=0, equal_nan=True
+            )
+    empty = torch.empty(0, 3, 8, 8)
+    assert max_pool2d(empty, (2, 2), (2, 2), (0, 0), (1, 1), False).shape == (0, 3, 4, 4)
+
+
+def test_max_pools_of_plain_windows_are_replaced() -> None:
+    class Pools(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool, self.hooked = nn.MaxPool2d(3, 2, 1), nn.MaxPool2d((2, 1))
+            self.indices = nn.MaxPool2d(2, return_indices=True)
+            self.hooked.register_forward_hook(lambda m, args, y: y.add(1))
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            x = F.max_pool2d(self.hooked(self.pool(x)), [2, 1], stride=1, padding=(1, 0), ceil_mode=True)
+            return [F.max_pool2d(x, 2, x.shape[-1] // 4), torch.max_pool2d(x, 2), *self.indices(x)]
+
+    x = torch.randn(2, 3, 33, 33)
+    module, _ = recorded(growfx.wrap(Pools().eval(), x).eval(), x)
+    lowered = lower(module, {})
+    assert sum(node.target is max_pool2d for node in lowered.graph.nodes) == 3
+    for got, expected in zip(lowered(x), module(x), strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_a_lowered_layer_knows_the_sizes_of_the_layer_it_stands_for() -> None:
