@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +30,9 @@ __all__ = ["Selection", "draw", "top"]
 _CHUNK = 1 << 17  # edges per unit of work: the arrays of a chunk stay in the second-level cache
 _SAMPLE = 1 << 15  # edges looked at to guess the deadline
 _MAX_THREADS = 8
+_BRACKET = 4.0  # standard errors of a sampled rank
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -123,16 +127,12 @@ def top(
     """
     layers = _flatten(scores, allowed)
     chunks = list(_chunks(layers, k, chunk))
-    pool = [layer.scores if layer.allowed is None else layer.scores[layer.allowed] for layer in layers]
-    values = np.concatenate(pool) if pool else np.empty(0)
-    if np.isnan(values.max(initial=-math.inf)):
-        raise ConfigError("a score is NaN; scores must be numbers")
-    k_here = min(k, len(values))
+    counts = _for_each(chunks, _count)
+    total = sum(counts)
+    k_here = min(k, total)
     if k_here == 0:
         return _selection(scores, [], k)
-    rank = len(values) - k_here if largest else k_here - 1
-    values.partition(rank)
-    edge = values[rank]
+    edge = _value_at(layers, chunks, k_here if largest else total - k_here + 1, total)
     found = _for_each(chunks, lambda part: _better(part, keys, edge, largest))
     return _selection(scores, _smallest(found, k), k)
 
@@ -162,7 +162,7 @@ def _chunks(layers: list[_Layer], k: int, size: int) -> Iterator[_Chunk]:
             yield _Chunk(layer, start, min(start + size, len(layer.scores)))
 
 
-def _for_each(chunks: list[_Chunk], work: Callable[[_Chunk], _Found]) -> list[_Found]:
+def _for_each(chunks: list[_Chunk], work: Callable[[_Chunk], _T]) -> list[_T]:
     """Apply `work` to every chunk, in threads where there is more than one (numpy releases the lock)."""
     threads = min(len(chunks), torch.get_num_threads(), _MAX_THREADS)
     if threads <= 1:
@@ -191,7 +191,7 @@ def _arrivals(chunk: _Chunk, keys: EdgeKeys, deadline: float) -> _Found:
     return _Found(chunk, index[in_time], time[in_time])
 
 
-def _better(chunk: _Chunk, keys: EdgeKeys, edge: float, largest: bool) -> _Found:
+def _better(chunk: _Chunk, keys: EdgeKeys, edge: np.floating, largest: bool) -> _Found:
     """Return the edges beyond the value `edge` (competing with 0) and those equal to it (with their key)."""
     scores = chunk.scores
     index = np.flatnonzero(scores >= edge if largest else scores <= edge)
@@ -204,16 +204,67 @@ def _better(chunk: _Chunk, keys: EdgeKeys, edge: float, largest: bool) -> _Found
     return _Found(chunk, index, value)
 
 
-def _guess_deadline(layers: list[_Layer], k: int) -> float:
-    """Guess a time by which a few more than `k` edges have arrived, from every n-th score."""
-    total = sum(len(layer.scores) for layer in layers)
-    stride = max(1, total // _SAMPLE)
+def _count(chunk: _Chunk) -> int:
+    """Return how many edges of a chunk may be chosen; `ConfigError` where one of their scores is NaN."""
+    scores = chunk.scores if chunk.allowed is None else chunk.scores[chunk.allowed]
+    if np.isnan(scores.max(initial=-math.inf)):
+        raise ConfigError("a score is NaN; scores must be numbers")
+    return len(scores)
+
+
+def _value_at(layers: list[_Layer], chunks: list[_Chunk], rank: int, total: int) -> np.floating:
+    """Return the score that is number `rank` (from 1) of `total` when allowed edges go from the largest down.
+
+    Only scores between two bounds around it, guessed from a sample, are gathered and ordered; where the guess was
+    wrong, all are.
+    """
+    low, high = _bracket(layers, rank / total)
+    while True:
+        parts = _for_each(chunks, lambda part, low=low, high=high: _between(part, low, high))
+        above = sum(count for count, _ in parts)
+        values = np.concatenate([part for _, part in parts])
+        if above < rank <= above + len(values):
+            place = len(values) - (rank - above)
+            values.partition(place)
+            return values[place]
+        low, high = -math.inf, math.inf
+
+
+def _between(chunk: _Chunk, low: np.floating | float, high: np.floating | float) -> tuple[int, np.ndarray]:
+    """Return how many allowed scores of a chunk are above `high`, and those from `low` to `high`."""
+    scores = chunk.scores if chunk.allowed is None else chunk.scores[chunk.allowed]
+    above = scores > high
+    return int(np.count_nonzero(above)), scores[(scores >= low) & ~above]
+
+
+def _bracket(layers: list[_Layer], part: float) -> tuple[np.floating | float, np.floating | float]:
+    """Return scores between which the one that `part` of all are not below most likely lies."""
+    sample, _ = _sample(layers)
+    sample.sort()
+    place = (1 - part) * len(sample)
+    slack = _BRACKET * math.sqrt(len(sample) * part * (1 - part)) + 2
+    low, high = math.floor(place - slack), math.ceil(place + slack)
+    # bounds keep the dtype of the scores: rounded ones would order layers of different dtypes differently
+    return (
+        sample[low] if low >= 0 else -math.inf,
+        sample[high] if high < len(sample) else math.inf,
+    )
+
+
+def _sample(layers: list[_Layer]) -> tuple[np.ndarray, int]:
+    """Return the score of every n-th edge, without those that may not be chosen, and n."""
+    stride = max(1, sum(len(layer.scores) for layer in layers) // _SAMPLE)
     parts = []
     for layer in layers:
         part = layer.scores[::stride]
         parts.append(part if layer.allowed is None else part[layer.allowed[::stride]])
-    sample = np.concatenate(parts).astype(np.float64) if parts else np.empty(0)
-    sample = sample[sample > 0]
+    return (np.concatenate(parts) if parts else np.empty(0)), stride
+
+
+def _guess_deadline(layers: list[_Layer], k: int) -> float:
+    """Guess a time by which a few more than `k` edges have arrived, from every n-th score."""
+    sample, stride = _sample(layers)
+    sample = sample[sample > 0].astype(np.float64)
     target = 1.05 * k / stride + 2.0 * math.sqrt(k / stride)
     if len(sample) <= target:
         return math.inf

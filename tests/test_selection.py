@@ -121,6 +121,28 @@ def test_top_takes_the_largest_or_smallest_whatever_the_seed_when_there_are_no_t
     assert all(torch.equal(low[name], t <= pooled[49]) for name, t in layers.items())
 
 
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("kind", ["scattered", "sample unlike the rest", "few values", "sorted"])
+def test_top_of_many_scores_is_that_of_sorting_all(kind, largest):
+    size = 150_001  # beyond what is looked at to guess bounds
+    noise = torch.Generator().manual_seed(5)
+    scores = torch.randn(size, generator=noise)
+    if kind == "sample unlike the rest":
+        scores[:: size // (1 << 15)] += 100
+    elif kind == "few values":
+        scores = scores.round()
+    elif kind == "sorted":
+        scores = scores.sort().values
+    near = scores[:1000].double() * (1 + 1e-9)  # told from its neighbours in double precision alone
+    allowed = {"a": torch.rand(size, generator=noise) < 0.7}
+    pool = torch.cat([scores[allowed["a"]].double(), near]).sort(descending=largest).values
+    for k in (1, 7, 1000, 60_000, len(pool) - 1, len(pool)):
+        chosen = top({"a": scores, "b": near}, k, EdgeKeys(0, "s"), allowed, largest=largest)
+        values = torch.cat([scores[chosen.masks["a"]].double(), near[chosen.masks["b"]]])
+        assert not (chosen.masks["a"] & ~allowed["a"]).any()
+        assert torch.equal(values.sort(descending=largest).values, pool[:k])
+
+
 def test_ties_are_broken_evenly_by_the_seed():
     layers = {"a": torch.tensor([1.0, 2.0, 1.0]), "b": torch.tensor([1.0, -math.inf, 1.0])}
     seen = torch.zeros(4)
