@@ -105,6 +105,8 @@ class TrainOptions:
             of the round.
         seed: of the data order and of everything drawn in training.
         device: "auto" (an accelerator when there is one), or a torch device.
+        tensorboard: also write loss, accuracy, density, rate, cost and the fit of growth to `tensorboard/` in the run
+            folder; needs the package `tensorboard`.
     """
 
     epochs: int = option(30, low=1)
@@ -127,6 +129,7 @@ class TrainOptions:
     ema_decay: float = option(0.999, low=0, high=1, open_high=True)
     seed: int = option(0, low=0, high=2**63 - 1)
     device: str = "auto"
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         check_ranges(self)

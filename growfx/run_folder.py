@@ -1,5 +1,5 @@
 """The folder of a run: `config.json`, `log.jsonl`, `checkpoint/`, `result.json`, `curve.png`, `summary.txt`,
-`artifact/`.
+`artifact/`, and `tensorboard/` where asked for.
 
 `config.json` says what the run is; continuing it with other options is refused by the name of the first one
 that differs.
@@ -19,9 +19,18 @@ from growfx.errors import CheckpointError, ConfigError
 
 __all__ = ["RunFolder", "finite", "refuse_existing"]
 
-_CONTENT = ("config.json", "log.jsonl", "checkpoint", "result.json", "curve.png", "summary.txt", "artifact")
-# What may differ between the start of a run and its continuation: where it runs, and where its data lies.
-_FREE = {"versions", "train.device", "data.spec", "data.data_dir", "data.download", "data.workers"}
+_CONTENT = (
+    "config.json",
+    "log.jsonl",
+    "checkpoint",
+    "result.json",
+    "curve.png",
+    "summary.txt",
+    "artifact",
+    "tensorboard",
+)
+# What may differ between the start of a run and its continuation: where it runs, where its data lies, who looks on.
+_FREE = {"versions", "train.device", "train.tensorboard", "data.spec", "data.data_dir", "data.download", "data.workers"}
 
 
 def refuse_existing(path: Path, *, resume: bool, overwrite: bool) -> None:

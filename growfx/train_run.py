@@ -6,7 +6,8 @@ The order of everything random is that of `growfx.training`'s docstring.
 import dataclasses
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from growfx.report import write_report
 from growfx.run_config import model_name
 from growfx.run_folder import RunFolder, finite
 from growfx.run_result import Result
+from growfx.scalars import Scalars
 from growfx.session import Session, Stage
 from growfx.train_step import TrainStep
 
@@ -68,6 +70,7 @@ class Run:
         self.net, self.method, self.options = net, method, options
         self.train_loader, self.val_loader, self.test_loader = train_loader, val_loader, test_loader
         self.folder: RunFolder | None = None
+        self.scalars: Scalars | None = None
         self.progress = Progress(progress)
         self.device = pick_device(options.device)
         self.epoch_steps = steps_of(train_loader)
@@ -79,7 +82,9 @@ class Run:
     def all(self) -> Result:
         """The whole run, or what is left of it."""
         self._restore()
-        with self.progress:
+        if self.folder and self.options.tensorboard:
+            self.scalars = Scalars(self.folder.path, self.at.steps)
+        with self.progress, closing(self.scalars) if self.scalars else nullcontext():
             while (stage := self.method.next_stage()) is not None:
                 self._train_stage(stage)
         return self._finish()
@@ -154,8 +159,7 @@ class Run:
         if changed and self.method.next_stage() is None:
             # what was validated is not what the run ends with (an average of tickets, say)
             self.val_accuracy = evaluate(self.net, self.val_loader, self.device).accuracy
-            if self.folder:
-                self.folder.log({"event": "replaced", "epoch": self.at.epoch, "val_accuracy": self.val_accuracy})
+            self._log({"event": "replaced", "epoch": self.at.epoch, "val_accuracy": self.val_accuracy})
 
     def _average(self, stage: Stage) -> Any:
         self.averaged_epochs = stage.epochs  # its memory is a part of the stage
@@ -190,8 +194,7 @@ class Run:
             "growing": self.method.growing,
             "stop_reason": self.method.stop_reason,
         }
-        if self.folder:
-            self.folder.log(record)
+        self._log(record)
         self.progress.round(record)
 
     def _finish(self) -> Result:
@@ -265,8 +268,6 @@ class Run:
             )
 
     def _log_epoch(self, stage: Stage, loss: float, accuracy: float | None) -> None:
-        if self.folder is None:
-            return
         record = {
             "event": "epoch",
             "phase": stage.kind,
@@ -281,7 +282,13 @@ class Run:
             "dense_equivalent_epochs": self.meter.dense_equivalent_epochs,
             "seconds": round(time.perf_counter() - self._started, 3),
         }
-        self.folder.log(record)
+        self._log(record)
+
+    def _log(self, record: Mapping[str, Any]) -> None:
+        if self.folder:
+            self.folder.log(record)
+        if self.scalars:
+            self.scalars.write(record, self.at.steps)
 
     # -- checkpoints ----------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from growfx.recipe import private_randomness
 from growfx.run_config import describe_run
 from growfx.run_folder import RunFolder, refuse_existing
 from growfx.run_result import Result
+from growfx.scalars import Scalars
 from growfx.train_run import Run
 
 if TYPE_CHECKING:
@@ -74,6 +75,10 @@ def train(
     run = Run(net, train_loader, val_loader, test_loader, chosen, options, progress)
     if out is None and resume:
         raise ConfigError("`resume` needs `out`, the folder of the run to continue")
+    if options.tensorboard:
+        Scalars.require()
+        if out is None:
+            raise ConfigError("`tensorboard` writes into the run folder; give `out`, or leave `tensorboard` out")
     config = {**describe_run(net, method, options), **(about or {})}
     with private_randomness():
         if out is not None:
