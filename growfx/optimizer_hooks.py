@@ -160,7 +160,10 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if record is None or not record.versions:
         return
     versions = record.versions.pop()
-    keeps_zeros = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}" in _KEEPS_ZEROS
+    found_inf = vars(optimizer).get("found_inf")  # of a fused step, which leaves itself out
+    left_out = found_inf is not None and bool(found_inf)
+    # A fused step that is left out at the very start leaves state behind that nobody has written.
+    keeps_zeros = not left_out and f"{type(optimizer).__module__}.{type(optimizer).__qualname__}" in _KEEPS_ZEROS
     for layer in _masked_layers_of(optimizer):
         if keeps_zeros:
             layer.optimizer_stepped(versions.get(id(layer.parameter), -1))
@@ -168,9 +171,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             layer.settle()
             if not isinstance(optimizer, LBFGS) and layer.nnz < layer.numel:
                 clear_state(optimizer, layer.parameter, ~layer.mask)
-    found_inf = vars(optimizer).get("found_inf")  # of a fused step, which leaves itself out
-    if found_inf is None or not bool(found_inf):
-        record.steps += 1
+    record.steps += not left_out
 
 
 register_optimizer_step_pre_hook(_before_step)

@@ -101,6 +101,12 @@ class TrainOptions:
         mixup: alpha of timm's mixup of every training batch with itself reversed; 0 for none. Batches must be even.
         cutmix: alpha of timm's cutmix; with `mixup` too, a batch gets the one or the other, at even chances.
         clip_grad: largest norm of the gradient; None leaves it alone.
+        accumulate: batches for each step of the optimizer; an epoch's last step takes what is left. The gradient is
+            that of the mean loss over all their images; epochs, schedules and methods count steps of the optimizer.
+        amp: precision of forward and loss in training: "none" (the weights' own), "bf16", or "fp16" with a loss scale.
+            Weights, gradients and validation keep the weights' own.
+        channels_last: memory format of weights and images.
+        compile: run the training steps through `torch.compile`.
         ema_decay: of the averaged weights that score a growth round, at most; their memory is otherwise a tenth
             of the round.
         seed: of the data order and of everything drawn in training.
@@ -126,6 +132,10 @@ class TrainOptions:
     mixup: float = option(0.0, low=0)
     cutmix: float = option(0.0, low=0)
     clip_grad: float | None = option(None, low=0, open_low=True)
+    accumulate: int = option(1, low=1)
+    amp: str = option("none", choices=("none", "bf16", "fp16"))
+    channels_last: bool = False
+    compile: bool = False
     ema_decay: float = option(0.999, low=0, high=1, open_high=True)
     seed: int = option(0, low=0, high=2**63 - 1)
     device: str = "auto"

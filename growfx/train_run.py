@@ -35,7 +35,7 @@ from growfx.run_folder import RunFolder, finite
 from growfx.run_result import Result
 from growfx.scalars import Scalars
 from growfx.session import Session, Stage
-from growfx.train_step import TrainStep
+from growfx.train_step import TrainStep, windows
 
 if TYPE_CHECKING:
     from growfx.methods.base import Method
@@ -73,7 +73,7 @@ class Run:
         self.scalars: Scalars | None = None
         self.progress = Progress(progress)
         self.device = pick_device(options.device)
-        self.epoch_steps = steps_of(train_loader)
+        self.epoch_steps = math.ceil(steps_of(train_loader) / options.accumulate)
         self.at = _Position()
         self.best, self.best_nnz = -1.0, net.numel + 1
         self.last_score: Score | None = None
@@ -94,6 +94,8 @@ class Run:
     def set_up(self) -> None:
         """Bring network, optimizer, method and averages together."""
         self.net.to(self.device)
+        if self.options.channels_last:
+            self.net.to(memory_format=torch.channels_last)
         seed_globally(self.options.seed, -1)
         self.optimizer = make_optimizer(self.net, self.options)
         loss = make_loss(self.options).to(self.device)
@@ -117,7 +119,9 @@ class Run:
         self.step.mix = make_mixup(self.options, count_classes(self.net, example))
 
     def _moved(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+        layout = torch.channels_last if self.options.channels_last and images.ndim == 4 else torch.preserve_format
+        images = images.to(self.device, non_blocking=True, memory_format=layout)
+        return images, targets.to(self.device, non_blocking=True)
 
     # -- one stage ------------------------------------------------------------------------------------------
 
@@ -233,10 +237,10 @@ class Run:
         self._started = time.perf_counter()
         done = uncounted = 0
         with self.progress.epoch(stage, first, self.epoch_steps) as tick:
-            for images, targets in self.train_loader:
+            for window in windows(self.train_loader, self.options.accumulate):
                 schedule.step_update(first + done)
                 dense_gradient = self.method.needs_dense_gradient
-                loss, changed = self.step(*self._moved(images, targets))
+                loss, changed = self.step(*(self._moved(*batch) for batch in window))
                 total += loss
                 if self.ema is not None:
                     self.ema.update(self.net, step=first + done)
@@ -253,7 +257,7 @@ class Run:
                 if done == steps:
                     break
         if done != steps:
-            raise DataError(f"the training loader gave {done} batches; its length says {self.epoch_steps}")
+            raise DataError(f"the training loader gave batches for {done} steps; its length says {self.epoch_steps}")
         self.at.epoch += 1
         self.at.steps += done
         return float(total) / done
@@ -301,6 +305,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "method": self.method.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "step": self.step.state_dict(),
             "cost": self.meter.state_dict(),
             "best": self.best,
             "best_nnz": self.best_nnz,
@@ -325,6 +330,7 @@ class Run:
             if state["ema"] is not None and stage is not None and stage.averaged:
                 self.ema = self._average(stage)
                 self.ema.module.load_state_dict(state["ema"])
+            self.step.load_state_dict(state["step"])
             self.meter.load_state_dict(state["cost"])
             self.meter.read_masks()
             self.best, self.best_nnz = state["best"], state["best_nnz"]

@@ -60,13 +60,13 @@ def interrupt_at(monkeypatch, epoch: int, step: int) -> None:
         started.append(self)
         set_up(self)
 
-    def stop(self, images, targets):
+    def stop(self, *window):
         nonlocal steps
         run = started[-1]
         if (run.at.epoch, steps % run.epoch_steps) == (epoch, step):
             raise KeyboardInterrupt
         steps += 1
-        return train_on(self, images, targets)
+        return train_on(self, *window)
 
     monkeypatch.setattr(Run, "set_up", noted)
     monkeypatch.setattr(TrainStep, "__call__", stop)
