@@ -12,6 +12,7 @@ from training_nets import QUICK, fresh_net, loaders
 import growfx
 from growfx import methods
 from growfx.errors import ConfigError
+from growfx.methods import dynamic
 from growfx.methods.static import Static
 from growfx.options import TrainOptions
 from growfx.train_step import TrainStep, windows
@@ -43,13 +44,11 @@ def parts(*sizes: int):
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_a_window_gives_the_weights_gradients_and_masks_of_one_large_batch(monkeypatch, sizes, clip):
     found = []
-    read = methods.dynamic.dense_gradients
+    read = dynamic.dense_gradients
     for window in (parts(12), parts(*sizes)):
         net, optimizer, method, options = begin(clip_grad=clip)
         seen: list[dict[str, torch.Tensor]] = []
-        monkeypatch.setattr(
-            methods.dynamic, "dense_gradients", lambda layers, seen=seen: seen.append(read(layers)) or seen[-1]
-        )
+        monkeypatch.setattr(dynamic, "dense_gradients", lambda layers, seen=seen: seen.append(read(layers)) or seen[-1])
         loss, changed = TrainStep(net, optimizer, method, nn.CrossEntropyLoss(), options)(*window)
         assert changed
         found.append((loss, seen[0], net.state_dict()))

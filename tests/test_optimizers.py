@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import growfx
 from growfx import methods
+from growfx.methods.base import change_masks
 from growfx.optimizer_hooks import _KEEPS_ZEROS
 
 
@@ -261,7 +262,7 @@ def test_an_edge_dropped_and_grown_again_between_two_steps_has_no_memory_of_befo
     layer, mask = net.layers["wide"], net.layers["wide"].mask.clone()
     gone = torch.rand(mask.shape) < 0.5
     for wanted in (mask & ~gone, mask):
-        methods.base.change_masks(net, Holding(inner), {"wide": wanted})
+        change_masks(net, Holding(inner), {"wide": wanted})
     assert not inner.state[layer.parameter]["momentum_buffer"][gone].any()
     assert inner.state[layer.parameter]["momentum_buffer"][~gone].any()
 
