@@ -11,7 +11,8 @@
 // Rows are kept by phase (row modulo stride); a kernel row is then an offset by whole rows. Three layouts:
 //   direct  1x1, stride 1, float32: the input is its own planes, nothing is copied;
 //   copied  planes of one image at a time;
-//   folded  planes too small for a register: a block of images side by side forms one wide image.
+//   folded  planes too small for a register: a block of images side by side forms one wide image;
+//   rows    folded planes of a single value, as in a linear layer: the block is a matrix, and transposed as such.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -36,12 +37,14 @@ constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
+using Lanes = std::make_integer_sequence<int, LANES>;
 constexpr int MAX_REGISTERS = 8;
 // Planes of a 1x1 layer whose tile of 4 registers stays near the first cache and one of 8 does not.
 constexpr int64_t NARROW_FROM = 113, NARROW_TO = 256;
 // What a row costs besides its entries, in entries; and the work, in register updates, worth a thread of its own.
 constexpr int64_t ROW_COST = 4;
 constexpr int64_t THREAD_WORK = 6000;
+constexpr int64_t COPY_GRAIN = 20000;
 constexpr int64_t KEPT_SCRATCH = int64_t{16} << 20;
 
 typedef float Vector __attribute__((vector_size(LANES * 4)));
@@ -63,18 +66,38 @@ inline void store(c10::BFloat16* p, Vector v) {
   const Words is_nan = (Words)(v != v);
   *reinterpret_cast<LooseHalves*>(p) = __builtin_convertvector((is_nan & quiet) | (~is_nan & even), Halves);
 }
-// The values at even places of two vectors in a row.
+// Two vectors in a row, read in the order I.
 template <int... I>
-inline Vector every_second(Vector a, Vector b, std::integer_sequence<int, I...>) {
+inline Vector picked(Vector a, Vector b, std::integer_sequence<int, I...>) {
 #if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(a, b, (2 * I)...);
+  return __builtin_shufflevector(a, b, I...);
 #else
   typedef int Order __attribute__((vector_size(LANES * 4)));
-  return __builtin_shuffle(a, b, Order{(2 * I)...});
+  return __builtin_shuffle(a, b, Order{I...});
 #endif
 }
-inline Vector every_second(Vector a, Vector b) {
-  return every_second(a, b, std::make_integer_sequence<int, LANES>{});
+template <int... I>
+inline Vector every_second(Vector a, Vector b, std::integer_sequence<int, I...>) {
+  return picked(a, b, std::integer_sequence<int, (2 * I)...>{});
+}
+inline Vector every_second(Vector a, Vector b) { return every_second(a, b, Lanes{}); }
+// a0 b0 a1 b1 ..., from the value `FROM` on.
+template <int FROM, int... I>
+inline Vector merged(Vector a, Vector b, std::integer_sequence<int, I...>) {
+  return picked(a, b, std::integer_sequence<int, (FROM + I / 2 + I % 2 * LANES)...>{});
+}
+// LANES vectors of LANES values: merging halves log2(LANES) times exchanges rows and columns.
+inline void transpose(Vector (&v)[LANES]) {
+  for (int step = 1; step < LANES; step *= 2) {
+    Vector next[LANES];
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES / 2; ++i) {
+      next[2 * i] = merged<0>(v[i], v[i + LANES / 2], Lanes{});
+      next[2 * i + 1] = merged<LANES / 2>(v[i], v[i + LANES / 2], Lanes{});
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) v[i] = next[i];
+  }
 }
 // A NaN is not below zero and stays.
 inline Vector rectified(Vector v) { return v < 0.0f ? Vector{} : v; }
@@ -84,7 +107,7 @@ struct Plan {
   int64_t layout, images, channels, height, width, out_channels, out_height, out_width, stride_h, stride_w, padding_h,
       padding_w, dilation_w, block, phases, rows, plane_size, positions;
 };
-enum Layout : int64_t { DIRECT = 0, COPIED = 1, FOLDED = 2 };
+enum Layout : int64_t { DIRECT = 0, COPIED = 1, FOLDED = 2, ROWS = 3 };
 
 struct Entries {
   const int32_t* start;
@@ -179,6 +202,25 @@ void run_tile(const Job<T>& job, int64_t begin, int64_t last, int64_t first, int
   }
 }
 
+// The same for one position in all: a register would hold one value of use.
+template <class T>
+void run_dots(const Job<T>& job, int64_t first, int64_t end) {
+  constexpr int CHAINS = 8;
+  for (int64_t o = first; o < end; ++o) {
+    float sum[CHAINS] = {};
+    int64_t k = job.entries.start[o];
+    const int64_t stop = job.entries.start[o + 1];
+    for (; k + CHAINS <= stop; k += CHAINS)
+#pragma GCC unroll 8
+      for (int c = 0; c < CHAINS; ++c) sum[c] += job.entries.value[k + c] * job.planes[job.entries.offset[k + c]];
+    for (; k < stop; ++k) sum[0] += job.entries.value[k] * job.planes[job.entries.offset[k]];
+    for (int c = 1; c < CHAINS; ++c) sum[0] += sum[c];
+    float v = sum[0] + (job.bias ? job.bias[o] : 0.0f);
+    if (job.residual) v += static_cast<float>(job.residual[o]);
+    job.out[o] = static_cast<T>(job.relu && v < 0.0f ? 0.0f : v);
+  }
+}
+
 template <class T, int REGISTERS = MAX_REGISTERS>
 void run_tile_of(int registers, const Job<T>& job, int64_t begin, int64_t last, int64_t first, int64_t end) {
   if (registers == REGISTERS) return run_tile<T, REGISTERS>(job, begin, last, first, end);
@@ -203,6 +245,7 @@ int64_t row_at_cost(const Job<T>& job, int64_t cost) {
 }
 
 int64_t registers_of(int64_t positions) { return (positions + LANES - 1) / LANES; }
+int64_t whole_registers(int64_t positions) { return registers_of(positions) * LANES; }
 
 template <class T>
 int64_t work_of(const Job<T>& job) {
@@ -224,6 +267,7 @@ void run_share(const Job<T>& job, int64_t share, int64_t shares) {
     };
     // A range ends with the tile when the share goes beyond it.
     const int64_t first = from <= r0 * rows ? 0 : row(from), end = to >= r1 * rows ? job.channels : row(to);
+    if (job.positions == 1) return run_dots(job, first, end);
     const int64_t begin = r0 * LANES;
     const int64_t last = t + 1 == tiles ? job.positions - LANES - begin : (r1 - r0 - 1) * LANES;
     run_tile_of(static_cast<int>(r1 - r0), job, begin, last, first, end);
@@ -288,7 +332,7 @@ void copy_planes(const Plan& p, const T* x, const int32_t* planes, int64_t count
   const int64_t row = p.block * p.out_width, image = p.height * p.width, used = std::min(p.block, p.images - first);
   // Where images stand side by side, what is written past a row would fall on one that is already there.
   const T* const limit = p.layout == FOLDED ? x : x + p.images * p.channels * image;
-  for_each(count, 20000 / (p.plane_size + 1), together, [&](int64_t begin, int64_t end) {
+  for_each(count, COPY_GRAIN / (p.plane_size + 1), together, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       float* const plane = out + i * p.plane_size;
       if (used < p.block) std::fill_n(plane, p.plane_size, 0.0f);
@@ -300,16 +344,46 @@ void copy_planes(const Plan& p, const T* x, const int32_t* planes, int64_t count
   });
 }
 
+// A matrix of at least LANES rows and columns the other way round: `source(row, column)` reads a register along a row,
+// `put(column, row, values)` takes one along a column. The last blocks overlap those before.
+template <class Source, class Put>
+void transpose_matrix(int64_t rows, int64_t columns, bool together, const Source& source, const Put& put) {
+  for_each(registers_of(columns), COPY_GRAIN / (rows * LANES), together, [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+      const int64_t column = std::min(g * LANES, columns - LANES);
+      for (int64_t r = 0; r < rows; r += LANES) {
+        const int64_t row = std::min(r, rows - LANES);
+        Vector block[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) block[i] = source(row + i, column);
+        transpose(block);
+        // What the block before has, another thread may be writing.
+        for (int64_t i = g * LANES - column; i < LANES; ++i) put(column + i, row, block[i]);
+      }
+    }
+  });
+}
+
+// Rows of inputs, images first..first + block, into planes of one value for each image.
+template <class T>
+void copy_rows(const Plan& p, const T* x, int64_t first, bool together, float* out) {
+  const int64_t used = std::min(p.block, p.images - first);
+  const T* const rows = x + first * p.channels;
+  const auto source = [&](int64_t n, int64_t c) { return n < used ? load(rows + n * p.channels + c) : Vector{}; };
+  const auto put = [&](int64_t c, int64_t n, Vector v) { store(out + c * p.plane_size + n, v); };
+  transpose_matrix(whole_registers(p.block), p.channels, together, source, put);
+}
+
 // The folded output (channel, row, image, column) back into images, with what is added after the sums.
 template <class T>
 void unfold(const Plan& p, const float* sums, int64_t first, const T* residual, bool relu, bool together, T* out) {
-  const int64_t row = p.block * p.out_width, size = p.out_height * p.out_width;
-  const int64_t stride = std::max<int64_t>(p.positions, LANES);
-  for_each(std::min(p.block, p.images - first), 20000 / (p.out_channels * size), together, [&](int64_t begin, int64_t end) {
+  const int64_t row = p.block * p.out_width, size = p.out_height * p.out_width, channels = p.out_channels;
+  const int64_t stride = whole_registers(p.positions), used = std::min(p.block, p.images - first);
+  for_each(used, COPY_GRAIN / (channels * size), together, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      for (int64_t o = 0; o < p.out_channels; ++o) {
+      for (int64_t o = 0; o < channels; ++o) {
         const float* source = sums + o * stride + n * p.out_width;
-        int64_t where = ((first + n) * p.out_channels + o) * size;
+        int64_t where = ((first + n) * channels + o) * size;
         for (int64_t y = 0; y < p.out_height; ++y, source += row) {
           for (int64_t i = 0; i < p.out_width; ++i, ++where) {
             float v = source[i];
@@ -320,6 +394,20 @@ void unfold(const Plan& p, const float* sums, int64_t first, const T* residual, 
       }
     }
   });
+}
+
+// The same where an image has one position and more channels than a register.
+template <class T>
+void unfold_rows(const Plan& p, const float* sums, int64_t first, const T* residual, bool relu, bool together, T* out) {
+  const int64_t stride = whole_registers(p.positions), used = std::min(p.block, p.images - first);
+  const auto source = [&](int64_t o, int64_t n) { return load(sums + o * stride + n); };
+  const auto put = [&](int64_t n, int64_t o, Vector v) {
+    if (n >= used) return;
+    const int64_t where = (first + n) * p.out_channels + o;
+    if (residual) v += load(residual + where);
+    store(out + where, relu ? rectified(v) : v);
+  };
+  transpose_matrix(p.out_channels, stride, together, source, put);
 }
 
 template <class T>
@@ -342,17 +430,21 @@ struct Call {
       input = reinterpret_cast<const float*>(x) + first * image;
     } else {
       float* const buffer = input_scratch.get(plane_count * plan.plane_size + LANES);
-      copy_planes(plan, x, planes, plane_count, first, together, buffer);
+      if (plan.layout == ROWS) copy_rows(plan, x, first, together, buffer);
+      else copy_planes(plan, x, planes, plane_count, first, together, buffer);
       input = buffer;
     }
     const int64_t inputs = plan.layout == COPIED ? 0 : plan.channels;
     const int64_t registers = inputs >= NARROW_FROM && inputs <= NARROW_TO ? MAX_REGISTERS / 2 : MAX_REGISTERS;
-    if (plan.layout == FOLDED) {
-      const int64_t stride = std::max<int64_t>(plan.positions, LANES);
+    // With a single position there is nothing to unfold.
+    if (plan.layout >= FOLDED && plan.positions > 1) {
+      const int64_t stride = whole_registers(plan.positions);
       float* const sums = output_scratch.get(plan.out_channels * stride);
       const Job<float> job{entries, plan.out_channels, stride, stride, registers, input, sums, bias, nullptr, false};
       ::run(job, together);
-      unfold(plan, sums, first, residual, relu, together, out);
+      const bool rows = plan.out_height * plan.out_width == 1 && plan.out_channels >= LANES;
+      if (rows) unfold_rows(plan, sums, first, residual, relu, together, out);
+      else unfold(plan, sums, first, residual, relu, together, out);
       output_scratch.trim();
     } else {
       const int64_t size = plan.positions, where = first * plan.out_channels * size;

@@ -18,13 +18,13 @@ from growfx.kernel_build import kernel_status
 
 __all__ = ["SparseWeight", "conv2d", "kernel_status", "linear"]
 
-_DIRECT, _COPIED, _FOLDED = 0, 1, 2
-# Positions that a folded block has at least: the kernel's widest tile.
+_DIRECT, _COPIED, _FOLDED, _ROWS = 0, 1, 2, 3
+# Positions that a folded block has at most, where images are small: the kernel's widest tile.
 _BLOCK_POSITIONS = 128
 # Values in the widest register.
 _REGISTER = 16
 # Below these a plane is folded: at any batch size, and where a batch shares the work.
-_MIN_POSITIONS, _MIN_POSITIONS_OF_BATCH = 16, 48
+_MIN_POSITIONS, _MIN_POSITIONS_OF_BATCH = 16, 32
 # Input shapes whose layout a weight remembers.
 _REMEMBERED = 8
 _LIMIT = 2**31 - 1
@@ -119,6 +119,8 @@ class SparseWeight:
         out_channels, _, kernel_h, kernel_w = grid.shape
         channel, inputs, row, column = grid.nonzero(as_tuple=True)
         used, plane = torch.unique(inputs * kernel_w + column, return_inverse=True)
+        if weight.dim() == 2:  # rows are transposed as they are, with inputs that nothing reads
+            used, plane = torch.arange(weight.shape[1]), inputs
         position = plane * kernel_h + row
         order = torch.argsort(channel * (used.numel() * kernel_h) + position)
         start = torch.zeros(out_channels + 1, dtype=torch.int32)
@@ -278,17 +280,10 @@ def _layout(weight: SparseWeight, shape: tuple[int, ...]) -> _Layout:
     out_height, out_width = _output_size(weight, height, width)
     if images > 0 and min(out_height, out_width) < 1:
         raise ConfigError(f"an input {shape} is too small for the kernel {weight.shape[2:]} with its padding")
-    kernel_h, kernel_w = weight.shape[2:] or (1, 1)
-    reach = (kernel_h - 1) * weight.dilation[0]
-    positions = out_height * out_width
-    folds = positions < (_MIN_POSITIONS if images == 1 else _MIN_POSITIONS_OF_BATCH)
-    direct = (kernel_h, kernel_w, weight.stride, weight.padding, weight.dtype)
-    layout = _FOLDED if folds else _COPIED
-    if not folds and direct == (1, 1, (1, 1), (0, 0), torch.float32):
-        layout = _DIRECT
-    units = max(1, images * positions // _BLOCK_POSITIONS) if folds else images
-    block = -(-images // units) if images else 1
+    kernel = weight.shape[2:] or (1, 1)
+    reach = (kernel[0] - 1) * weight.dilation[0]
     phases, rows = min(weight.stride[0], reach + 1), out_height + reach // weight.stride[0]
+    layout, block = _kind(weight, shape, out_height * out_width)
     plane_size = height * width if layout == _DIRECT else phases * rows * block * out_width
     if layout == _COPIED:
         plane_size = _padded(plane_size)
@@ -296,8 +291,23 @@ def _layout(weight: SparseWeight, shape: tuple[int, ...]) -> _Layout:
         layout,
         *(images, channels, height, width, out_channels, out_height, out_width),
         *(*weight.stride, *weight.padding, weight.dilation[1]),
-        *(block, phases, rows, plane_size, positions * block),
+        *(block, phases, rows, plane_size, out_height * out_width * block),
     )
+
+
+def _kind(weight: SparseWeight, shape: tuple[int, ...], positions: int) -> tuple[int, int]:
+    """The layout for images of `positions` output positions, and how many images it takes at a time."""
+    images, channels, height, width = shape
+    pointwise = (weight.shape[2:] or (1, 1), weight.padding) == ((1, 1), (0, 0))
+    if positions >= (_MIN_POSITIONS if images == 1 else _MIN_POSITIONS_OF_BATCH):
+        direct = pointwise and weight.stride == (1, 1) and weight.dtype == torch.float32
+        return (_DIRECT if direct else _COPIED), 1
+    units = -(-images * positions // _BLOCK_POSITIONS)
+    block = -(-images // max(units, 1)) or 1
+    whole = pointwise and height * width == 1 and weight.planes.shape[0] == channels
+    if whole and min(channels, block) >= _REGISTER:
+        return _ROWS, -(-block // _REGISTER) * _REGISTER
+    return _FOLDED, block
 
 
 def _padded(size: int) -> int:

@@ -80,6 +80,25 @@ def test_linear_layers_equal_dense_ones(shape, density: float) -> None:
 
 
 @built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("inputs", "outputs"), [(33, 40), (16, 5), (7, 50)])
+@pytest.mark.parametrize("batch", [15, 20, 150])
+def test_batches_of_single_values_are_matrices(batch: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    weight, x = torch.randn(outputs, inputs, 1, 1).to(dtype), torch.randn(batch, inputs, 1, 1).to(dtype)
+    bias, residual = torch.randn(outputs).to(dtype), torch.randn(batch, outputs, 1, 1).to(dtype)
+    mask = random_mask((outputs, inputs, 1, 1), 0.4)
+    expected = (dense(x, weight, mask, bias) + residual.double()).relu()
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-8
+    outputs_of = [SparseWeight.pack(weight, mask, stride=stride) for stride in ((1, 1), (2, 2))]
+    assert all(error(conv2d(x, w, bias, residual=residual, relu=True), expected) < tolerance for w in outputs_of)
+    packed = SparseWeight.pack(weight[:, :, 0, 0], mask[:, :, 0, 0])
+    plain = dense(x, weight, mask, bias).relu()[:, :, 0, 0]
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        assert error(linear(x[:, :, 0, 0], packed, bias, relu=True), plain) < tolerance
+
+
+@built
 @pytest.mark.parametrize("density", [0.0, 1.0])
 def test_an_empty_mask_leaves_the_bias_and_a_full_one_the_dense_layer(density: float) -> None:
     weight, bias, x = torch.randn(5, 4, 3, 3), torch.randn(5), torch.randn(2, 4, 9, 9)
