@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from growfx.lowering_report import LoweringReport
 from growfx.report import percent, table
 
 __all__ = ["BenchReport", "Measurement", "Row"]
@@ -45,7 +46,7 @@ class Measurement:
     threads: int
     rounds: int
     rows: tuple[Row, ...]
-    lowering: Any = None
+    lowering: LoweringReport | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All figures as JSON values, seconds as they are."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from growfx.artifact import inspect, load, load_masks
+from growfx.artifact import inspect, load_masks
 from growfx.artifact_info import ArtifactInfo
 from growfx.errors import ConfigError
 from growfx.export import save
@@ -23,6 +23,7 @@ from growfx.inspection import kind_of, nothing_there, place_of, recorded_format
 from growfx.job import reopen
 from growfx.models import create_model, default_input_shape
 from growfx.passes.mask import unwrap, wrap
+from growfx.runtime import load
 
 __all__ = ["Subject", "opened_subject"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,13 @@ from growfx.bench_subject import Subject
 from growfx.errors import ConfigError
 from growfx.graph import MaskedGraph
 from growfx.inputs import Inputs
+from growfx.lowered_layer import Kernel
+from growfx.lowering_report import LoweringReport
 from growfx.onnx_file import export_onnx
 from growfx.onnx_session import OnnxSession
 from growfx.passes.compact import compact
 from growfx.passes.fold_norm import fold_norm
+from growfx.runtime import SparseRuntime
 
 __all__ = ["COMPILED", "DENSE", "VARIANTS", "Built", "Setting", "Workshop", "bytes_of"]
 
@@ -48,7 +52,7 @@ class Built:
     module: nn.Module
     weight_bytes: int
     note: str = ""
-    lowering: Any = None
+    lowering: LoweringReport | None = None
 
 
 class Workshop:
@@ -126,9 +130,13 @@ def _compact(work: Workshop, _: Setting) -> Built:
 
 
 def _sparse(work: Workshop, setting: Setting) -> Built:
-    options: dict[str, Any] = {"runtime": "sparse", "example_inputs": setting.inputs.args}
-    model: Any = work.subject.load(dtype=work.dtype, **options)
-    return Built(model, bytes_of(model), lowering=model.lowering)
+    model = work.subject.load(dtype=work.dtype, runtime="sparse", example_inputs=setting.inputs.args)
+    assert isinstance(model, SparseRuntime)
+    kernels = [module for module in model.modules() if isinstance(module, Kernel)]
+    rest = bytes_of(model) - sum(map(bytes_of, kernels))  # kernels count their packed weights themselves
+    choices = Counter(model.lowering.choices.values())
+    note = ", ".join(f"{count} layers {choice}" for choice, count in sorted(choices.items()))
+    return Built(model, rest + sum(kernel.nbytes for kernel in kernels), note, model.lowering)
 
 
 # In the order they are shown. Each raises where it cannot be had, and says why.

@@ -117,6 +117,19 @@ def test_the_report_prints_as_tables_and_is_the_same_in_json(artifact: Path, mon
     }
 
 
+def test_the_sparse_runtime_is_timed_for_the_setting(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GROWFX_CACHE", str(tmp_path))
+    monkeypatch.setenv("GROWFX_NO_KERNEL", "1")
+    (measurement,) = run(artifact, batches=(3,), variants=["sparse runtime"]).measurements
+    row = measurement.rows[1]
+    assert row.minimum is not None, row.note
+    assert row.error < 1e-5
+    assert row.note.endswith(("dense", "csr"))
+    assert measurement.lowering.inputs == ((3, 3, 8, 8),)
+    assert 0 < row.weight_bytes < 4000
+    assert "no direct kernel: " in str(measurement)
+
+
 def test_a_variant_that_cannot_be_had_is_a_row_that_says_why(artifact: Path, monkeypatch: pytest.MonkeyPatch):
     def none(*_: object, **__: object) -> None:
         raise RuntimeError("no C++ compiler\nand a long story")
