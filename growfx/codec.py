@@ -38,6 +38,8 @@ __all__ = [
     "decode_values",
     "encode_index",
     "encode_values",
+    "index_complaint",
+    "values_complaint",
 ]
 
 INDEX_CODECS = ("bitmask", "gap8", "gap8.huffman")
@@ -85,25 +87,61 @@ def encode_index(positions: Positions, size: int) -> IndexStream:
     return IndexStream("gap8", gaps.size, gaps.tobytes())
 
 
+def index_complaint(codec: str, raw_size: int, stored: int, nnz: int, size: int) -> str:
+    """What is wrong with the sizes of an index, before any of it is read; "" when they can be right.
+
+    Args:
+        codec: one of INDEX_CODECS.
+        raw_size: bytes before deflate.
+        stored: bytes as they are stored.
+        nnz: weights it gives the positions of.
+        size: elements of the tensor.
+    """
+    if codec == "bitmask":
+        return "" if raw_size == stored == (size + 7) // 8 else "a bitmask of the wrong length"
+    # A byte for every weight, and at most one for every 255 other elements.
+    if not nnz <= raw_size <= nnz + (size - nnz) // _SKIP:
+        return "an index of impossible length"
+    if codec == "gap8":
+        return "" if stored == raw_size else "an index of the wrong length"
+    return _huffman_complaint(raw_size, stored)
+
+
+def values_complaint(codec: str, planes: Sequence[int], nnz: int, itemsize: int) -> str:
+    """The same for the byte planes of `nnz` values; `raw` ones have none."""
+    if codec == "raw":
+        return ""
+    if len(planes) != itemsize:
+        return f"{len(planes)} byte planes instead of {itemsize}"
+    if any(length > nnz for length in planes):
+        return "a byte plane longer than its values"
+    return next(filter(None, (_huffman_complaint(nnz, length) for length in planes)), "")
+
+
+def _huffman_complaint(raw_size: int, stored: int) -> str:
+    """Without repeats to refer to every byte takes a bit: so a short file cannot ask for much memory."""
+    if raw_size > 8 * stored:
+        return "a compressed stream that claims more bytes than Huffman codes hold"
+    return "" if stored <= raw_size + raw_size // 1024 + 64 else "a compressed stream longer than its bytes"
+
+
 def decode_index(stream: IndexStream, nnz: int, size: int) -> Positions:
     """Ascending positions of the `nnz` weights in a tensor of `size` elements.
 
     Raises:
         ArtifactError: unknown codec, or a stream that does not give exactly `nnz` positions below `size`.
     """
+    if stream.codec not in INDEX_CODECS:
+        raise ArtifactError(f"index codec `{stream.codec}` is unknown; allowed: {', '.join(INDEX_CODECS)}")
+    complaint = index_complaint(stream.codec, stream.raw_size, len(stream.data), nnz, size)
+    _require(not complaint, complaint)
     if stream.codec == "bitmask":
-        _require(stream.raw_size == len(stream.data) == (size + 7) // 8, "a bitmask of the wrong length")
         bits = np.unpackbits(np.frombuffer(stream.data, dtype=np.uint8))
         positions = np.flatnonzero(bits.view(np.bool_)).astype(np.int64, copy=False)
-    elif stream.codec in ("gap8", "gap8.huffman"):
-        # Every gap byte stands for at least one position, so there can be no more of them than positions.
-        _require(nnz <= stream.raw_size <= size, "an index of impossible length")
+    else:
         packed = stream.codec == "gap8.huffman"
         data = _inflate(stream.data, stream.raw_size) if packed else stream.data
-        _require(len(data) == stream.raw_size, "an index of the wrong length")
         positions = _from_gaps(np.frombuffer(data, dtype=np.uint8))
-    else:
-        raise ArtifactError(f"index codec `{stream.codec}` is unknown; allowed: {', '.join(INDEX_CODECS)}")
     _require(positions.size == nnz, f"{positions.size} positions instead of {nnz}")
     _require(nnz == 0 or int(positions[-1]) < size, "a position outside the tensor")
     return positions
@@ -133,7 +171,8 @@ def decode_values(stream: ValueStream, nnz: int, itemsize: int) -> NDArray[np.un
         return np.frombuffer(stream.data, dtype=dtype).astype(dtype.newbyteorder("="), copy=False)
     if stream.codec != "planes":
         raise ArtifactError(f"value codec `{stream.codec}` is unknown; allowed: {', '.join(VALUE_CODECS)}")
-    _require(len(stream.planes) == itemsize, f"{len(stream.planes)} byte planes instead of {itemsize}")
+    complaint = values_complaint(stream.codec, stream.planes, nnz, itemsize)
+    _require(not complaint, complaint)
     _require(sum(stream.planes) == len(stream.data), "byte planes of the wrong length")
     planes: list[NDArray[np.uint8]] = []
     start = 0
@@ -198,7 +237,6 @@ def _entropy(stream: NDArray[np.uint8]) -> float:
 
 
 def _decode_plane(data: bytes | memoryview, nnz: int) -> NDArray[np.uint8]:
-    _require(len(data) <= nnz, "a byte plane longer than its values")
     return np.frombuffer(data if len(data) == nnz else _inflate(data, nnz), dtype=np.uint8)
 
 

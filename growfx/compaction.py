@@ -41,7 +41,11 @@ def spans(kept: Tensor) -> Spans:
 
 def kept_indices(kept: Spans) -> Tensor:
     """The indices in spans, int64."""
-    return torch.cat([torch.arange(start, stop) for start, stop in kept])
+    # Not one arange for each: a file may list millions of spans.
+    starts, stops = torch.tensor(kept, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    lengths = stops - starts
+    before = lengths.cumsum(0) - lengths
+    return torch.arange(int(lengths.sum())) + torch.repeat_interleave(starts - before, lengths)
 
 
 def select_blocks(weight: Tensor, groups: int, first: Tensor, second: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from growfx.codec import INDEX_CODECS, VALUE_CODECS
+from growfx.codec import INDEX_CODECS, VALUE_CODECS, index_complaint, values_complaint
 from growfx.compaction_plan import CompactionPlan
 from growfx.errors import ArtifactError
 
@@ -201,7 +201,7 @@ def to_metadata(manifest: Manifest) -> str:
         ArtifactError: config, model arguments or provenance hold something that JSON cannot.
     """
     body = manifest.to_json()
-    return canonical({"manifest": body, "sha256": _digest(body)})
+    return canonical({"manifest": body, "sha256": _digest(canonical(body))})
 
 
 def from_metadata(text: str) -> Manifest:
@@ -217,7 +217,10 @@ def from_metadata(text: str) -> Manifest:
     if not isinstance(outer, dict) or not isinstance(outer.get("manifest"), dict):
         raise ArtifactError("the artifact is damaged: its metadata holds no manifest")
     body: dict[str, Any] = outer["manifest"]
-    if outer.get("sha256") != _digest(body) or canonical(outer) != text:
+    # The manifest is put into text once: it may be as large as a header can be.
+    parts = {key: canonical(value) for key, value in outer.items()}
+    again = ",".join(f"{canonical(key)}:{parts[key]}" for key in sorted(parts))
+    if outer.get("sha256") != _digest(parts["manifest"]) or f"{{{again}}}" != text:
         raise ArtifactError("the artifact is damaged: its manifest does not agree with its SHA-256")
     check_version(body.get("format"), body.get("version"))
     return _Reader("manifest", body).manifest()
@@ -253,8 +256,8 @@ def canonical(value: Any) -> str:
         raise ArtifactError(f"only JSON values can be stored beside the weights ({error})") from error
 
 
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical(body).encode()).hexdigest()
+def _digest(body: str) -> str:
+    return hashlib.sha256(body.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -373,7 +376,7 @@ class _Reader:
             raise self.fail(f"{nnz} active weights in {prod(shape)} elements")
         index, values = self.inner("index"), self.inner("values")
         value_codec = values.codec(VALUE_CODECS)
-        return SparseEntry(
+        entry = SparseEntry(
             dtype=dtype,
             shape=shape,
             nnz=nnz,
@@ -385,3 +388,8 @@ class _Reader:
             planes=values.counts("planes") if value_codec == "planes" else (),
             values_crc32=values.count("crc32"),
         )
+        complaint = index_complaint(entry.index_codec, entry.index_raw, entry.index_bytes, nnz, entry.numel)
+        complaint = complaint or values_complaint(value_codec, entry.planes, nnz, ITEMSIZES[dtype])
+        if complaint:
+            raise self.fail(complaint)
+        return entry

@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ import growfx
 from growfx.artifact_file import ArtifactFile
 from growfx.codec import ValueStream, decode_index, decode_values, encode_index, encode_values
 from growfx.errors import ArtifactError
+from growfx.weights_file import MAX_HEADER
 
 WEIGHTS, CONFIG = "sparse.safetensors", "config.json"
 
@@ -189,6 +192,60 @@ def test_a_file_of_holes_is_not_read_to_its_end(folder: Path):
     assert time.perf_counter() - start < 5
 
 
+def nnz_of(manifest: Any) -> int:
+    return manifest["tensors"]["conv.weight"]["nnz"]
+
+
+def test_a_file_alone_that_consists_of_holes_is_refused_by_its_header(folder: Path):
+    """Without a config nothing says how large the file should be; its streams cannot be larger than what they hold."""
+    index = {"codec": "gap8.huffman", "bytes": 1 << 41, "crc32": 0}
+    forge(folder / WEIGHTS, lambda m: m["tensors"]["conv.weight"].update(index={**index, "raw": nnz_of(m)}))
+    header, data = read_header(folder / WEIGHTS)
+    parts = {name: data[slice(*entry["data_offsets"])] for name, entry in header.items() if name != "__metadata__"}
+    parts["conv.weight::index"], end = b"", 0
+    for name in sorted(parts, key=lambda name: name == "conv.weight::index"):
+        header[name]["data_offsets"] = [end, end + len(parts[name])]
+        end += len(parts[name])
+    header["conv.weight::index"].update(shape=[1 << 41], data_offsets=[end, end + (1 << 41)])
+    write_header(folder / WEIGHTS, header, b"".join(part for part in parts.values() if part))
+    with (folder / WEIGHTS).open("r+b") as stream:
+        stream.truncate((folder / WEIGHTS).stat().st_size + (1 << 41))
+    tracemalloc.start()
+    assert "tensor `conv.weight`: a compressed stream longer than its bytes" in refusal(folder / WEIGHTS)
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+
+
+def test_a_header_full_of_small_objects_is_read_in_bounded_time_and_memory(folder: Path):
+    code = (
+        "import sys, time, growfx\n"
+        "from artifact_fuzz import peak_kib\n"
+        "growfx.inspect(sys.argv[1] + '/small')\n"
+        "for name in sys.argv[2:]:\n"
+        "    before, start = peak_kib(), time.process_time()\n"
+        "    growfx.inspect(sys.argv[1] + '/' + name)\n"
+        "    print(time.process_time() - start, peak_kib() - before)\n"
+    )
+    shutil.copy(folder / WEIGHTS, folder / "small")
+    fillings = {"numbers": "1.5,", "lists": "[],"}  # they take the most time, and the most memory, for every byte
+    share = 20
+    for name, filling in fillings.items():
+        shutil.copy(folder / WEIGHTS, folder / name)
+        items = filling * (MAX_HEADER // share // len(filling))
+        forge(folder / name, lambda m, items=items: m["provenance"].update(note=json.loads(f"[{items[:-1]}]")))
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(folder), *fillings],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    for line in run.stdout.splitlines():
+        seconds, kib = map(float, line.split())
+        assert seconds < 1, "a full header would take over 20 s"
+        assert kib < 40 * MAX_HEADER / share / 1024
+
+
 BUILDS = [
     ("test_vit", {"depth": 10**6}),
     ("test_vit", {"depth": 10**12}),
@@ -252,11 +309,11 @@ def test_one_changed_byte_of_a_stream_is_refused_or_decodes_within_bounds(
 
 
 def test_a_plane_that_is_a_deflate_bomb_is_stopped_at_the_stated_size():
-    bomb = artifact_fuzz.BOMB
+    bomb, nnz = artifact_fuzz.BOMB, 8 * len(artifact_fuzz.BOMB)
     tracemalloc.start()
     with pytest.raises(ArtifactError, match="a compressed stream of the wrong length"):
-        decode_values(ValueStream("planes", (len(bomb), 10**6, 10**6, 10**6), bomb + bytes(3 * 10**6)), 10**6, 4)
-    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+        decode_values(ValueStream("planes", (len(bomb), nnz, nnz, nnz), bomb + bytes(3 * nnz)), nnz, 4)
+    assert tracemalloc.get_traced_memory()[1] < 20 * nnz
     tracemalloc.stop()
 
 

@@ -14,6 +14,7 @@ from growfx.codec import (
     decode_values,
     encode_index,
     encode_values,
+    index_complaint,
 )
 from growfx.errors import ArtifactError
 
@@ -41,8 +42,8 @@ def inflate(data: bytes) -> bytes:
     return zlib.decompress(data, wbits=-15)
 
 
-def deflate(data: bytes) -> bytes:
-    packer = zlib.compressobj(wbits=-15)
+def deflate(data: bytes, strategy: int = zlib.Z_DEFAULT_STRATEGY) -> bytes:
+    packer = zlib.compressobj(wbits=-15, strategy=strategy)
     return packer.compress(data) + packer.flush()
 
 
@@ -153,9 +154,10 @@ def test_encoding_is_deterministic():
 gap = deflate(bytes([1, 1, 1]))
 BAD_INDEX: list[tuple[IndexStream, int, int, str]] = [
     (IndexStream("lzma", 3, b"abc"), 3, 9, "index codec `lzma` is unknown; allowed: bitmask, gap8"),
-    (IndexStream("gap8", 3, bytes([1, 1, 1])), 2, 9, "3 positions instead of 2"),
+    (IndexStream("gap8", 3, bytes([1, 1, 1])), 2, 600, "3 positions instead of 2"),
     (IndexStream("gap8", 3, bytes([1, 1, 9])), 3, 9, "a position outside the tensor"),
-    (IndexStream("gap8", 4, bytes([1, 1, 1])), 3, 9, "an index of the wrong length"),
+    (IndexStream("gap8", 4, bytes([1, 1, 1])), 3, 600, "an index of the wrong length"),
+    (IndexStream("gap8", 4, bytes([1, 1, 1, 255])), 3, 9, "an index of impossible length"),
     (IndexStream("gap8", 3, bytes([1, 1, 1])), 3, 2, "an index of impossible length"),
     (IndexStream("gap8.huffman", 2, gap), 2, 9, "a compressed stream of the wrong length"),
     (IndexStream("gap8.huffman", 4, gap), 4, 9, "a compressed stream of the wrong length"),
@@ -209,10 +211,36 @@ def test_random_bytes_give_an_artifact_error_or_valid_positions(data: Any):
 
 
 def test_a_deflate_bomb_is_stopped_at_the_stated_size():
-    bomb = deflate(bytes(50_000_000))
-    assert len(bomb) < 100_000
+    bomb = deflate(bytes(500_000))
+    assert len(bomb) < 1_000
     tracemalloc.start()
     with pytest.raises(ArtifactError, match="a compressed stream of the wrong length"):
-        decode_index(IndexStream("gap8.huffman", 10, bomb), 10, 100)
+        decode_index(IndexStream("gap8.huffman", 4_000, bomb), 4_000, 8_000)
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
+
+
+def test_no_stream_may_claim_more_bytes_than_huffman_codes_hold():
+    bomb = deflate(bytes(50_000_000))
+    tracemalloc.start()
+    with pytest.raises(ArtifactError, match="claims more bytes than Huffman codes hold"):
+        decode_index(IndexStream("gap8.huffman", 50_000_000, bomb), 50_000_000, 50_000_000)
+    with pytest.raises(ArtifactError, match="claims more bytes than Huffman codes hold"):
+        decode_values(ValueStream("planes", (len(bomb),) * 4, bomb * 4), 50_000_000, 4)
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+def test_the_most_compressible_streams_that_are_written_pass_their_own_bounds():
+    """All weights present, all alike: every byte of the index and of each plane takes one bit."""
+    for size in (1, 2, 7, 100, 100_000):
+        for step in (1, 3, 255, 256):
+            positions = np.arange(0, size, step)
+            index = encode_index(positions, size)
+            assert np.array_equal(decode_index(index, positions.size, size), positions)
+            assert not index_complaint(index.codec, index.raw_size, len(index.data), positions.size, size)
+            gaps = bytes(positions.size)
+            packed = IndexStream("gap8.huffman", positions.size, deflate(gaps, zlib.Z_HUFFMAN_ONLY))
+            assert not index_complaint("gap8.huffman", packed.raw_size, len(packed.data), positions.size, size)
+            values = encode_values(np.zeros(positions.size, np.uint32), floating=True)
+            assert np.array_equal(decode_values(values, positions.size, 4), np.zeros(positions.size))
