@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, checked when read, the previous one kept.
+"""Checkpoints: written whole or not at all, checked when read, the last ones kept.
 
 A file is what `torch.save` writes of `{"format", "version", "digest", "state"}` with tensors, numbers, texts,
 lists, tuples and dictionaries in it, so `torch.load(path, weights_only=True)` reads it. `digest` is a sha256
@@ -11,6 +11,7 @@ import os
 import shutil
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,21 @@ __all__ = ["Checkpoints", "content_digest"]
 _FORMAT, _VERSION = "growfx-checkpoint", 1
 
 
-class Checkpoints:
-    """The checkpoints of one run: `latest.pt`, `previous.pt` and `best.pt` in `folder`."""
+class _DamageError(CheckpointError):
+    """A file whose content is not what was written; what others wrote is no damage."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+
+class Checkpoints:
+    """The checkpoints of one run: the last `keep` as `step-000000001234.pt` in `folder`, and two of them by a name.
+
+    `latest.pt` is the newest, `best.pt` the one of the best validation accuracy; they are second names (hard links) of
+    numbered files where the file system has such, copies elsewhere. Folders of older versions, with `latest.pt` and
+    `previous.pt` alone, are read, and become such a folder with the next checkpoints.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder, self.keep = folder, keep
+        self._damaged: list[Path] = []
 
     @property
     def latest(self) -> Path:
@@ -40,20 +51,30 @@ class Checkpoints:
         """Where the checkpoint of the best validation accuracy is."""
         return self.folder / "best.pt"
 
-    @property
-    def previous(self) -> Path:
-        """Where the one before the newest is."""
-        return self.folder / "previous.pt"
+    def numbered(self) -> list[Path]:
+        """The checkpoints by step, newest first."""
+        found = [path for path in self.folder.glob("step-*.pt") if path.stem.removeprefix("step-").isdecimal()]
+        return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")), reverse=True)
+
+    def candidates(self) -> list[Path]:
+        """Every file to continue from, newest first, each once."""
+        found: dict[tuple[int, int], Path] = {}
+        for path in [*self.numbered(), self.latest, self.folder / "previous.pt"]:
+            with suppress(FileNotFoundError):  # a run that goes on may just have forgotten it
+                facts = path.stat()
+                found.setdefault((facts.st_dev, facts.st_ino), path)
+        return list(found.values())
 
     def exists(self) -> bool:
         """True when there is something to continue from."""
-        return self.latest.exists() or self.previous.exists()
+        return bool(self.candidates())
 
-    def save(self, state: Mapping[str, Any], *, best: bool = False) -> None:
-        """Write `state` as the newest checkpoint; the one before becomes `previous.pt`.
+    def save(self, state: Mapping[str, Any], *, steps: int, best: bool = False) -> None:
+        """Write `state` as the newest checkpoint, then forget all but the last `keep`.
 
         Args:
             state: nested dictionaries, lists and tuples of tensors, numbers, texts, booleans and None.
+            steps: optimizer steps of the run so far; they name the file.
             best: keep this one as `best.pt` too.
 
         Raises:
@@ -61,48 +82,72 @@ class Checkpoints:
         """
         plain = _portable(state, "state")
         content = {"format": _FORMAT, "version": _VERSION, "digest": content_digest(plain), "state": plain}
-        new = self.folder / "latest.pt.new"
+        new = self.folder / "step.pt.new"
+        target = self.folder / f"step-{steps:012d}.pt"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            new.unlink(missing_ok=True)  # left by a save that was killed, it may be `best.pt` as well
             with new.open("wb") as stream:
                 torch.save(content, stream)
                 stream.flush()
                 os.fsync(stream.fileno())
-            if best:
+            self._set_aside()
+            if best:  # first: a run killed after the next line takes the best one for written
                 _link(new, self.best)
-            if self.latest.exists():
-                self.latest.replace(self.previous)
-            new.replace(self.latest)
+            new.replace(target)
             _sync_folder(self.folder)
+            _link(target, self.latest)
+            self._forget()
         except (OSError, RuntimeError) as error:
-            new.unlink(missing_ok=True)
-            reason = str(error).strip().splitlines()[0]
+            with suppress(OSError):
+                new.unlink(missing_ok=True)
+            reason = " ".join(str(error).strip().splitlines()[:1])
             raise CheckpointError(
-                f"checkpoint `{self.latest}` cannot be written ({reason}); free space or make the folder "
+                f"checkpoint `{target}` cannot be written ({reason}); free space or make the folder "
                 "writable, then continue with resume"
             ) from error
+
+    def _set_aside(self) -> None:
+        """Rename what `load` found damaged, so that it is neither read again nor counted among those kept."""
+        latest = self.latest
+        for path in self._damaged:
+            if latest.exists() and latest != path and latest.samefile(path):
+                latest.unlink()
+            path.replace(path.with_suffix(".damaged.pt"))
+        self._damaged.clear()
+        if latest.exists() and not any(latest.samefile(path) for path in self.numbered()):
+            latest.replace(self.folder / "previous.pt")  # of an older version, or a copy
+
+    def _forget(self) -> None:
+        numbered = self.numbered()
+        for path in numbered[self.keep :]:
+            path.unlink()
+        if len(numbered) >= self.keep:
+            (self.folder / "previous.pt").unlink(missing_ok=True)
 
     def load(self) -> tuple[dict[str, Any], str | None]:
         """The newest undamaged state, and a notice when that is not the newest file.
 
-        A damaged newest file is moved aside to `latest.damaged.pt`, so that the next save keeps the good one.
+        Nothing on disk is changed; the next `save` renames damaged files to `<name>.damaged.pt`.
 
         Raises:
-            CheckpointError: there is none, or all are damaged.
+            CheckpointError: there is none, all are damaged, or one is none of growfx or of a newer version.
         """
-        problems = []
-        for path in (self.latest, self.previous):
-            if not path.exists():
-                continue
+        problems: list[str] = []
+        self._damaged = []
+        for path in self.candidates():
             try:
                 state = read(path)
-            except CheckpointError as error:
+            except _DamageError as error:
                 problems.append(str(error))
+                self._damaged.append(path)
                 continue
-            if not problems:
-                return state, None
-            self.latest.replace(self.folder / "latest.damaged.pt")
-            return state, f"{problems[0]}; continuing from the previous one, `{path}`"
+            except CheckpointError:
+                if path.exists():
+                    raise
+                continue
+            notice = f"{'; '.join(problems)}; continuing from the previous one, `{path}`" if problems else None
+            return state, notice
         raise CheckpointError("; ".join(problems) or f"there is no checkpoint in `{self.folder}`")
 
 
@@ -110,24 +155,32 @@ def read(path: Path) -> dict[str, Any]:
     """The state in one checkpoint file, on the CPU.
 
     Raises:
-        CheckpointError: missing, damaged, newer than this version, or not a growfx checkpoint.
+        CheckpointError: missing, damaged, of another version, or not a growfx checkpoint.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint `{path}` is not there") from error
     except Exception as error:  # the unpickler raises whatever the damage leads it into
-        reason = str(error).strip().splitlines()[:1]
-        raise CheckpointError(f"checkpoint `{path}` is damaged ({' '.join(reason)})") from error
+        reason = " ".join(str(error).strip().splitlines()[:1])
+        raise _DamageError(f"checkpoint `{path}` is damaged ({reason})") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise CheckpointError(f"`{path}` is not a growfx checkpoint")
+        raise CheckpointError(f"`{path}` is not a growfx checkpoint; it holds {_kind_of(content)}")
     if content["version"] != _VERSION:
         raise CheckpointError(
             f"checkpoint `{path}` has version {content['version']}; this growfx reads version {_VERSION}"
         )
     if content_digest(content["state"]) != content["digest"]:
-        raise CheckpointError(f"checkpoint `{path}` is damaged (its content does not match its digest)")
+        raise _DamageError(f"checkpoint `{path}` is damaged (its content does not match its digest)")
     return content["state"]
+
+
+def _kind_of(content: Any) -> str:
+    if isinstance(content, dict) and content:
+        names = ", ".join(f"`{key}`" for key in list(content)[:3])
+        what = "the state dict of a model" if all(isinstance(v, Tensor) for v in content.values()) else "a dictionary"
+        return f"{what} with {names}{' and more' if len(content) > 3 else ''}"
+    return f"a {type(content).__name__}"
 
 
 def content_digest(value: Any) -> str:
@@ -159,12 +212,13 @@ def _feed(digest: Any, value: Any) -> None:
 
 
 def _portable(value: Any, where: str) -> Any:
-    """A copy of what `torch.load(weights_only=True)` accepts: plain containers, tensors without a history.
+    """What `torch.load(weights_only=True)` accepts, of the same values: plain containers, tensors without a history.
 
-    A tensor that is a view of a larger storage would be stored with all of it, hence the clone.
+    A tensor that is a view of a larger storage would be stored with all of it, hence the copy of such.
     """
     if isinstance(value, Tensor):
-        return value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        plain = value.detach().cpu().contiguous()
+        return plain.clone() if plain.untyped_storage().nbytes() > plain.nbytes else plain
     if isinstance(value, Mapping):
         return {_portable(k, where): _portable(v, f"{where}.{k}") for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -1,7 +1,8 @@
 """How images enter a model: size, channels and scaling that fit both; loaders with timm's transforms.
 
 Shuffling and augmentation draw from torch's, numpy's and python's global generators, which
-`growfx.training` seeds at the start of every epoch: the order is a function of seed and epoch alone.
+`growfx.training` seeds at the start of every epoch: the order is a function of seed and epoch alone. Loading processes
+draw for each image from the epoch's seed and the image's number.
 """
 
 import math
@@ -10,9 +11,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from growfx.data import DataSource, Split
+from growfx.epoch_batches import SampleSeeded
 from growfx.errors import ConfigError, DataError
 from growfx.models import default_input_shape
 from growfx.options import DataOptions
@@ -135,7 +137,7 @@ def make_loader(
     return cast(DataLoader[Any], loader)
 
 
-class _Images(Dataset[Any]):
+class _Images(SampleSeeded):
     """A split as a torch data set; timm's create_loader sets `transform`."""
 
     def __init__(self, split: Split, mode: str) -> None:
@@ -145,7 +147,8 @@ class _Images(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, position: int) -> tuple[Any, int]:
+    def load(self, position: int) -> tuple[Any, int]:
+        """Return an image, transformed, and the number of its class."""
         image, target = self.split.images[self.split.indices[position]]
         image = image.convert(self.mode)
         return self.transform(image) if self.transform else image, int(target)

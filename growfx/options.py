@@ -113,6 +113,9 @@ class TrainOptions:
         device: "auto" (an accelerator when there is one), or a torch device.
         tensorboard: also write loss, accuracy, density, rate, cost and the fit of growth to `tensorboard/` in the run
             folder; needs the package `tensorboard`.
+        checkpoint_minutes: a checkpoint is written at the end of every epoch, and within one when the last is this old
+            (0: after every step; None: at the ends of epochs only). Outcomes do not depend on it.
+        keep_checkpoints: how many are kept, beside the best.
     """
 
     epochs: int = option(30, low=1)
@@ -140,6 +143,8 @@ class TrainOptions:
     seed: int = option(0, low=0, high=2**63 - 1)
     device: str = "auto"
     tensorboard: bool = False
+    checkpoint_minutes: float | None = option(10.0, low=0)
+    keep_checkpoints: int = option(2, low=1)
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -16,21 +16,37 @@ from typing import Any
 
 from growfx.checkpoint import Checkpoints
 from growfx.errors import CheckpointError, ConfigError
+from growfx.options import DataOptions, TrainOptions, as_json
+from growfx.run_lock import LOCK_NAME, RunLock
 
 __all__ = ["RunFolder", "finite", "refuse_existing"]
 
+# In the order in which a run is replaced: were that broken off, the rest is still a run, not one that has finished.
 _CONTENT = (
-    "config.json",
-    "log.jsonl",
-    "checkpoint",
     "result.json",
+    "checkpoint",
+    "artifact",
     "curve.png",
     "summary.txt",
-    "artifact",
     "tensorboard",
+    "log.jsonl",
+    "config.json",
 )
-# What may differ between the start of a run and its continuation: where it runs, where its data lies, who looks on.
-_FREE = {"versions", "train.device", "train.tensorboard", "data.spec", "data.data_dir", "data.download", "data.workers"}
+# What may differ between the start of a run and its continuation: where it runs, where its data lies, who looks on, and
+# what it keeps.
+_FREE = {
+    "versions",
+    "train.device",
+    "train.tensorboard",
+    "train.checkpoint_minutes",
+    "train.keep_checkpoints",
+    "data.spec",
+    "data.data_dir",
+    "data.download",
+    "data.workers",
+}
+# What a run that was killed before it had written `config.json` may leave.
+_UNBEGUN = {LOCK_NAME, "config.json.new", ".writable"}
 
 
 def refuse_existing(path: Path, *, resume: bool, overwrite: bool) -> None:
@@ -44,7 +60,7 @@ def refuse_existing(path: Path, *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise ConfigError("`resume` and `overwrite` exclude each other: continue the run, or replace it")
     try:
-        present = sorted(p.name for p in path.iterdir()) if path.exists() else []
+        present = sorted({p.name for p in path.iterdir()} - _UNBEGUN) if path.exists() else []
     except OSError as error:
         raise CheckpointError(f"run folder `{path}` cannot be used ({error.strerror})") from error
     if present and "config.json" not in present:
@@ -81,31 +97,42 @@ class RunFolder:
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         self.path = path
         self.config = dict(config)
-        self.checkpoints = Checkpoints(path / "checkpoint")
+        self.checkpoints = Checkpoints(path / "checkpoint", config.get("train", {}).get("keep_checkpoints", 2))
+        self._lock = RunLock(path)
 
     @classmethod
     def start(
         cls, path: Path, config: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
     ) -> "RunFolder":
-        """Create the folder, or open it again.
+        """Create the folder, or open it again, for this process alone until `close`.
 
         Args:
             config: nested dictionaries of JSON values that say what the run is.
 
         Raises:
-            CheckpointError: as `refuse_existing`, or with `resume` the run there was made with other options.
+            CheckpointError: as `refuse_existing`, another process works on the run, or with `resume` the run there was
+                made with other options.
         """
         refuse_existing(path, resume=resume, overwrite=overwrite)
         folder = cls(path, config)
-        if resume and (path / "config.json").exists():
-            folder._require_same(cls.open(path).config)
-            return folder
         path.mkdir(parents=True, exist_ok=True)
-        for name in _CONTENT:
-            target = path / name
-            shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-        folder.write_json("config.json", config)
+        folder._lock.acquire()
+        try:
+            if resume and (path / "config.json").exists():
+                folder.require_same(cls.open(path).config, f"run folder `{path}`")
+                return folder
+            for name in _CONTENT:
+                target = path / name
+                shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+            folder.write_json("config.json", config)
+        except BaseException:
+            folder.close()
+            raise
         return folder
+
+    def close(self) -> None:
+        """Let other processes continue or replace the run."""
+        self._lock.release()
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
@@ -147,10 +174,12 @@ class RunFolder:
             raise CheckpointError(f"`{self.path / name}` cannot be read ({error})") from error
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one record to `log.jsonl`."""
+        """Append one record to `log.jsonl`; it is on disk before a checkpoint that counts on it."""
         try:
             with (self.path / "log.jsonl").open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(finite(record), allow_nan=False) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
         except OSError as error:
             raise CheckpointError(f"`{self.path / 'log.jsonl'}` cannot be written ({error.strerror})") from error
 
@@ -160,28 +189,39 @@ class RunFolder:
         return path.stat().st_size if path.exists() else 0
 
     def rewind_log(self, position: int) -> None:
-        """Drop the records written after a checkpoint that is about to be continued."""
+        """Drop the records written after a checkpoint that is about to be continued, and a last line cut short."""
         path = self.path / "log.jsonl"
-        if self.log_position() > position:
-            with path.open("r+b") as stream:
-                stream.truncate(position)
+        if not path.exists():
+            return
+        with path.open("r+b") as stream:
+            kept = stream.read(position)
+            stream.truncate(kept.rfind(b"\n") + 1)
 
     def read_log(self) -> list[dict[str, Any]]:
-        """All records of `log.jsonl`."""
+        """All whole records of `log.jsonl`; one that is being written, or was cut short, is left out."""
         path = self.path / "log.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines]
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        return [json.loads(line) for line in text.split("\n")[:-1]]
 
-    def _require_same(self, recorded: Mapping[str, Any]) -> None:
+    def require_same(self, recorded: Mapping[str, Any], where: str) -> None:
+        """Raise `CheckpointError` unless `recorded`, the config that `where` was started with, is this run's.
+
+        An option that is newer than `recorded` had its default then.
+        """
         before, now = _flat(recorded), _flat(json.loads(json.dumps(self.config)))
+        before = {**{k: v for k, v in _defaults().items() if k in now}, **before}
         for key in sorted(before.keys() | now.keys(), key=_importance):
             if key in _FREE or key.startswith("versions."):
                 continue
             if before.get(key) != now.get(key):
                 raise CheckpointError(
-                    f"run folder `{self.path}` was started with `{key}` = {before.get(key)!r}, now it is "
-                    f"{now.get(key)!r}; continue with the same options, or start a new run in another folder"
+                    f"{where} was started with `{key}` = {before.get(key)!r}, now it is {now.get(key)!r}; continue "
+                    "with the same options, or start a new run in another folder"
                 )
+
+
+def _defaults() -> dict[str, Any]:
+    return _flat({"train": as_json(TrainOptions()), "data": as_json(DataOptions())})
 
 
 def _importance(key: str) -> tuple[bool, bool, str]:

@@ -6,17 +6,18 @@ The order of everything random is that of `growfx.training`'s docstring.
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from growfx.cost import CostMeter
-from growfx.errors import CheckpointError, DataError, GrowfxError
+from growfx.epoch_batches import batches_from
+from growfx.errors import DataError, GrowfxError
 from growfx.evaluation import Score, count_classes, evaluate, paired_noise
 from growfx.graph import MaskedGraph
+from growfx.interrupts import Interrupts, Stopped
 from growfx.options import TrainOptions
 from growfx.progress import Progress
 from growfx.recipe import (
@@ -33,6 +34,7 @@ from growfx.report import write_report
 from growfx.run_config import model_name
 from growfx.run_folder import RunFolder, finite
 from growfx.run_result import Result
+from growfx.run_state import EpochPart, Position, restore, state_of
 from growfx.scalars import Scalars
 from growfx.session import Session, Stage
 from growfx.train_step import TrainStep, windows
@@ -41,17 +43,6 @@ if TYPE_CHECKING:
     from growfx.methods.base import Method
 
 __all__ = ["Run"]
-
-
-@dataclass
-class _Position:
-    """Where a run is, between two epochs. `epoch` and `steps` count from its beginning; `stage` counts the stages
-    done, and `stage_step` the steps into the next."""
-
-    stage: int = 0
-    stage_step: int = 0
-    epoch: int = 0
-    steps: int = 0
 
 
 class Run:
@@ -74,7 +65,8 @@ class Run:
         self.progress = Progress(progress)
         self.device = pick_device(options.device)
         self.epoch_steps = math.ceil(steps_of(train_loader) / options.accumulate)
-        self.at = _Position()
+        self.at, self.part = Position(), None
+        self.interrupts, self._saved_at = Interrupts(), time.monotonic()
         self.best, self.best_nnz = -1.0, net.numel + 1
         self.last_score: Score | None = None
         self.val_accuracy = math.nan
@@ -82,12 +74,18 @@ class Run:
     def all(self) -> Result:
         """The whole run, or what is left of it."""
         self._restore()
+        self._saved_at = time.monotonic()
         if self.folder and self.options.tensorboard:
             self.scalars = Scalars(self.folder.path, self.at.steps)
-        with self.progress, closing(self.scalars) if self.scalars else nullcontext():
-            while (stage := self.method.next_stage()) is not None:
-                self._train_stage(stage)
-        return self._finish()
+        try:
+            with self.progress, closing(self.scalars) if self.scalars else nullcontext():
+                while (stage := self.method.next_stage()) is not None:
+                    self._train_stage(stage)
+            with self.interrupts.at_once():
+                return self._finish()
+        except Stopped as stop:
+            self._put_away(stop)
+            raise
 
     # -- beginning ------------------------------------------------------------------------------------------
 
@@ -139,12 +137,15 @@ class Run:
             steps = self.epoch_steps - done % self.epoch_steps
             loss = self._epoch(stage, schedule, done, steps)
             done += steps
-            accuracy = self._score(stage, last=done == total)
+            scores = self._measure(stage, last=done == total)
+            self._close_epoch(steps)
+            accuracy = self._report(stage, scores)
             self._log_epoch(stage, loss, accuracy)
             self.at.stage_step = done
             if done == total:
                 self._end_stage(stage)
             self._checkpoint(best=stage.kind == "final" and self._is_best())
+            self.interrupts.check()
         self.progress.end_stage()
 
     def _is_best(self) -> bool:
@@ -169,21 +170,28 @@ class Run:
         self.averaged_epochs = stage.epochs  # its memory is a part of the stage
         return make_average(self.net, self.options, stage.epochs * self.epoch_steps)
 
-    def _score(self, stage: Stage, last: bool) -> float | None:
-        """Validate as the stage asks for, and tell the method."""
+    def _measure(self, stage: Stage, last: bool) -> list[Score]:
+        """Validate as the stage asks for: nothing, the network, or at the end of a round its average, then itself."""
+        nets = [self.net]
         if stage.averaged:
-            if last:
-                self._score_round()
+            assert self.ema is not None
+            nets = [self.ema.module, self.net] if last else []
+        with self.interrupts.at_once():
+            return [evaluate(net, self.val_loader, self.device) for net in nets]
+
+    def _report(self, stage: Stage, scores: Sequence[Score]) -> float | None:
+        """Tell the method what was measured; returns an accuracy for the log."""
+        if not scores:
             return None
-        accuracy = self.val_accuracy = evaluate(self.net, self.val_loader, self.device).accuracy
+        if stage.averaged:
+            self._report_round(*scores)
+            return None
+        accuracy = self.val_accuracy = scores[0].accuracy
         self.method.report(accuracy)
         self.progress.stage_epoch(accuracy, self.net.density)
         return accuracy
 
-    def _score_round(self) -> None:
-        assert self.ema is not None
-        averaged = evaluate(self.ema.module, self.val_loader, self.device)
-        raw = evaluate(self.net, self.val_loader, self.device)
+    def _report_round(self, averaged: Score, raw: Score) -> None:
         # The first round has no other to be paired with; its raw weights are too much alike to stand in.
         before, self.last_score = self.last_score, averaged
         noise = averaged.standard_error if before is None else paired_noise(averaged, before)
@@ -230,41 +238,73 @@ class Run:
     # -- one epoch ------------------------------------------------------------------------------------------
 
     def _epoch(self, stage: Stage, schedule: Any, first: int, steps: int) -> float:
-        """Train `steps` steps from step `first` of the stage; the mean loss."""
+        """Train `steps` steps from step `first` of the stage, or what is left of them; the mean loss."""
         seed_globally(self.options.seed, self.at.epoch, self.train_loader)
         self.net.train()
-        total = torch.zeros((), device=self.device)
+        part = self._open_epoch()
         self._started = time.perf_counter()
-        done = uncounted = 0
-        with self.progress.epoch(stage, first, self.epoch_steps) as tick:
-            for window in windows(self.train_loader, self.options.accumulate):
-                schedule.step_update(first + done)
+        if part.done == steps:  # only its validation is missing
+            part.resume_random(self.train_loader)
+            return float(part.loss) / steps
+        length = self.options.accumulate
+        batches = batches_from(self.train_loader, part.done * length, part.resume_random)
+        with self.progress.epoch(stage, first + part.done, self.epoch_steps) as tick:
+            for window in windows(batches, length):
+                schedule.step_update(first + part.done)
                 dense_gradient = self.method.needs_dense_gradient
                 loss, changed = self.step(*(self._moved(*batch) for batch in window))
-                total += loss
+                part.loss += loss
                 if self.ema is not None:
-                    self.ema.update(self.net, step=first + done)
-                done, uncounted = done + 1, uncounted + 1
-                if changed or dense_gradient or done == steps:
-                    self.meter.add_steps(uncounted - 1, self.epoch_steps)
-                    self.meter.add_steps(1, self.epoch_steps, dense_gradient=dense_gradient)
-                    uncounted = 0
-                    self.meter.read_masks()
+                    self.ema.update(self.net, step=first + part.done)
+                part.done, part.uncounted = part.done + 1, part.uncounted + 1
+                if changed or dense_gradient or part.done == steps:
+                    self._count(part, dense_gradient)
                 # A look at the value waits for the device: now and then is enough to stop in time.
-                if done % 20 == 0 or done == steps:
-                    self._require_finite(total)
+                if part.done % 20 == 0 or part.done == steps:
+                    self._require_finite(part.loss)
                 tick()
-                if done == steps:
+                if part.done == steps:
                     break
-        if done != steps:
-            raise DataError(f"the training loader gave batches for {done} steps; its length says {self.epoch_steps}")
+                self._between_steps(part)
+        if part.done != steps:
+            raise DataError(
+                f"the training loader gave batches for {part.done} steps; its length says {self.epoch_steps}"
+            )
+        part.mark(self.train_loader)
+        return float(part.loss) / steps
+
+    def _open_epoch(self) -> EpochPart:
+        """Return what the epoch has come to: nothing yet, or what a checkpoint in its middle says."""
+        if self.part is None:
+            self.part = EpochPart(torch.zeros((), device=self.device))
+        return self.part
+
+    def _close_epoch(self, steps: int) -> None:
+        self.part = None
         self.at.epoch += 1
-        self.at.steps += done
-        return float(total) / done
+        self.at.steps += steps
+
+    def _count(self, part: EpochPart, dense_gradient: bool) -> None:
+        """Book the steps since the last time, all but the last without the gradient of absent edges."""
+        self.meter.add_steps(part.uncounted - 1, self.epoch_steps)
+        self.meter.add_steps(1, self.epoch_steps, dense_gradient=dense_gradient)
+        part.uncounted = 0
+        self.meter.read_masks()
+
+    def _between_steps(self, part: EpochPart) -> None:
+        """Write a checkpoint if one is due; end the run if it was asked to."""
+        minutes = self.options.checkpoint_minutes
+        due = self.folder and minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        if not due and self.interrupts.pending is None:
+            return
+        self._require_finite(part.loss)
+        part.mark(self.train_loader)
+        self.interrupts.check()  # which writes it too
+        self._checkpoint()
 
     def _require_finite(self, total: torch.Tensor) -> None:
         if not bool(torch.isfinite(total)):
-            kept = f"; the checkpoint of epoch {self.at.epoch} is kept" if self.folder else ""
+            kept = "; the last checkpoint is kept" if self.folder else ""
             rate = self.optimizer.param_groups[0]["lr"]
             raise GrowfxError(
                 f"the loss is not finite in epoch {self.at.epoch + 1} (`{self.options.optimizer}`, learning "
@@ -297,48 +337,29 @@ class Run:
     # -- checkpoints ----------------------------------------------------------------------------------------
 
     def _checkpoint(self, *, best: bool = False) -> None:
-        if self.folder is None:
-            return
-        state = {
-            "position": dataclasses.asdict(self.at),
-            "net": self.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "method": self.method.state_dict(),
-            "ema": self.ema.module.state_dict() if self.ema is not None else None,
-            "step": self.step.state_dict(),
-            "cost": self.meter.state_dict(),
-            "best": self.best,
-            "best_nnz": self.best_nnz,
-            "val_accuracy": self.val_accuracy,
-            "last_score": None if self.last_score is None else self.last_score.correct,
-            "log_position": self.folder.log_position(),
-        }
-        self.folder.checkpoints.save(state, best=best)
+        self._saved_at = time.monotonic()
+        if self.folder is not None:
+            steps = self.at.steps + (self.part.done if self.part else 0)
+            self.folder.checkpoints.save(state_of(self), steps=steps, best=best)
+
+    def _put_away(self, stop: Stopped) -> None:
+        """Keep what an interrupted epoch has come to, and say so; without one the last checkpoint has it all."""
+        if self.part is not None and self.part.random is not None:
+            self._checkpoint()
+        if self.folder is not None:
+            self.progress.say(
+                f"{stop}: stopped after step {self.at.steps + (self.part.done if self.part else 0)} of the run; "
+                f"the checkpoint in `{self.folder.checkpoints.folder}` is up to date, resume continues from it"
+            )
 
     def _restore(self) -> None:
-        if self.folder is None or not self.folder.checkpoints.exists():
+        if self.folder is None:
+            return
+        if not self.folder.checkpoints.exists():
+            self.folder.rewind_log(0)
             return
         state, notice = self.folder.checkpoints.load()
         if notice:
             self.progress.say(notice)
-        try:
-            self.at = _Position(**state["position"])
-            self.net.load_state_dict(state["net"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.method.load_state_dict(state["method"])
-            stage = self.method.next_stage()
-            if state["ema"] is not None and stage is not None and stage.averaged:
-                self.ema = self._average(stage)
-                self.ema.module.load_state_dict(state["ema"])
-            self.step.load_state_dict(state["step"])
-            self.meter.load_state_dict(state["cost"])
-            self.meter.read_masks()
-            self.best, self.best_nnz = state["best"], state["best_nnz"]
-            self.val_accuracy = state["val_accuracy"]
-            self.last_score = None if state["last_score"] is None else Score(state["last_score"])
-        except (KeyError, TypeError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[:1]
-            raise CheckpointError(
-                f"the checkpoint in `{self.folder.checkpoints.folder}` does not fit this run ({' '.join(reason)})"
-            ) from error
+        restore(self, state)
         self.folder.rewind_log(state["log_position"])

@@ -11,6 +11,7 @@ the checkpoint of an epoch ends bit for bit as one that was never interrupted (s
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,10 +89,14 @@ def train(
             run.set_up()
             if out is not None:
                 run.folder = RunFolder.start(Path(out), config, resume=resume, overwrite=overwrite)
-            return run.all()
+            with run.interrupts if out is not None else nullcontext():
+                return run.all()
         except BaseException:
             _release(net)
             raise
+        finally:
+            if run.folder is not None:
+                run.folder.close()
 
 
 def _release(net: MaskedGraph) -> None:

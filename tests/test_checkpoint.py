@@ -1,5 +1,7 @@
 import errno
 import os
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,7 +37,7 @@ def flip_a_bit(path) -> None:
 
 
 def test_what_is_saved_is_loaded_bit_for_bit(checkpoints):
-    checkpoints.save(state(1))
+    checkpoints.save(state(1), steps=1)
     loaded, notice = checkpoints.load()
     assert notice is None
     assert same(loaded, state(1))
@@ -45,59 +47,103 @@ def test_what_is_saved_is_loaded_bit_for_bit(checkpoints):
 
 
 def test_torch_loads_a_checkpoint_without_trusting_it(checkpoints):
-    checkpoints.save(state(1))
+    checkpoints.save(state(1), steps=1)
     content = torch.load(checkpoints.latest, weights_only=True)
     assert same(content["state"], state(1))
 
 
 def test_a_view_is_stored_without_the_storage_behind_it(checkpoints):
-    checkpoints.save({"view": torch.zeros(1_000_000)[:3]})
+    checkpoints.save({"view": torch.zeros(1_000_000)[:3]}, steps=1)
     assert checkpoints.latest.stat().st_size < 10_000
 
 
 def test_numbers_of_numpy_load_without_numpy(checkpoints):
     import numpy as np
 
-    checkpoints.save({"a": np.float64(0.5)})
+    checkpoints.save({"a": np.float64(0.5)}, steps=1)
     assert type(checkpoints.load()[0]["a"]) is float
 
 
 def test_other_objects_are_refused_by_their_place(checkpoints):
     with pytest.raises(TypeError, match=r"state\.a\.b: a checkpoint cannot hold a set"):
-        checkpoints.save({"a": {"b": {1}}})
+        checkpoints.save({"a": {"b": {1}}}, steps=1)
     assert not checkpoints.exists()
 
 
-def test_the_one_before_is_kept_and_the_best_stays(checkpoints):
-    checkpoints.save(state(1))
-    checkpoints.save(state(2), best=True)
-    checkpoints.save(state(3))
-    checkpoints.save(state(4))
-    assert read(checkpoints.latest)["epoch"] == 4
-    assert read(checkpoints.previous)["epoch"] == 3
+def names(folder) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def number(steps: int) -> str:
+    return f"step-{steps:012d}.pt"
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_last_ones_are_kept_by_step_and_the_best_stays(tmp_path, keep):
+    checkpoints = Checkpoints(tmp_path, keep)
+    for steps in (1, 2, 9, 10, 11):
+        checkpoints.save(state(steps), steps=steps, best=steps == 2)
+    assert read(checkpoints.latest)["epoch"] == 11
     assert read(checkpoints.best)["epoch"] == 2
-    assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["best.pt", "latest.pt", "previous.pt"]
+    kept = [9, 10, 11][-keep:]
+    assert [read(path)["epoch"] for path in checkpoints.numbered()] == kept[::-1]
+    assert names(tmp_path) == ["best.pt", "latest.pt", *map(number, kept)]
+    assert len({path.stat().st_ino for path in tmp_path.iterdir()}) == keep + 1
+
+
+def test_a_folder_of_the_older_layout_is_read_and_becomes_a_new_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for steps in (1, 2):
+        checkpoints.save(state(steps), steps=steps)
+    (tmp_path / number(1)).rename(tmp_path / "previous.pt")
+    (tmp_path / number(2)).unlink()
+    assert names(tmp_path) == ["latest.pt", "previous.pt"]
+    assert checkpoints.load()[0]["epoch"] == 2
+    checkpoints.save(state(3), steps=3)
+    # the one to fall back on is the old one until two of the new kind are there
+    assert names(tmp_path) == ["latest.pt", "previous.pt", number(3)]
+    assert [read(path)["epoch"] for path in checkpoints.candidates()] == [3, 2]
+    checkpoints.save(state(4), steps=4)
+    assert names(tmp_path) == ["latest.pt", number(3), number(4)]
+
+
+def test_where_there_are_no_links_copies_take_their_place(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", none)
+    checkpoints = Checkpoints(tmp_path)
+    for steps in (1, 2, 3, 4):
+        checkpoints.save(state(steps), steps=steps, best=steps == 2)
+    assert names(tmp_path) == ["best.pt", "latest.pt", number(3), number(4)]
+    assert [read(path)["epoch"] for path in (checkpoints.best, checkpoints.latest)] == [2, 4]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "text"])
 def test_a_damaged_newest_falls_back_to_the_one_before_and_says_so(checkpoints, damage):
-    for number in (1, 2):
-        checkpoints.save(state(number))
+    for steps in (1, 2):
+        checkpoints.save(state(steps), steps=steps)
     content = checkpoints.latest.read_bytes()
     if damage == "flip":
         flip_a_bit(checkpoints.latest)
     else:
         new = {"cut": content[: len(content) // 2], "empty": b"", "text": b"not a checkpoint"}[damage]
         checkpoints.latest.write_bytes(new)
+    before = names(checkpoints.folder)
     loaded, notice = checkpoints.load()
     assert loaded["epoch"] == 1
     assert notice is not None
-    assert "latest.pt` is damaged" in notice
-    assert "previous.pt" in notice
-    # The next save must not push the damaged file over the good one.
-    checkpoints.save(state(3))
-    checkpoints.latest.unlink()
-    assert checkpoints.load()[0]["epoch"] == 1
+    assert f"{number(2)}` is damaged" in notice
+    assert f"continuing from the previous one, `{checkpoints.folder / number(1)}`" in notice
+    assert names(checkpoints.folder) == before  # others may be reading
+    # The next save must neither count the damaged file among those kept, nor read it again.
+    checkpoints.save(state(3), steps=3)
+    assert [read(path)["epoch"] for path in checkpoints.candidates()] == [3, 1]
+    damaged = number(2).replace(".pt", ".damaged.pt")
+    assert names(checkpoints.folder) == sorted(["latest.pt", number(1), damaged, number(3)])
+    # a step that is made again takes the place of the first
+    checkpoints.save(state(2), steps=2)
+    assert read(checkpoints.folder / number(2))["epoch"] == 2
 
 
 @settings(max_examples=60, deadline=None)
@@ -105,7 +151,7 @@ def test_a_damaged_newest_falls_back_to_the_one_before_and_says_so(checkpoints, 
 def test_a_flipped_bit_anywhere_is_harmless_or_noticed(tmp_path_factory, position, bit):
     folder = tmp_path_factory.mktemp("flip")
     checkpoints = Checkpoints(folder)
-    checkpoints.save(state(1))
+    checkpoints.save(state(1), steps=1)
     content = bytearray(checkpoints.latest.read_bytes())
     content[int(position * len(content))] ^= 1 << bit
     checkpoints.latest.write_bytes(content)
@@ -116,34 +162,99 @@ def test_a_flipped_bit_anywhere_is_harmless_or_noticed(tmp_path_factory, positio
     assert same(loaded, state(1))
 
 
-def test_both_damaged_names_both(checkpoints):
-    for number in (1, 2):
-        checkpoints.save(state(number))
-    flip_a_bit(checkpoints.latest)
-    flip_a_bit(checkpoints.previous)
-    with pytest.raises(CheckpointError, match=r"latest\.pt` is damaged.*previous\.pt` is damaged"):
+def test_all_damaged_names_all(checkpoints):
+    for steps in (1, 2):
+        checkpoints.save(state(steps), steps=steps)
+    for path in checkpoints.numbered():
+        flip_a_bit(path)
+    with pytest.raises(CheckpointError, match=r"step-0*2\.pt` is damaged.*step-0*1\.pt` is damaged"):
         checkpoints.load()
 
 
-def test_a_crash_between_the_renames_loses_nothing(checkpoints):
-    for number in (1, 2):
-        checkpoints.save(state(number))
-    checkpoints.latest.rename(checkpoints.previous)
-    assert checkpoints.exists()
-    assert checkpoints.load()[0]["epoch"] == 2
+class Killed(BaseException):
+    """Stands for a process that is no more: nothing after it is run but what a kill would leave undone."""
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_as_it_was(checkpoints, monkeypatch):
-    checkpoints.save(state(1))
+@pytest.mark.parametrize("deadly", range(1, 15))
+def test_a_process_killed_within_a_save_leaves_the_old_or_the_new_one(tmp_path, monkeypatch, deadly):
+    """Dies before the so-manieth call that touches the disk, whatever it is."""
+    checkpoints = Checkpoints(tmp_path)
+    for steps in (1, 2, 3):
+        checkpoints.save(state(steps), steps=steps, best=True)
+    calls = 0
 
-    def full(_):
+    def counted(function):
+        def call(*arguments, **named):
+            nonlocal calls
+            calls += 1
+            if calls >= deadly:
+                raise Killed
+            return function(*arguments, **named)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for owner, name in ((torch, "save"), (os, "fsync"), (os, "link"), (Path, "replace"), (Path, "unlink")):
+            patch.setattr(owner, name, counted(getattr(owner, name)))
+        with suppress(Killed):
+            checkpoints.save(state(4), steps=4, best=True)
+    again = Checkpoints(tmp_path)
+    loaded, notice = again.load()
+    assert notice is None
+    assert loaded["epoch"] in (3, 4)
+    assert read(again.best)["epoch"] >= loaded["epoch"]  # the epoch after `loaded` will be made again
+    assert read(again.latest)["epoch"] in (3, 4)
+    again.save(state(5), steps=5, best=True)
+    assert [read(path)["epoch"] for path in again.candidates()] == [5, loaded["epoch"]]
+    assert names(tmp_path) == ["best.pt", "latest.pt", number(loaded["epoch"]), number(5)]
+
+
+def test_the_kills_above_reach_into_every_call(tmp_path, monkeypatch):
+    checkpoints, calls = Checkpoints(tmp_path), []
+    for steps in (1, 2):
+        checkpoints.save(state(steps), steps=steps, best=True)
+    for owner, name in ((torch, "save"), (os, "fsync"), (os, "link"), (Path, "replace"), (Path, "unlink")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, real=real, name=name, **k: (calls.append(name), real(*a, **k))[1])
+    checkpoints.save(state(3), steps=3, best=True)
+    assert 10 <= len(calls) <= 13
+    assert set(calls) == {"save", "fsync", "link", "replace", "unlink"}
+
+
+@pytest.mark.parametrize("cut", [0, 1, 1000, -1])
+def test_a_file_cut_short_while_it_was_written_is_never_read(checkpoints, cut):
+    checkpoints.save(state(1), steps=1)
+    content = checkpoints.latest.read_bytes()
+    (checkpoints.folder / "step.pt.new").write_bytes(content[:cut])
+    loaded, notice = checkpoints.load()
+    assert (loaded["epoch"], notice) == (1, None)
+    checkpoints.save(state(2), steps=2)
+    assert names(checkpoints.folder) == ["latest.pt", number(1), number(2)]
+
+
+@pytest.mark.parametrize("call", ["fsync", "save"])
+def test_a_full_disk_leaves_the_old_checkpoint_as_it_was(checkpoints, monkeypatch, call):
+    checkpoints.save(state(1), steps=1)
+
+    def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match=r"cannot be written .*No space left on device"):
-        checkpoints.save(state(2), best=True)
+    monkeypatch.setattr(*{"fsync": (os, "fsync"), "save": (torch, "save")}[call], full)
+    with pytest.raises(CheckpointError, match=r"cannot be written .*No space left on device.*; free space or make"):
+        checkpoints.save(state(2), steps=2, best=True)
     assert checkpoints.load()[0]["epoch"] == 1
-    assert [p.name for p in checkpoints.folder.iterdir()] == ["latest.pt"]
+    assert names(checkpoints.folder) == ["latest.pt", number(1)]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_disk_that_fills_up_under_torch_is_told_of_too(checkpoints, monkeypatch):
+    checkpoints.save(state(1), steps=1)
+    opened = Path.open
+    full = lambda path, *a: opened(Path("/dev/full") if path.suffix == ".new" else path, *a)  # noqa: E731
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        checkpoints.save(state(2), steps=2)
+    assert checkpoints.load()[0]["epoch"] == 1
 
 
 def test_no_checkpoint_is_an_error_that_names_the_folder(checkpoints):
@@ -156,11 +267,23 @@ def test_no_checkpoint_is_an_error_that_names_the_folder(checkpoints):
 
 def test_a_file_of_others_or_of_another_version_is_refused(tmp_path):
     torch.save({"a": 1}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match="is not a growfx checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a growfx checkpoint; it holds a dictionary with `a`"):
         read(tmp_path / "a.pt")
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match="it holds the state dict of a model with `weight`, `bias`"):
+        read(tmp_path / "c.pt")
     torch.save({"format": "growfx-checkpoint", "version": 9, "digest": "", "state": {}}, tmp_path / "b.pt")
     with pytest.raises(CheckpointError, match="has version 9; this growfx reads version 1"):
         read(tmp_path / "b.pt")
+
+
+def test_a_newest_file_of_another_version_is_not_passed_over(checkpoints):
+    for steps in (1, 2):
+        checkpoints.save(state(steps), steps=steps)
+    other = {"format": "growfx-checkpoint", "version": 9, "digest": "", "state": {}}
+    torch.save(other, checkpoints.folder / number(3))
+    with pytest.raises(CheckpointError, match="has version 9"):
+        checkpoints.load()
 
 
 def test_a_checkpoint_that_runs_code_is_refused(tmp_path):

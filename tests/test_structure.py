@@ -24,6 +24,7 @@ LEVELS = [
         "growfx.training",
         "growfx.train_run",
         "growfx.train_step",
+        "growfx.run_state",
         "growfx.evaluation",
         "growfx.recipe",
         "growfx.inspection",

@@ -270,7 +270,7 @@ def test_resuming_with_another_method_option_or_network_is_refused_by_name(tmp_p
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path):
     train_loader, val_loader = loaders()
     path = tmp_path / "run"
-    with pytest.raises(GrowfxError, match=r"loss is not finite in epoch \d.*lower `lr`.*checkpoint of epoch"):
+    with pytest.raises(GrowfxError, match=r"loss is not finite in epoch \d.*lower `lr`.*last checkpoint is kept"):
         train(fresh_net(), train_loader, val_loader, options=QUICK, lr=1e30, out=path, progress=False)
     assert not (path / "result.json").exists()
 

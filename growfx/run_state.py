@@ -1,0 +1,142 @@
+"""What a checkpoint of a run holds, and how a run takes it up again.
+
+It is written at the end of an epoch, or in the middle of one: then with what the epoch has come to (`EpochPart`), the
+state of every random generator among it. Everything else random follows from the run's seed and the epoch's number.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from growfx.errors import CheckpointError, ConfigError, MaskError
+from growfx.evaluation import Score
+from growfx.randomness import randomness_of, set_randomness
+from growfx.recipe import make_average
+
+if TYPE_CHECKING:
+    from growfx.train_run import Run
+
+__all__ = ["EpochPart", "Position", "restore", "state_of"]
+
+
+@dataclass
+class Position:
+    """Where a run is, at the beginning of an epoch. `epoch` and `steps` count from the beginning of the run; `stage`
+    counts the stages done, and `stage_step` the steps into the next."""
+
+    stage: int = 0
+    stage_step: int = 0
+    epoch: int = 0
+    steps: int = 0
+
+
+@dataclass
+class EpochPart:
+    """What an epoch under way has come to.
+
+    Attributes:
+        loss: sum over its steps, on the run's device.
+        done: its steps so far.
+        uncounted: how many of them the cost meter does not know of yet.
+        random: state of the generators after the last of them (see `mark`); None while nobody needs it.
+    """
+
+    loss: Tensor
+    done: int = 0
+    uncounted: int = 0
+    random: dict[str, Any] | None = None
+
+    def mark(self, loader: Any) -> None:
+        """Keep the state of all generators, a loader's own among them."""
+        own = getattr(loader, "generator", None)
+        self.random = {
+            **randomness_of(self.loss.device),
+            "loader": own.get_state() if isinstance(own, torch.Generator) else None,
+        }
+
+    def resume_random(self, loader: Any = None) -> None:
+        """Put back what `mark` kept; the state of a loader's own generator only where a `loader` is given."""
+        assert self.random is not None
+        set_randomness(self.random, self.loss.device)
+        own = getattr(loader, "generator", None)
+        if isinstance(own, torch.Generator) and self.random["loader"] is not None:
+            own.set_state(self.random["loader"])
+
+
+def state_of(run: "Run") -> dict[str, Any]:
+    """Everything that a run goes on from, as `Checkpoints.save` takes it."""
+    assert run.folder is not None
+    part = run.part
+    return {
+        "config": run.folder.config,
+        "position": dataclasses.asdict(run.at),
+        "part": None if part is None else {f.name: getattr(part, f.name) for f in dataclasses.fields(part)},
+        "net": run.net.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "method": run.method.state_dict(),
+        "step": run.step.state_dict(),
+        "ema": run.ema.module.state_dict() if run.ema is not None else None,
+        "cost": run.meter.state_dict(),
+        "best": run.best,
+        "best_nnz": run.best_nnz,
+        "val_accuracy": run.val_accuracy,
+        "last_score": None if run.last_score is None else run.last_score.correct,
+        "log_position": run.folder.log_position(),
+    }
+
+
+def restore(run: "Run", state: Mapping[str, Any]) -> None:
+    """Let `run`, set up and not begun, go on from `state_of`.
+
+    Raises:
+        CheckpointError: the state is not one of this run; names what differs.
+    """
+    assert run.folder is not None
+    where = f"the checkpoint in `{run.folder.checkpoints.folder}`"
+    if state.get("config") is not None:
+        run.folder.require_same(state["config"], where)
+    _require_fit(run.net.state_dict(), state.get("net"), where)
+    try:
+        run.at = Position(**state["position"])
+        run.net.load_state_dict(state["net"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.method.load_state_dict(state["method"])
+        run.step.load_state_dict(state.get("step", {}))
+        stage = run.method.next_stage()
+        if state["ema"] is not None and stage is not None and stage.averaged:
+            run.ema = make_average(run.net, run.options, stage.epochs * run.epoch_steps)
+            run.ema.module.load_state_dict(state["ema"])
+        run.meter.load_state_dict(state["cost"])
+        run.meter.read_masks()
+        run.best, run.best_nnz = state["best"], state["best_nnz"]
+        run.val_accuracy = state["val_accuracy"]
+        run.last_score = None if state["last_score"] is None else Score(state["last_score"])
+        if state.get("part") is not None:
+            run.part = EpochPart(**{**state["part"], "loss": state["part"]["loss"].to(run.device)})
+    except (KeyError, TypeError, RuntimeError, ValueError, MaskError, ConfigError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).strip().splitlines()[:1])
+        raise CheckpointError(f"{where} does not fit this run ({reason})") from error
+
+
+def _require_fit(own: Mapping[str, Any], found: Any, where: str) -> None:
+    """Raise `CheckpointError` unless the state dict `found` has the names and shapes of `own`, masks among them."""
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"{where} holds no network (`net`); it is not one of a run")
+    if not any(name.endswith(".mask") for name in found) and any(name.endswith(".mask") for name in own):
+        raise CheckpointError(
+            f"{where} holds a network without masks, a plain model's; load its weights with `net.load_state_dict` "
+            "and start a new run in another folder"
+        )
+    for name in [*(n for n in own if n not in found), *(n for n in found if n not in own)]:
+        has, lacks = ("this network", "the checkpoint") if name in own else ("the checkpoint", "this network")
+        raise CheckpointError(f"{where} is of another model: {has} has `{name}`, {lacks} does not")
+    for name, value in own.items():
+        if isinstance(value, Tensor) and value.shape != found[name].shape:
+            raise CheckpointError(
+                f"{where} is of another model: `{name}` is {tuple(found[name].shape)} there and "
+                f"{tuple(value.shape)} in this network"
+            )
