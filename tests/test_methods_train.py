@@ -54,7 +54,16 @@ def run(
     torch.manual_seed(len(str(out)))  # what came before the run must not matter
     net = fresh_net()
     result = train(
-        net, train_loader, val_loader, method=method, options=QUICK, epochs=4, checkpoint_minutes=0, out=out, progress=False, **flags
+        net,
+        train_loader,
+        val_loader,
+        method=method,
+        options=QUICK,
+        epochs=4,
+        checkpoint_minutes=0,
+        out=out,
+        progress=False,
+        **flags,
     )
     return net, result
 

@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 from training_nets import QUICK, final_state, fresh_net, loaders
 
 import growfx
 from growfx.checkpoint import Checkpoints, content_digest
-from growfx.methods.base import Method
 from growfx.train_run import Run
 from growfx.train_step import TrainStep
 from growfx.training import train
@@ -97,6 +95,6 @@ def test_a_run_killed_in_validation_between_stages_or_while_it_saves_ends_the_sa
     draw = random.Random(name)
     lives = (draw.randrange(1, 14) for _ in range(300))
     deaths, parts = until_done(tmp_path / "parts", name, monkeypatch, lives, places)
-    assert deaths > 2
+    assert deaths >= 2
     assert parts == whole
     assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
