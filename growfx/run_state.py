@@ -15,7 +15,6 @@ from torch import Tensor
 from growfx.errors import CheckpointError, ConfigError, MaskError
 from growfx.evaluation import Score
 from growfx.randomness import randomness_of, set_randomness
-from growfx.recipe import make_average
 
 if TYPE_CHECKING:
     from growfx.train_run import Run
@@ -108,7 +107,7 @@ def restore(run: "Run", state: Mapping[str, Any]) -> None:
         run.step.load_state_dict(state.get("step", {}))
         stage = run.method.next_stage()
         if state["ema"] is not None and stage is not None and stage.averaged:
-            run.ema = make_average(run.net, run.options, stage.epochs * run.epoch_steps)
+            run.ema = run.average(stage)
             run.ema.module.load_state_dict(state["ema"])
         run.meter.load_state_dict(state["cost"])
         run.meter.read_masks()

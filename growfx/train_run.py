@@ -128,7 +128,7 @@ class Run:
         if not stage.averaged:
             self.ema = None
         elif self.ema is None or self.averaged_epochs != stage.epochs:
-            self.ema = self._average(stage)
+            self.ema = self.average(stage)
         done = max(self.at.stage_step, stage.first_step)
         self.progress.begin_stage(stage, done // self.epoch_steps)
         total = stage.epochs * self.epoch_steps
@@ -166,7 +166,8 @@ class Run:
             self.val_accuracy = evaluate(self.net, self.val_loader, self.device).accuracy
             self._log({"event": "replaced", "epoch": self.at.epoch, "val_accuracy": self.val_accuracy})
 
-    def _average(self, stage: Stage) -> Any:
+    def average(self, stage: Stage) -> Any:
+        """Return an average of the network over a stage that is about to begin, or to be taken up again."""
         self.averaged_epochs = stage.epochs  # its memory is a part of the stage
         return make_average(self.net, self.options, stage.epochs * self.epoch_steps)
 
