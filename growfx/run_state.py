@@ -104,7 +104,8 @@ def restore(run: "Run", state: Mapping[str, Any]) -> None:
         run.net.load_state_dict(state["net"])
         run.optimizer.load_state_dict(state["optimizer"])
         run.method.load_state_dict(state["method"])
-        run.step.load_state_dict(state.get("step", {}))
+        if "step" in state:  # checkpoints of older versions have none
+            run.step.load_state_dict(state["step"])
         stage = run.method.next_stage()
         if state["ema"] is not None and stage is not None and stage.averaged:
             run.ema = run.average(stage)
