@@ -59,7 +59,8 @@ class LoweredLayer(nn.Module):
             plain = self.__dict__.get("_plain")
             if plain is None:
                 raise
-            return getattr(plain[0], name)
+            value = self.kernel._parameters.get(name) if self.kernel.choice == "dense" else None
+            return _placeholder(getattr(plain[0], name)) if value is None else value
 
     def extra_repr(self) -> str:
         """The layer it stands for."""
@@ -71,6 +72,13 @@ def finish(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     if residual is not None:
         y.add_(residual)
     return torch.relu_(y) if relu else y
+
+
+def _placeholder(value: Any) -> Any:
+    """In place of a weight that is packed: its shape, dtype and device without its memory, and no numbers."""
+    if not isinstance(value, Tensor) or not value.is_meta:
+        return value
+    return torch.full((), torch.nan, dtype=value.dtype, device="cpu").expand(value.shape)
 
 
 def _without_values(plain: nn.Module) -> nn.Module:

@@ -39,7 +39,7 @@ def lower(
         ConfigError: a name that is no layer of the graph or cannot be lowered, an unknown choice, or one that cannot
             be had here.
     """
-    _check(lowerable(module), choices)
+    _check(lowerable(module, module.graph), choices)
     lowered = fx.GraphModule(module, copy.deepcopy(module.graph))
     swap_layers(lowered, choices, masks or {})
     drop_identities(lowered)
@@ -69,13 +69,18 @@ def swap_layers(model: nn.Module, choices: Mapping[str, str], masks: Mapping[str
     return made
 
 
-def lowerable(module: fx.GraphModule) -> dict[str, str]:
-    """The convolutions and linear layers that a graph calls, in data-flow order: "" or why each stays as it is."""
-    reads = [str(node.target) for node in module.graph.nodes if node.op == "get_attr"]
+def lowerable(model: nn.Module, graph: fx.Graph) -> dict[str, str]:
+    """The convolutions and linear layers that a graph calls, in data-flow order: "" or why each stays as it is.
+
+    Args:
+        model: whose modules the graph names.
+        graph: a recording of it.
+    """
+    reads = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
     found: dict[str, str] = {}
-    for node in module.graph.nodes:
+    for node in graph.nodes:
         if node.op == "call_module" and str(node.target) not in found:
-            layer = module.get_submodule(str(node.target))
+            layer = model.get_submodule(str(node.target))
             if isinstance(layer, (_ConvNd, nn.Linear)):
                 found[str(node.target)] = _refusal(layer) or _read(str(node.target), reads)
     return found

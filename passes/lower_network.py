@@ -113,7 +113,7 @@ def _prepared(
         notes.append(f"norms were not folded: {refusal}")
         folded = unwrap(net)
     folded = folded.eval().to(dtype)
-    stays = lowerable(fx.GraphModule(folded, recording.graph))
+    stays = lowerable(folded, recording.graph)
     masks = {name: module.mask for name, module in net.shell.named_modules() if isinstance(module, MaskedLayer)}
     shell = copy_modules(folded, _tensors_of(folded))
     layers = swap_layers(shell, {name: "dense" for name, reason in stays.items() if not reason}, {})

@@ -165,6 +165,31 @@ def test_a_network_that_cannot_be_recorded_runs_as_it_is(tmp_path: Path) -> None
         same(net(X), dense(X))
 
 
+def test_weights_that_the_model_reads_itself_or_asks_for_their_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.read, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.to(self.first.weight.device, self.last.weight.dtype)
+            return self.last(self.first(x) + nn.functional.linear(self.read(x), self.read.weight))
+
+    prefer(monkeypatch, "csr")
+    x = torch.randn(2, 6)
+    dense = Reader().eval()
+    net = growfx.wrap(dense, x, density=0.4)
+    growfx.save(net, tmp_path / "net")
+    got: Any = growfx.load(tmp_path / "net", model=Reader(), runtime="sparse", example_inputs=x)
+    assert got.lowering.choices == {"first": "csr", "read": "dense", "last": "csr"}
+    with torch.no_grad():
+        same(got(x), net.eval()(x))
+        longer = torch.randn(2, 3, 6)  # recorded anew, from the packed layers
+        same(got(longer), net(longer))
+
+
 # -- the cache ---------------------------------------------------------------------------------------------------------
 
 
