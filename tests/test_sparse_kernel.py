@@ -338,6 +338,9 @@ def test_a_library_that_cannot_be_loaded_is_built_again(tmp_path: Path, fresh_st
 
 
 def test_the_source_is_part_of_the_package() -> None:
-    assert kernel_build.SOURCE.is_file()
-    files = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert files["package-data"]["growfx"] == [kernel_build.SOURCE.name]
+    settings = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    sources = [kernel_build.SOURCE, kernel_build.HEADER]
+    assert settings["package-data"]["growfx"] == [file.name for file in sources]
+    for file in sources:
+        assert file.parent == Path(kernel_build.__file__).parent
+        assert file.read_text().count("\n") <= 450
