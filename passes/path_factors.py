@@ -120,13 +120,14 @@ class PathFactors:
             return
         waiting = [(layer, dim % tensor.ndim)]
         self._watched[id(tensor)] = weakref.ref(tensor), waiting
-        reached = tensor.detach() > 0  # not the tensor itself: a hook that holds its tensor is never freed
+        # Neither the tensor nor this run, which holds the output: a hook that leads back to its tensor is never freed.
+        reached, alive_in = tensor.detach() > 0, self.alive_in
 
         def note(gradient: Tensor) -> None:
             crossed = reached.logical_and(gradient > 0)
             for name, axis in waiting:
                 alive = crossed.transpose(0, axis).flatten(1).any(1) if crossed.ndim > 1 else crossed
-                self.alive_in[name] = alive | self.alive_in[name] if name in self.alive_in else alive
+                alive_in[name] = alive | alive_in[name] if name in alive_in else alive
 
         if tensor.requires_grad:
             tensor.register_hook(note)

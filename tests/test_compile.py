@@ -1,0 +1,190 @@
+"""`torch.compile`, channels_last and activation checkpointing: the same results, and nothing compiled anew."""
+
+import copy
+import dataclasses
+import functools
+
+import pytest
+import torch
+from method_nets import Small, small_net
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from training_nets import QUICK, final_state, fresh_net, interrupt_at, loaders
+
+import growfx
+from growfx import methods
+from growfx.training import train
+
+
+class Counted:
+    """The backend "eager", that counts how often it is asked."""
+
+    def __init__(self):
+        self.compilations = 0
+
+    def __call__(self, graph, inputs):
+        self.compilations += 1
+        return graph.forward
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def trained(forward, net, name: str, steps: int = 8):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    until = {} if name == "gmp" else {"update_until": 1.0}
+    method = methods.create(name, density=0.3, update_every=2, **until)
+    method.attach(net.train(), optimizer, total_steps=steps + 1, steps_per_epoch=3)
+    changes, losses = 0, []
+    for number in range(steps):
+        images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(number))
+        loss = F.cross_entropy(forward(images), images.mean((1, 2, 3)).gt(0).long())
+        loss.backward()
+        optimizer.step()
+        net.verify()
+        changes += method.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    assert changes > 0
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("name", ["rigl", "snfs", "gmp"])
+def test_compiled_training_is_the_same_and_compiled_once_for_all_masks_and_gradients(name):
+    eager, compiled, counted = small_net(), small_net(), Counted()
+    expected = trained(eager, eager, name)
+    losses = trained(torch.compile(compiled, backend=counted), compiled, name)
+    torch.testing.assert_close(losses, expected)
+    assert compiled.mask_digest() == eager.mask_digest()
+    torch.testing.assert_close(compiled.state_dict(), eager.state_dict())
+    assert counted.compilations == 1
+
+
+def test_gradients_of_compiled_code_are_masked_and_collected_as_others():
+    net = small_net().train()
+    net.set_masks({k: torch.rand(layer.mask.shape) < 0.4 for k, layer in net.layers.items()})
+    compiled, images = torch.compile(net, backend="aot_eager"), torch.randn(4, 3, 8, 8)
+    for collects in (False, True, False):
+        found = []
+        for forward in (net, compiled):
+            for layer in net.layers.values():
+                layer.collects_gradient = collects
+            net.zero_grad()
+            forward(images).square().mean().backward()
+            found.append({k: p.grad.clone() for k, p in net.named_parameters()})
+        torch.testing.assert_close(found[0], found[1])
+        assert bool(found[1]["wide.weight"][~net.layers["wide"].mask].any()) == collects
+
+
+def test_a_copy_of_a_collecting_network_collects_nothing_in_compiled_code_either():
+    net = small_net().train()
+    net.set_masks({"wide": torch.rand(net.layers["wide"].mask.shape) < 0.4})
+    net.layers["wide"].collects_gradient = True
+    twin = copy.deepcopy(net)
+    torch.compile(twin, backend="aot_eager")(torch.randn(4, 3, 8, 8)).square().mean().backward()
+    layer = twin.layers["wide"]
+    assert not layer.collects_gradient
+    assert not layer.parameter.grad[~layer.mask].any()
+
+
+def run(net, folder=None, **how):
+    options = dataclasses.replace(QUICK, **how.pop("options", {}))
+    method = methods.create("rigl", density=0.3, update_every=4)
+    return train(net, *loaders(), method=method, options=options, out=folder, progress=False, **how)
+
+
+def test_a_compiled_run_is_the_same_run_and_resumes(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    plain, net = fresh_net(), fresh_net()
+    run(plain)
+    run(net, tmp_path / "whole", options={"compile": True})
+    assert net.mask_digest() == plain.mask_digest()
+    torch.testing.assert_close(growfx.unwrap(net).state_dict(), growfx.unwrap(plain).state_dict())
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, epoch=1, step=2)
+        with pytest.raises(KeyboardInterrupt):
+            run(fresh_net(), tmp_path / "cut", options={"compile": True})
+    run(fresh_net(), tmp_path / "cut", options={"compile": True}, resume=True)
+    states = [final_state(tmp_path / name)["net"] for name in ("whole", "cut")]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+def test_growth_rounds_with_their_averages_run_compiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    results = []
+    for compiled in (False, True):
+        method = methods.create(
+            "random-growth", seed_density=0.1, max_density=0.2, growth_ratio=2.0, epochs_per_round=1
+        )
+        options = dataclasses.replace(QUICK, epochs=1, compile=compiled)
+        results.append(train(fresh_net(), *loaders(), method=method, options=options, progress=False))
+    assert results[0].mask_digest == results[1].mask_digest
+    assert [e["nnz"] for e in results[0].trace] == [e["nnz"] for e in results[1].trace]
+
+
+def test_channels_last_is_the_same_training_in_another_layout(tmp_path):
+    plain, net = fresh_net(), fresh_net()
+    run(plain)
+    run(net, tmp_path / "run", options={"channels_last": True})
+    assert net.layers["conv2"].parameter.is_contiguous(memory_format=torch.channels_last)
+    assert not net.layers["conv2"].parameter.is_contiguous()
+    assert net.nnz == plain.nnz
+    torch.testing.assert_close(dict(net.state_dict()), dict(plain.state_dict()), atol=1e-3, rtol=1e-3)
+    growfx.save(net, tmp_path / "artifact")
+    loaded = growfx.load(tmp_path / "artifact", model=growfx.unwrap(fresh_net()))
+    images = torch.randn(4, 1, 8, 8)
+    torch.testing.assert_close(loaded(images), net.eval()(images))
+
+
+class Checkpointed(Small):
+    def __init__(self, reentrant: bool):
+        super().__init__()
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        x = F.relu(self.bn(self.stem(x)))
+        x = x + checkpoint(self.block, x, use_reentrant=self.reentrant)
+        return self.head(checkpoint(lambda x: F.relu(self.wide(x)), x, use_reentrant=self.reentrant).mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch, of a recording without gradients
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_parts_of_a_model_train_alike_and_all_their_layers_are_masked(reentrant):
+    plain = small_net()
+    torch.manual_seed(0)
+    net = growfx.wrap(Checkpointed(reentrant), torch.randn(2, 3, 8, 8))
+    assert set(net.layers) == set(plain.layers)
+    expected = trained(plain, plain, "rigl")
+    torch.testing.assert_close(trained(net, net, "rigl"), expected)
+    assert net.mask_digest() == plain.mask_digest()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_whole_network_may_be_checkpointed_from_outside(reentrant):
+    plain, net = small_net(), small_net()
+    for module in (plain, net):
+        module.shell.bn.momentum = 0.0  # the second forward would move its statistics once more
+    expected = trained(plain, plain, "rigl")
+    losses = trained(lambda x: checkpoint(net, x.requires_grad_(), use_reentrant=reentrant), net, "rigl")
+    torch.testing.assert_close(losses, expected)
+    assert net.mask_digest() == plain.mask_digest()
+
+
+@pytest.mark.parametrize("architecture", ["resnet10t", "vit_tiny_patch16_224"])
+def test_timms_checkpointing_before_wrapping_gives_the_same_layers_and_gradients(architecture):
+    gradients = []
+    images = torch.randn(2, 3, 32, 32)
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        size = {"img_size": 32} if "vit" in architecture else {}
+        model: nn.Module = growfx.create_model(architecture, num_classes=5, **size)
+        model.set_grad_checkpointing(checkpointing)
+        net = growfx.wrap(model, images, density=0.3).train()
+        net(images).square().mean().backward()
+        gradients.append({k: p.grad for k, p in net.named_parameters()})
+    torch.testing.assert_close(gradients[0], gradients[1])

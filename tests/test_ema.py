@@ -1,0 +1,135 @@
+"""Averages of weights have the masks of the moment of their last update, and compute within them."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from method_nets import OPTIMIZERS, small_net, train_steps
+from timm.utils import ModelEmaV2, ModelEmaV3
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_avg_fn, get_swa_multi_avg_fn
+
+import growfx
+from growfx import methods
+
+
+def update(average: Any, net) -> None:
+    if isinstance(average, AveragedModel):
+        average.update_parameters(net)
+    else:
+        average.update(net)
+
+
+AVERAGES: dict[str, Callable[[Any], Any]] = {
+    "timm": lambda net: ModelEmaV3(net, decay=0.9),
+    "timm, one by one": lambda net: ModelEmaV3(net, decay=0.9, foreach=False),
+    "timm, without buffers": lambda net: ModelEmaV3(net, decay=0.9, exclude_buffers=True),
+    "timm, warming up": lambda net: ModelEmaV3(net, decay=0.9, use_warmup=True),
+    "torch, mean": AveragedModel,
+    "torch, mean of all at once": lambda net: AveragedModel(net, multi_avg_fn=get_swa_multi_avg_fn()),
+    "torch, mean one by one": lambda net: AveragedModel(net, avg_fn=get_swa_avg_fn()),
+    "torch, moving": lambda net: AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9)),
+}
+
+
+def trained(make: Callable[[Any], Any], updates: int = 3):
+    """A network under an exchange of edges every other step, and its average, updated after each step."""
+    net = small_net().train()
+    optimizer = OPTIMIZERS["sgd"](net)
+    method = methods.create("rigl", density=0.3, update_every=2, update_until=1.0, drop_fraction=0.5)
+    method.attach(net, optimizer, total_steps=99, steps_per_epoch=3)
+    average = make(net)
+    train_steps(net, optimizer, method, 1)
+    expected = {}
+    for number in range(1, 2 * updates):
+        train_steps(net, optimizer, method, 1, number)
+        update(average, net)
+        expected = {k: layer.mask.clone() for k, layer in net.layers.items()}
+    return net, optimizer, method, average, expected
+
+
+def outputs_by_hand(net, images) -> torch.Tensor:
+    """What a plain model computes with weights masked by hand."""
+    plain = growfx.unwrap(copy.deepcopy(net)).eval()
+    with torch.no_grad():
+        for name, layer in net.layers.items():
+            plain.get_parameter(f"{name}.weight").copy_(torch.where(layer.mask, layer.parameter, 0))
+        return plain(images)
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_an_average_has_the_masks_of_its_last_update_and_computes_within_them(name):
+    net, optimizer, method, average, expected = trained(AVERAGES[name])
+    inner = average.module
+    assert all(torch.equal(inner.layers[k].mask, mask) for k, mask in expected.items())
+    images = torch.randn(4, 3, 8, 8)
+    inner.eval()
+    inner.verify()
+    assert torch.equal(average(images), outputs_by_hand(inner, images))
+    assert inner.nnz == net.nnz
+
+    before = inner.mask_digest()
+    assert any(train_steps(net, optimizer, method, 2, 9))
+    assert inner.mask_digest() == before != net.mask_digest()  # between a rewiring and the next update: those of before
+    update(average, net)
+    assert inner.mask_digest() == net.mask_digest()
+    assert torch.equal(average(images), outputs_by_hand(inner, images))
+
+
+def test_weights_are_those_an_average_of_the_effective_weights_has():
+    net, optimizer, method, _, _ = trained(AVERAGES["timm"])
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    update(average, net)
+    expected = {k: layer.effective_weight.detach().clone() for k, layer in net.layers.items()}
+    for number in range(6, 12):
+        train_steps(net, optimizer, method, 1, number)
+        update(average, net)
+        for k, layer in net.layers.items():
+            expected[k] = 0.5 * expected[k] + 0.5 * layer.effective_weight.detach()
+    for k, layer in average.module.eval().layers.items():
+        torch.testing.assert_close(layer.effective_weight, torch.where(layer.mask, expected[k], 0))
+
+
+AVERAGED_BUFFERS: dict[str, Callable[[Any], Any]] = {
+    "timm's older one": lambda net: ModelEmaV2(net, decay=0.9),
+    "torch with buffers": lambda net: AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True),
+}
+
+
+@pytest.mark.parametrize("name", AVERAGED_BUFFERS)
+def test_masks_averaged_as_numbers_are_all_edges_ever_active_until_they_are_set(name):
+    net, _, _, average, _ = trained(AVERAGED_BUFFERS[name])
+    inner, images = average.module.eval(), torch.randn(4, 3, 8, 8)
+    assert inner.nnz > net.nnz
+    inner.set_masks({k: layer.mask for k, layer in net.layers.items()})
+    assert inner.mask_digest() == net.mask_digest()
+    inner.verify()
+    assert torch.equal(average(images), outputs_by_hand(inner, images))
+
+
+def test_an_average_is_saved_with_its_edges(tmp_path):
+    net, *_, average, _ = trained(AVERAGES["timm, without buffers"])
+    growfx.save(average.module, tmp_path / "average")
+    assert growfx.inspect(tmp_path / "average").nnz == net.nnz
+    loaded, images = growfx.load(tmp_path / "average", model=growfx.unwrap(small_net())), torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(loaded(images), average.module.eval()(images))
+
+
+def test_a_deep_copy_goes_its_own_way():
+    net, optimizer, method, *_ = trained(AVERAGES["timm"])
+    twin = copy.deepcopy(net)
+    before = twin.mask_digest()
+    assert any(train_steps(net, optimizer, method, 2, 9))
+    assert twin.mask_digest() == before != net.mask_digest()
+
+
+def test_the_average_of_a_copy_in_another_precision_stays_within_its_masks():
+    net = small_net().to(torch.bfloat16).train()
+    net.set_masks({k: torch.rand(layer.mask.shape) < 0.5 for k, layer in net.layers.items()})
+    average = ModelEmaV3(net, decay=0.5, dtype=torch.float32)
+    net.set_masks({k: torch.rand(layer.mask.shape) < 0.5 for k, layer in net.layers.items()})
+    average.update(net)
+    assert average.module.mask_digest() == net.mask_digest()
+    assert {layer.parameter.dtype for layer in average.module.layers.values()} == {torch.float32}
+    average.module.eval().verify()
