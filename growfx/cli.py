@@ -11,6 +11,7 @@ import click
 import growfx
 from growfx.error_text import one_line
 from growfx.errors import ConfigError, GrowfxError
+from growfx.launch import RankError, process_group, speaks
 
 __all__ = ["main"]
 
@@ -24,13 +25,19 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         status = commands.main(arguments, prog_name="growfx", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        if speaks():
+            error.show()
         sys.exit(error.exit_code)
     except click.Abort:
         click.echo("growfx: interrupted; `--resume` continues from the last checkpoint", err=True)
         sys.exit(130)
+    except RankError as error:
+        if error.first:
+            click.echo(f"growfx: {error}", err=True)
+        sys.exit(1)
     except GrowfxError as error:
-        click.echo(f"growfx: {one_line(error)}", err=True)
+        if speaks():  # ranks that have not met fail alike
+            click.echo(f"growfx: {one_line(error)}", err=True)
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)
 
@@ -365,7 +372,10 @@ def _run(
     from growfx.report import result_rows, table
 
     spec = RunSpec.parse(model, data, method_name, assignments, seed=seed, epochs=epochs, method_options=method_options)
-    result = spec.run(out, resume=resume, overwrite=overwrite, progress=not quiet)
+    with process_group(spec.train_options.device):
+        result = spec.run(out, resume=resume, overwrite=overwrite, progress=not quiet)
+    if not speaks():
+        return
     facts = dataclasses.asdict(result)
     _show(facts, as_json, f"{table(result_rows(facts))}\nwritten to {out}")
 

@@ -100,10 +100,11 @@ class RunSpec:
 
     def run(self, out: Path, *, resume: bool = False, overwrite: bool = False, progress: bool = True) -> Result:
         """Train; everything is kept in the run folder `out`. Raises as `growfx.train`, `assemble` and `RunFolder`."""
+        from growfx import ranks
         from growfx.job import assemble
         from growfx.training import train
 
-        refuse_existing(out, resume=resume, overwrite=overwrite)
+        ranks.on_first(lambda: refuse_existing(out, resume=resume, overwrite=overwrite))
         options = self.train_options
         job = assemble(self.model, self.data, self.data_options, model_kwargs=self.model_kwargs, seed=options.seed)
         return train(

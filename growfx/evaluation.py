@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from growfx import ranks
 from growfx.errors import ConfigError, DataError
+from growfx.graph import MaskedGraph
 
 __all__ = ["Score", "count_classes", "evaluate", "logits_of", "paired_noise"]
 
@@ -42,6 +44,9 @@ class Score:
 def evaluate(net: nn.Module, loader: Iterable[Any], device: torch.device | str) -> Score:
     """Top-1 score of `net` in eval mode; the mode it was in is restored.
 
+    Among several ranks it is the same on each: of norm statistics of rank 0 and, where the loader shares the images out
+    (`DistributedSampler`, timm's `OrderedDistributedSampler`), of all images together.
+
     Args:
         loader: gives (images (B, ...), class numbers (B)).
 
@@ -49,6 +54,9 @@ def evaluate(net: nn.Module, loader: Iterable[Any], device: torch.device | str) 
         DataError: the loader is empty, or has class numbers the network has no output for.
     """
     training = net.training
+    together = isinstance(net, MaskedGraph) and ranks.is_shared(net)
+    if together:
+        ranks.share_buffers(net)
     net.eval()
     found: list[Tensor] = []
     try:
@@ -64,7 +72,18 @@ def evaluate(net: nn.Module, loader: Iterable[Any], device: torch.device | str) 
         net.train(training)
     if not found:
         raise DataError("the loader to evaluate on gives no images")
-    return Score(torch.cat(found))
+    correct = torch.cat(found)
+    return Score(_of_all_ranks(correct, loader) if together else correct)
+
+
+def _of_all_ranks(correct: Tensor, loader: Any) -> Tensor:
+    """Join what the ranks found of their images, in the order of the data set; else take rank 0's word."""
+    parts = ranks.everyone(correct)
+    sampler: Any = getattr(loader, "sampler", None)
+    if not ranks.is_sharded(sampler):
+        return parts[0]
+    # rank r has every image number r, r + ranks, ...; images are repeated at the end to make the parts equal
+    return torch.stack(parts, 1).reshape(-1)[: len(sampler.dataset)]
 
 
 def count_classes(net: nn.Module, images: Tensor) -> int:

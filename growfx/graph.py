@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from growfx import ranks
 from growfx.errors import MaskError, TraceError
 from growfx.inputs import Inputs
 from growfx.layers import MaskedLayer, check_mask
@@ -62,6 +63,7 @@ class MaskedGraph(fx.GraphModule):
 
     Attributes:
         trace_report: what was recorded and what was left out.
+        replicated: whether `DistributedDataParallel` holds it, so that all ranks must have the same masks.
     """
 
     trace_report: TraceReport
@@ -87,6 +89,7 @@ class MaskedGraph(fx.GraphModule):
         self.trace_report = report
         # Telling where a model came from may need building others to compare: only done when asked for.
         self._identity: tuple[Callable[[], Any]] | Any = (find_identity,)
+        self.replicated, self._compared = False, False
         # In a plain dict the layers would become submodules of their own.
         self._named_layers: tuple[dict[str, MaskedLayer]] = ({},)
         self._tied: tuple[list[list[MaskedLayer]]] = ([],)
@@ -172,6 +175,22 @@ class MaskedGraph(fx.GraphModule):
         if wrong:
             raise MaskError(f"stored weights outside the mask are not +0.0 in {', '.join(f'`{n}`' for n in wrong)}")
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Buffers that `DistributedDataParallel` need not send before each step; it asks this of what it wraps.
+
+        Masks are chosen alike on every rank and compared; being asked is how the network learns of it.
+        """
+        self.replicated = True
+        return [f"{name}.mask" for name in self._mask_owners()]
+
+    def _compare_ranks(self) -> None:
+        """Compare the masks once, in the first forward that all ranks make together."""
+        if ranks.within_ddp():
+            # also where something around this network was wrapped
+            self.replicated = self._compared = True
+            ranks.require_same_masks(self)
+
     # -- graphs -------------------------------------------------------------------------------------------------------
 
     def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
@@ -244,6 +263,8 @@ class MaskedGraph(fx.GraphModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model computes with its masked weights."""
+        if not self._compared and self.training and not torch.compiler.is_compiling():
+            self._compare_ranks()
         inputs = Inputs(args, kwargs)
         recording = self.recorded(inputs, self.training)
         if recording is None and self._worth_recording(inputs):

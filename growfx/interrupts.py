@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from growfx import ranks
+
 __all__ = ["Interrupts", "Stopped"]
 
 
@@ -20,6 +22,8 @@ class Stopped(BaseException):
 
 class Interrupts:
     """Within `with`, SIGTERM and Ctrl-C are noted; `check` raises `Stopped` for one that has come.
+
+    Among several ranks, one that has come to any of them ends all at the same `check`.
 
     A handler of the caller's own is left in place, and outside the main thread nothing is taken over. A second Ctrl-C
     is a `KeyboardInterrupt` on the spot. On leaving, `Stopped` becomes `KeyboardInterrupt` for Ctrl-C and `SystemExit`
@@ -48,14 +52,18 @@ class Interrupts:
             raise SystemExit(128 + error.number) from error
 
     def check(self) -> None:
-        """Raise `Stopped` if a signal has come."""
-        if self.pending is not None:
-            raise Stopped(self.pending)
+        """Raise `Stopped` if a signal has come, to this rank or another."""
+        (number,) = ranks.largest(self.pending or 0)
+        if number:
+            raise Stopped(number)
 
     @contextmanager
     def at_once(self) -> Generator[None]:
-        """Around what may be broken off at any point: a signal raises `Stopped` there and then."""
-        self._at_once = True
+        """Around what may be broken off at any point: a signal raises `Stopped` there and then.
+
+        Not among several ranks, where the others would wait for this one: there it is noted as elsewhere.
+        """
+        self._at_once = ranks.world_size() == 1
         try:
             self.check()
             yield

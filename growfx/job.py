@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from growfx import ranks
 from growfx.checkpoint import read
 from growfx.data import DataSource, open_data
 from growfx.errors import CheckpointError, ConfigError
@@ -66,6 +67,8 @@ def assemble(
     Raises:
         DataError, ConfigError, TraceError: as `open_data`, `create_model` and `wrap`.
     """
+    if options.download:
+        ranks.on_first(lambda: open_data(data, options))  # the others find it there
     source = open_data(data, options)
     torch.manual_seed(seed)
     kwargs = dict(model_kwargs or {})

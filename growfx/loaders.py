@@ -13,6 +13,7 @@ from typing import Any, cast
 from torch import nn
 from torch.utils.data import DataLoader
 
+from growfx import ranks
 from growfx.data import DataSource, Split
 from growfx.epoch_batches import SampleSeeded
 from growfx.errors import ConfigError, DataError
@@ -98,6 +99,9 @@ def make_loader(
 ) -> DataLoader[Any]:
     """A loader of (float32 images (B, C, H, W), int64 classes (B)).
 
+    Among several ranks each has its own part of the images, in as many batches as the others; a few images are repeated
+    where the parts would differ.
+
     Args:
         train: shuffle, augment and drop the last incomplete batch.
 
@@ -120,7 +124,7 @@ def make_loader(
     loader = create_loader(
         cast(Any, images),
         input_size=form.input_size,
-        batch_size=min(options.batch_size, len(part)),
+        batch_size=min(options.batch_size, max(1, len(part) // ranks.world_size())),
         is_training=train,
         no_aug=not crop,
         **(policy if crop else {}),
@@ -132,6 +136,7 @@ def make_loader(
         # Workers that outlive an epoch would carry random state a resumed run does not have.
         persistent_workers=False,
         use_prefetcher=False,
+        distributed=ranks.world_size() > 1,
         pin_memory=pin_memory,
     )
     return cast(DataLoader[Any], loader)

@@ -160,7 +160,7 @@ class DataOptions:
     """How a data set is read.
 
     Attributes:
-        batch_size: images a training step; a smaller training set gives smaller batches.
+        batch_size: images a training step, on each rank; a smaller training set gives smaller batches.
         img_size: height and width in pixels; None fits data and model (see `growfx.loaders.fit_size`).
         workers: loading processes; 0 loads in the training process.
         augment: "crop" (random resized crop and flip), "none", or "auto": "none" for `digits`, else "crop".

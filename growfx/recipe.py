@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
+from growfx import ranks
 from growfx.errors import ConfigError, DataError
 from growfx.options import TrainOptions
 from growfx.session import Stage
@@ -43,14 +45,24 @@ def pick_device(name: str) -> torch.device:
 
 
 def steps_of(loader: Any) -> int:
-    """Batches of an epoch; DataError when the loader does not know, or has none."""
+    """Batches of an epoch, on the rank that has the fewest; DataError when the loader does not know, or has none.
+
+    Raises `ConfigError` for a loader that gives every rank the same images.
+    """
     try:
         steps = len(loader)
     except TypeError as error:
         raise DataError("the training loader has no length; growfx needs to know the steps of an epoch") from error
     if steps == 0:
         raise DataError("the training loader gives no batches: there are fewer images than one batch")
-    return steps
+    plain = isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler | SequentialSampler)
+    if ranks.world_size() > 1 and plain:
+        raise ConfigError(
+            f"the training loader gives each of the {ranks.world_size()} ranks all images; share them out with "
+            "`sampler=torch.utils.data.DistributedSampler(dataset)`"
+        )
+    (most,) = ranks.largest(-steps)
+    return -most
 
 
 def make_optimizer(net: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
@@ -134,10 +146,18 @@ def make_average(net: nn.Module, options: TrainOptions, steps: int) -> Any:
 
 
 def seed_globally(seed: int, epoch: int, loader: Any = None) -> None:
-    """Seed every global generator, and a loader's own, from the run's seed and the epoch's number."""
+    """Seed every global generator, and a loader's own, from the run's seed and the epoch's number.
+
+    Ranks draw numbers of their own, but a sampler that shares the images out among them is seeded alike.
+    """
     from timm.utils.random import random_seed
 
     state = np.random.SeedSequence([seed, epoch + 1]).generate_state(1)
+    sampler = getattr(loader, "sampler", None)
+    if isinstance(sampler, DistributedSampler):
+        sampler.set_epoch(int(state[0]))
+    if ranks.rank() and epoch >= 0:
+        state = np.random.SeedSequence([seed, epoch + 1, ranks.rank()]).generate_state(1)
     random_seed(int(state[0]) >> 1)
     generator = getattr(loader, "generator", None)
     if isinstance(generator, torch.Generator):

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 import growfx
+from growfx import ranks
 from growfx.graph import MaskedGraph
 from growfx.options import TrainOptions, as_json
 
@@ -39,6 +40,7 @@ def describe_run(net: MaskedGraph, method: "Method | None", options: TrainOption
         "method": described,
         "train": as_json(options),
         "seed": options.seed,
+        "ranks": ranks.world_size(),
     }
 
 

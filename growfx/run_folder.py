@@ -206,9 +206,10 @@ class RunFolder:
     def require_same(self, recorded: Mapping[str, Any], where: str) -> None:
         """Raise `CheckpointError` unless `recorded`, the config that `where` was started with, is this run's.
 
-        An option that is newer than `recorded` had its default then.
+        An option that is newer than `recorded` had its default then, and before ranks were counted there was one.
         """
-        before, now = _flat(recorded), _flat(json.loads(json.dumps(self.config)))
+        one = {"ranks": 1}
+        before, now = one | _flat(recorded), one | _flat(json.loads(json.dumps(self.config)))
         before = {**{k: v for k, v in _defaults().items() if k in now}, **before}
         for key in sorted(before.keys() | now.keys(), key=_importance):
             if key in _FREE or key.startswith("versions."):

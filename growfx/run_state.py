@@ -5,13 +5,14 @@ state of every random generator among it. Everything else random follows from th
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from growfx import ranks
 from growfx.errors import CheckpointError, ConfigError, MaskError
 from growfx.evaluation import Score
 from growfx.randomness import randomness_of, set_randomness
@@ -57,6 +58,16 @@ class EpochPart:
             "loader": own.get_state() if isinstance(own, torch.Generator) else None,
         }
 
+    def mean_loss(self) -> float:
+        """Return the loss of a step, on average over the steps and ranks."""
+        total = self.loss.clone()
+        ranks.average([total])
+        return float(total) / self.done
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all of it, on the CPU."""
+        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "loss": self.loss.cpu()}
+
     def resume_random(self, loader: Any = None) -> None:
         """Put back what `mark` kept; the state of a loader's own generator only where a `loader` is given."""
         assert self.random is not None
@@ -66,14 +77,17 @@ class EpochPart:
             own.set_state(self.random["loader"])
 
 
-def state_of(run: "Run") -> dict[str, Any]:
-    """Everything that a run goes on from, as `Checkpoints.save` takes it."""
+def state_of(run: "Run", parts: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+    """Everything that a run goes on from, as `Checkpoints.save` takes it.
+
+    `parts`: what the epoch under way has come to on every rank, this one first; None between epochs.
+    """
     assert run.folder is not None
-    part = run.part
     return {
         "config": run.folder.config,
         "position": dataclasses.asdict(run.at),
-        "part": None if part is None else {f.name: getattr(part, f.name) for f in dataclasses.fields(part)},
+        "part": parts[0],
+        "other_parts": parts[1:],
         "net": run.net.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "method": run.method.state_dict(),
@@ -88,16 +102,12 @@ def state_of(run: "Run") -> dict[str, Any]:
     }
 
 
-def restore(run: "Run", state: Mapping[str, Any]) -> None:
+def restore(run: "Run", state: Mapping[str, Any], where: str) -> None:
     """Let `run`, set up and not begun, go on from `state_of`.
 
     Raises:
-        CheckpointError: the state is not one of this run; names what differs.
+        CheckpointError: the state is not one of this run; says `where` it is from and what differs.
     """
-    assert run.folder is not None
-    where = f"the checkpoint in `{run.folder.checkpoints.folder}`"
-    if state.get("config") is not None:
-        run.folder.require_same(state["config"], where)
     _require_fit(run.net.state_dict(), state.get("net"), where)
     try:
         run.at = Position(**state["position"])
@@ -116,7 +126,8 @@ def restore(run: "Run", state: Mapping[str, Any]) -> None:
         run.val_accuracy = state["val_accuracy"]
         run.last_score = None if state["last_score"] is None else Score(state["last_score"])
         if state.get("part") is not None:
-            run.part = EpochPart(**{**state["part"], "loss": state["part"]["loss"].to(run.device)})
+            part = [state["part"], *state.get("other_parts", [])][ranks.rank()]
+            run.part = EpochPart(**{**part, "loss": part["loss"].to(run.device)})
     except (KeyError, TypeError, RuntimeError, ValueError, MaskError, ConfigError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).strip().splitlines()[:1])
         raise CheckpointError(f"{where} does not fit this run ({reason})") from error

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from growfx import ranks
 from growfx.cost import CostMeter
 from growfx.epoch_batches import batches_from
 from growfx.errors import DataError, GrowfxError
@@ -62,7 +63,7 @@ class Run:
         self.train_loader, self.val_loader, self.test_loader = train_loader, val_loader, test_loader
         self.folder: RunFolder | None = None
         self.scalars: Scalars | None = None
-        self.progress = Progress(progress)
+        self.progress = Progress(progress and ranks.rank() == 0)
         self.device = pick_device(options.device)
         self.epoch_steps = math.ceil(steps_of(train_loader) / options.accumulate)
         self.at, self.part = Position(), None
@@ -246,7 +247,7 @@ class Run:
         self._started = time.perf_counter()
         if part.done == steps:  # only its validation is missing
             part.resume_random(self.train_loader)
-            return float(part.loss) / steps
+            return part.mean_loss()
         length = self.options.accumulate
         batches = batches_from(self.train_loader, part.done * length, part.resume_random)
         with self.progress.epoch(stage, first + part.done, self.epoch_steps) as tick:
@@ -272,7 +273,7 @@ class Run:
                 f"the training loader gave batches for {part.done} steps; its length says {self.epoch_steps}"
             )
         part.mark(self.train_loader)
-        return float(part.loss) / steps
+        return part.mean_loss()
 
     def _open_epoch(self) -> EpochPart:
         """Return what the epoch has come to: nothing yet, or what a checkpoint in its middle says."""
@@ -295,16 +296,18 @@ class Run:
     def _between_steps(self, part: EpochPart) -> None:
         """Write a checkpoint if one is due; end the run if it was asked to."""
         minutes = self.options.checkpoint_minutes
-        due = self.folder and minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
-        if not due and self.interrupts.pending is None:
+        late = self.folder is not None and minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        due, asked = ranks.largest(late, self.interrupts.pending or 0)
+        if not due and not asked:
             return
         self._require_finite(part.loss)
         part.mark(self.train_loader)
-        self.interrupts.check()  # which writes it too
+        if asked:
+            raise Stopped(asked)  # which writes it too
         self._checkpoint()
 
     def _require_finite(self, total: torch.Tensor) -> None:
-        if not bool(torch.isfinite(total)):
+        if not ranks.finite(total):
             kept = "; the last checkpoint is kept" if self.folder else ""
             rate = self.optimizer.param_groups[0]["lr"]
             raise GrowfxError(
@@ -339,9 +342,13 @@ class Run:
 
     def _checkpoint(self, *, best: bool = False) -> None:
         self._saved_at = time.monotonic()
+        parts = ranks.everyone(self.part and self.part.state_dict())
+        ranks.on_first(lambda: self._save(parts, best))
+
+    def _save(self, parts: Sequence[dict[str, Any] | None], best: bool) -> None:
         if self.folder is not None:
             steps = self.at.steps + (self.part.done if self.part else 0)
-            self.folder.checkpoints.save(state_of(self), steps=steps, best=best)
+            self.folder.checkpoints.save(state_of(self, parts), steps=steps, best=best)
 
     def _put_away(self, stop: Stopped) -> None:
         """Keep what an interrupted epoch has come to, and say so; without one the last checkpoint has it all."""
@@ -354,13 +361,20 @@ class Run:
             )
 
     def _restore(self) -> None:
-        if self.folder is None:
-            return
-        if not self.folder.checkpoints.exists():
-            self.folder.rewind_log(0)
-            return
+        found = ranks.from_first(self._newest)
+        if found is not None:
+            restore(self, *found)
+        if self.folder is not None:
+            self.folder.rewind_log(0 if found is None else found[0]["log_position"])
+
+    def _newest(self) -> tuple[dict[str, Any], str] | None:
+        """Read the newest checkpoint, if there is one; and say where it is."""
+        if self.folder is None or not self.folder.checkpoints.exists():
+            return None
         state, notice = self.folder.checkpoints.load()
         if notice:
             self.progress.say(notice)
-        restore(self, state)
-        self.folder.rewind_log(state["log_position"])
+        where = f"the checkpoint in `{self.folder.checkpoints.folder}`"
+        if state.get("config") is not None:
+            self.folder.require_same(state["config"], where)
+        return state, where

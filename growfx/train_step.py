@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from growfx import ranks
 from growfx.errors import GrowfxError
 from growfx.evaluation import logits_of
 from growfx.graph import MaskedGraph, chain_tensors
@@ -59,7 +60,9 @@ class TrainStep:
         self.mix: Callable[[Tensor, Tensor], Batch] | None = None
         self._device = next(chain_tensors(net)).device.type
         self._scaler = torch.amp.GradScaler(self._device) if options.amp == "fp16" else None
-        self._forward: Callable[..., Any] = torch.compile(net) if options.compile else net
+        self._replica = ranks.replicate(net) if ranks.world_size() > 1 else None
+        model = net if self._replica is None else self._replica
+        self._forward: Callable[..., Any] = torch.compile(model) if options.compile else model
 
     def loss(self, output: Any, targets: Tensor) -> Tensor:
         """Return the loss of what the network gave for one batch."""
@@ -73,7 +76,7 @@ class TrainStep:
         """
         batches = list(window) if self.mix is None else [self.mix(*batch) for batch in window]
         loss = self._backward(batches)
-        while not self._update() and bool(torch.isfinite(loss)):
+        while not self._update() and ranks.finite(loss):
             self._start_again()
             loss = self._backward(batches)
         changed = self.method.step()
@@ -84,13 +87,18 @@ class TrainStep:
         """Leave the gradients of the mean loss over all images; return that loss."""
         count = sum(len(images) for images, _ in batches)
         total: Tensor | None = None
-        for images, targets in batches:
-            with self._autocast():
-                loss = self.loss(self._forward(images), targets) * (len(images) / count)
-            (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+        for number, (images, targets) in enumerate(batches, 1):
+            with self._alone(number < len(batches)):
+                with self._autocast():
+                    loss = self.loss(self._forward(images), targets) * (len(images) / count)
+                (loss if self._scaler is None else self._scaler.scale(loss)).backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         return total
+
+    def _alone(self, more: bool) -> AbstractContextManager[Any]:
+        """Ranks add up their gradients once a window, in its last backward pass."""
+        return nullcontext() if self._replica is None or not more else self._replica.no_sync()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         half = _HALVES.get(self.options.amp)

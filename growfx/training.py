@@ -12,9 +12,11 @@ the checkpoint of an epoch ends bit for bit as one that was never interrupted (s
 import dataclasses
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from growfx import ranks
 from growfx.errors import ConfigError
 from growfx.graph import MaskedGraph
 from growfx.layers import MaskedLayer
@@ -50,6 +52,10 @@ def train(
 ) -> Result:
     """Train `net` in place; with `out` everything is kept in a run folder.
 
+    Under an initialised process group of `torch.distributed` the ranks train one network together, in
+    `DistributedDataParallel`: every rank calls this with the same arguments and its own part of the images, rank 0
+    alone writes, and the result is the same on all. Without one this process trains alone.
+
     Args:
         net: from `growfx.wrap`. It is moved to `options.device`.
         train_loader: gives (images (B, ...), class numbers (B)); its length must be known. Its order follows
@@ -83,12 +89,13 @@ def train(
     config = {**describe_run(net, method, options), **(about or {})}
     with private_randomness():
         if out is not None:
-            refuse_existing(Path(out), resume=resume, overwrite=overwrite)
+            ranks.on_first(lambda: refuse_existing(Path(out), resume=resume, overwrite=overwrite))
         try:
             # what a method refuses must leave no folder behind, and no run in it be replaced
             run.set_up()
             if out is not None:
-                run.folder = RunFolder.start(Path(out), config, resume=resume, overwrite=overwrite)
+                start = partial(RunFolder.start, Path(out), config, resume=resume, overwrite=overwrite)
+                run.folder = ranks.on_first(start)
             with run.interrupts if out is not None else nullcontext():
                 return run.all()
         except BaseException:

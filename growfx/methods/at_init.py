@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import copy
 import itertools
-import random
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from growfx import ranks
 from growfx.edge_keys import EdgeKeys
 from growfx.errors import ConfigError, DataError
-from growfx.graph import in_mode
 from growfx.methods.base import dense_gradients
 from growfx.methods.sparse_start import SparseInit, StaticMasks
 from growfx.methods.stepwise import Course
@@ -29,6 +27,7 @@ from growfx.options import option
 from growfx.passes.path_products import path_gradients
 from growfx.selection import top
 from growfx.session import Session
+from growfx.trial import undisturbed
 
 if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
@@ -64,7 +63,7 @@ class SNIP(SparseInit):
         if course.session is None:
             course.memory[_BEFORE] = _snapshot(course)
             return {}
-        with _undisturbed(course.net):
+        with undisturbed(course.net):
             batches = _first_batches(course.session, self.score_batches)
             return self._chosen(course, _summed_gradients(course, course.session, batches))
 
@@ -116,7 +115,7 @@ class GraSP(StaticMasks):
             raise ConfigError("method `grasp` takes second derivatives at the start: run it through growfx.train")
         edges = course.edges_at(self.density)
         _require_trainable(course, self.name)
-        with _undisturbed(course.net):
+        with undisturbed(course.net):
             batches = _first_batches(course.session, self.score_batches)
         flow = _hessian_gradients(course, course.session, batches, self.temperature)
         scores = {name: -layer.parameter.detach() * flow[name] for name, layer in course.layers.items()}
@@ -206,14 +205,23 @@ def _zeros(course: Course) -> dict[str, Tensor]:
 def _summed_gradients(
     course: Course, session: Session, batches: list[tuple[Tensor, Tensor]], temperature: float = 1.0
 ) -> dict[str, Tensor]:
-    """Return the gradient of the loss summed over `batches`, per layer of the course; `.grad` stays as it is."""
+    """Return the gradient of the loss summed over `batches`, per layer of the course; `.grad` stays as it is.
+
+    The mean over ranks, where each has batches of its own.
+    """
     total = _zeros(course)
     for images, targets in batches:
         loss = session.loss(_cooled(course.net(images), temperature), targets)
         for name, gradient in zip(total, _derivatives(loss, course), strict=True):
             if gradient is not None:
                 total[name] += gradient
+    _average(course, total)
     return total
+
+
+def _average(course: Course, gradients: Mapping[str, Tensor]) -> None:
+    if ranks.is_shared(course.net):
+        ranks.average(gradients.values())
 
 
 def _derivatives(value: Tensor, course: Course, *, differentiable: bool = False) -> Sequence[Tensor | None]:
@@ -229,13 +237,14 @@ def _hessian_gradients(
     twice = torch.backends.cudnn.flags(enabled=False) if _is_recurrent(course.net) else nullcontext()
     # attention has a second derivative only where it is written out
     with sdpa_kernel(SDPBackend.MATH), twice:
-        with _undisturbed(course.net):
+        with undisturbed(course.net):
             flow = _summed_gradients(course, session, batches, temperature)
         total = _zeros(course)
-        with _undisturbed(course.net):
+        with undisturbed(course.net):
             for images, targets in batches:
                 loss = session.loss(_cooled(course.net(images), temperature), targets)
                 _add_second_derivative(course, loss, flow, total)
+    _average(course, total)
     return total
 
 
@@ -270,26 +279,6 @@ def _cooled(output: Any, temperature: float) -> Any:
 
 
 # -- leaving no trace ---------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _undisturbed(net: MaskedGraph) -> Generator[None]:
-    """The network in training mode; afterwards modes, buffers and global generators are as they were."""
-    device = next(net.parameters()).device
-    masks = {id(layer.mask) for layer in net.layers.values()}
-    buffers = [(buffer, buffer.clone()) for buffer in net.buffers() if id(buffer) not in masks]
-    python, numpy, training = random.getstate(), np.random.get_state(), net.training  # noqa: NPY002
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), in_mode(net.shell, net.training):
-        try:
-            net.train()
-            yield
-        finally:
-            net.train(training)
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
 
 
 def _snapshot(course: Course) -> dict[str, Any]:

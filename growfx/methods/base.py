@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from growfx import ranks
 from growfx.errors import CheckpointError, ConfigError
 from growfx.layers import MaskedLayer
 from growfx.optimizer_hooks import clear_state, optimizers_of
@@ -154,7 +155,8 @@ def change_masks(net: MaskedGraph, optimizer: Optimizer, masks: Mapping[str, Ten
     changed.
 
     Optimizer state is any floating-point tensor of the parameter's shape in `optimizer.state[parameter]`, of
-    `optimizer` and of every other one that steps the parameter (one inside a wrapper, say).
+    `optimizer` and of every other one that steps the parameter (one inside a wrapper, say). Ranks that train the
+    network together compare their masks then; `MaskError` where they differ.
     """
     changed = 0
     for name, mask in masks.items():
@@ -168,6 +170,8 @@ def change_masks(net: MaskedGraph, optimizer: Optimizer, masks: Mapping[str, Ten
                 clear_state(each, layer.parameter, differs)
         changed += count
     net.set_masks(masks)
+    if ranks.is_shared(net):
+        ranks.require_same_masks(net)
     return changed
 
 

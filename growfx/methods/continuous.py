@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from growfx import ranks
 from growfx.edge_keys import EdgeKeys
 from growfx.layers import MaskedLayer
 from growfx.methods.base import change_masks
@@ -78,7 +79,9 @@ class _Search:
         scores = [gate.scores for gate in gates.values()]
         return cls(gates, torch.optim.SGD(scores, lr=0.0, momentum=0.9, nesterov=True))
 
-    def step(self, rate: float, penalty: float) -> None:
+    def step(self, rate: float, penalty: float, shared: bool) -> None:
+        if shared:  # no parameters of the network: nobody else reduces their gradients
+            ranks.average([gate.scores.grad for gate in self.gates.values() if gate.scores.grad is not None])
         for gate in self.gates.values():
             gate.penalise(penalty)
         self.optimizer.param_groups[0]["lr"] = rate
@@ -202,7 +205,7 @@ class Continuous(Staged):
         search: _Search | None = course.memory.get("search")
         if search is not None:
             share = course.optimizer.param_groups[0]["lr"] / course.run.options.lr
-            search.step(self.mask_lr * share, self.penalty)
+            search.step(self.mask_lr * share, self.penalty, ranks.is_shared(course.net))
             self._set_temperature(course)
             self._keep_rewind_point(course)
         return False

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 from torch.optim import Optimizer
 
+from growfx import ranks
 from growfx.edge_keys import EdgeKeys
 from growfx.errors import CheckpointError, ConfigError
 from growfx.layers import MaskedLayer
@@ -181,11 +182,15 @@ class Growing(Method):
     def report(self, accuracy: float, noise: float | None = None) -> None:
         """Record the accuracy of a finished round and decide: grow, or stop and go back.
 
-        Reports within a round and after growth are ignored. Raises `ConfigError` for values out of range.
+        Reports within a round and after growth are ignored. Ranks that train the network together all report, and the
+        mean of their accuracies counts. Raises `ConfigError` for values out of range.
         """
         growth = self._attached()
         check_accuracy(accuracy, noise)
         if growth.growing and growth.steps >= self._round_steps:
+            if ranks.is_shared(growth.net):
+                accuracy = ranks.average_float(float(accuracy))
+                noise = None if noise is None else ranks.average_float(float(noise))
             self._finish_round(float(accuracy), None if noise is None else float(noise))
             self._look_ahead()
 
@@ -238,6 +243,8 @@ class Growing(Method):
     def _finish_round(self, accuracy: float | None, noise: float | None) -> bool:
         """Record the round, then grow or stop. Returns True when masks changed."""
         growth = self._attached()
+        if ranks.is_shared(growth.net):
+            ranks.share_buffers(growth.net)  # norms count in paths
         paths = self._paths(growth.net)
         entry: dict[str, Any] = {
             "round": len(growth.trace),

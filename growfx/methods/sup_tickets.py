@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from growfx import ranks
 from growfx.edge_keys import EdgeKeys
 from growfx.errors import ConfigError
 from growfx.methods import kind_of, names
@@ -219,6 +220,8 @@ class SupTickets(Staged):
         course.net.settle()
         course.restart_optimizer()  # its state belongs to the last ticket
         reestimate_norms(course.net, course.run.batches())
+        if ranks.is_shared(course.net):
+            ranks.average(buffer for buffer in course.net.buffers() if buffer.is_floating_point())
 
     def _wants_gradient(self, course: Campaign) -> bool:
         method: Stepwise | None = course.memory["base"] if course.stages_done == 0 else course.memory["explorer"]

@@ -1,0 +1,286 @@
+"""Networks that several processes train together, in loops of one's own."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from rank_processes import run_ranks, same
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+from training_nets import Tiny, loaders
+
+import growfx
+from growfx import ranks
+from growfx.errors import ConfigError, DataError, GrowfxError, MaskError
+from growfx.evaluation import evaluate
+from growfx.recipe import steps_of
+from growfx.trial import unused_parameters
+
+
+def plain_net() -> growfx.MaskedGraph:
+    """No norms, no dropout: the gradient of a batch is the mean of those of its parts."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 10))
+    return growfx.wrap(model, torch.randn(1, 1, 8, 8))
+
+
+def normed_net() -> growfx.MaskedGraph:
+    torch.manual_seed(3)
+    return growfx.wrap(Tiny(), torch.randn(1, 1, 8, 8))
+
+
+def data(batches: int = 6, size: int = 16):
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randn(batches, size, 1, 8, 8, generator=generator)
+    return images, torch.randint(0, 4, (batches, size), generator=generator)
+
+
+def train(net, model, method, images, targets, optimizer=None, after=lambda step: None):
+    optimizer = optimizer or torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    method.attach(net, optimizer, total_steps=len(images), steps_per_epoch=len(images))
+    for step, (x, y) in enumerate(zip(images, targets, strict=True)):
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        after(step)
+        method.step()
+        optimizer.zero_grad()
+    return net
+
+
+def own_part(values):
+    """What this rank has of each batch."""
+    return values.unflatten(1, (-1, ranks.world_size()))[:, :, ranks.rank()]
+
+
+METHODS = {
+    "rigl": {"update_every": 2, "update_until": 1.0},
+    "rigl-sg": {"update_every": 2, "update_until": 1.0},
+    "set": {"update_every": 2, "update_until": 1.0},
+    "snfs": {"update_every": 2, "update_until": 1.0},
+    "mest": {"update_every": 2, "update_until": 1.0},
+    "gmp": {"density": 0.2},
+    "granet": {"density": 0.2},
+    "acdc": {"density": 0.2},
+    "snip": {"density": 0.2},
+    "synflow": {"density": 0.2, "rounds": 3},
+    "phew": {"density": 0.2},
+}
+
+
+def shared_against_alone() -> dict[str, tuple[str, str]]:
+    """Masks of every method, trained by all ranks on parts of each batch, and by this rank alone on whole batches.
+
+    The two networks live side by side: the one that is not shared says nothing to the other ranks.
+    """
+    images, targets = data()
+    found = {}
+    for name, options in METHODS.items():
+        alone, shared = plain_net(), plain_net()
+        train(alone, alone, growfx.methods.create(name, **options), images, targets)
+        parts = own_part(images), own_part(targets)
+        train(shared, DistributedDataParallel(shared), growfx.methods.create(name, **options), *parts)
+        shared.verify()
+        # what rounding leaves of a difference may turn the order of two edges, of hundreds
+        differ = sum(int((alone.layers[n].mask ^ shared.layers[n].mask).sum()) for n in alone.layers)
+        found[name] = (shared.mask_digest(), alone.nnz - shared.nnz, differ <= 4)
+    return found
+
+
+def mean_gradients() -> float:
+    """Largest difference between what a method reads at an update and the mean over ranks of local gradients."""
+    images, targets = data(batches=3)
+    net = plain_net()
+    method = growfx.methods.create("rigl", update_every=1, update_until=1.0)
+    local = copy.deepcopy(net)
+    read = {}
+
+    def note(step):
+        if step == 0:
+            read.update({name: layer.dense_gradient.clone() for name, layer in net.layers.items()})
+
+    train(net, DistributedDataParallel(net), method, own_part(images), own_part(targets), after=note)
+    growfx.methods.create("static").attach(local, torch.optim.SGD(local.parameters()), total_steps=1, steps_per_epoch=1)
+    for layer in local.layers.values():
+        layer.collects_gradient = True
+    nn.functional.cross_entropy(local(own_part(images)[0]), own_part(targets)[0]).backward()
+    worst = 0.0
+    for name, layer in local.layers.items():
+        parts = ranks.everyone(layer.parameter.grad)
+        worst = max(worst, float((read[name] - torch.stack(parts).mean(0)).abs().max()))
+        assert not torch.equal(parts[0], parts[1])
+        assert bool((read[name][~layer.mask] != 0).any())
+    return worst
+
+
+def growth_by_paths() -> tuple[str, list]:
+    """Growth where norm statistics and measured accuracies differ between ranks."""
+    images, targets = data(batches=8)
+    net = normed_net()
+    model = DistributedDataParallel(net)
+    method = growfx.methods.create("pwmpr", seed_density=0.2, max_density=0.5, epochs_per_round=1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    method.attach(net, optimizer, total_steps=8, steps_per_epoch=2)
+    for step, (x, y) in enumerate(zip(own_part(images), own_part(targets), strict=True)):
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        method.step()
+        optimizer.zero_grad()
+        if step % 2:
+            assert len({str(v) for v in ranks.everyone(net.norm1.running_mean.tolist())}) == 2
+            method.report(0.5 + 0.1 * ranks.rank(), noise=0.01)
+    assert len(method.trace) == 4
+    assert net.density > 0.25
+    return net.mask_digest(), [entry["val_accuracy"] for entry in method.trace]
+
+
+DIFFERENCES = {"weights": "conv2", "within another module": "conv2", "start": "conv1", "masks": "head"}
+
+
+def differing(what: str) -> str:
+    """Train with something changed on rank 1 alone; the error that follows."""
+    net = normed_net()
+    method = growfx.methods.create("set", update_every=1, update_until=1.0)
+    images, targets = data()
+
+    def change(step):
+        if step == 2 and what in ("weights", "within another module") and ranks.rank() == 1:
+            with torch.no_grad():
+                net.conv2.weight.mul_(torch.randn(net.conv2.weight.shape))
+
+    if what == "start":
+        method = growfx.methods.create("set", seed=ranks.rank())
+    if what == "masks" and ranks.rank() == 1:
+        net.set_masks({"head": torch.rand(4, 8) < 0.5})
+    model = DistributedDataParallel(nn.Sequential(net) if what == "within another module" else net)
+    try:
+        if what == "masks":
+            model(own_part(images)[0])
+        else:
+            train(net, model, method, own_part(images), own_part(targets), after=change)
+    except MaskError as error:
+        return str(error)
+    return "no error"
+
+
+def small_facts() -> dict:
+    """Collectives, evaluation of parts, refusals."""
+    _, val_loader = loaders(count=41)
+    net = normed_net()
+    with torch.no_grad():
+        net.norm1.running_mean.add_(ranks.rank())
+    model = DistributedDataParallel(net)
+    before = net.layers["conv1"].mask._version
+    model(torch.randn(4, 1, 8, 8))
+    assert net.layers["conv1"].mask._version == before, "masks are not sent in each step"
+    whole = evaluate(net, val_loader, "cpu").correct
+    parts = [val_loader.dataset, DistributedSampler(val_loader.dataset, shuffle=False)]
+    part = evaluate(net, DataLoader(parts[0], batch_size=8, sampler=parts[1]), "cpu").correct
+    numbers = torch.tensor([ranks.rank() + 1.0])
+    ranks.average([numbers])
+    errors = []
+    for work in (lambda: 1 / 0, lambda: growfx.create_model("nothing")):
+        with pytest.raises((ZeroDivisionError, GrowfxError)) as caught:
+            ranks.on_first(work)
+        errors.append(caught.type.__name__)
+    with pytest.raises(ConfigError, match=r"gives each of the 2 ranks all images; share them out with `sampler="):
+        steps_of(loaders()[0])
+    lengths = steps_of([0] * (3 + ranks.rank()))
+    return {
+        "correct": whole.tolist() == part.tolist() and len(whole) == 41,
+        "average": numbers.item(),
+        "errors": ranks.everyone(errors),
+        "steps": lengths,
+        "buffers": len({str(b) for b in ranks.everyone(net.norm1.running_mean.tolist())}),
+        "first": ranks.from_first(lambda: dist.get_rank() + 7),
+    }
+
+
+def all_jobs():
+    return {
+        "methods": shared_against_alone(),
+        "gradients": mean_gradients(),
+        "growth": growth_by_paths(),
+        "differing": {what: differing(what) for what in DIFFERENCES},
+        "facts": small_facts(),
+    }
+
+
+@pytest.fixture(scope="module")
+def results():
+    found = run_ranks(all_jobs, 2)
+    failures = [r for r in found if isinstance(r, BaseException)]
+    if failures:
+        raise failures[0]
+    return found
+
+
+def test_all_ranks_end_with_the_same_masks_as_one_that_sees_whole_batches(results):
+    for digest, fewer, alike in same([r["methods"] for r in results]).values():
+        assert len(digest) == 64
+        assert fewer == 0
+        assert alike
+
+
+def test_methods_read_the_mean_gradient_of_the_ranks(results):
+    assert same([r["gradients"] for r in results]) < 1e-6
+
+
+def test_growth_counts_norms_of_rank_0_and_the_mean_accuracy(results):
+    digest, accuracies = same([r["growth"] for r in results])
+    assert accuracies[0] == pytest.approx(0.55)
+    assert len(digest) == 64
+
+
+@pytest.mark.parametrize(("what", "layer"), list(DIFFERENCES.items()))
+def test_differing_masks_are_an_error_on_every_rank_that_names_the_layers(results, what, layer):
+    message = same([r["differing"] for r in results])[what]
+    assert message.startswith("the masks of ")
+    assert f"`{layer}`" in message
+    assert "differ between ranks: rank 1 against rank 0; every rank needs the same model, seed" in message
+    if what != "start":
+        assert "`conv1`" not in message
+
+
+def test_collectives_and_evaluation_agree(results):
+    facts = same([r["facts"] for r in results])
+    assert facts["correct"]
+    assert facts["average"] == 1.5
+    assert facts["errors"] == [["ZeroDivisionError", "ConfigError"], ["GrowfxError", "ConfigError"]]
+    assert (facts["steps"], facts["buffers"], facts["first"]) == (3, 1, 7)
+
+
+def test_one_process_has_nobody_to_talk_to():
+    value = torch.ones(2)
+    ranks.average([value])
+    assert (ranks.world_size(), ranks.rank(), ranks.everyone(3), ranks.smallest(4)) == (1, 0, [3], 4)
+    assert ranks.on_first(lambda: 5) == 5
+    with pytest.raises(DataError):
+        steps_of(object())
+
+
+class Auxiliary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head, self.other = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(x), self.other(x)
+
+
+def test_parameters_that_no_class_score_depends_on_are_found_without_a_trace():
+    net = growfx.wrap(Auxiliary(), torch.randn(1, 4))
+    before = torch.random.get_rng_state()
+    assert unused_parameters(net) == ["other.weight", "other.bias"]
+    assert unused_parameters(normed_net()) == []
+    net.head.bias.requires_grad_(False)
+    assert unused_parameters(net) == ["other.weight", "other.bias"]
+    torch.random.set_rng_state(before)
+    net = normed_net()
+    kept = copy.deepcopy(net.state_dict())
+    state = torch.random.get_rng_state()
+    unused_parameters(net)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(kept[name], value) for name, value in net.state_dict().items())
