@@ -173,12 +173,12 @@ def test_a_failing_rank_ends_all_and_one_of_them_says_why(how, word):
         assert first.first
 
 
-RUN = ["test_resnet", "--data", "digits", "--quiet", "--epochs", "1"]
-RUN += ["--set", "img_size=16", "--set", "device=cpu", "--set", "batch_size=128"]
+RUN = ["test_resnet", "--data", "digits", "--quiet", "--epochs", "1", *("--set", "img_size=16")]
+SMALL = ["--set", "device=cpu", "--set", "batch_size=128"]
 
 
 def test_commands_print_once_and_fail_once(tmp_path):
-    line = ["train", *RUN, "--method", "static", "--density", "0.3", "--out", str(tmp_path / "run")]
+    line = ["train", *RUN, *SMALL, "--method", "static", "--density", "0.3", "--out", str(tmp_path / "run")]
     wrong, good, again, silly = 0, 1, 2, 3
     lines = [[*line, "--set", "epochs=none"], line, line, [*line, "--surprise"]]
     first, second = run_ranks(commands, 2, *lines, launched=True)
@@ -195,7 +195,7 @@ def test_commands_print_once_and_fail_once(tmp_path):
 
 def test_torchrun_grows_a_network(tmp_path):
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "growfx"]
-    line += ["grow", *RUN, "--out", str(tmp_path / "run"), "--seed-density", "0.2", "--max-density", "0.25"]
+    line += ["grow", *RUN, *SMALL, "--out", str(tmp_path / "run"), "--seed-density", "0.2", "--max-density", "0.25"]
     line += ["--set", "epochs_per_round=1"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=120)
