@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 60  # seconds: a hang is a failure
+PATIENCE = 120  # seconds: a hang is a failure, a busy machine is none
 
 
 def run_ranks(job: Callable[..., Any], count: int, *arguments: Any, launched: bool = False) -> list[Any]:
