@@ -44,7 +44,7 @@ __all__ = [
 
 _T = TypeVar("_T")
 _SHOWN = 6  # layers named in an error
-_made: dict[str, dist.ProcessGroup | None] = {}  # the group of `_cpu_group`, and the ranks it was made for
+_made: dict[str, Any] = {}  # the group of `_cpu_group`, and the ranks it was made for
 
 
 def world_size() -> int:

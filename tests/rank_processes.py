@@ -6,7 +6,6 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 PATIENCE = 120  # seconds: a hang is a failure, a busy machine is none
@@ -81,8 +80,3 @@ def same(results: list[Any]) -> Any:
             raise result
         assert result == results[0]
     return results[0]
-
-
-def read_only(folder: Path) -> dict[str, float]:
-    """When each file in `folder` was last written."""
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}

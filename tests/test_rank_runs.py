@@ -3,8 +3,13 @@
 import dataclasses
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +20,10 @@ from training_nets import QUICK, final_state, fresh_net, loaders
 
 import growfx
 from growfx import ranks
-from growfx.checkpoint import content_digest
+from growfx.checkpoint import content_digest, read
 from growfx.errors import CheckpointError, DataError, GrowfxError
 from growfx.launch import RankError, process_group, speaks
+from growfx.train_step import TrainStep
 
 METHODS = {
     "rigl": {"density": 0.3, "update_every": 2},
@@ -50,34 +56,63 @@ def weights(net) -> str:
 
 
 def every_method() -> dict:
-    return {name: run(None, name) for name in METHODS}
+    found = {name: run(None, name) for name in METHODS}
+    return found | {"rigl over windows of two batches": run(None, accumulate=2, clip_grad=1.0)}
 
 
 class BreakError(Exception):
     pass
 
 
-def interrupted_and_continued(folder: Path) -> dict:
-    """A run in one go, and one that stops in its second epoch and is continued."""
-    from growfx.train_step import TrainStep
-
-    whole = run(folder / "whole")
+@contextmanager
+def before_step(number: int, act: Callable[[], None]) -> Generator[None]:
+    """Do something before the given step of a run, counted from 1."""
     train_on, steps = TrainStep.__call__, 0
 
-    def stop(self, images, targets):
+    def stop(self, *window):
         nonlocal steps
         steps += 1
-        if steps == 8:
-            raise BreakError
-        return train_on(self, images, targets)
+        if steps == number:
+            act()
+        return train_on(self, *window)
 
     TrainStep.__call__ = stop
-    with pytest.raises(BreakError):
-        run(folder / "parts")
-    TrainStep.__call__ = train_on
-    with pytest.raises(CheckpointError, match="exists; continue it with `--resume`"):
-        run(folder / "parts")
-    return {"whole": whole, "parts": run(folder / "parts", resume=True), "methods": every_method()}
+    try:
+        yield
+    finally:
+        TrainStep.__call__ = train_on
+
+
+def broken_off(folder: Path) -> None:
+    """Stop in the second epoch, with a checkpoint of every step."""
+
+    def stop():
+        raise BreakError
+
+    with before_step(8, stop), pytest.raises(BreakError):
+        run(folder, checkpoint_minutes=0)
+
+
+def terminated(folder: Path) -> None:
+    """Stop in the second epoch, because one of the ranks is asked to."""
+    asked = ranks.rank() == ranks.world_size() - 1
+    ask = partial(os.kill, os.getpid(), signal.SIGTERM) if asked else partial(int)
+    with before_step(8, ask), pytest.raises(SystemExit) as end:
+        run(folder)
+    assert end.value.code == 128 + signal.SIGTERM
+
+
+def interrupted_and_continued(folder: Path) -> dict:
+    """A run in one go, and others that are stopped half way and continued."""
+    found = {"whole": run(folder / "whole"), "methods": every_method()}
+    for stop in (broken_off, terminated):
+        name = stop.__name__
+        stop(folder / name)
+        ranks.on_first(partial(shutil.copy, folder / name / "checkpoint" / "latest.pt", folder / f"{name}.pt"))
+        with pytest.raises(CheckpointError, match="exists; continue it with `--resume`"):
+            run(folder / name)
+        found[name] = run(folder / name, resume=True)
+    return found
 
 
 class Broken(torch.utils.data.Dataset):
@@ -138,10 +173,16 @@ def test_every_rank_ends_with_the_same_weights_masks_and_result(results):
         assert result["val_accuracy"] >= 0.25
 
 
-def test_an_interrupted_run_of_two_ranks_ends_as_one_that_was_not(results, folder):
-    assert results["whole"] == results["parts"]
-    whole, parts = final_state(folder / "whole"), final_state(folder / "parts")
+@pytest.mark.parametrize(("how", "reached"), [("broken_off", 7), ("terminated", 8)])
+def test_a_run_of_two_ranks_continues_in_the_middle_of_an_epoch(results, folder, how, reached):
+    assert results["whole"] == results[how]
+    whole, parts = final_state(folder / "whole"), final_state(folder / how)
     assert content_digest(whole) == content_digest(parts)
+    stopped = read(folder / f"{how}.pt")
+    assert stopped["position"]["epoch"] == 1
+    parts = [stopped["part"], *stopped["other_parts"]]
+    assert [stopped["position"]["steps"] + part["done"] for part in parts] == [reached, reached]
+    assert len({float(part["loss"]) for part in parts}) == 2, "each rank has its own"
 
 
 def test_rank_0_alone_writes_and_the_run_is_whole(results, folder):

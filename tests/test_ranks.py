@@ -197,6 +197,15 @@ def small_facts() -> dict:
     }
 
 
+def words_without_tensors_on_the_cpu() -> list:
+    """A group that carries an accelerator's tensors alone, as nccl's does."""
+    dist.destroy_process_group()
+    dist.init_process_group("cuda:gloo")
+    with pytest.raises(RuntimeError, match="No backend type associated with device type cpu"):
+        dist.all_reduce(torch.ones(1))
+    return [ranks.everyone(ranks.rank()), ranks.largest(ranks.rank(), -3), ranks.from_first(dist.get_rank)]
+
+
 def all_jobs():
     return {
         "methods": shared_against_alone(),
@@ -204,6 +213,7 @@ def all_jobs():
         "growth": growth_by_paths(),
         "differing": {what: differing(what) for what in DIFFERENCES},
         "facts": small_facts(),
+        "words": words_without_tensors_on_the_cpu(),
     }
 
 
@@ -251,10 +261,16 @@ def test_collectives_and_evaluation_agree(results):
     assert (facts["steps"], facts["buffers"], facts["first"]) == (3, 1, 7)
 
 
+def test_words_travel_in_a_group_that_has_no_tensors_on_the_cpu(results):
+    assert same([r["words"] for r in results]) == [[0, 1], [1, -3], 0]
+
+
 def test_one_process_has_nobody_to_talk_to():
     value = torch.ones(2)
     ranks.average([value])
-    assert (ranks.world_size(), ranks.rank(), ranks.everyone(3), ranks.smallest(4)) == (1, 0, [3], 4)
+    assert (ranks.world_size(), ranks.rank(), ranks.everyone(3), ranks.largest(4, 2)) == (1, 0, [3], [4, 2])
+    assert ranks.finite(torch.tensor(1.0))
+    assert not ranks.finite(torch.tensor(torch.inf))
     assert ranks.on_first(lambda: 5) == 5
     with pytest.raises(DataError):
         steps_of(object())
