@@ -4,6 +4,7 @@ import pytest
 
 from growfx.errors import CheckpointError, ConfigError
 from growfx.run_folder import RunFolder, refuse_existing
+from growfx.run_lock import LOCK_NAME
 
 
 def config(**train) -> dict:
@@ -17,11 +18,11 @@ def config(**train) -> dict:
 
 def test_an_existing_run_needs_resume_or_overwrite(tmp_path):
     path = tmp_path / "run"
-    RunFolder.start(path, config())
+    RunFolder.start(path, config()).close()
     with pytest.raises(CheckpointError, match=r"exists; continue it with `--resume`, replace it with `--overwrite`"):
         RunFolder.start(path, config())
-    RunFolder.start(path, config(), resume=True)
-    RunFolder.start(path, config(), overwrite=True)
+    RunFolder.start(path, config(), resume=True).close()
+    RunFolder.start(path, config(), overwrite=True).close()
 
 
 def test_resume_starts_a_run_that_is_not_there_yet(tmp_path):
@@ -38,11 +39,18 @@ def test_resume_and_overwrite_exclude_each_other(tmp_path):
 def test_overwrite_removes_the_run_and_nothing_else(tmp_path):
     folder = RunFolder.start(tmp_path / "run", config())
     folder.log({"event": "epoch"})
-    folder.checkpoints.save({"epoch": 1})
+    folder.checkpoints.save({"epoch": 1}, steps=1)
+    folder.close()
     (folder.path / "notes.txt").write_text("mine")
     again = RunFolder.start(folder.path, config(lr=0.2), overwrite=True)
-    assert sorted(p.name for p in again.path.iterdir()) == ["config.json", "notes.txt"]
+    assert sorted(p.name for p in again.path.iterdir()) == [LOCK_NAME, "config.json", "notes.txt"]
     assert RunFolder.open(again.path).config["train"]["lr"] == 0.2
+
+
+def started(path):
+    folder = RunFolder.start(path, config())
+    folder.close()
+    return folder.path
 
 
 @pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
@@ -58,7 +66,7 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path, flags):
     [("model", {"name": "resnet50", "kwargs": {}}), ("train", {"lr": 0.2, "device": "auto"})],
 )
 def test_another_model_or_option_is_refused_by_name_on_resume(tmp_path, key, value):
-    path = RunFolder.start(tmp_path / "run", config()).path
+    path = started(tmp_path / "run")
     with pytest.raises(CheckpointError) as caught:
         RunFolder.start(path, {**config(), key: value}, resume=True)
     expected = {
@@ -69,7 +77,7 @@ def test_another_model_or_option_is_refused_by_name_on_resume(tmp_path, key, val
 
 
 def test_device_workers_place_of_the_data_and_versions_may_change_on_resume(tmp_path):
-    path = RunFolder.start(tmp_path / "run", config()).path
+    path = started(tmp_path / "run")
     moved = config(device="cpu")
     moved["data"] |= {"workers": 4, "spec": "/elsewhere"}
     moved["versions"] = {"torch": "3"}
