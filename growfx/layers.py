@@ -8,8 +8,9 @@ What a twin computes with is always ``where(mask, weight, 0)``. While training t
 the parameter itself *is* zero outside the mask and stays so: its gradient is masked where it is produced, and the
 optimizer's state is cleared there when a mask changes, so zero weight, zero gradient and zero state leave nothing
 that could revive an edge. Whatever else touches parameter or mask (a manual edit, a loaded state dict, a copy into
-an average) is seen by its version counter and mended before the next use. Without gradients the mask is applied at
-use. An edit through ``weight.data`` leaves no trace in the version counter: it is mended by ``train()``, ``eval()``,
+an average) is seen by its version counter and mended before the next use; so are a gradient or an optimizer's state
+that others changed, before the optimizer's next step. Without gradients the mask is applied at use. An edit through
+``.data`` leaves no trace in the version counter: one of a weight is mended by ``train()``, ``eval()``,
 ``state_dict()`` and every use without gradients, but not between two training steps.
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
@@ -28,13 +29,13 @@ from torch.nn.parameter import UninitializedParameter
 
 from growfx.compiled_weight import compiled_weight
 from growfx.errors import MaskError
+from growfx.masked_gradient import GradientMark, MaskGradient, MaskOwnGradient, keep_bits, mask_in_place
 from growfx.optimizer_hooks import LAYER_OF
 
 __all__ = [
     "MaskedLayer",
     "check_mask",
     "is_maskable",
-    "mask_in_place",
     "maskable_reason",
     "masked_class",
     "to_plain",
@@ -43,54 +44,6 @@ __all__ = [
 
 # Convolutions that do not say so by their base class; named, so that nothing has to be imported.
 _CONVOLUTIONS = {"timm.layers.cond_conv2d.CondConv2d"}
-_SAME_SIZE_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _keep_bits(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """All bits set where `mask` is true, none elsewhere, in the integer type of `dtype`'s size."""
-    return mask.to(_SAME_SIZE_INT[dtype.itemsize]).neg_()
-
-
-def mask_in_place(values: Tensor, keep: Tensor) -> Tensor:
-    """Set `values` to exactly +0.0 where `keep` has no bits, at a third of the time of `masked_fill_`.
-
-    Working on the bits also turns an inf or nan outside the mask into zero, which a product with 0 would not.
-    """
-    values.view(keep.dtype).bitwise_and_(keep)
-    return values
-
-
-class _MaskGradient(torch.autograd.Function):
-    """The weight as it is; its gradient masked, in a copy."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, keep: Tensor) -> Tensor:
-        ctx.keep = keep
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grads
-        if torch.is_grad_enabled():  # a second derivative is wanted
-            return torch.where(ctx.keep.bool(), grad, 0), None
-        return mask_in_place(grad.clone(), ctx.keep), None
-
-
-class _MaskOwnGradient(_MaskGradient):
-    """The same for a convolution's or linear layer's own use: its gradient belongs to nobody else, so it is masked in
-    place; and the output is no view, so that one output serves all steps.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, keep: Tensor) -> Tensor:
-        ctx.keep = keep
-        return weight.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        if torch.is_grad_enabled():
-            return _MaskGradient.backward(ctx, *grads)
-        return mask_in_place(grads[0], ctx.keep), None
 
 
 @dataclass
@@ -98,7 +51,8 @@ class _Settled:
     """Which tensors, at which version, were last seen to obey each other.
 
     `keep`: bits of the mask, None where all weights are active. `own`: the weight with its gradient masked, for the
-    layer's own use; made once, since making it anew in every step costs as much as a small convolution.
+    layer's own use; made once, since making it anew in every step costs as much as a small convolution. `mark`: the
+    gradient that was masked last.
     """
 
     weight: Tensor
@@ -109,6 +63,7 @@ class _Settled:
     nnz: int
     keep: Tensor | None = None
     own: Tensor | None = None
+    mark: GradientMark = field(default_factory=GradientMark)
 
 
 class MaskedLayer(nn.Module):
@@ -160,7 +115,7 @@ class MaskedLayer(nn.Module):
         if found is None:
             return self._masked_at_use()
         weight, settled = found
-        return weight if settled is None else _MaskGradient.apply(weight, settled.keep)
+        return weight if settled is None else MaskGradient.apply(weight, settled.keep, settled.mark)
 
     @property
     def nnz(self) -> int:
@@ -189,7 +144,7 @@ class MaskedLayer(nn.Module):
             settled = _Settled(weight, mask, weight._version, mask._version, weight.data_ptr(), nnz)
         if settled.nnz < mask.numel():
             if settled.keep is None or settled.keep.dtype.itemsize != weight.dtype.itemsize:
-                settled.keep = _keep_bits(mask, weight.dtype)
+                settled.keep = keep_bits(mask, weight.dtype)
             # Through `.data`: a backward pass under way must not take this for a change of its saved weight.
             mask_in_place(weight.data, settled.keep)
         if settled.weight is not weight or settled.data != weight.data_ptr():
@@ -242,7 +197,7 @@ class MaskedLayer(nn.Module):
             return weight
         own = settled.own
         if own is None:
-            own = settled.own = cast(Tensor, _MaskOwnGradient.apply(weight, settled.keep))
+            own = settled.own = cast(Tensor, MaskOwnGradient.apply(weight, settled.keep, settled.mark))
         return own
 
     @contextmanager
@@ -286,9 +241,13 @@ class MaskedLayer(nn.Module):
         """
         settled = self._settled
         if settled is None or settled.mask is not self.mask or settled.mask_version != self.mask._version:
-            self.settle()
-        if self.collects_gradient:
+            settled = self.settle()
+        if self._collecting:
             self.take_dense_gradient(scale)
+        elif settled.keep is not None:
+            grad = self.parameter.grad
+            if grad is not None and not settled.mark.is_of(grad):
+                mask_in_place(grad, settled.keep)
 
     def optimizer_stepped(self, version_before: int) -> None:
         """Note that the parameter changed by a step that keeps zeros; `version_before` was its version."""

@@ -38,12 +38,14 @@ _KEEPS_ZEROS = {f"torch.optim.{name}" for name in _TORCH} | {f"timm.optim.{name}
 class _Record:
     """What is known of an optimizer that steps masked weights.
 
-    `steps`: made so far. `cleared`: by parameter, the mask (identity, version) its state was last cleared for.
+    `steps`: made so far. `cleared`: by parameter, the mask (identity, version) its state was last cleared for. `state`:
+    by parameter, identities and versions of its state after the last step, which tell what was loaded or edited since.
     `versions`: of the parameters, before each step under way (a subclass's step may call its base class's).
     """
 
     steps: int = 0
     cleared: dict[int, tuple[int, int]] = field(default_factory=dict)
+    state: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     versions: list[dict[int, int]] = field(default_factory=list)
 
 
@@ -120,18 +122,33 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     masked = _with_closure_masked(layers, args, kwargs)
     scale = vars(optimizer).get("grad_scale")  # where a fused step is to unscale by itself
     for layer in layers:
-        marker = layer.mask_marker()
-        if record.cleared.get(id(layer.parameter)) != marker:
-            # The first step clears what was loaded or made under other masks; the memory of LBFGS may be kept then.
-            if id(layer.parameter) in record.cleared or not isinstance(optimizer, LBFGS):
-                clear_state(optimizer, layer.parameter, ~layer.mask)
-            record.cleared[id(layer.parameter)] = marker
+        _clear_if_touched(optimizer, layer, record)
         if masked is None:
             # With a closure the gradient is not whole yet: what is there is the accumulated part of it.
             layer.optimizer_will_step(scale)
         versions[id(layer.parameter)] = layer.parameter._version
     record.versions.append(versions)
     return masked
+
+
+def _clear_if_touched(optimizer: Optimizer, layer: MaskedLayer, record: _Record) -> None:
+    """Clear the state of absent edges where the mask is another than at the last step, or others changed the state."""
+    parameter, marker = layer.parameter, layer.mask_marker()
+    key = id(parameter)
+    same_mask = record.cleared.get(key) == marker
+    # The memory of LBFGS, of all edges at once, may be kept where it was loaded; its steps are cleaned up after.
+    if isinstance(optimizer, LBFGS):
+        if not same_mask and key in record.cleared:
+            clear_state(optimizer, parameter, ~layer.mask)
+    elif not same_mask or record.state.get(key) != _versions(optimizer, parameter):
+        clear_state(optimizer, parameter, ~layer.mask)
+    record.cleared[key] = marker
+
+
+def _versions(optimizer: Optimizer, parameter: nn.Parameter) -> list[tuple[int, int]]:
+    """What is another list after the state of a parameter was loaded, or edited in a way that torch takes note of."""
+    state = optimizer.state.get(parameter, {})
+    return [(id(value), value._version) for value in state.values() if isinstance(value, Tensor)]
 
 
 def _with_closure_masked(layers: list[MaskedLayer], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -171,6 +188,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             layer.settle()
             if not isinstance(optimizer, LBFGS) and layer.nnz < layer.numel:
                 clear_state(optimizer, layer.parameter, ~layer.mask)
+        record.state[id(layer.parameter)] = _versions(optimizer, layer.parameter)
     record.steps += not left_out
 
 

@@ -281,3 +281,72 @@ def test_a_copied_optimizer_and_network_go_on_alike_and_apart():
     other.verify()
     for mine, its in zip(net.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, its)
+
+
+def noisy_gradients(net, _):
+    for parameter in net.parameters():
+        parameter.grad.add_(torch.randn_like(parameter))
+
+
+def gradients_of_ones_own(net, _):
+    net.zero_grad()
+    for parameter in net.parameters():
+        parameter.grad = torch.randn_like(parameter).mul_(2)
+
+
+def ones(state: dict[str, Any]) -> dict[str, Any]:
+    return {k: torch.ones_like(v) if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+
+
+def state_of_another_training(_, optimizer):
+    """Loaded after a first step: the masks are no others, the state is."""
+    state = optimizer.state_dict()
+    optimizer.load_state_dict({**state, "state": {k: ones(own) for k, own in state["state"].items()}})
+
+
+def state_set_by_hand(_, optimizer):
+    for own in optimizer.state.values():
+        for name, value in ones(own).items():
+            if isinstance(value, torch.Tensor):
+                own[name].copy_(value)
+
+
+EDITS = [noisy_gradients, gradients_of_ones_own, state_of_another_training, state_set_by_hand]
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+@pytest.mark.parametrize("name", ["sgd", "adamw foreach", "adam fused", "muon", "holding"])
+def test_what_others_put_outside_the_masks_before_a_step_has_no_effect(edit, name):
+    net = small_net().train()
+    net.set_masks({k: torch.rand(layer.mask.shape) < 0.4 for k, layer in net.layers.items()})
+    optimizer = OPTIMIZERS[name](net)
+    for number in range(5):
+        F.cross_entropy(net(torch.randn(8, 3, 8, 8)), torch.arange(8) % 4).backward()
+        if number in (1, 3):
+            edit(net, innermost(optimizer))
+        before = {k: layer.parameter.detach().clone() for k, layer in net.layers.items()}
+        optimizer.step()
+        optimizer.zero_grad()
+        net.verify()
+        for k, layer in net.layers.items():
+            assert not any(value[~layer.mask].any() for value in state_of(optimizer, layer)), k
+            assert not torch.equal(layer.parameter, before[k])
+
+
+def test_gradients_that_nobody_touched_are_masked_once(monkeypatch):
+    """A second pass over every gradient would cost as much as the first."""
+    passes = []
+    monkeypatch.setattr(growfx.layers, "mask_in_place", lambda *_: passes.append(1))
+    net = small_net().train()
+    net.set_masks({k: torch.rand(layer.mask.shape) < 0.4 for k, layer in net.layers.items()})
+    optimizer = optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        passes.clear()
+        net(torch.randn(8, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert passes == []
+    net(torch.randn(8, 3, 8, 8)).square().mean().backward()
+    nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+    optimizer.step()
+    assert len(passes) == len(net.layers)
