@@ -1,96 +1,271 @@
-"""Training step of a masked network over the same network dense: forward, backward and SGD, in one process.
+"""Training step of a masked network over the same network dense: forward, backward and SGD with momentum.
 
-Dense and masked steps alternate; a ratio is taken pair by pair and its median is reported, so that a machine whose
-speed drifts does not decide. "dense again" is a second dense network: its ratio shows the noise. Masks are
-random ERK masks.
+    python benchmarks/step.py [--case MODEL:BATCH:PIXELS ...] [--part time memory updates compiled] [--rounds 20]
+                              [--density 0.1] [--json FILE]
 
-    python benchmarks/step.py [--case resnet50:8:64 ...] [--density 0.1] [--pairs 30] [--json FILE]
+time      Steps of all variants take turns in one process. A ratio is taken round by round and its median reported, so
+          that a machine whose speed drifts does not decide. "again" is a second dense network: its ratio shows the
+          noise. "prune" and "parametrize" are torch's own ways to mask, with the same masks.
+compiled  The same under torch.compile, for what is compiled in reasonable time.
+memory    Peak memory of a few steps beyond what the process had before the model, each variant in a process of its own
+          (Linux).
+updates   What an exchange of edges (RigL) adds: the time of a step with one beyond that of a step without, spread over
+          the 100 steps between two.
+
+On a GPU: bfloat16 autocast and channels_last, batch 256 at 224 pixels. Masks are random ERK masks of `--density`. Every
+goal is printed as reached or missed. The file is written after every case.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import timm
 import torch
 from machine import describe
 from tabulate import tabulate
 from torch import nn
+from torch.nn.utils import parametrize, prune
+from tqdm import tqdm
 
 import growfx
 
-CASES = ("resnet50:8:64", "resnet50:32:64", "vit_tiny_patch16_224:8:224", "vit_tiny_patch16_224:32:224")
+VARIANTS = ("dense", "again", "masked", "prune", "parametrize")
+CPU_CASES = ("resnet50:32:64", "vit_small_patch16_224:32:64", "convnext_tiny:32:64")
+GPU_CASES = ("resnet50:256:224", "vit_small_patch16_224:256:224", "convnext_tiny:256:224")
+LINUX_PEAK = Path("/proc/self/clear_refs")
+INTERVAL = 100  # steps between two updates
+GOALS = {  # by part, largest ratio to reach on (GPU, CPU)
+    "time": (1.02, 1.03),
+    "compiled": (1.02, 1.03),
+    "memory": (1.15, 1.15),
+    "updates": (0.02, 0.02),
+}
 
 
-def build(name: str, size: int) -> nn.Module:
+class TimesMask(nn.Module):
+    """A parametrization: the weight times its mask."""
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the masked weight."""
+        return weight * self.mask
+
+
+def build(variant: str, name: str, size: int, density: float) -> nn.Module:
+    """The model of a case in one variant; its weights and masks are the same in all of them."""
     torch.manual_seed(0)
-    options = {"img_size": size} if name.startswith(("vit", "swin", "mixer")) and size != 224 else {}
-    return timm.create_model(name, num_classes=100, **options)
+    resized = {"img_size": size} if name.startswith(("vit", "swin", "mixer")) and size != 224 else {}
+    model = timm.create_model(name, num_classes=100, **resized)
+    if variant in ("dense", "again"):
+        return model
+    net = growfx.wrap(model, torch.randn(1, 3, size, size), density=density)
+    if variant == "masked":
+        return net
+    masks = {layer: masked.mask.clone() for layer, masked in net.layers.items()}
+    model = growfx.unwrap(net)
+    del net
+    for layer, mask in masks.items():
+        module = model.get_submodule(layer)
+        if variant == "prune":
+            prune.custom_from_mask(module, "weight", mask)
+        else:
+            parametrize.register_parametrization(module, "weight", TimesMask(mask.float()))
+    return model
 
 
 class Step:
-    """One training step on fixed data."""
+    """One training step on fixed data; on a GPU in bfloat16 and channels_last."""
 
-    def __init__(self, model: nn.Module, batch: int, size: int):
-        self.model = model.train()
-        self.x, self.y = torch.randn(batch, 3, size, size), torch.randint(0, 100, (batch,))
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    def __init__(self, model: nn.Module, batch: int, size: int, compiled: bool = False) -> None:
+        self.device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        generator = torch.Generator().manual_seed(1)
+        self.model = model.train().to(self.device)
+        self.x = torch.randn(batch, 3, size, size, generator=generator).to(self.device)
+        self.y = torch.randint(0, 100, (batch,), generator=generator).to(self.device)
+        self.amp = self.device.type != "cpu"
+        if self.amp:
+            self.model = self.model.to(memory_format=torch.channels_last)
+            self.x = self.x.to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+        self.method = None
+        self.forward = torch.compile(self.model) if compiled else self.model
 
     def seconds(self) -> float:
-        """Run forward, backward, SGD and zero_grad once."""
+        """Run forward, backward, SGD, the method if there is one, and zero_grad once."""
+        self.wait()
         start = time.perf_counter()
-        loss = nn.functional.cross_entropy(self.model(self.x), self.y)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            loss = nn.functional.cross_entropy(self.forward(self.x), self.y)
         loss.backward()
         self.optimizer.step()
+        if self.method is not None:
+            self.method.step()
         self.optimizer.zero_grad()
+        self.wait()
         return time.perf_counter() - start
 
+    def wait(self) -> None:
+        """Wait for the accelerator, if there is one."""
+        if self.amp:
+            torch.accelerator.synchronize()
 
-def measure(case: str, density: float, pairs: int, warmup: int = 3) -> dict[str, object]:
+
+def parse(case: str) -> tuple[str, int, int]:
     name, batch, size = case.split(":")
-    masked = growfx.wrap(build(name, int(size)), torch.randn(1, 3, int(size), int(size)), density=density)
-    models = {"dense": build(name, int(size)), "again": build(name, int(size)), "masked": masked}
-    steps = {key: Step(model, int(batch), int(size)) for key, model in models.items()}
-    seconds: dict[str, list[float]] = {key: [] for key in steps}
-    for i in range(pairs + warmup):
-        for key in sorted(steps, key=lambda k: (hash((i, k)) % 97, k)):
-            spent = steps[key].seconds()
+    return name, int(batch), int(size)
+
+
+def measure_time(case: str, density: float, rounds: int, compiled: bool = False, warmup: int = 3) -> list[dict]:
+    name, batch, size = parse(case)
+    variants = ("dense", "again", "masked") if compiled else VARIANTS
+    steps = {v: Step(build(v, name, size, density), batch, size, compiled) for v in variants}
+    seconds: dict[str, list[float]] = {v: [] for v in variants}
+    order = random.Random(0)
+    for i in range(rounds + warmup):
+        for variant in order.sample(variants, len(variants)):
+            spent = steps[variant].seconds()
             if i >= warmup:
-                seconds[key].append(spent)
-    masked.verify()
-    dense = [(a + b) / 2 for a, b in zip(seconds["dense"], seconds["again"], strict=True)]
-    ratios = sorted(m / d for m, d in zip(seconds["masked"], dense, strict=True))
-    noise = sorted(a / b for a, b in zip(seconds["again"], seconds["dense"], strict=True))
-    return {
-        "case": case,
-        "density": masked.density,
-        "pairs": pairs,
-        "dense_ms": 1e3 * statistics.median(seconds["dense"]),
-        "masked_ms": 1e3 * statistics.median(seconds["masked"]),
-        "masked_over_dense": statistics.median(ratios),
-        "quartiles": [ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]],
-        "dense_again_over_dense": statistics.median(noise),
-    }
+                seconds[variant].append(spent)
+    steps["masked"].model.verify()
+    # The two dense networks together are the measure of all others; against each other they show the noise.
+    both = [(a + b) / 2 for a, b in zip(seconds["dense"], seconds["again"], strict=True)]
+    rows = []
+    for variant in variants[1:]:
+        other = seconds["dense"] if variant == "again" else both
+        ratios = sorted(a / b for a, b in zip(seconds[variant], other, strict=True))
+        rows.append(
+            {
+                "case": case,
+                "variant": variant,
+                "ms": 1e3 * statistics.median(seconds[variant]),
+                "dense_ms": 1e3 * statistics.median(seconds["dense"]),
+                "over_dense": statistics.median(ratios),
+                "quartiles": [ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]],
+            }
+        )
+    return rows
+
+
+def peak(variant: str, case: str, density: float, steps: int = 4) -> int:
+    """Bytes that building the network and training it for a few steps takes at most, in this process."""
+    name, batch, size = parse(case)
+    nn.Conv2d(3, 3, 3)(torch.randn(1, 3, 8, 8)).sum().backward()  # what torch itself sets up on first use
+    LINUX_PEAK.write_text("5")  # the highest use so far, that of imports, is forgotten
+    before = used()
+    step = Step(build(variant, name, size, density), batch, size)
+    for _ in range(steps):
+        step.seconds()
+    return torch.accelerator.max_memory_allocated() if step.amp else used() - before
+
+
+def used() -> int:
+    """The most bytes of memory this process has had."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def measure_memory(case: str, density: float) -> list[dict]:
+    found = {}
+    for variant in VARIANTS:
+        code = f"import step; print(step.peak({variant!r}, {case!r}, {density}))"
+        run = subprocess.run(
+            [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+        found[variant] = int(run.stdout.split()[-1])
+    return [
+        {"case": case, "variant": v, "mib": found[v] / 2**20, "over_dense": found[v] / found["dense"]}
+        for v in VARIANTS[1:]
+    ]
+
+
+def measure_updates(case: str, density: float, rounds: int) -> list[dict]:
+    name, batch, size = parse(case)
+    net = growfx.wrap(build("dense", name, size, density), torch.randn(1, 3, size, size))
+    step = Step(net, batch, size)
+    # Every second step exchanges edges, so that each has one without beside it.
+    step.method = growfx.methods.create("rigl", density=density, update_every=2, update_until=1.0, drop_fraction=0.3)
+    step.method.attach(net, step.optimizer, total_steps=4 * rounds + 8, steps_per_epoch=2)
+    seconds = [step.seconds() for _ in range(2 * rounds + 4)][4:]
+    plain, updating = seconds[::2], seconds[1::2]
+    extra = sorted(b - a for a, b in zip(plain, updating, strict=True))
+    usual = statistics.median(plain)
+    return [
+        {
+            "case": case,
+            "variant": "rigl",
+            "ms": 1e3 * usual,
+            "update_ms": 1e3 * statistics.median(extra),
+            "over_dense": statistics.median(extra) / (INTERVAL * usual),
+        }
+    ]
+
+
+MEASURES: dict[str, Callable[[str, float, int], list[dict]]] = {
+    "time": measure_time,
+    "memory": lambda case, density, _: measure_memory(case, density),
+    "updates": lambda case, density, rounds: measure_updates(case, density, max(rounds // 2, 2)),
+    "compiled": lambda case, density, rounds: measure_time(case, density, rounds, compiled=True),
+}
+
+
+def judged(part: str, row: dict) -> dict:
+    """The row, with the goal for what growfx answers for, and whether it was reached."""
+    if row["variant"] not in ("masked", "rigl"):
+        return {**row, "goal": None, "reached": None}
+    goal = GOALS[part][0 if torch.accelerator.is_available() else 1]
+    return {**row, "goal": goal, "reached": row["over_dense"] <= goal}
+
+
+def verdicts(results: dict[str, list[dict]]) -> list[str]:
+    """One line for each goal."""
+    word = {True: "reached", False: "missed"}
+    return [
+        f"{part}, {row['case']}: {row['over_dense']:.4f}, goal {row['goal']} {word[row['reached']]}"
+        for part, rows in results.items()
+        for row in rows
+        if row["goal"] is not None
+    ]
+
+
+def cases_of(part: str, wanted: list[str] | None) -> Sequence[str]:
+    """The cases asked for, or the usual ones; on a CPU a compiler takes minutes for networks as deep as a ResNet-50."""
+    if wanted is not None:
+        return wanted
+    if torch.accelerator.is_available():
+        return GPU_CASES
+    return [case for case in CPU_CASES if part != "compiled" or case.startswith("vit")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", help="model:batch:pixels, repeatable")
+    parser.add_argument("--part", nargs="+", choices=list(MEASURES), default=list(MEASURES), help="what to measure")
     parser.add_argument("--density", type=float, default=0.1)
-    parser.add_argument("--pairs", type=int, default=30)
-    parser.add_argument("--json", help="write the figures here")
+    parser.add_argument("--rounds", type=int, default=20, help="steps of each variant")
+    parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
-    results = [measure(case, args.density, args.pairs) for case in args.case or CASES]
-    machine = describe()
-    columns = ["case", "dense_ms", "masked_ms", "masked_over_dense", "quartiles", "dense_again_over_dense"]
-    print(tabulate([[r[c] for c in columns] for r in results], headers=columns, floatfmt=".3f"))
-    print(machine)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"machine": machine, "results": results}, file, indent=1)
+    facts = {"machine": describe(), "density": args.density, "rounds": args.rounds, "results": {}}
+    for part in args.part:
+        rows = facts["results"][part] = []
+        for case in tqdm(cases_of(part, args.case), desc=part, unit="case"):
+            rows += [judged(part, row) for row in MEASURES[part](case, args.density, args.rounds)]
+            torch._dynamo.reset()
+            if args.json:
+                args.json.write_text(json.dumps(facts, indent=1) + "\n")
+        print(f"\n{part}\n{tabulate(rows, headers='keys', floatfmt='.3f')}\n", flush=True)
+    print("\n".join([*verdicts(facts["results"]), "", str(facts["machine"])]))
 
 
 if __name__ == "__main__":
