@@ -29,7 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
             error.show()
         sys.exit(error.exit_code)
     except click.Abort:
-        click.echo("growfx: interrupted; `--resume` continues from the last checkpoint", err=True)
+        if speaks():
+            click.echo("growfx: interrupted; `--resume` continues from the last checkpoint", err=True)
         sys.exit(130)
     except RankError as error:
         if error.first:

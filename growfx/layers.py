@@ -31,6 +31,7 @@ from growfx.compiled_weight import compiled_weight
 from growfx.errors import MaskError
 from growfx.masked_gradient import GradientMark, MaskGradient, MaskOwnGradient, keep_bits, mask_in_place
 from growfx.optimizer_hooks import LAYER_OF
+from growfx.shards import require_whole
 
 __all__ = [
     "MaskedLayer",
@@ -104,6 +105,7 @@ class MaskedLayer(nn.Module):
         """The parameter the mask belongs to, as stored (outside the mask it may wait for its next use)."""
         parameter = self._parameters[self.weight_name]
         assert parameter is not None
+        require_whole(parameter)
         return parameter
 
     @property

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
-from growfx.errors import GrowfxError, MaskError
+from growfx.errors import ConfigError, GrowfxError, MaskError
 from growfx.layers import MaskedLayer
 from growfx.mask_bits import pack
 
@@ -63,8 +63,21 @@ def is_shared(net: MaskedGraph) -> bool:
 
 
 def within_ddp() -> bool:
-    """Whether the forward under way is one of `DistributedDataParallel`."""
-    return DistributedDataParallel._active_ddp_module is not None
+    """Whether the forward under way is one of `DistributedDataParallel`.
+
+    Raises:
+        ConfigError: one that other ranks may drop out of (`model.join()`).
+    """
+    replica = DistributedDataParallel._active_ddp_module
+    if replica is None:
+        return False
+    if replica._join_config.enable and world_size() > 1:
+        raise ConfigError(
+            "the network trains within `join()`, where ranks end after different numbers of steps; masks are changed "
+            "and compared by all ranks together, so let all make as many steps (`DistributedSampler` shares images "
+            "out evenly; else stop at the smallest number of batches)"
+        )
+    return True
 
 
 def _cpu_group() -> dist.ProcessGroup | None:

@@ -25,6 +25,7 @@ from growfx.module_copy import copy_modules
 from growfx.passes.list_unmasked import list_unmasked
 from growfx.passes.record import DataDependentError, NeedsValuesError, meta_copy, record
 from growfx.recorded_call import RECORDED_CONSTANT, can_be_written
+from growfx.shards import require_whole
 from growfx.trace_report import TraceReport
 
 __all__ = ["unwrap", "wrap"]
@@ -54,7 +55,8 @@ def wrap(
 
     Raises:
         TraceError: the model fails on the example inputs.
-        ConfigError: density outside (0, 1], or an `exclude` or `opaque` pattern that matches nothing.
+        ConfigError: density outside (0, 1], an `exclude` or `opaque` pattern that matches nothing, or weights spread
+            over processes (`fully_shard`).
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"growfx.wrap takes an nn.Module; a {type(model).__name__} arrived")
@@ -62,6 +64,8 @@ def wrap(
         raise TraceError("the model is a MaskedGraph already; change its masks with `net.set_masks`")
     if not 0 < density <= 1:
         raise ConfigError(f"density is {density}; it must lie in (0, 1]")
+    for parameter in model.parameters():
+        require_whole(parameter)
     example = _example(model, example_inputs)
     shared: dict[int, Any] = {id(t): t for t in chain_tensors(model)}
     shell = copy_modules(model, shared)

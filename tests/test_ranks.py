@@ -7,23 +7,29 @@ import torch
 import torch.distributed as dist
 from rank_processes import run_ranks, same
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from training_nets import Tiny, loaders
 
 import growfx
 from growfx import ranks
+from growfx.checkpoint import content_digest
 from growfx.errors import ConfigError, DataError, GrowfxError, MaskError
 from growfx.evaluation import evaluate
 from growfx.recipe import steps_of
 from growfx.trial import unused_parameters
 
 
-def plain_net() -> growfx.MaskedGraph:
+def plain_model() -> nn.Module:
     """No norms, no dropout: the gradient of a batch is the mean of those of its parts."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 10))
-    return growfx.wrap(model, torch.randn(1, 1, 8, 8))
+    return nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 10))
+
+
+def plain_net() -> growfx.MaskedGraph:
+    return growfx.wrap(plain_model(), torch.randn(1, 1, 8, 8))
 
 
 def normed_net() -> growfx.MaskedGraph:
@@ -197,6 +203,49 @@ def small_facts() -> dict:
     }
 
 
+def refusals() -> dict[str, str]:
+    """What ranks cannot do together."""
+    images, targets = data(batches=2)
+    net = plain_net()
+    model = DistributedDataParallel(net)
+    with model.join(), pytest.raises(ConfigError) as joined:
+        train(net, model, growfx.methods.create("static"), own_part(images), own_part(targets))
+    with pytest.raises(ConfigError) as wrapped:
+        growfx.wrap(fully_shard(plain_model()), torch.randn(1, 1, 8, 8))
+    sharded = plain_net()
+    for layer in sharded.layers.values():
+        fully_shard(layer)
+    with pytest.raises(ConfigError) as attached:
+        train(sharded, sharded, growfx.methods.create("gmp"), images, targets)
+    with pytest.raises(ConfigError):
+        sharded.train()
+    return {"joined": str(joined.value), "wrapped": str(wrapped.value), "attached": str(attached.value)}
+
+
+def spread_optimizer_state() -> tuple[list[str], list[int]]:
+    """Weights and masks after training with the optimizer's state whole, and spread over the ranks; state kept."""
+    images, targets = data()
+    digests, kept = [], []
+    for spread in (False, True):
+        net = plain_net()
+        model = DistributedDataParallel(net)
+        kind, options = torch.optim.Adam, {"lr": 0.01}
+        optimizer = (
+            ZeroRedundancyOptimizer(net.parameters(), kind, **options) if spread else kind(net.parameters(), **options)
+        )
+        method = growfx.methods.create("rigl", density=0.2, update_every=2, update_until=1.0)
+        train(net, model, method, own_part(images), own_part(targets), optimizer)
+        net.verify()
+        inner = optimizer.optim if spread else optimizer
+        kept.append(len(inner.state))
+        digests.append(net.mask_digest() + content_digest({n: p.detach() for n, p in net.named_parameters()}))
+        for layer in net.layers.values():
+            state = inner.state.get(layer.parameter, {})
+            assert all(not value[~layer.mask].any() for value in state.values() if value.shape == layer.mask.shape)
+    assert digests[0] == digests[1]
+    return digests, kept
+
+
 def words_without_tensors_on_the_cpu() -> list:
     """A group that carries an accelerator's tensors alone, as nccl's does."""
     dist.destroy_process_group()
@@ -213,6 +262,8 @@ def all_jobs():
         "growth": growth_by_paths(),
         "differing": {what: differing(what) for what in DIFFERENCES},
         "facts": small_facts(),
+        "refusals": refusals(),
+        "spread": spread_optimizer_state(),
         "words": words_without_tensors_on_the_cpu(),
     }
 
@@ -259,6 +310,22 @@ def test_collectives_and_evaluation_agree(results):
     assert facts["average"] == 1.5
     assert facts["errors"] == [["ZeroDivisionError", "ConfigError"], ["GrowfxError", "ConfigError"]]
     assert (facts["steps"], facts["buffers"], facts["first"]) == (3, 1, 7)
+
+
+def test_uneven_steps_and_sharded_weights_are_refused_on_every_rank(results):
+    found = same([r["refusals"] for r in results])
+    assert found["joined"].startswith("the network trains within `join()`, where ranks end after different numbers")
+    for name in ("wrapped", "attached"):
+        assert found[name].startswith("a weight of shape (6, 1, 3, 3) is spread over processes (`fully_shard`")
+        assert "train it in `DistributedDataParallel`, which keeps weights whole" in found[name]
+
+
+def test_masks_and_weights_do_not_depend_on_where_the_state_of_the_optimizer_is(results):
+    whole, spread = zip(*[r["spread"][1] for r in results], strict=True)
+    assert same([r["spread"][0] for r in results])
+    assert set(whole) == {4}
+    assert sum(spread) == 4
+    assert max(spread) < 4
 
 
 def test_words_travel_in_a_group_that_has_no_tensors_on_the_cpu(results):
