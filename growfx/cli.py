@@ -115,13 +115,13 @@ def train(method: str, density: float | None, **given: Any) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="artifact folder")
 @click.option("--dense", is_flag=True, help="also write a dense model.safetensors that timm loads")
-@click.option("--compact", is_flag=True, help="leave out units that the outputs do not need")
+@click.option("--compact", is_flag=True, help="leave out units that the outputs do not need, fold norms")
 @click.option("--onnx", type=click.Path(path_type=Path), help="also write the network as one (dense) ONNX file")
 @click.option("--best", is_flag=True, help="from the checkpoint of the best validation accuracy, not the last")
 @click.option("--json", "as_json", is_flag=True, help="print the facts as JSON")
 def export(run: Path, out: Path, dense: bool, compact: bool, onnx: Path | None, best: bool, as_json: bool) -> None:
     """Write the artifact of a run from its checkpoint."""
-    from growfx.export import save
+    from growfx.export import save, save_small, small_network
     from growfx.job import reopen
     from growfx.onnx_file import export_onnx
     from growfx.report import percent, provenance
@@ -130,25 +130,22 @@ def export(run: Path, out: Path, dense: bool, compact: bool, onnx: Path | None, 
     if onnx is not None:
         export_onnx(net, onnx)
     # The result's figures are those of the last epoch, not of the best one.
-    info = save(
-        net,
-        out,
-        dense=dense,
-        compact=compact,
-        provenance=provenance(folder, None if best else folder.read_json("result.json")),
-    )
+    origin = provenance(folder, None if best else folder.read_json("result.json"))
+    small = small_network(net) if compact and not dense else None
+    if small is None:
+        info = save(net, out, dense=dense, compact=compact, provenance=origin)
+    else:
+        info = save_small(net, small, out, provenance=origin)
     facts = {
         "path": str(out),
         "nnz": info.nnz,
         "numel": info.numel,
         "density": info.density,
         "bytes": info.bytes,
+        **({} if small is None else {"compaction": small.to_json()}),
     }
-    _show(
-        facts,
-        as_json,
-        f"{out}: density {percent(info.density)}, {info.nnz:,} active weights, {info.bytes:,} bytes",
-    )
+    line = f"{out}: density {percent(info.density)}, {info.nnz:,} active weights, {info.bytes:,} bytes"
+    _show(facts, as_json, line if small is None else f"{small}\n{line}")
 
 
 @commands.command("inspect")

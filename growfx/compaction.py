@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from growfx.compaction_plan import CompactionPlan, Spans, damaged_plan
+from growfx.folded_norm import folding_refusal, without_norm
 from growfx.module_copy import copy_modules
 
 __all__ = [
@@ -136,7 +137,7 @@ def apply_plan(model: nn.Module, plan: CompactionPlan) -> nn.Module:
     trial = hollow(model)
     try:
         _apply(trial, plan)
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise damaged_plan(f"it does not fit the model ({error})") from error
     _check(model, trial, plan)
     return _apply(model, plan)
@@ -179,6 +180,8 @@ def _apply(model: nn.Module, plan: CompactionPlan) -> nn.Module:
     for name, sizes in plan.modules.items():
         for attribute, size in sizes.items():
             setattr(model.get_submodule(name), attribute, size)
+    for name in plan.norms:
+        model.set_submodule(name, without_norm(model.get_submodule(name)))
     return model
 
 
@@ -226,8 +229,19 @@ def _check_names(model: nn.Module, plan: CompactionPlan) -> None:
             raise damaged_plan(f"`{name}` has no size `{min(wrong)}` that could change")
     for name in plan.biases:
         module = modules[name]
-        if not isinstance(module, (_ConvNd, nn.Linear)) or module.bias is not None or plan.biases.count(name) > 1:
+        if not isinstance(module, (_ConvNd, nn.Linear)) or module.bias is not None:
             raise damaged_plan(f"`{name}` is no layer without a bias")
+    _check_norms(modules, plan)
+
+
+def _check_norms(modules: Mapping[str, nn.Module], plan: CompactionPlan) -> None:
+    touched = {name.rpartition(".")[0] for name in plan.tensors} | plan.modules.keys()
+    for name in plan.norms:
+        if not name or name not in modules:
+            raise damaged_plan(f"the model has no module `{name}`")
+        refusal = folding_refusal(modules[name])
+        if refusal or name in touched:
+            raise damaged_plan(f"`{name}` cannot be folded away: {refusal or 'it is made smaller'}")
 
 
 def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

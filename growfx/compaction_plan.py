@@ -26,21 +26,24 @@ class CompactionPlan:
         biases: layers without a bias that get one, for the constants of units that are left out.
         blocks: weight of a grouped convolution -> the channels that stay along its second axis (inputs, or outputs of
             a transposed convolution), numbered over all groups: each group may keep others, of equal number.
+        norms: batch norms that the layers before them took over; what else is in them stays, in their place.
     """
 
     tensors: Mapping[str, Mapping[int, Spans]] = field(default_factory=dict)
     modules: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
     blocks: Mapping[str, Spans] = field(default_factory=dict)
+    norms: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.tensors or self.modules or self.biases or self.blocks)
+        return bool(self.tensors or self.modules or self.biases or self.blocks or self.norms)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
         blocks = {name: [list(span) for span in kept] for name, kept in self.blocks.items()}
         return {
             **({"blocks": blocks} if blocks else {}),
+            **({"norms": list(self.norms)} if self.norms else {}),
             "biases": list(self.biases),
             "modules": {name: dict(sizes) for name, sizes in self.modules.items()},
             "tensors": {
@@ -56,11 +59,10 @@ class CompactionPlan:
         Raises:
             ArtifactError: it has another form.
         """
-        if not isinstance(value, dict) or value.keys() - {"blocks"} != {"biases", "modules", "tensors"}:
-            raise damaged_plan("a plan has the fields `biases`, `modules`, `tensors` and at most `blocks` beside them")
-        biases, modules, tensors, blocks = value["biases"], value["modules"], value["tensors"], value.get("blocks", {})
-        if not isinstance(biases, list) or not all(isinstance(name, str) for name in biases):
-            raise damaged_plan("`biases` is no list of names")
+        if not isinstance(value, dict) or value.keys() - {"blocks", "norms"} != {"biases", "modules", "tensors"}:
+            raise damaged_plan("a plan has the fields `biases`, `modules`, `tensors`, and at most `blocks` and `norms`")
+        biases, norms = (_names(key, value.get(key, [])) for key in ("biases", "norms"))
+        modules, tensors, blocks = value["modules"], value["tensors"], value.get("blocks", {})
         for part in (modules, tensors):
             if not isinstance(part, dict) or not all(isinstance(inner, dict) for inner in part.values()):
                 raise damaged_plan("`modules` or `tensors` is no object of objects")
@@ -77,12 +79,20 @@ class CompactionPlan:
         every = [kept for axes in read.values() for kept in axes.values()]
         if sum(map(len, (*every, *grouped.values()))) > _MAX_SPANS:
             raise damaged_plan(f"it has more than {_MAX_SPANS} spans")
-        return cls(read, {name: dict(sizes) for name, sizes in modules.items()}, tuple(biases), grouped)
+        return cls(read, {name: dict(sizes) for name, sizes in modules.items()}, biases, grouped, norms)
 
 
 def damaged_plan(what: str) -> ArtifactError:
     """Return the error of a plan that cannot be right."""
     return ArtifactError(f"the artifact is damaged: its compaction plan: {what}")
+
+
+def _names(key: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise damaged_plan(f"`{key}` is no list of names")
+    if len({*value}) < len(value):
+        raise damaged_plan(f"`{key}` has a name twice")
+    return tuple(value)
 
 
 def _is_count(value: object) -> bool:

@@ -36,7 +36,7 @@ VERSION = "1.0"
 # Written where there is a compaction plan: the first version with `requires`.
 COMPACTED_VERSION = "1.1"
 # What a reader must know beyond version 1.0 to load an artifact that lists it in `requires`.
-FEATURES = ("compaction", "grouped-compaction")
+FEATURES = ("compaction", "grouped-compaction", "folded-norms")
 # safetensors' names, and bytes of one element.
 ITEMSIZES = {
     "F64": 8,
@@ -191,7 +191,8 @@ class Manifest:
 
 def _features(plan: CompactionPlan) -> list[str]:
     """What a reader must know to follow a plan."""
-    return [*FEATURES] if plan.blocks else ["compaction"]
+    more = {"grouped-compaction": bool(plan.blocks), "folded-norms": bool(plan.norms)}
+    return ["compaction", *(name for name, needed in more.items() if needed)]
 
 
 def to_metadata(manifest: Manifest) -> str:
@@ -332,10 +333,8 @@ class _Reader:
                 f"the artifact requires `{unknown[0]}`, unknown to this growfx; known: {', '.join(FEATURES)}. "
                 "A newer growfx may read it"
             )
-        if ("compaction" in required) != ("compaction" in self.body):
-            raise self.fail("fields `compaction` and `requires` do not agree")
-        plan = CompactionPlan.from_json(self.body["compaction"]) if "compaction" in required else None
-        if ("grouped-compaction" in required) != (plan is not None and bool(plan.blocks)):
+        plan = CompactionPlan.from_json(self.body["compaction"]) if "compaction" in self.body else None
+        if {*required} != ({*_features(plan)} if plan is not None else set()):
             raise self.fail("fields `compaction` and `requires` do not agree")
         return plan
 

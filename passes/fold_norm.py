@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from growfx.errors import TraceError
+from growfx.folded_norm import folding_refusal, without_norm
 from growfx.passes.compact_trials import Trial, difference, example_of, outputs_of, trials_of, working_copy
 from growfx.passes.mask import unwrap
 from growfx.passes.path_rules import APPLIED, row_of
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
 
 __all__ = ["FoldedNorms", "fold_norm"]
+
+_EXACT = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,11 @@ def fold_norm(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None
     graph = net.graph_at(*example.args, training=False)
     work, trials = working_copy(model, example)
     pairs, kept = _pairs(work, graph, trials)
+    for norm, layer in list(pairs.items()):
+        weight: Any = model.get_submodule(layer).weight
+        if weight.dtype not in _EXACT:
+            kept[norm] = f"its factors would be rounded to the {weight.dtype} of `{layer}`"
+            del pairs[norm]
     all_at_once = copy.deepcopy(work)
     for norm, layer in pairs.items():
         _fold(all_at_once, norm, layer)
@@ -101,7 +109,7 @@ def _pairs(model: nn.Module, graph: fx.Graph, trials: Sequence[Trial]) -> tuple[
         norm = modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(norm, _BatchNorm):
             name, source = str(node.target), node.args[0] if node.args else None
-            reason = _norm_reason(norm) or ("it is used several times" if calls[name] > 1 else "")
+            reason = folding_refusal(norm) or ("it is used several times" if calls[name] > 1 else "")
             if not reason:
                 reason = _layer_reason(modules, source, calls, uses, axes)
             if reason:
@@ -124,14 +132,6 @@ def _output_axes(model: nn.Module, trials: Sequence[Trial]) -> dict[str, int]:
                 stack.callback(module.register_forward_hook(note).remove)
         outputs_of(model, trials[0][0])
     return axes
-
-
-def _norm_reason(norm: Any) -> str:
-    if type(norm).forward is not _BatchNorm.forward and not {"act", "drop"} <= norm._modules.keys():
-        return f"a {type(norm).__name__} does more than a batch norm"
-    if norm.running_mean is None or norm.running_var is None:
-        return "it has no running statistics"
-    return ""
 
 
 def _layer_reason(modules: dict[str, Any], source: Any, calls: Any, uses: Any, axes: dict[str, int]) -> str:
@@ -185,7 +185,4 @@ def _fold(model: nn.Module, norm_name: str, layer_name: str) -> None:
         layer.bias = nn.Parameter(shift.to(weight.dtype), layer.weight.requires_grad)
     else:
         layer.bias.data = (layer.bias.data.double() * scale + shift).to(weight.dtype)
-    rest = [norm._modules[name] for name in ("drop", "act") if norm._modules.get(name) is not None]
-    rest = [module for module in rest if not isinstance(module, nn.Identity)]
-    place = nn.Identity() if not rest else rest[0] if len(rest) == 1 else nn.Sequential(*rest)
-    model.set_submodule(norm_name, place.eval())
+    model.set_submodule(norm_name, without_norm(norm))

@@ -136,6 +136,23 @@ def test_the_best_checkpoint_can_be_exported_too(run, tmp_path, capsys):
     assert torch.equal(loaded["fc.weight"], torch.where(state["fc.mask"], state["fc.weight"], 0))
 
 
+def test_a_compact_export_says_what_left_and_why_the_rest_stayed(run, tmp_path, capsys):
+    assert call("export", run, "--out", tmp_path / "small", "--compact") == 0
+    shown = capsys.readouterr().out
+    assert "units left out; " in shown
+    assert "batch norms folded into the layers before them; largest error" in shown
+    assert call("export", run, "--out", tmp_path / "small", "--compact", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)["compaction"]
+    assert facts["parameters"][1] <= facts["parameters"][0]
+    assert len(facts["norms_folded"]) == 15
+    assert facts["largest_error"] < 1e-5
+    assert call("eval", tmp_path / "small", "--data", "digits", "--json") == 0
+    expected = json.loads((run / "result.json").read_text())["test_accuracy"]
+    assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(expected, abs=0.006)
+    assert call("export", run, "--out", tmp_path / "both", "--compact", "--dense") == 1
+    assert "exclude each other" in capsys.readouterr().err
+
+
 def test_inspect_tells_the_same_of_a_run_and_its_artifact(run, capsys):
     facts = {}
     for name, path in (("run", run), ("artifact", run / "artifact")):
