@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import struct
+import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -107,6 +108,20 @@ class Checkpoints:
                 "writable, then continue with resume"
             ) from error
 
+    def finish_save(self) -> None:
+        """Do what a save that was killed left undone; for the one process that continues the run, after `load`.
+
+        Then `latest.pt` is the newest, though no other save may follow. A failure is left to the next save to tell.
+        """
+        with suppress(OSError):
+            for unfinished in self.folder.glob("*.pt.new"):
+                unfinished.unlink()
+            self._set_aside()
+            numbered = self.numbered()
+            if numbered and not (self.latest.exists() and self.latest.samefile(numbered[0])):
+                _link(numbered[0], self.latest)
+            self._forget()
+
     def _set_aside(self) -> None:
         """Rename what `load` found damaged, so that it is neither read again nor counted among those kept."""
         latest = self.latest
@@ -164,7 +179,10 @@ def read(path: Path) -> dict[str, Any]:
     except Exception as error:  # the unpickler raises whatever the damage leads it into
         reason = " ".join(str(error).strip().splitlines()[:1])
         raise _DamageError(f"checkpoint `{path}` is damaged ({reason})") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+    named = isinstance(content, dict) and {"format", "version", "digest", "state"} <= content.keys()
+    if not (named and (content["format"], content["version"]) == (_FORMAT, _VERSION)) and _fails_its_sums(path):
+        raise _DamageError(f"checkpoint `{path}` is damaged (its content does not match its check sums)")
+    if not named or content["format"] != _FORMAT:
         raise CheckpointError(f"`{path}` is not a growfx checkpoint; it holds {_kind_of(content)}")
     if content["version"] != _VERSION:
         raise CheckpointError(
@@ -173,6 +191,18 @@ def read(path: Path) -> dict[str, Any]:
     if content_digest(content["state"]) != content["digest"]:
         raise _DamageError(f"checkpoint `{path}` is damaged (its content does not match its digest)")
     return content["state"]
+
+
+def _fails_its_sums(path: Path) -> bool:
+    """Whether what torch wrote was changed since: its archives hold a check sum of every part, which it never reads."""
+    try:
+        with path.open("rb") as stream:
+            if stream.read(4) != b"PK\x03\x04":  # older files of torch are no archives
+                return False
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is not None
+    except Exception:  # the reader raises whatever the damage leads it into
+        return True
 
 
 def _kind_of(content: Any) -> str:

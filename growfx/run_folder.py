@@ -225,9 +225,10 @@ def _defaults() -> dict[str, Any]:
     return _flat({"train": as_json(TrainOptions()), "data": as_json(DataOptions())})
 
 
-def _importance(key: str) -> tuple[bool, bool, str]:
-    """Another model differs in much that follows from it: its name comes first, then its arguments."""
-    return not key.startswith("model."), key.startswith("model.kwargs"), key
+def _importance(key: str) -> tuple[int, str]:
+    """Another model or method differs in much that follows from it: their names come first, then their arguments."""
+    first = ("model.name", "model.", "method.name", "method.")
+    return next((i for i, prefix in enumerate(first) if key.startswith(prefix)), len(first)), key
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from growfx import ranks
-from growfx.errors import CheckpointError, ConfigError, MaskError
+from growfx.errors import CheckpointError, GrowfxError
 from growfx.evaluation import Score
 from growfx.randomness import randomness_of, set_randomness
 
@@ -128,7 +128,7 @@ def restore(run: "Run", state: Mapping[str, Any], where: str) -> None:
         if state.get("part") is not None:
             part = [state["part"], *state.get("other_parts", [])][ranks.rank()]
             run.part = EpochPart(**{**part, "loss": part["loss"].to(run.device)})
-    except (KeyError, TypeError, RuntimeError, ValueError, MaskError, ConfigError) as error:
+    except (KeyError, TypeError, RuntimeError, ValueError, GrowfxError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).strip().splitlines()[:1])
         raise CheckpointError(f"{where} does not fit this run ({reason})") from error
 

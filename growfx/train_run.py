@@ -372,6 +372,7 @@ class Run:
         if self.folder is None or not self.folder.checkpoints.exists():
             return None
         state, notice = self.folder.checkpoints.load()
+        self.folder.checkpoints.finish_save()
         if notice:
             self.progress.say(notice)
         where = f"the checkpoint in `{self.folder.checkpoints.folder}`"

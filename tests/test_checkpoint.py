@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from growfx.checkpoint import Checkpoints, content_digest, read
@@ -119,8 +119,9 @@ def test_where_there_are_no_links_copies_take_their_place(tmp_path, monkeypatch)
     assert [read(path)["epoch"] for path in (checkpoints.best, checkpoints.latest)] == [2, 4]
 
 
+@pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "text"])
-def test_a_damaged_newest_falls_back_to_the_one_before_and_says_so(checkpoints, damage):
+def test_a_damaged_newest_falls_back_to_the_one_before_and_says_so(checkpoints, damage, finished):
     for steps in (1, 2):
         checkpoints.save(state(steps), steps=steps)
     content = checkpoints.latest.read_bytes()
@@ -136,6 +137,9 @@ def test_a_damaged_newest_falls_back_to_the_one_before_and_says_so(checkpoints, 
     assert f"{number(2)}` is damaged" in notice
     assert f"continuing from the previous one, `{checkpoints.folder / number(1)}`" in notice
     assert names(checkpoints.folder) == before  # others may be reading
+    if finished:
+        checkpoints.finish_save()
+        assert read(checkpoints.latest)["epoch"] == 1
     # The next save must neither count the damaged file among those kept, nor read it again.
     checkpoints.save(state(3), steps=3)
     assert [read(path)["epoch"] for path in checkpoints.candidates()] == [3, 1]
@@ -146,20 +150,34 @@ def test_a_damaged_newest_falls_back_to_the_one_before_and_says_so(checkpoints, 
     assert read(checkpoints.folder / number(2))["epoch"] == 2
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(position=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-def test_a_flipped_bit_anywhere_is_harmless_or_noticed(tmp_path_factory, position, bit):
-    folder = tmp_path_factory.mktemp("flip")
-    checkpoints = Checkpoints(folder)
-    checkpoints.save(state(1), steps=1)
+@example(position=1 / 64, bit=0)  # within the names that the content goes by
+def test_a_flipped_bit_anywhere_is_harmless_or_leads_to_the_one_before(tmp_path_factory, position, bit):
+    checkpoints = Checkpoints(tmp_path_factory.mktemp("flip"))
+    for steps in (1, 2):
+        checkpoints.save(state(steps), steps=steps)
     content = bytearray(checkpoints.latest.read_bytes())
     content[int(position * len(content))] ^= 1 << bit
     checkpoints.latest.write_bytes(content)
-    try:
-        loaded = read(checkpoints.latest)
-    except CheckpointError:
-        return
-    assert same(loaded, state(1))
+    loaded, notice = checkpoints.load()
+    assert same(loaded, state(2 if notice is None else 1))
+
+
+def test_every_bit_of_what_names_the_content_is_checked(checkpoints):
+    for steps in (1, 2):
+        checkpoints.save(state(steps), steps=steps)
+    content = checkpoints.latest.read_bytes()
+    names_of = [b"growfx-checkpoint", b"format", b"version", b"digest", b"state"]
+    places = [(content.index(name) + i, bit) for name in names_of for i in range(len(name)) for bit in (0, 3, 6)]
+    version = content.index(b"version")
+    places += [(version + len(b"version") + i, bit) for i in range(8) for bit in range(8)]  # its number too
+    for place, bit in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << bit
+        checkpoints.latest.write_bytes(damaged)
+        loaded, notice = checkpoints.load()
+        assert same(loaded, state(2 if notice is None else 1)), place
 
 
 def test_all_damaged_names_all(checkpoints):
@@ -204,6 +222,10 @@ def test_a_process_killed_within_a_save_leaves_the_old_or_the_new_one(tmp_path, 
     assert loaded["epoch"] in (3, 4)
     assert read(again.best)["epoch"] >= loaded["epoch"]  # the epoch after `loaded` will be made again
     assert read(again.latest)["epoch"] in (3, 4)
+    again.finish_save()
+    assert read(again.latest)["epoch"] == loaded["epoch"]  # a run that was done but for this is not saved again
+    assert len(again.numbered()) == 2
+    assert set(names(tmp_path)) == {"best.pt", "latest.pt", *(path.name for path in again.numbered())}
     again.save(state(5), steps=5, best=True)
     assert [read(path)["epoch"] for path in again.candidates()] == [5, loaded["epoch"]]
     assert names(tmp_path) == ["best.pt", "latest.pt", number(loaded["epoch"]), number(5)]
