@@ -180,7 +180,9 @@ def replicate(net: MaskedGraph) -> DistributedDataParallel:
     """Return `net` in `DistributedDataParallel`, which sends rank 0's weights and buffers to all."""
     from growfx.trial import unused_parameters
 
-    return DistributedDataParallel(net, find_unused_parameters=bool(unused_parameters(net)))
+    unused = bool(unused_parameters(net))
+    # gradients need no copy of their own beside what is sent
+    return DistributedDataParallel(net, find_unused_parameters=unused, gradient_as_bucket_view=True)
 
 
 def is_sharded(sampler: object) -> bool:

@@ -74,7 +74,7 @@ class ACDC(Stepwise):
             return None
         if sparse:
             edges = min(course.edges_at(self.density), course.nnz)
-            weights = finite_magnitudes(course.magnitudes, "weights") or {}
+            weights = finite_magnitudes(course.weights, "weights") or {}
             return keep_largest(
                 course.masks, edges, weights, self.scope, EdgeKeys(self.seed, f"prune after step {course.steps}")
             )

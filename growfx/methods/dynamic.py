@@ -111,7 +111,7 @@ class Dynamic(SparseStart):
 
 
 def _weights(course: Course) -> dict[str, Tensor]:
-    return finite_magnitudes(course.magnitudes, "weights") or {}
+    return finite_magnitudes(course.weights, "weights") or {}
 
 
 def _active_gradients(layers: Mapping[str, MaskedLayer]) -> dict[str, Tensor]:

@@ -76,7 +76,7 @@ class GMP(Stepwise):
 def _pruned(course: Course, density: float, spread: str, seed: int) -> dict[str, Tensor]:
     """Return masks with the edges of largest magnitude, of those present, that `density` leaves."""
     edges = min(course.edges_at(density), course.nnz)
-    weights = finite_magnitudes(course.magnitudes, "weights") or {}
+    weights = finite_magnitudes(course.weights, "weights") or {}
     return keep_largest(course.masks, edges, weights, spread, EdgeKeys(seed, f"prune after step {course.steps}"))
 
 
@@ -159,5 +159,5 @@ class GraNet(SparseStart):
         rate = anneal("cosine", self.drop_fraction, course.done, self.last_drop_fraction)
         counts = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
         keep = {name: count - math.ceil(rate * count) for name, count in counts.items()}
-        weights = finite_magnitudes(course.magnitudes, "weights") or {}
+        weights = finite_magnitudes(course.weights, "weights") or {}
         return exchange(masks, keep, counts, weights, grow, self.seed, f"after step {course.steps}")

@@ -113,9 +113,14 @@ class Course:
         return {name: layer.mask for name, layer in self.layers.items()}
 
     @property
+    def weights(self) -> dict[str, Tensor]:
+        """Weights of `layers`, as they are (not copies)."""
+        return {name: layer.parameter.detach() for name, layer in self.layers.items()}
+
+    @property
     def magnitudes(self) -> dict[str, Tensor]:
         """Magnitudes of the weights of `layers`."""
-        return {name: layer.parameter.detach().abs() for name, layer in self.layers.items()}
+        return {name: weight.abs() for name, weight in self.weights.items()}
 
 
 @dataclass(frozen=True)
