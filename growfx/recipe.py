@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, Subset
 
 from growfx import ranks
+from growfx.checkpoint import content_digest
 from growfx.errors import ConfigError, DataError
 from growfx.options import TrainOptions
 from growfx.session import Stage
@@ -55,14 +56,25 @@ def steps_of(loader: Any) -> int:
         raise DataError("the training loader has no length; growfx needs to know the steps of an epoch") from error
     if steps == 0:
         raise DataError("the training loader gives no batches: there are fewer images than one batch")
-    plain = isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler | SequentialSampler)
-    if ranks.world_size() > 1 and plain:
+    if ranks.world_size() > 1 and not _shares_out(loader):
         raise ConfigError(
             f"the training loader gives each of the {ranks.world_size()} ranks all images; share them out with "
-            "`sampler=torch.utils.data.DistributedSampler(dataset)`"
+            "`sampler=torch.utils.data.DistributedSampler(dataset)`, or give each rank a `Subset` of its own"
         )
     (most,) = ranks.largest(-steps)
     return -most
+
+
+def _shares_out(loader: Any) -> bool:
+    """Whether ranks may have different images: False for one that surely has them all, in the order of no sampler."""
+    if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, RandomSampler | SequentialSampler):
+        own = True
+    elif isinstance(loader.dataset, Subset):
+        own = content_digest([int(index) for index in loader.dataset.indices])
+    else:
+        own = False
+    found = ranks.everyone(own)
+    return own is True or len(set(found)) > 1
 
 
 def make_optimizer(net: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from rank_processes import run_ranks, same
-from torch.utils.data import DataLoader, DistributedSampler
-from training_nets import QUICK, final_state, fresh_net, loaders
+from torch.utils.data import DataLoader, DistributedSampler, Subset
+from training_nets import QUICK, Tiny, final_state, fresh_net, loaders
 
 import growfx
 from growfx import ranks
@@ -44,10 +44,29 @@ def rank_loaders(count: int = 83):
     return DataLoader(train, batch_size=8, sampler=sampler, drop_last=True), DataLoader(val, batch_size=40)
 
 
-def run(out: Path | None, name: str = "rigl", **options):
+class TwoHeads(torch.nn.Module):
+    """With a second output, which no loss depends on."""
+
+    def __init__(self):
+        torch.manual_seed(3)
+        super().__init__()
+        self.first, self.second = Tiny(), torch.nn.Linear(64, 4)
+
+    def forward(self, x):
+        return self.first(x), self.second(x.flatten(1))
+
+
+def uneven_loaders():
+    """Rank 1 has as many images more as make two batches."""
+    train, val = (loader.dataset for loader in loaders(83))
+    part = Subset(train, range(40) if ranks.rank() == 0 else range(24, 80))
+    return DataLoader(part, batch_size=8, shuffle=True, drop_last=True), DataLoader(val, batch_size=40)
+
+
+def run(out: Path | None, name: str = "rigl", net: growfx.MaskedGraph | None = None, data=rank_loaders, **options):
     method = growfx.methods.create(name, **METHODS[name])
-    net = fresh_net()
-    result = growfx.train(net, *rank_loaders(), method=method, out=out, options=QUICK, progress=False, **options)
+    net = net or fresh_net()
+    result = growfx.train(net, *data(), method=method, out=out, options=QUICK, progress=False, **options)
     return dataclasses.asdict(result), net.mask_digest(), weights(net)
 
 
@@ -57,7 +76,10 @@ def weights(net) -> str:
 
 def every_method() -> dict:
     found = {name: run(None, name) for name in METHODS}
-    return found | {"rigl over windows of two batches": run(None, accumulate=2, clip_grad=1.0)}
+    found["rigl over windows of two batches"] = run(None, accumulate=2, clip_grad=1.0)
+    found["rigl with another head"] = run(None, net=growfx.wrap(TwoHeads(), torch.randn(1, 1, 8, 8)))
+    found["rigl on parts that differ in length"] = run(None, data=uneven_loaders)
+    return found | {f"rigl in {amp}": run(None, amp=amp) for amp in ("bf16", "fp16")}
 
 
 class BreakError(Exception):
@@ -171,6 +193,7 @@ def test_every_rank_ends_with_the_same_weights_masks_and_result(results):
     for name, (result, digest, _) in results["methods"].items():
         assert result["mask_digest"] == digest, name
         assert result["val_accuracy"] >= 0.25
+    assert results["methods"]["rigl on parts that differ in length"][0]["steps"] == 3 * 5
 
 
 @pytest.mark.parametrize(("how", "reached"), [("broken_off", 7), ("terminated", 8)])

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, Subset
 from training_nets import Tiny, loaders
 
 import growfx
@@ -196,6 +196,10 @@ def small_facts() -> dict:
         errors.append(caught.type.__name__)
     with pytest.raises(ConfigError, match=r"gives each of the 2 ranks all images; share them out with `sampler="):
         steps_of(loaders()[0])
+    some, images = range(40), loaders()[0].dataset
+    with pytest.raises(ConfigError, match="or give each rank a `Subset` of its own"):
+        steps_of(DataLoader(Subset(images, some)))
+    assert steps_of(DataLoader(Subset(images, some[ranks.rank() :: 2]), shuffle=True)) == 20
     lengths = steps_of([0] * (3 + ranks.rank()))
     return {
         "correct": whole.tolist() == part.tolist() and len(whole) == 41,
