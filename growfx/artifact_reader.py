@@ -20,13 +20,14 @@ from growfx.artifact_folder import CONFIG
 from growfx.artifact_info import ArtifactInfo, describe
 from growfx.build_budget import build_budget
 from growfx.compaction import apply_plan, hollow
+from growfx.compaction_plan import CompactionPlan
 from growfx.dtypes import TORCH_DTYPES
 from growfx.errors import ArtifactError, ConfigError
 from growfx.manifest import Manifest
 from growfx.models import WEIGHT_SOURCES, ModelIdentity, blueprint, build_unfilled
 from growfx.rollback import unchanged_on_error
 
-__all__ = ["CONFIG", "DEFAULT_MAX_BYTES", "inspect", "load", "load_masks", "load_state"]
+__all__ = ["CONFIG", "DEFAULT_MAX_BYTES", "check_target", "inspect", "load", "load_masks", "load_state"]
 
 _SHOWN_COMPLAINTS = 4
 _SIGNED = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
@@ -73,7 +74,7 @@ def load(
         ArtifactError: no artifact, damaged, newer, too large, or of another network; `model` is unchanged.
         ConfigError: `dtype` is not a floating one, or `device` is not there.
     """
-    _check_target(dtype, device)
+    check_target(dtype, device)
     with opened(path, max_bytes=max_bytes) as weights:
         manifest = weights.manifest
         check_size(manifest, max_bytes)
@@ -85,7 +86,7 @@ def load(
             plan = model if identity is None else blueprint(identity)
         assert plan is not None
         _check_storage(plan, own=model is not None)
-        _check_fit(plan if small is None else apply_plan(hollow(plan), small), manifest)
+        _check_fit(plan if small is None else _smaller(plan, small, own=model is not None), manifest)
         state = _state(weights)
         if identity is not None:
             with _building():
@@ -150,7 +151,12 @@ def _state(weights: ArtifactFile) -> dict[str, Tensor]:
     return state | {alias: state[name] for alias, name in weights.manifest.aliases.items()}
 
 
-def _check_target(dtype: torch.dtype | None, device: torch.device | str | int | None) -> None:
+def check_target(dtype: torch.dtype | None, device: torch.device | str | int | None) -> None:
+    """Refuse a dtype or device that no network can have here.
+
+    Raises:
+        ConfigError: naming it.
+    """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"`dtype={dtype}` is no floating dtype; allowed: torch.float32, torch.bfloat16 and the like")
     try:
@@ -160,6 +166,8 @@ def _check_target(dtype: torch.dtype | None, device: torch.device | str | int | 
         raise ConfigError(f"`device={device}` cannot be used here ({reason}); `cpu` always can") from error
     if place is not None and place.type == "meta":
         raise ConfigError("`device=meta` holds no weights; load to `cpu`")
+    if torch.get_default_device().type == "meta":
+        raise ConfigError("the default device is `meta`, which holds no weights; load outside of `torch.device`")
 
 
 def _identity(manifest: Manifest) -> ModelIdentity:
@@ -207,6 +215,8 @@ def _check_storage(model: nn.Module, *, own: bool) -> None:
             raise ArtifactError(f"`{name}` of the model has no shape yet; call the model once on an input first")
         if own and isinstance(tensor, Tensor) and tensor.is_meta:
             raise ArtifactError(f"`{name}` of `model=` has no storage; move the model with `to_empty` first")
+        if own and isinstance(tensor, Tensor) and tensor.is_inference():
+            raise ArtifactError(f"`{name}` of `model=` was made inside `torch.inference_mode`; build it outside")
 
 
 def _check_fit(model: nn.Module, manifest: Manifest) -> None:
@@ -227,6 +237,16 @@ def _check_fit(model: nn.Module, manifest: Manifest) -> None:
     if complaints:
         shown = "; ".join(complaints[:_SHOWN_COMPLAINTS])
         raise ArtifactError(f"the model is not the artifact's ({type(model).__name__}): {shown}")
+
+
+def _smaller(model: nn.Module, plan: CompactionPlan, *, own: bool) -> nn.Module:
+    """The model as small as the plan makes it, without values."""
+    try:
+        return apply_plan(hollow(model), plan)
+    except ArtifactError as error:
+        if not own:
+            raise
+        raise ArtifactError(f"the model is not the artifact's ({type(model).__name__}), or {error}") from error
 
 
 def _kind(dtype: torch.dtype) -> str:

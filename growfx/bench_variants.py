@@ -14,14 +14,15 @@ from torch import nn
 
 from growfx.bench_subject import Subject
 from growfx.errors import ConfigError
+from growfx.export import small_network
 from growfx.graph import MaskedGraph
 from growfx.inputs import Inputs
 from growfx.lowered_layer import Kernel
 from growfx.lowering_report import LoweringReport
 from growfx.onnx_file import export_onnx
 from growfx.onnx_session import OnnxSession
-from growfx.passes.compact import compact
 from growfx.passes.fold_norm import fold_norm
+from growfx.passes.mask import unwrap
 from growfx.runtime import SparseRuntime
 
 __all__ = ["COMPILED", "DENSE", "VARIANTS", "Built", "Setting", "Workshop", "bytes_of"]
@@ -118,15 +119,14 @@ def _masked(work: Workshop, setting: Setting) -> Built:
 
 
 def _compact(work: Workshop, _: Setting) -> Built:
-    small = work.once("compact", lambda: compact(work.net()))
-    report = small.report
-    if report.refusal:
-        raise ConfigError(f"left whole: {report.refusal}")
+    small = work.once("compact", lambda: small_network(work.net()))
+    report = small.units
     if not small.plan:
-        raise ConfigError("nothing can be left out, so it is the dense network")
-    model = work.once("compact model", lambda: small.model.to(work.dtype))
+        raise ConfigError(f"left whole: {report.refusal}" if report.refusal else "nothing can be left out or folded")
+    model = work.once("compact model", lambda: unwrap(small.net).to(work.dtype))
     before, after = report.parameters
-    return Built(model, bytes_of(model), f"{report.removed} units left out, {after / before:.1%} of the parameters")
+    note = f"{report.removed} units left out, {after / before:.1%} of the parameters"
+    return Built(model, bytes_of(model), f"{note}; {len(small.folded)} norms folded")
 
 
 def _sparse(work: Workshop, setting: Setting) -> Built:

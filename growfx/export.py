@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from growfx import artifact
@@ -62,6 +63,7 @@ class SmallNetwork:
         }
 
 
+@torch.inference_mode(False)
 def small_network(net: MaskedGraph) -> SmallNetwork:
     """Compact a network and fold its norms; `net` is not changed.
 

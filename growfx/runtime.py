@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from growfx import artifact_reader
-from growfx.artifact_reader import DEFAULT_MAX_BYTES
+from growfx.artifact_reader import DEFAULT_MAX_BYTES, check_target
 from growfx.errors import ConfigError
 from growfx.lowering_report import LoweringReport
 from growfx.passes.lower_network import lower_network
@@ -22,6 +22,7 @@ _RUNTIMES = ("dense", "sparse")
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
+@torch.inference_mode(False)  # the network may be used and trained outside such a block, too
 def load(
     path: str | Path,
     *,
@@ -73,6 +74,7 @@ def load(
 def _check_target(dtype: torch.dtype | None, device: Any, batch: int | None) -> None:
     if dtype is not None and dtype not in _DTYPES:
         raise ConfigError(f"`dtype={dtype}` has no sparse runtime; allowed: torch.float32, torch.bfloat16")
+    check_target(dtype, device)
     if device is not None and torch.device(device).type != "cpu":
         raise ConfigError(f'`device={device}` has no sparse runtime; allowed: `cpu`; or load with `runtime="dense"`')
     if batch is not None and (not isinstance(batch, int) or isinstance(batch, bool) or batch < 1):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -55,6 +56,7 @@ class Compacted:
     report: CompactionReport
 
 
+@torch.inference_mode(False)
 def compact(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None = None) -> Compacted:
     """Leave out all units that the outputs can do without, exactly; `net` is not changed.
 

@@ -55,6 +55,7 @@ class FoldedNorms:
         return "\n".join([*lines, f"{len(self.folded)} norms folded; largest error {self.largest_error:.1e}"])
 
 
+@torch.inference_mode(False)
 def fold_norm(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None = None) -> FoldedNorms:
     """Fold batch norms into the layers before them; `net` is not changed.
 

@@ -31,6 +31,7 @@ from growfx.trace_report import TraceReport
 __all__ = ["unwrap", "wrap"]
 
 
+@torch.inference_mode(False)
 def wrap(
     model: nn.Module,
     example_inputs: Tensor | tuple[Any, ...] | None = None,
@@ -55,8 +56,8 @@ def wrap(
 
     Raises:
         TraceError: the model fails on the example inputs.
-        ConfigError: density outside (0, 1], an `exclude` or `opaque` pattern that matches nothing, or weights spread
-            over processes (`fully_shard`).
+        ConfigError: density outside (0, 1], an `exclude` or `opaque` pattern that matches nothing, weights spread over
+            processes (`fully_shard`), or tensors made inside `torch.inference_mode`.
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"growfx.wrap takes an nn.Module; a {type(model).__name__} arrived")
@@ -66,6 +67,11 @@ def wrap(
         raise ConfigError(f"density is {density}; it must lie in (0, 1]")
     for parameter in model.parameters():
         require_whole(parameter)
+    if any(tensor.is_inference() for tensor in chain_tensors(model)):
+        raise ConfigError(
+            "the model's tensors were made inside `torch.inference_mode`, so nothing can train them or see them "
+            "change; build the model outside of it"
+        )
     example = _example(model, example_inputs)
     shared: dict[int, Any] = {id(t): t for t in chain_tensors(model)}
     shell = copy_modules(model, shared)
@@ -92,6 +98,7 @@ def wrap(
     return net
 
 
+@torch.inference_mode(False)
 def unwrap(net: MaskedGraph) -> nn.Module:
     """The plain model of the original class, a copy, with weights outside the masks +0.0."""
     if not isinstance(net, MaskedGraph):

@@ -83,7 +83,7 @@ def test_every_variant_has_a_time_and_the_outputs_of_dense_torch(artifact: Path)
         assert rows["dense"].weight_bytes == 4 * (216 + 32 + 36) + 8
         assert rows["masked"].weight_bytes == rows["dense"].weight_bytes + 216 + 32
         assert rows["compact"].weight_bytes < rows["dense"].weight_bytes
-        assert "2 units left out" in rows["compact"].note
+        assert rows["compact"].note == "2 units left out, 75.4% of the parameters; 1 norms folded"
         assert rows["norms folded"].note == "1 norms folded"
 
 
@@ -136,7 +136,7 @@ def test_a_variant_that_cannot_be_had_is_a_row_that_says_why(artifact: Path, mon
 
     monkeypatch.setattr(torch, "compile", none)
     monkeypatch.setattr(bench_variants, "OnnxSession", none)
-    monkeypatch.setattr(bench_variants, "compact", none)
+    monkeypatch.setattr(bench_variants, "small_network", none)
     monkeypatch.setattr(bench_variants, "export_onnx", lambda *_, **__: None)
     rows = {row.variant: row for row in run(artifact, variants=SHOWN[:-1]).measurements[0].rows}
     for name in ("torch.compile", "onnxruntime", "compact"):
@@ -211,12 +211,12 @@ def test_the_threads_asked_for_are_used_and_restored(artifact: Path, monkeypatch
 
 
 def test_what_does_not_depend_on_the_setting_is_made_once(artifact: Path, monkeypatch: pytest.MonkeyPatch):
-    calls = {"fold_norm": 0, "compact": 0}
+    calls = {"fold_norm": 0, "small_network": 0}
 
     def counted(name: str, work: Any) -> Any:
         def count(*args: Any) -> Any:
             calls[name] += 1
-            if name == "compact":
+            if name == "small_network":
                 raise ConfigError("not this one")
             return work(*args)
 
@@ -225,7 +225,7 @@ def test_what_does_not_depend_on_the_setting_is_made_once(artifact: Path, monkey
     for name in calls:
         monkeypatch.setattr(bench_variants, name, counted(name, getattr(bench_variants, name)))
     report = run(artifact, batches=(1, 2))
-    assert calls == {"fold_norm": 1, "compact": 1}
+    assert calls == {"fold_norm": 1, "small_network": 1}
     assert [m.rows[3].note for m in report.measurements] == ["not this one"] * 2
 
 

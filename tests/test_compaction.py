@@ -66,7 +66,7 @@ def test_a_compacted_artifact_loads_into_an_instance_of_its_own_class(tmp_path: 
     agree(net, instance, x)
     assert all(parameter is parameters[name] for name, parameter in instance.named_parameters() if name in parameters)
     other = build("dense")[0]
-    with pytest.raises(ArtifactError, match="its compaction plan: the model has no tensor"):
+    with pytest.raises(ArtifactError, match=r"not the artifact's \(\w+\), or the artifact is damaged: .*no tensor"):
         growfx.load(tmp_path / "out", model=other)
 
 

@@ -61,7 +61,8 @@ def close(got: Tensor, expected: Tensor) -> None:
 
 def test_norms_leave_with_the_units_and_the_artifact_loads_without_them(tmp_path: Path) -> None:
     net = small_net()
-    made = small_network(net)
+    with torch.inference_mode():
+        made = small_network(net)
     assert made.folded == {"1": "0", "3": "2"}
     assert made.kept == {"5": "no convolution or linear layer stands right before it"}
     assert made.units.removed

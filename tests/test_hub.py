@@ -333,6 +333,11 @@ def test_a_dtype_or_device_that_cannot_be_is_refused_first(tmp_path: Path, optio
         growfx.load(tmp_path / "nothing", **options)
 
 
+def test_a_default_device_without_memory_is_refused(saved: Path):
+    with torch.device("meta"), pytest.raises(ConfigError, match="the default device is `meta`, which holds no"):
+        growfx.load(saved)
+
+
 def test_a_loaded_network_exports_to_a_graph_of_torch(saved: Path):
     model = growfx.load(saved)
     x = torch.rand(2, 1, 32, 32)

@@ -401,6 +401,21 @@ def test_the_models_own_attributes_are_there(tmp_path: Path) -> None:
         net.nothing  # noqa: B018
 
 
+def test_a_network_loaded_in_inference_mode_is_used_anywhere(tmp_path: Path) -> None:
+    folder, dense = saved("residual", tmp_path / "net")
+    model, other = Residual(), Residual()
+    with torch.inference_mode():
+        plain = growfx.load(folder, model=model)
+        net: Any = growfx.load(folder, model=other, runtime="sparse", example_inputs=X)
+        foreign = Residual()
+    with pytest.raises(ArtifactError, match=r"of `model=` was made inside `torch\.inference_mode`; build it outside"):
+        growfx.load(folder, model=foreign)
+    assert torch.equal(plain(X), dense(X))
+    plain(X).sum().backward()
+    same(net(X), dense(X).detach())
+    assert not any(value.is_inference() for value in (*net.parameters(), *net.buffers()))
+
+
 def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
     folder, _ = saved("residual", tmp_path / "net")
     for options, message in (
@@ -408,7 +423,8 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
         ({"runtime": "dense"}, '`example_inputs` is for `runtime="sparse"`'),
         ({"runtime": "dense", "example_inputs": None, "batch": 2}, '`batch` is for `runtime="sparse"`'),
         ({"dtype": torch.float16}, "`dtype=torch.float16` has no sparse runtime; allowed: torch.float32"),
-        ({"device": "meta"}, "`device=meta` has no sparse runtime; allowed: `cpu`"),
+        ({"device": "meta"}, "`device=meta` holds no weights"),
+        ({"device": "toaster"}, "`device=toaster` cannot be used here"),
         ({"batch": 0}, "`batch=0` is no number of rows"),
     ):
         with pytest.raises(ConfigError, match=message):

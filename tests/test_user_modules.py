@@ -390,6 +390,17 @@ def test_inputs_the_model_does_not_take_are_refused_by_name(inputs: Tensor | Non
         growfx.wrap(nn.Sequential(nn.Linear(4, 2)), inputs)
 
 
+def test_a_net_wrapped_in_inference_mode_trains_and_one_whose_weights_were_made_there_is_refused() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), torch.randn(2, 4)
+    with torch.inference_mode():
+        net = growfx.wrap(model, x, density=0.5).eval()
+        assert torch.equal(net(x), growfx.unwrap(net)(x))
+        foreign = nn.Sequential(nn.Linear(4, 2))
+    net.train()(x).sum().backward()
+    with pytest.raises(growfx.ConfigError, match=r"were made inside `torch\.inference_mode`.*outside"):
+        growfx.wrap(foreign, x)
+
+
 class Noisy(nn.Module):
     """Draws its own random numbers, also in evaluation."""
 
