@@ -124,6 +124,20 @@ def mean_gradients() -> float:
     return worst
 
 
+def start_after_training() -> str:
+    """Starting masks that norms count in, drawn when norm statistics differ between ranks."""
+    images, targets = data(batches=2)
+    net = normed_net()
+    model = DistributedDataParallel(net)
+    for x, y in zip(own_part(images), own_part(targets), strict=True):
+        nn.functional.cross_entropy(model(x), y).backward()
+    assert len({str(v) for v in ranks.everyone(net.norm1.running_var.tolist())}) == 2
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    method = growfx.methods.create("synflow", density=0.3, norm="fold")
+    method.attach(net, optimizer, total_steps=8, steps_per_epoch=2)
+    return net.mask_digest()
+
+
 def growth_by_paths() -> tuple[str, list]:
     """Growth where norm statistics and measured accuracies differ between ranks."""
     images, targets = data(batches=8)
@@ -268,6 +282,7 @@ def all_jobs():
         "methods": shared_against_alone(*METHODS),
         "gradients": mean_gradients(),
         "growth": growth_by_paths(),
+        "late start": start_after_training(),
         "differing": {what: differing(what) for what in DIFFERENCES},
         "facts": small_facts(),
         "refusals": refusals(),
@@ -303,6 +318,10 @@ def test_growth_counts_norms_of_rank_0_and_the_mean_accuracy(results):
     digest, accuracies = same([r["growth"] for r in results])
     assert accuracies[0] == pytest.approx(0.55)
     assert len(digest) == 64
+
+
+def test_starting_masks_count_the_norms_of_rank_0(results):
+    assert len(same([r["late start"] for r in results])) == 64
 
 
 @pytest.mark.parametrize(("what", "layer"), list(DIFFERENCES.items()))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from growfx import ranks
 from growfx.errors import CheckpointError, ConfigError, TraceError
 from growfx.layers import MaskedLayer
 from growfx.mask_bits import pack, unpack
@@ -172,6 +173,8 @@ class Stepwise(Method):
         check_clock(total_steps, steps_per_epoch)
         layers = layers_on_paths(net) if self.changes_masks else dict(net.layers)
         course = Course(net, optimizer, layers, total_steps, steps_per_epoch, session=session)
+        if ranks.is_shared(net):
+            ranks.share_buffers(net)  # norms may count in the starting masks
         change_masks(net, optimizer, self._start(course))
         course.ever_active = {name: layer.mask.clone() for name, layer in layers.items()}
         object.__setattr__(self, "_course", course)
