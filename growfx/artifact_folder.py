@@ -54,7 +54,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         reason = wrong_file(data[:SNIFFED]) or str(error)
         raise ArtifactError(f"its `{CONFIG}` cannot be read: {reason}") from error
     if not isinstance(config, dict) or not isinstance(config.get("growfx"), dict):
-        raise ArtifactError(f"its `{CONFIG}` has no `growfx` block, so the folder holds no artifact")
+        inner = "; that of a run is its folder `artifact`" if os.path.lexists(folder / "artifact" / CONFIG) else ""
+        raise ArtifactError(f"its `{CONFIG}` has no `growfx` block, so the folder holds no artifact{inner}")
     check_version(config["growfx"].get("format"), config["growfx"].get("version"))
     return config
 

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -251,6 +252,13 @@ def test_a_folder_without_a_readable_config_is_refused(folder: Path):
     refuses(folder, r"`config.json` cannot be read")
     (folder / "config.json").unlink()
     refuses(folder, "has no `config.json`, so it holds no artifact")
+
+
+def test_a_run_is_told_where_its_artifact_is(tmp_path: Path, folder: Path):
+    (tmp_path / "config.json").write_text('{"growfx": "0.1.0"}')
+    shutil.copytree(folder, tmp_path / "artifact")
+    with pytest.raises(ArtifactError, match="holds no artifact; that of a run is its folder `artifact`"):
+        growfx.load(tmp_path)
 
 
 def test_a_link_out_of_the_folder_is_refused(folder: Path):
