@@ -145,8 +145,8 @@ class MaskedLayer(nn.Module):
             nnz = mask.numel() if mask.is_meta else int(torch.count_nonzero(mask))
             settled = _Settled(weight, mask, weight._version, mask._version, weight.data_ptr(), nnz)
         if settled.nnz < mask.numel():
-            if settled.keep is None or settled.keep.dtype.itemsize != weight.dtype.itemsize:
-                settled.keep = keep_bits(mask, weight.dtype)
+            if settled.keep is None:
+                settled.keep = keep_bits(mask)
             # Through `.data`: a backward pass under way must not take this for a change of its saved weight.
             mask_in_place(weight.data, settled.keep)
         if settled.weight is not weight or settled.data != weight.data_ptr():

@@ -11,20 +11,39 @@ from torch.multiprocessing.reductions import StorageWeakRef
 __all__ = ["GradientMark", "MaskGradient", "MaskOwnGradient", "keep_bits", "mask_in_place"]
 
 _SAME_SIZE_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PART = 2**18  # elements, 1 MiB in float32
 
 
-def keep_bits(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """All bits set where `mask` is true, none elsewhere, in the integer type of `dtype`'s size."""
-    return mask.to(_SAME_SIZE_INT[dtype.itemsize]).neg_()
+def keep_bits(mask: Tensor) -> Tensor:
+    """All bits set where `mask` is true, none elsewhere: -1 and 0 in int8, the mask's shape and layout."""
+    return mask.view(torch.int8).neg()
 
 
 def mask_in_place(values: Tensor, keep: Tensor) -> Tensor:
-    """Set `values` to exactly +0.0 where `keep` has no bits, at a third of the time of `masked_fill_`.
+    """Set `values` to exactly +0.0 where `keep` (as `keep_bits` makes it) has no bits, faster than `masked_fill_`.
 
     Working on the bits also turns an inf or nan outside the mask into zero, which a product with 0 would not.
     """
-    values.view(keep.dtype).bitwise_and_(keep)
+    bits = values.view(_SAME_SIZE_INT[values.dtype.itemsize])
+    flat, kept = _flat(bits), _flat(keep)
+    if bits.device.type != "cpu" or flat is None or kept is None or bits.is_contiguous() != keep.is_contiguous():
+        bits.bitwise_and_(keep)  # a GPU widens the smaller type on the way
+        return values
+    # On a CPU the wider type needs memory: a part at a time, which stays in the cache. That takes no longer than
+    # reading as wide a mask from memory would.
+    wide = torch.empty(min(_PART, flat.numel()), dtype=bits.dtype)
+    for part, own in zip(flat.split(_PART), kept.split(_PART), strict=True):
+        part.bitwise_and_(wide[: len(part)].copy_(own))
     return values
+
+
+def _flat(tensor: Tensor) -> Tensor | None:
+    """The elements as they lie in memory; None where they do not lie one after another."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor.permute(0, 2, 3, 1).view(-1)
+    return None
 
 
 class GradientMark:
