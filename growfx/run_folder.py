@@ -140,7 +140,9 @@ class RunFolder:
         try:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
             if not isinstance(config, dict) or "train" not in config:
-                raise ValueError("it does not describe a run")
+                above = path.absolute().parent
+                hint = f"; the run is `{above}`" if (above / "config.json").is_file() else ""
+                raise ValueError(f"it does not describe a run{hint}")
         except FileNotFoundError as error:
             raise CheckpointError(f"`{path}` is not a run folder: it has no `config.json`") from error
         except (OSError, ValueError) as error:

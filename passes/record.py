@@ -88,8 +88,8 @@ def record(
         source = _source_of_error(error)
         shapes = [tuple(a.shape) for a in args if isinstance(a, Tensor)]
         raise TraceError(
-            f"`{type(module).__name__}` fails on example inputs of shape {shapes}{where} ({source}): "
-            f"{type(error).__name__}: {error}. Pass `example_inputs` that the model accepts."
+            f"`{type(module).__name__}` fails on inputs of shape {shapes}{where} ({source}): "
+            f"{type(error).__name__}: {error}. Pass inputs that the model accepts (`example_inputs` of `growfx.wrap`)."
         ) from error
     recorder.graph.output(recorder.as_argument(output, build=True))
     _drop_unused_numbers(recorder.graph)

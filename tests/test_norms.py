@@ -68,7 +68,7 @@ def test_no_batches_are_refused_and_leave_everything_as_it_was():
 
 def test_an_error_on_the_way_leaves_momentum_and_modes_as_they_were():
     net = small_net().eval()
-    with pytest.raises(TraceError, match="fails on example inputs"):
+    with pytest.raises(TraceError, match="fails on inputs of shape"):
         reestimate_norms(net, [*batches(1), (torch.randn(2, 4, 8, 8), None)])
     assert net.get_submodule("bn").momentum == 0.1
     assert not any(module.training for module in net.modules())

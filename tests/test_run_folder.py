@@ -127,6 +127,14 @@ def test_a_folder_without_a_run_or_with_a_damaged_one_is_named(tmp_path):
         RunFolder.open(tmp_path)
 
 
+def test_the_artifact_of_a_run_names_the_run(tmp_path):
+    run = RunFolder.start(tmp_path / "run", config())
+    (run.path / "artifact").mkdir()
+    (run.path / "artifact" / "config.json").write_text('{"architecture": "resnet18"}')
+    with pytest.raises(CheckpointError, match=r"it does not describe a run; the run is `.*/run`"):
+        RunFolder.open(run.path / "artifact")
+
+
 def test_runs_that_start_at_the_same_time_in_a_new_folder_do_not_refuse_each_other(tmp_path, monkeypatch):
     original = Path.touch
 

@@ -436,5 +436,5 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
     assert load(tmp_path / "wide", dtype=torch.float32)(X).dtype == torch.float32
     with pytest.raises(ArtifactError, match="there is no artifact"):
         growfx.load(tmp_path / "nothing", runtime="sparse")
-    with pytest.raises(growfx.TraceError, match="fails on example inputs"):
+    with pytest.raises(growfx.TraceError, match="fails on inputs of shape"):
         load(folder, example_inputs=X[:, :2])
