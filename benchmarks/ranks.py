@@ -5,7 +5,9 @@ collectives, of one rank. Memory is the peak of the resident set above its level
 (`MALLOC_MMAP_THRESHOLD_`), so that it counts what is alive. Ranks share the cores: times say what a round costs here
 beside a step, not how it scales.
 
-    python benchmarks/ranks.py [--model resnet34] [--size 64] [--batch 4] [--ranks 1 2 4] [--json FILE]
+    python benchmarks/ranks.py [--model resnet34] [--size 64] [--batch 4] [--ranks 1 2 4] [--shards] [--json FILE]
+
+With `--shards` each rank has a part of the weights (`fully_shard`) in place of all of them (`DistributedDataParallel`).
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "pwmpr": {"seed_density": 0.1, "epochs_per_round": 1},
     "gradient-growth": {"seed_density": 0.1, "epochs_per_round": 1},
     "rigl": {"density": 0.1, "update_every": 2, "update_until": 1.0},
+    "gmp": {"density": 0.1, "update_every": 2},
 }
+WITH_SHARDS = ("rigl", "gmp", "gradient-growth")
+WITHOUT = ("pwmpr", "gradient-growth", "rigl")
 
 
 def resident(field: str) -> int:
@@ -62,6 +67,8 @@ def one_method(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """A step without and with what a method does after it, once warm."""
     import timm
     import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
     from torch.nn import functional as F
     from torch.nn.parallel import DistributedDataParallel
 
@@ -70,13 +77,17 @@ def one_method(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
     torch.manual_seed(0)
     net = growfx.wrap(timm.create_model(arguments.model), torch.randn(1, 3, arguments.size, arguments.size))
-    model = DistributedDataParallel(net, gradient_as_bucket_view=True) if ranks.world_size() > 1 else net
+    model: Any = net
+    if arguments.shards:
+        fully_shard(net, mesh=init_device_mesh("cpu", (ranks.world_size(),)))
+    elif ranks.world_size() > 1:
+        model = DistributedDataParallel(net, gradient_as_bucket_view=True)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
     method = growfx.methods.create(name, **METHODS[name])
     method.attach(net, optimizer, total_steps=100, steps_per_epoch=2)
     images = torch.randn(arguments.batch, 3, arguments.size, arguments.size)
     targets = torch.arange(arguments.batch)
-    listens = name != "rigl"
+    listens = name.endswith(("pwmpr", "growth"))
 
     def step() -> None:
         F.cross_entropy(model(images), targets).backward()
@@ -86,7 +97,7 @@ def one_method(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         changed = method.step()
         if listens:
             method.report(0.5 + 0.01 * len(method.trace))
-        assert changed or net.nnz > before
+        assert changed or net.nnz != before
 
     found: dict[str, Any] = {}
     for _ in range(2):  # the first round also records, and learns which layers are on a path
@@ -111,14 +122,20 @@ def one_method(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def resting(net: Any, optimizer: Any) -> dict[str, int]:
     """Bytes of what a rank keeps between steps."""
+    from growfx.shards import own_part
+
     layers = net.layers.values()
     state = [value for entry in optimizer.state.values() for value in entry.values() if value is not None]
     return {
-        "parameters": sum(value.nbytes for value in net.parameters()),
-        "gradients": sum(value.grad.nbytes for value in net.parameters() if value.grad is not None),
+        "parameters": sum(own_part(value).nbytes for value in net.parameters()),
+        "gradients": sum(own_part(value.grad).nbytes for value in net.parameters() if value.grad is not None),
         "masks": sum(layer.mask.nbytes for layer in layers),
-        "mask bits": sum(keep.nbytes for layer in layers if (keep := layer.settle().keep) is not None),
-        "optimizer": sum(value.nbytes for value in state),
+        "mask bits": sum(
+            keep.nbytes
+            for layer in layers
+            if layer._settled is not None and (keep := layer._settled.keep) is not None and keep is not layer.mask
+        ),
+        "optimizer": sum(own_part(value).nbytes for value in state),
     }
 
 
@@ -128,7 +145,7 @@ def work(rank: int, count: int, store: str, arguments: argparse.Namespace, out: 
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
-    found = {name: one_method(name, arguments) for name in METHODS}
+    found = {name: one_method(name, arguments) for name in (WITH_SHARDS if arguments.shards else WITHOUT)}
     if rank == 0:
         Path(out).write_text(json.dumps(found))
     dist.destroy_process_group()
@@ -140,6 +157,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--shards", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     os.environ.update({"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"})
@@ -164,7 +182,7 @@ def main() -> None:
     print(tabulate(rows, heads, floatfmt=".2f", intfmt=","))
     if arguments.json:
         facts = {"machine": describe(), "options": {"model": arguments.model, "size": arguments.size}}
-        facts["options"] |= {"batch": arguments.batch, "threads": 1}
+        facts["options"] |= {"batch": arguments.batch, "threads": 1, "shards": arguments.shards}
         arguments.json.write_text(json.dumps(facts | {"results": results}, indent=1) + "\n")
 
 

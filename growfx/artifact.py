@@ -44,6 +44,7 @@ from growfx.manifest import (
 from growfx.model_card import model_card
 from growfx.models import ModelIdentity, blueprint, create_model
 from growfx.recorded_call import RECORDED_CONSTANT
+from growfx.shards import HOW_TO_GATHER, require_whole
 from growfx.staging import staged_folder
 from growfx.weights_file import MAX_HEADER
 
@@ -97,11 +98,14 @@ def save(
 
     Raises:
         ArtifactError: no masked network, a tensor that cannot be stored, or a path that cannot be written.
+        ConfigError: the weights are spread over processes (`fully_shard`).
     """
     if not isinstance(net, MaskedGraph):
         raise ArtifactError(
             f"save takes a growfx.MaskedGraph, not a `{type(net).__name__}`; make one with growfx.wrap(model)"
         )
+    for parameter in net.parameters():
+        require_whole(parameter, f"an artifact has whole ones; {HOW_TO_GATHER}")
     target = Path(path)
     if target.is_file() or target.suffix == ".safetensors":
         raise ArtifactError(f"`{target}` is a file; save writes a folder: give the folder's path")

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from growfx import ranks
 from growfx.errors import MaskError, TraceError
 from growfx.inputs import Inputs
 from growfx.layers import MaskedLayer, check_mask
+from growfx.masked_uses import MaskedUses
+from growfx.shards import check_recordable, fsdp_modules, own_part, part_of
 from growfx.trace_report import TraceReport
 
 __all__ = ["MaskedGraph", "RecordFunction", "RecordedGraph"]
@@ -90,6 +91,8 @@ class MaskedGraph(fx.GraphModule):
         # Telling where a model came from may need building others to compare: only done when asked for.
         self._identity: tuple[Callable[[], Any]] | Any = (find_identity,)
         self.replicated, self._compared = False, False
+        self._searched_as: type | None = None  # `fully_shard` gives what it is called on another class
+        self._gathers_inside = False
         # In a plain dict the layers would become submodules of their own.
         self._named_layers: tuple[dict[str, MaskedLayer]] = ({},)
         self._tied: tuple[list[list[MaskedLayer]]] = ([],)
@@ -128,6 +131,11 @@ class MaskedGraph(fx.GraphModule):
     def density(self) -> float:
         """Active weights over all weights of the masked layers."""
         return self.nnz / self.numel if self.numel else 1.0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank has a part of the weights (`fully_shard`)."""
+        return any(layer.sharded for layer in self.layers.values())
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Replace the masks of the named layers; weights outside the new masks become +0.0.
@@ -169,7 +177,7 @@ class MaskedGraph(fx.GraphModule):
         """
         wrong = []
         for name, layer in self.layers.items():
-            outside = layer.parameter.detach()[~layer.mask]
+            outside = own_part(layer.parameter)[~part_of(layer.mask, layer.parameter)]
             if bool((outside != 0).any() | torch.signbit(outside).any()):
                 wrong.append(name)
         if wrong:
@@ -190,6 +198,19 @@ class MaskedGraph(fx.GraphModule):
             # also where something around this network was wrapped
             self.replicated = self._compared = True
             ranks.require_same_masks(self)
+        elif self.sharded:
+            self._compared = True
+            ranks.require_same_masks(self)
+
+    def find_shards(self) -> None:
+        """Find out what `fully_shard` was called on: this network, or modules inside that gather their own weights.
+
+        The first forward after a change of the mode or of this class looks, and a method when it is attached.
+        """
+        found = fsdp_modules(self)
+        self._searched_as, self._gathers_inside = type(self), any(module is not self for module in found)
+        for layer in self.layers.values() if found else ():
+            layer.sharded = True
 
     # -- graphs -------------------------------------------------------------------------------------------------------
 
@@ -229,6 +250,7 @@ class MaskedGraph(fx.GraphModule):
         return found if found is not None else self._record(key, inputs)
 
     def _record(self, key: tuple[bool, Any], inputs: Inputs) -> RecordedGraph:
+        check_recordable(self.shell)
         with _without_compiler(), in_mode(self.shell, key[0]):
             self._recordings[key] = self._recorder(self, inputs)
         if len(self._recordings) == 1 or key == (self.training, self._example.signature):
@@ -263,8 +285,14 @@ class MaskedGraph(fx.GraphModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model computes with its masked weights."""
-        if not self._compared and self.training and not torch.compiler.is_compiling():
-            self._compare_ranks()
+        if not torch.compiler.is_compiling():
+            if self._searched_as is not type(self):
+                self.find_shards()
+            if not self._compared and self.training:
+                self._compare_ranks()
+        if self._gathers_inside:  # before the forward of a module that a graph may pass by
+            with MaskedUses(self.layers.values()):
+                return self.shell(*args, **kwargs)
         inputs = Inputs(args, kwargs)
         recording = self.recorded(inputs, self.training)
         if recording is None and self._worth_recording(inputs):
@@ -272,7 +300,7 @@ class MaskedGraph(fx.GraphModule):
         if recording is not None and recording.faithful:
             # On the shell, not on the net: a submodule of the model may be called `layers` or `graph`.
             return recording.run(self.shell, *args, **kwargs)
-        with _MaskedUses(self) if self.layers else nullcontext():
+        with MaskedUses(self.layers.values()) if self.layers else nullcontext():
             return self.shell(*args, **kwargs)
 
     def _worth_recording(self, inputs: Inputs) -> bool:
@@ -296,7 +324,7 @@ class MaskedGraph(fx.GraphModule):
     def train(self, mode: bool = True) -> MaskedGraph:
         """Switch the mode, show its graph, and make stored weights obey their masks."""
         self.shell.train(mode)
-        self.training = mode
+        self.training, self._searched_as = mode, None
         self.settle()
         recording = self.recorded(self._example, mode)
         if recording is not None:
@@ -374,24 +402,6 @@ class MaskedGraph(fx.GraphModule):
     def __str__(self) -> str:
         kind = type(self.shell).__name__
         return f"MaskedGraph of {kind}: {len(self.layers)} masked layers, density {self.density:.4g}\n{self._code}"
-
-
-class _MaskedUses(TorchFunctionMode):
-    """Where a model's own forward reads a masked parameter directly, give it the effective weight."""
-
-    def __init__(self, net: MaskedGraph):
-        super().__init__()
-        self.layer_of = {id(layer.parameter): layer for layer in net.layers.values()}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def effective(value: Any) -> Any:
-            layer = self.layer_of.get(id(value)) if isinstance(value, nn.Parameter) else None
-            return value if layer is None else layer.effective_weight
-
-        if getattr(func, "__name__", "") in ("__get__", "__set__", "size", "dim"):
-            return func(*args, **(kwargs or {}))
-        args, kwargs = pytree.tree_map(effective, (tuple(args), kwargs or {}))
-        return func(*args, **kwargs)
 
 
 def chain_tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -31,7 +31,7 @@ from growfx.compiled_weight import compiled_weight
 from growfx.errors import MaskError
 from growfx.masked_gradient import GradientMark, MaskGradient, MaskOwnGradient, keep_bits, mask_in_place
 from growfx.optimizer_hooks import LAYER_OF
-from growfx.shards import require_whole
+from growfx.shards import check_cut, is_sharded, like_part, own_part, part_of, require_whole
 
 __all__ = [
     "MaskedLayer",
@@ -42,6 +42,11 @@ __all__ = [
     "to_plain",
     "to_twin",
 ]
+
+_OUTSIDE = (
+    "outside of a forward no rank has all of it; work between `net.unshard()` and `net.reshard()`, and where a layer "
+    "is sharded alone, call the layer itself"
+)
 
 # Convolutions that do not say so by their base class; named, so that nothing has to be imported.
 _CONVOLUTIONS = {"timm.layers.cond_conv2d.CondConv2d"}
@@ -78,6 +83,7 @@ class MaskedLayer(nn.Module):
         collects_gradient: while True, backward passes in training leave the gradient of absent edges too; the
             optimizer's step finds it masked, and `dense_gradient` keeps the whole.
         dense_gradient: what a step collected since this was set to None (shape and dtype of the weight).
+        sharded: whether the parameter was seen to be spread over ranks (`fully_shard`).
         gate: None, or what turns the parameter into the weight the layer uses, instead of the mask (a soft mask).
     """
 
@@ -86,6 +92,7 @@ class MaskedLayer(nn.Module):
     mask: Tensor
     dense_gradient: Tensor | None = None
     gate: Callable[[Tensor], Tensor] | None = None
+    sharded: bool = False
     _settled: _Settled | None
     _collects: Tensor  # `collects_gradient` as a scalar, for compiled code
     _collecting: bool = False
@@ -105,7 +112,6 @@ class MaskedLayer(nn.Module):
         """The parameter the mask belongs to, as stored (outside the mask it may wait for its next use)."""
         parameter = self._parameters[self.weight_name]
         assert parameter is not None
-        require_whole(parameter)
         return parameter
 
     @property
@@ -137,19 +143,40 @@ class MaskedLayer(nn.Module):
         """Active weights over all weights."""
         return self.nnz / self.numel
 
-    def settle(self) -> _Settled:
-        """Make the stored parameter +0.0 outside the mask, and note which versions of both that was."""
+    def settle(self) -> None:
+        """Make the stored parameter +0.0 outside the mask."""
+        if is_sharded(self.parameter):
+            self._settle_part()
+        else:
+            self._settle_whole()
+
+    def _settle_part(self) -> None:
+        """Do so with the rows that this rank has."""
+        weight = self.parameter
+        if LAYER_OF.get(id(weight)) is not self:
+            check_cut(weight)
+            LAYER_OF[id(weight)] = self
+            self.sharded, self._settled = True, None
+        if not self.mask.is_meta and self.nnz < self.numel:
+            mask_in_place(own_part(weight), part_of(self.mask, weight))
+
+    def _settle_whole(self) -> _Settled:
+        """Do so with a whole parameter, and note which versions of parameter and mask that was."""
         weight, mask, settled = self.parameter, self.mask, self._settled
         if settled is None or settled.mask is not mask or settled.mask_version != mask._version:
             # Values on the meta device cannot be counted.
             nnz = mask.numel() if mask.is_meta else int(torch.count_nonzero(mask))
             settled = _Settled(weight, mask, weight._version, mask._version, weight.data_ptr(), nnz)
         if settled.nnz < mask.numel():
-            if settled.keep is None:
+            if self.sharded:
+                # Bits of all weights would be a lot beside a part of the weights.
+                settled.keep = mask
+            elif settled.keep is None:
                 settled.keep = keep_bits(mask)
             # Through `.data`: a backward pass under way must not take this for a change of its saved weight.
             mask_in_place(weight.data, settled.keep)
-        if settled.weight is not weight or settled.data != weight.data_ptr():
+        # FSDP reduces what its modules' own backward made: the node that masks must be younger than their inputs.
+        if self.sharded or settled.weight is not weight or settled.data != weight.data_ptr():
             settled.own = None
         settled.weight, settled.weight_version, settled.data = weight, weight._version, weight.data_ptr()
         LAYER_OF[id(weight)] = self
@@ -171,16 +198,20 @@ class MaskedLayer(nn.Module):
             return None
         if (
             settled is None
+            # Gathered anew for each use, which no version tells.
+            or self.sharded
             or settled.weight_version != weight._version
             or settled.mask_version != mask._version
             or settled.weight is not weight
             or settled.mask is not mask
             or settled.data != weight.data_ptr()
         ):
-            settled = self.settle()
+            require_whole(weight, _OUTSIDE)
+            settled = self._settle_whole()
         return weight, None if settled.keep is None or self._collecting else settled
 
     def _masked_at_use(self) -> Tensor:
+        require_whole(self.parameter, _OUTSIDE)
         if self.mask.is_meta:  # no values to mask, and torch's shape function of `where` is slow
             return self.parameter
         if self.training and torch.compiler.is_compiling():
@@ -227,8 +258,13 @@ class MaskedLayer(nn.Module):
         if grad is None:
             return
         if self.dense_gradient is None:
-            self.dense_gradient = grad.detach().clone() if scale is None else grad.detach() / scale
-        keep = self.settle().keep
+            part = own_part(grad)
+            part = part.clone() if scale is None else part / scale
+            self.dense_gradient = like_part(part, grad) if is_sharded(grad) else part
+        if is_sharded(grad):
+            mask_in_place(own_part(grad), part_of(self.mask, grad))
+            return
+        keep = self._settle_whole().keep
         if keep is not None:
             mask_in_place(grad, keep)
 
@@ -241,15 +277,21 @@ class MaskedLayer(nn.Module):
 
         `scale`: of the loss, where the optimizer is still to divide the gradient by it.
         """
+        grad = self.parameter.grad
+        if is_sharded(self.parameter):
+            self._settle_part()
+            if self._collecting:
+                self.take_dense_gradient(scale)
+            elif grad is not None:
+                mask_in_place(own_part(grad), part_of(self.mask, grad))
+            return
         settled = self._settled
         if settled is None or settled.mask is not self.mask or settled.mask_version != self.mask._version:
-            settled = self.settle()
+            settled = self._settle_whole()
         if self._collecting:
             self.take_dense_gradient(scale)
-        elif settled.keep is not None:
-            grad = self.parameter.grad
-            if grad is not None and not settled.mark.is_of(grad):
-                mask_in_place(grad, settled.keep)
+        elif settled.keep is not None and grad is not None and not settled.mark.is_of(grad):
+            mask_in_place(grad, settled.keep)
 
     def optimizer_stepped(self, version_before: int) -> None:
         """Note that the parameter changed by a step that keeps zeros; `version_before` was its version."""
@@ -270,6 +312,7 @@ class MaskedLayer(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The version counters of a copy's tensors start again: what was seen of the original says nothing of them.
         anew = {
+            "sharded": False,
             "_settled": None,
             "dense_gradient": None,
             "_collecting": False,

@@ -22,8 +22,12 @@ def keep_bits(mask: Tensor) -> Tensor:
 def mask_in_place(values: Tensor, keep: Tensor) -> Tensor:
     """Set `values` to exactly +0.0 where `keep` (as `keep_bits` makes it) has no bits, faster than `masked_fill_`.
 
+    A bool mask serves as `keep` too, where memory for its bits is not to be kept.
+
     Working on the bits also turns an inf or nan outside the mask into zero, which a product with 0 would not.
     """
+    if keep.dtype == torch.bool:
+        keep = keep_bits(keep)
     bits = values.view(_SAME_SIZE_INT[values.dtype.itemsize])
     flat, kept = _flat(bits), _flat(keep)
     if bits.device.type != "cpu" or flat is None or kept is None or bits.is_contiguous() != keep.is_contiguous():

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from growfx.shards import own_part, part_of
+
 if TYPE_CHECKING:
     from growfx.layers import MaskedLayer
 
@@ -67,8 +69,7 @@ def clear_state(optimizer: Optimizer, parameter: nn.Parameter, where: Tensor) ->
         return
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
-            with torch.no_grad():
-                value.masked_fill_(where, 0.0)
+            own_part(value).masked_fill_(part_of(where, value), 0.0)
 
 
 class StepWatch:

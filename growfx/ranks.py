@@ -30,6 +30,7 @@ __all__ = [
     "everyone",
     "finite",
     "from_first",
+    "gather",
     "is_sharded",
     "is_shared",
     "largest",
@@ -38,6 +39,7 @@ __all__ = [
     "replicate",
     "require_same_masks",
     "share_buffers",
+    "total",
     "within_ddp",
     "world_size",
 ]
@@ -58,8 +60,8 @@ def rank() -> int:
 
 
 def is_shared(net: MaskedGraph) -> bool:
-    """Whether the ranks train `net` together: it is in `DistributedDataParallel`, and there are several ranks."""
-    return net.replicated and world_size() > 1
+    """Whether several ranks train `net` together: it is in `DistributedDataParallel`, or `fully_shard` spread it."""
+    return (net.replicated or net.sharded) and world_size() > 1
 
 
 def within_ddp() -> bool:
@@ -166,6 +168,24 @@ def largest(*values: int) -> list[int]:
     return numbers.tolist()
 
 
+def total(counts: Tensor) -> Tensor:
+    """Return the sum of whole numbers over the ranks, of each. Shapes agree between ranks."""
+    if world_size() == 1:
+        return counts
+    summed = counts.cpu().clone()
+    dist.all_reduce(summed, group=_cpu_group())
+    return summed
+
+
+def gather(values: Tensor) -> Tensor:
+    """Return the values of every rank, one row a rank, in their order. Shapes agree between ranks."""
+    if world_size() == 1:
+        return values[None]
+    found = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(found, values.contiguous(), group=_cpu_group())
+    return torch.stack(found)
+
+
 def finite(value: Tensor) -> bool:
     """Whether a scalar is finite on every rank."""
     mean = value.detach().clone()
@@ -217,8 +237,8 @@ def require_same_masks(net: MaskedGraph) -> None:
     layers = [name for name in first if any(found.get(name) != first[name] for found in digests)]
     raise MaskError(
         f"the masks of {_listed(layers)} differ between ranks: rank {_numbers(others)} against rank 0; every rank "
-        "needs the same model, seed and options, weights loaded before `DistributedDataParallel` wraps the network, "
-        "and no change of weights or masks of its own"
+        "needs the same model, seed and options, weights loaded before `DistributedDataParallel` or `fully_shard` "
+        "takes the network, and no change of weights or masks of its own"
     )
 
 

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from growfx.edge_keys import EdgeKeys
 from growfx.errors import ConfigError
+from growfx.shards import is_sharded
 
-__all__ = ["Selection", "draw", "top"]
+__all__ = ["Selection", "check_count", "draw", "top"]
 
 _CHUNK = 1 << 17  # edges per unit of work: the arrays of a chunk stay in the second-level cache
 _SAMPLE = 1 << 15  # edges looked at to guess the deadline
@@ -97,8 +98,13 @@ def draw(
     `scores`: finite, non-negative tensors per layer, any shape; score 0 is never drawn. `allowed`: bool
     tensors per layer, of the same shapes; a layer not in it is allowed whole. With fewer than `k` allowed
     edges of positive score all of them are taken (`count` says how many). `chunk` (edges) changes speed only.
+    Scores that are sharded (`growfx.shards`) are so for all layers, and every rank calls this; the masks are whole.
     Raises `ConfigError` for a negative `k`, a negative or non-finite score, or shapes that differ.
     """
+    if any(map(is_sharded, scores.values())):
+        from growfx.shard_selection import draw as draw_sharded
+
+        return draw_sharded(scores, k, keys, allowed)
     layers = _flatten(scores, allowed)
     chunks = list(_chunks(layers, k, chunk))
     if k == 0:
@@ -125,6 +131,10 @@ def top(
     Arguments as in `draw`, except that scores may be negative or infinite. With fewer than `k` allowed edges
     all are taken. Raises `ConfigError` for a negative `k`, a NaN score, or shapes that differ.
     """
+    if any(map(is_sharded, scores.values())):
+        from growfx.shard_selection import top as top_sharded
+
+        return top_sharded(scores, k, keys, allowed, largest=largest)
     layers = _flatten(scores, allowed)
     chunks = list(_chunks(layers, k, chunk))
     counts = _for_each(chunks, _count)
@@ -154,9 +164,14 @@ def _flatten(scores: Mapping[str, Tensor], allowed: Mapping[str, Tensor] | None)
     return layers
 
 
-def _chunks(layers: list[_Layer], k: int, size: int) -> Iterator[_Chunk]:
+def check_count(k: int) -> None:
+    """Raise `ConfigError` for a negative number of edges to choose."""
     if k < 0:
         raise ConfigError(f"the number of edges to choose is {k}; allowed is 0 or more")
+
+
+def _chunks(layers: list[_Layer], k: int, size: int) -> Iterator[_Chunk]:
+    check_count(k)
     for layer in layers:
         for start in range(0, len(layer.scores), size):
             yield _Chunk(layer, start, min(start + size, len(layer.scores)))

@@ -27,6 +27,7 @@ from growfx.run_config import describe_run
 from growfx.run_folder import RunFolder, refuse_existing
 from growfx.run_result import Result
 from growfx.scalars import Scalars
+from growfx.shards import require_whole
 from growfx.train_run import Run
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def train(
         about: further facts for `config.json` and the artifact, which a continued run must share.
 
     Raises:
-        ConfigError: an option out of its range, an unknown optimizer, a network without class scores.
+        ConfigError: an option out of its range, an unknown optimizer, a network without class scores, or one whose
+            weights are spread over processes (`fully_shard`).
         CheckpointError: the run folder exists, is of another run, is damaged, or cannot be written.
         DataError: an empty loader.
         GrowfxError: the loss is not finite.
@@ -79,6 +81,12 @@ def train(
             f"growfx.train needs a growfx.MaskedGraph, not a `{type(net).__name__}`; wrap the model first"
         )
     chosen = Fixed() if method is None else method
+    for parameter in net.parameters():
+        require_whole(
+            parameter,
+            "growfx.train keeps networks whole, in `DistributedDataParallel`; call it with the network as it was "
+            "before, or write the loop: `method.attach(net, optimizer, ...)`, then `method.step()` after each step",
+        )
     run = Run(net, train_loader, val_loader, test_loader, chosen, options, progress)
     if out is None and resume:
         raise ConfigError("`resume` needs `out`, the folder of the run to continue")

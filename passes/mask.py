@@ -25,7 +25,7 @@ from growfx.module_copy import copy_modules
 from growfx.passes.list_unmasked import list_unmasked
 from growfx.passes.record import DataDependentError, NeedsValuesError, meta_copy, record
 from growfx.recorded_call import RECORDED_CONSTANT, can_be_written
-from growfx.shards import require_whole
+from growfx.shards import HOW_TO_GATHER, require_whole
 from growfx.trace_report import TraceReport
 
 __all__ = ["unwrap", "wrap"]
@@ -66,7 +66,9 @@ def wrap(
     if not 0 < density <= 1:
         raise ConfigError(f"density is {density}; it must lie in (0, 1]")
     for parameter in model.parameters():
-        require_whole(parameter)
+        require_whole(
+            parameter, "a recording needs it whole; wrap the model first, then call `fully_shard` on the result"
+        )
     if any(tensor.is_inference() for tensor in chain_tensors(model)):
         raise ConfigError(
             "the model's tensors were made inside `torch.inference_mode`, so nothing can train them or see them "
@@ -100,9 +102,15 @@ def wrap(
 
 @torch.inference_mode(False)
 def unwrap(net: MaskedGraph) -> nn.Module:
-    """The plain model of the original class, a copy, with weights outside the masks +0.0."""
+    """The plain model of the original class, a copy, with weights outside the masks +0.0.
+
+    Raises:
+        ConfigError: the weights are spread over processes (`fully_shard`).
+    """
     if not isinstance(net, MaskedGraph):
         raise TraceError(f"growfx.unwrap takes a MaskedGraph; a {type(net).__name__} arrived")
+    for parameter in net.parameters():
+        require_whole(parameter, f"a plain model has whole ones; {HOW_TO_GATHER}")
     net.settle()
     model = copy.deepcopy(net.shell)
     model.train(net.training)

@@ -21,6 +21,7 @@ from growfx.inputs import Inputs
 from growfx.passes.path_graph import PathGraph
 from growfx.passes.path_values import leaves, map_leaves
 from growfx.paths import PathProducts
+from growfx.shards import require_whole
 from growfx.unit_edges import joined_units
 
 if TYPE_CHECKING:
@@ -142,6 +143,9 @@ def _check_network(net: MaskedGraph) -> None:
 
 def _check_values(net: MaskedGraph) -> None:
     for name, layer in net.layers.items():
+        require_whole(
+            layer.parameter, "paths multiply whole ones; call `net.unshard()` before and `net.reshard()` after"
+        )
         if layer.parameter.is_meta:
             raise TraceError(
                 f"layer `{name}` is on the meta device and has no values; move the network to a real device"

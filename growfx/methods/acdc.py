@@ -46,6 +46,7 @@ class ACDC(Stepwise):
     """
 
     name: ClassVar[str] = "acdc"
+    needs_whole: ClassVar[str] = ""
 
     density: float = option(0.1, low=0, high=1, open_low=True)
     scope: str = option("global", choices=SPREADS)

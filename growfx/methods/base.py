@@ -20,6 +20,7 @@ from growfx.errors import CheckpointError, ConfigError
 from growfx.layers import MaskedLayer
 from growfx.optimizer_hooks import clear_state, optimizers_of
 from growfx.session import Session, Stage
+from growfx.shards import is_sharded, own_part, part_of, reshard
 
 if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
@@ -32,6 +33,7 @@ __all__ = [
     "check_state",
     "collect_gradients",
     "dense_gradients",
+    "find_shards",
     "not_attached",
 ]
 
@@ -43,10 +45,12 @@ class Method(ABC):
     Attributes:
         name: as in `growfx.methods.create`.
         changes_masks: False for one that leaves every mask as it is.
+        needs_whole: why it cannot work where each rank has a part of the weights (`fully_shard`); "" where it can.
     """
 
     name: ClassVar[str]
     changes_masks: ClassVar[bool] = True
+    needs_whole: ClassVar[str] = "it computes with whole weights"
 
     # -- in any loop ----------------------------------------------------------------------------------------
 
@@ -147,6 +151,34 @@ def not_attached(name: str) -> ConfigError:
     return ConfigError(f"method `{name}` is not attached; call `method.attach(net, optimizer, ...)` first")
 
 
+def find_shards(method: Method, net: MaskedGraph) -> None:
+    """Find out whether `fully_shard` spread the weights of `net`, and let its layers know.
+
+    Raises `ConfigError` where it did in a way that masks cannot follow, or `method` needs weights whole.
+    """
+    reshard(net)
+    net.find_shards()
+    spread = [name for name, layer in net.layers.items() if is_sharded(layer.parameter)]
+    if not spread:
+        return
+    if method.needs_whole:
+        from growfx.methods import kind_of, names
+
+        allowed = ", ".join(f"`{name}`" for name in names() if not kind_of(name).needs_whole)
+        raise ConfigError(
+            f"the weights of `{spread[0]}` are spread over processes (`fully_shard`), which method `{method.name}` "
+            f"does not work with: {method.needs_whole}; allowed are {allowed}, or `DistributedDataParallel`, which "
+            "keeps weights whole"
+        )
+    whole = [name for name in net.layers if name not in spread]
+    if whole:
+        raise ConfigError(
+            f"the weights of `{spread[0]}` are spread over processes (`fully_shard`), those of `{whole[0]}` are not; "
+            "masked layers are all spread or none, so call `fully_shard` on the network itself last"
+        )
+    net.settle()
+
+
 # -- masks ----------------------------------------------------------------------------------------------------
 
 
@@ -164,8 +196,7 @@ def change_masks(net: MaskedGraph, optimizer: Optimizer, masks: Mapping[str, Ten
         differs = mask.to(layer.mask.device) ^ layer.mask
         count = int(differs.sum())
         if count:
-            with torch.no_grad():
-                layer.parameter.masked_fill_(differs, 0.0)
+            own_part(layer.parameter).masked_fill_(part_of(differs, layer.parameter), 0.0)
             for each in {optimizer, *optimizers_of(layer.parameter)}:
                 clear_state(each, layer.parameter, differs)
         changed += count

@@ -26,6 +26,8 @@ from growfx.options import option
 
 __all__ = ["MEST", "SET", "SNFS", "Dynamic", "RigL", "RigLSG", "RigLSM"]
 
+_SUMS = "it shares growth out by sums over a layer's edges, whose last bits depend on the number of ranks"
+
 
 @dataclass(frozen=True)
 class Dynamic(SparseStart):
@@ -147,6 +149,7 @@ class SET(Dynamic):
     """
 
     name: ClassVar[str] = "set"
+    needs_whole: ClassVar[str] = ""
 
     def _rewire(self, course: Course) -> Mapping[str, Tensor]:
         return self._exchanged(course, None)
@@ -160,6 +163,7 @@ class RigL(Dynamic):
     """
 
     name: ClassVar[str] = "rigl"
+    needs_whole: ClassVar[str] = ""
     gradient: ClassVar[str] = "updates"
 
     def _rewire(self, course: Course) -> Mapping[str, Tensor] | None:
@@ -177,6 +181,7 @@ class RigLSG(Dynamic):
     """
 
     name: ClassVar[str] = "rigl-sg"
+    needs_whole: ClassVar[str] = _SUMS
     gradient: ClassVar[str] = "updates"
 
     def _rewire(self, course: Course) -> Mapping[str, Tensor] | None:
@@ -197,6 +202,7 @@ class RigLSM(Dynamic):
     """
 
     name: ClassVar[str] = "rigl-sm"
+    needs_whole: ClassVar[str] = _SUMS
     gradient: ClassVar[str] = "updates"
 
     averaging: float = option(0.9, low=0, high=1, open_high=True)
@@ -229,6 +235,7 @@ class SNFS(Dynamic):
     """
 
     name: ClassVar[str] = "snfs"
+    needs_whole: ClassVar[str] = _SUMS
     gradient: ClassVar[str] = "steps"
 
     averaging: float = option(0.9, low=0, high=1, open_high=True)
@@ -258,6 +265,7 @@ class MEST(Dynamic):
     """
 
     name: ClassVar[str] = "mest"
+    needs_whole: ClassVar[str] = ""
 
     gradient_weight: float = option(0.01, low=0)
     excess: float = option(0.05, low=0, high=1)

@@ -13,10 +13,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from growfx import ranks
 from growfx.density import layer_densities
 from growfx.edge_keys import EdgeKeys
 from growfx.errors import ConfigError
 from growfx.selection import top
+from growfx.shards import is_sharded, own_part
 
 __all__ = ["apportion", "drop_to", "exchange", "finite_magnitudes", "grow_to", "keep_largest", "mean_of_active"]
 
@@ -143,10 +145,14 @@ def finite_magnitudes(values: Scores, what: str | None = None) -> dict[str, Tens
     """
     magnitudes = {name: value.detach().abs() for name, value in values.items()}
     # a maximum is NaN where one value is
-    fine = {name: torch.isfinite(value.max()) for name, value in magnitudes.items() if value.numel()}
-    if fine and not bool(torch.stack(list(fine.values())).all()):
-        if what is None:
-            return None
-        name = next(name for name in fine if not bool(fine[name]))
-        raise ConfigError(f"{what} of layer `{name}` are not finite; lower the learning rate or clip the gradient")
-    return magnitudes
+    parts = {name: own_part(value) for name, value in magnitudes.items()}
+    fine = {name: torch.isfinite(part.max()) for name, part in parts.items() if part.numel()}
+    all_fine = not fine or bool(torch.stack(list(fine.values())).all())
+    wrong = [] if all_fine else [name for name in fine if not bool(fine[name])]
+    if any(map(is_sharded, magnitudes.values())):
+        wrong = [name for of_rank in ranks.everyone(wrong) for name in of_rank]
+    if not wrong:
+        return magnitudes
+    if what is None:
+        return None
+    raise ConfigError(f"{what} of layer `{wrong[0]}` are not finite; lower the learning rate or clip the gradient")

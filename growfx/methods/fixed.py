@@ -18,6 +18,7 @@ class Fixed(Stepwise):
     """Trains a network under the masks it has."""
 
     name: ClassVar[str] = "fixed"
+    needs_whole: ClassVar[str] = ""
     changes_masks: ClassVar[bool] = False
 
     def _start(self, course: Course) -> Mapping[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from growfx.edge_keys import EdgeKeys
+from growfx.layers import MaskedLayer
 from growfx.methods.growing import Growing, Growth
 from growfx.methods.growth import DRAWS
 from growfx.options import option
@@ -38,6 +39,7 @@ class GradientGrowth(Growing):
     """
 
     name: ClassVar[str] = "gradient-growth"
+    needs_whole: ClassVar[str] = ""
     reads_gradient: ClassVar[bool] = True
 
     draw: str = option("top", choices=DRAWS)
@@ -47,7 +49,8 @@ class GradientGrowth(Growing):
 
     def _grown(self, growth: Growth, paths: PathProducts, count: int, keys: EdgeKeys) -> Mapping[str, Tensor]:
         masks = {name: growth.net.layers[name].mask for name in paths.scores}
-        scores = {name: _magnitudes(growth.gradients.get(name), mask) for name, mask in masks.items()}
+        layers = {name: growth.net.layers[name] for name in masks}
+        scores = {name: _magnitudes(growth.gradients.get(name), layer) for name, layer in layers.items()}
         absent = growth.absent(paths)
         if self.draw == "top":
             new = top(scores, count, keys, absent).masks
@@ -59,7 +62,7 @@ class GradientGrowth(Growing):
         return {name: mask | drawn.masks[name] | rest[name] for name, mask in masks.items()}
 
 
-def _magnitudes(gradient: Tensor | None, mask: Tensor) -> Tensor:
+def _magnitudes(gradient: Tensor | None, layer: MaskedLayer) -> Tensor:
     if gradient is None:  # a full layer
-        return torch.zeros(mask.shape, device=mask.device)
+        return torch.zeros_like(layer.parameter.detach())
     return gradient.detach().abs().nan_to_num(nan=0.0, posinf=0.0)

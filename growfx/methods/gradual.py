@@ -47,6 +47,7 @@ class GMP(Stepwise):
     """
 
     name: ClassVar[str] = "gmp"
+    needs_whole: ClassVar[str] = ""
 
     density: float = option(0.1, low=0, high=1, open_low=True)
     scope: str = option("global", choices=SPREADS)
@@ -103,6 +104,7 @@ class GraNet(SparseStart):
     """
 
     name: ClassVar[str] = "granet"
+    needs_whole: ClassVar[str] = ""
 
     initial_density: float = option(1.0, low=0, high=1, open_low=True)
     prune_until: float = option(0.5, low=0, high=1, open_low=True)

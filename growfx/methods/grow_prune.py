@@ -44,6 +44,7 @@ class GrowPrune(PathGrowth):
     """
 
     name: ClassVar[str] = "grow-prune"
+    needs_whole: ClassVar[str] = "it ranks whole weights and path products together"
 
     exchange_fraction: float = option(0.1, low=0, high=1, open_low=True, open_high=True)
 

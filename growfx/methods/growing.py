@@ -28,6 +28,7 @@ from growfx.methods.base import (
     check_state,
     collect_gradients,
     dense_gradients,
+    find_shards,
     not_attached,
 )
 from growfx.methods.growth import Origin, Snapshot, next_nnz
@@ -37,6 +38,7 @@ from growfx.passes.seed import seed_masks
 from growfx.paths import PathProducts
 from growfx.plateau import Decision, LogisticFit, PlateauRule, Point
 from growfx.session import Session, Stage
+from growfx.shards import unsharded
 
 if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
@@ -150,7 +152,9 @@ class Growing(Method):
         network without path products.
         """
         check_clock(total_steps, steps_per_epoch)
-        start = seed_masks(net, self.seed_density, seed=self.seed, largest=self.max_density)
+        find_shards(self, net)
+        with unsharded(net):
+            start = seed_masks(net, self.seed_density, seed=self.seed, largest=self.max_density)
         growth = Growth(net, optimizer, steps_per_epoch)
         if self.final_weights == "initial":
             growth.origin = Origin.take(net)
@@ -245,7 +249,8 @@ class Growing(Method):
         growth = self._attached()
         if ranks.is_shared(growth.net):
             ranks.share_buffers(growth.net)  # norms count in paths
-        paths = self._paths(growth.net)
+        with unsharded(growth.net):
+            paths = self._paths(growth.net)
         entry: dict[str, Any] = {
             "round": len(growth.trace),
             "density": growth.net.density,

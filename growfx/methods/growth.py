@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from growfx.errors import CheckpointError
 from growfx.mask_bits import pack, unpack
+from growfx.shards import own_part, part_of
 
 if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
@@ -34,7 +35,7 @@ def next_nnz(nnz: int, numel: int, growth_ratio: float, max_density: float) -> i
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The masks and weights of a round, kept on the CPU.
+    """The masks and weights of a round, kept on the CPU; of sharded weights (`fully_shard`) this rank's part.
 
     masks: packed bits (uint8) by layer. active: the active weights by layer, in index order.
     rest: every other entry of the state dict (biases, norms and their statistics, unmasked layers).
@@ -50,8 +51,8 @@ class Snapshot:
         masks, active = {}, {}
         for name, layer in net.layers.items():
             masks[name] = pack(layer.mask)
-            active[name] = layer.parameter.detach()[layer.mask].cpu()
-        return cls(masks, active, {name: value.detach().cpu().clone() for name, value in _rest(net).items()})
+            active[name] = own_part(layer.parameter)[part_of(layer.mask, layer.parameter)].cpu()
+        return cls(masks, active, {name: own_part(value).cpu().clone() for name, value in _rest(net).items()})
 
     def restore(self, net: MaskedGraph, optimizer: Optimizer) -> None:
         """Make `net` what it was, and forget the optimizer's state: it belongs to another network."""
@@ -59,9 +60,10 @@ class Snapshot:
         net.set_masks(masks)
         with torch.no_grad():
             for name, layer in net.layers.items():
-                layer.parameter.zero_().masked_scatter_(masks[name], self.active[name].to(layer.parameter))
+                own, mask = own_part(layer.parameter), part_of(masks[name], layer.parameter)
+                own.zero_().masked_scatter_(mask, self.active[name].to(own))
             for name, value in _rest(net).items():
-                value.copy_(self.rest[name])
+                own_part(value).copy_(self.rest[name])
         net.settle()
         optimizer.state.clear()
 
@@ -94,20 +96,20 @@ class Origin:
     @classmethod
     def take(cls, net: MaskedGraph) -> Origin:
         """Copy what `net` is now."""
-        return cls({name: value.detach().cpu().clone() for name, value in _unmasked(net).items()})
+        return cls({name: own_part(value).cpu().clone() for name, value in _unmasked(net).items()})
 
     def restore(self, net: MaskedGraph, optimizer: Optimizer) -> None:
         """Put all of it back under the masks that `net` has now, and forget the optimizer's state."""
         with torch.no_grad():
             for name, value in _unmasked(net).items():
-                value.copy_(self.tensors[name])
+                own_part(value).copy_(self.tensors[name])
         net.settle()
         optimizer.state.clear()
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], net: MaskedGraph) -> Origin:
         """Read `tensors`; raises `CheckpointError` where they are not those of `net`."""
-        if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in _unmasked(net).items()}:
+        if {k: v.shape for k, v in tensors.items()} != {k: own_part(v).shape for k, v in _unmasked(net).items()}:
             raise CheckpointError(
                 "the initial weights in this state are of a network with other layers; resume with the model it came "
                 "from"

@@ -64,6 +64,7 @@ class PWMPR(PathGrowth):
     """Growth by path products with a stop at the plateau; options as in `PathGrowth`."""
 
     name: ClassVar[str] = "pwmpr"
+    needs_whole: ClassVar[str] = ""
 
     def _grown(self, growth: Growth, paths: PathProducts, count: int, keys: EdgeKeys) -> Mapping[str, Tensor]:
         new = self._by_score(paths, count, keys, growth.absent(paths)).masks

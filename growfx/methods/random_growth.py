@@ -29,6 +29,7 @@ class RandomGrowth(Growing):
     """
 
     name: ClassVar[str] = "random-growth"
+    needs_whole: ClassVar[str] = ""
     reads_gradient: ClassVar[bool] = False
 
     def _paths(self, net: MaskedGraph) -> PathProducts:

@@ -11,6 +11,7 @@ from growfx.density import DISTRIBUTIONS, random_masks
 from growfx.layers import MaskedLayer
 from growfx.methods.stepwise import Course, Stepwise
 from growfx.options import option
+from growfx.shards import own_part, part_of
 from growfx.unit_edges import by_unit, from_units
 
 __all__ = ["INITS", "SparseInit", "SparseStart", "StaticMasks", "scale_to_fan_in"]
@@ -78,5 +79,5 @@ def scale_to_fan_in(layers: dict[str, MaskedLayer], masks: dict[str, Tensor]) ->
         active = by_unit(layer, mask.to(layer.mask.device), by_output=True)
         fan_in = active.sum(1, keepdim=True)
         scale = torch.where(fan_in > 0, active.shape[1] / fan_in.double(), 1.0).sqrt().expand(active.shape)
-        with torch.no_grad():
-            layer.parameter.mul_(from_units(layer, scale, by_output=True).to(layer.parameter.dtype))
+        weight = layer.parameter
+        own_part(weight).mul_(part_of(from_units(layer, scale, by_output=True).to(weight.dtype), weight))

@@ -19,6 +19,7 @@ class Static(SparseStart):
     """Random masks at `density`, drawn from `seed`, that never change; options as in `SparseStart`."""
 
     name: ClassVar[str] = "static"
+    needs_whole: ClassVar[str] = ""
 
     def _start(self, course: Course) -> Mapping[str, Tensor]:
         return self._random_start(course, self.density)

@@ -27,12 +27,14 @@ from growfx.methods.base import (
     check_clock,
     check_state,
     collect_gradients,
+    find_shards,
     not_attached,
 )
 from growfx.optimizer_hooks import StepWatch
 from growfx.options import check_ranges
 from growfx.passes.path_products import path_gradients
 from growfx.session import Session, Stage
+from growfx.shards import reshard, unsharded
 
 if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
@@ -171,7 +173,9 @@ class Stepwise(Method):
         self, net: MaskedGraph, optimizer: Optimizer, total_steps: int, steps_per_epoch: int, session: Session | None
     ) -> Course:
         check_clock(total_steps, steps_per_epoch)
-        layers = layers_on_paths(net) if self.changes_masks else dict(net.layers)
+        find_shards(self, net)
+        with unsharded(net):
+            layers = layers_on_paths(net) if self.changes_masks else dict(net.layers)
         course = Course(net, optimizer, layers, total_steps, steps_per_epoch, session=session)
         if ranks.is_shared(net):
             ranks.share_buffers(net)  # norms may count in the starting masks
@@ -187,6 +191,8 @@ class Stepwise(Method):
         if not course.watch.stepped():
             self._look_ahead(course)
             return False
+        if course.net.sharded:
+            reshard(course.net)
         course.steps += 1
         masks = self._update(course)
         changed = 0
