@@ -20,7 +20,7 @@ from filelock import FileLock
 __all__ = ["kernel_status"]
 
 SOURCE = Path(__file__).with_name("sparse_kernel.cpp")
-HEADER = Path(__file__).with_name("sparse_vectors.h")
+HEADERS = [SOURCE.with_name("sparse_planes.h"), SOURCE.with_name("sparse_vectors.h")]
 # A product may be fused with its sum; nothing is reordered, so NaN and infinities keep their meaning.
 FLAGS = ("-O3", "-fopenmp", "-ffp-contract=fast")
 NATIVE = "-march=native"
@@ -124,7 +124,7 @@ def _first_error(output: str) -> str:
 
 def _fingerprint() -> str:
     """Changes with everything that the compiled file depends on."""
-    sources = SOURCE.read_text(), HEADER.read_text()
+    sources = [file.read_text() for file in (SOURCE, *HEADERS)]
     facts = [*sources, *FLAGS, torch.__version__, os.environ.get("CXX", "c++"), _processor()]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
 

@@ -26,6 +26,7 @@
 #include <new>
 #include <optional>
 
+#include "sparse_planes.h"
 #include "sparse_vectors.h"
 
 namespace {
@@ -36,15 +37,7 @@ constexpr int64_t NARROW_FROM = 113, NARROW_TO = 256;
 // What a row costs besides its entries, in entries; and the work, in register updates, worth a thread of its own.
 constexpr int64_t ROW_COST = 4;
 constexpr int64_t THREAD_WORK = 6000;
-constexpr int64_t COPY_GRAIN = 20000;
 constexpr int64_t KEPT_SCRATCH = int64_t{16} << 20;
-
-// What sparse_kernel.py works out once for each input shape; the order is `_Plan`'s.
-struct Plan {
-  int64_t layout, images, channels, height, width, out_channels, out_height, out_width, stride_h, stride_w, padding_h,
-      padding_w, dilation_w, block, phases, rows, plane_size, positions;
-};
-enum Layout : int64_t { DIRECT = 0, COPIED = 1, FOLDED = 2, ROWS = 3 };
 
 struct Entries {
   const int32_t* start;
@@ -181,17 +174,19 @@ int64_t row_at_cost(const Job<T>& job, int64_t cost) {
   return low;
 }
 
-int64_t registers_of(int64_t positions) { return (positions + LANES - 1) / LANES; }
-int64_t whole_registers(int64_t positions) { return registers_of(positions) * LANES; }
-
 template <class T>
 int64_t work_of(const Job<T>& job) {
   return registers_of(job.positions) * row_cost_before(job, job.channels);
 }
 
-// Share number `share` of `shares`: equal by entries, tile after tile.
-template <class T>
-void run_share(const Job<T>& job, int64_t share, int64_t shares) {
+// A part of a job: output channels first..end at the registers of one tile.
+struct Part {
+  int64_t first_register, end_register, first, end;
+};
+
+// Calls `use` with the parts of share number `share` of `shares`: equal by entries, tile after tile.
+template <class T, class F>
+void for_each_part(const Job<T>& job, int64_t share, int64_t shares, const F& use) {
   const int64_t registers = registers_of(job.positions);
   const int64_t tiles = (registers + job.registers - 1) / job.registers;
   const int64_t rows = row_cost_before(job, job.channels), total = registers * rows;
@@ -203,148 +198,35 @@ void run_share(const Job<T>& job, int64_t share, int64_t shares) {
       return row_at_cost(job, std::clamp<int64_t>((cost - r0 * rows) / (r1 - r0), 0, rows));
     };
     // A range ends with the tile when the share goes beyond it.
-    const int64_t first = from <= r0 * rows ? 0 : row(from), end = to >= r1 * rows ? job.channels : row(to);
-    if (job.positions == 1) return run_dots(job, first, end);
-    const int64_t begin = r0 * LANES;
-    const int64_t last = t + 1 == tiles ? job.positions - LANES - begin : (r1 - r0 - 1) * LANES;
-    run_tile_of(static_cast<int>(r1 - r0), job, begin, last, first, end);
+    use(Part{r0, r1, from <= r0 * rows ? 0 : row(from), to >= r1 * rows ? job.channels : row(to)});
   }
+}
+
+template <class T>
+void run_share(const Job<T>& job, int64_t share, int64_t shares) {
+  const int64_t registers = registers_of(job.positions);
+  for_each_part(job, share, shares, [&](const Part& part) {
+    if (job.positions == 1) return run_dots(job, part.first, part.end);
+    const int64_t begin = part.first_register * LANES, count = part.end_register - part.first_register;
+    const int64_t last = part.end_register == registers ? job.positions - LANES - begin : (count - 1) * LANES;
+    run_tile_of(static_cast<int>(count), job, begin, last, part.first, part.end);
+  });
+}
+
+// How many threads a job is worth.
+template <class T>
+int64_t shares_of(const Job<T>& job) {
+  return std::clamp<int64_t>(work_of(job) / THREAD_WORK, 1, at::get_num_threads());
 }
 
 // `together`: the whole thread pool works on this job; else the calling thread alone.
 template <class T>
 void run(const Job<T>& job, bool together) {
-  const int64_t shares =
-      together ? std::clamp<int64_t>(work_of(job) / THREAD_WORK, 1, at::get_num_threads()) : 1;
+  const int64_t shares = together ? shares_of(job) : 1;
   if (shares == 1) return run_share(job, 0, 1);
   at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) run_share(job, s, shares);
   });
-}
-
-template <class F>
-void for_each(int64_t count, int64_t grain, bool together, const F& function) {
-  if (together) at::parallel_for(0, count, std::max<int64_t>(grain, 1), function);
-  else function(0, count);
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
-
-// Every `step`-th of the values from `source` on. Before `end`, where the input's memory ends, whole registers are
-// written, past `count` too.
-template <class T>
-inline void copy_row(const T* source, const T* end, int64_t step, int64_t count, float* out) {
-  int64_t i = 0;
-  if (step == 1) {
-    for (; i < count && end - source >= i + LANES; i += LANES) store(out + i, load(source + i));
-  } else if (step == 2) {
-    for (; i < count && end - source >= 2 * (i + LANES); i += LANES)
-      store(out + i, every_second(load(source + 2 * i), load(source + 2 * i + LANES)));
-  }
-  for (; i < count; ++i) out[i] = static_cast<float>(source[step * i]);
-}
-
-// One channel of one image into one plane, row after row; `row` is the distance between them.
-template <class T>
-void copy_plane(const Plan& p, const T* image, const T* end, int64_t column, int64_t row, float* plane) {
-  const int64_t shift = column * p.dilation_w - p.padding_w;
-  const int64_t low = std::clamp<int64_t>(ceil_div(-shift, p.stride_w), 0, p.out_width);
-  const int64_t high = std::clamp<int64_t>(ceil_div(p.width - shift, p.stride_w), low, p.out_width);
-  for (int64_t phase = 0; phase < p.phases; ++phase) {
-    for (int64_t j = 0; j < p.rows; ++j, plane += row) {
-      const int64_t y = j * p.stride_h + phase - p.padding_h;
-      const bool inside = y >= 0 && y < p.height;
-      const int64_t from = inside ? low : p.out_width, to = inside ? high : p.out_width;
-      for (int64_t i = 0; i < from; ++i) plane[i] = 0.0f;
-      if (from < to) copy_row(image + y * p.width + from * p.stride_w + shift, end, p.stride_w, to - from, plane + from);
-      for (int64_t i = to; i < p.out_width; ++i) plane[i] = 0.0f;
-    }
-  }
-}
-
-// Planes of images first..first + block; images beyond the last are zeros.
-template <class T>
-void copy_planes(const Plan& p, const T* x, const int32_t* planes, int64_t count, int64_t first, bool together,
-                 float* out) {
-  const int64_t row = p.block * p.out_width, image = p.height * p.width, used = std::min(p.block, p.images - first);
-  // Where images stand side by side, what is written past a row would fall on one that is already there.
-  const T* const limit = p.layout == FOLDED ? x : x + p.images * p.channels * image;
-  for_each(count, COPY_GRAIN / (p.plane_size + 1), together, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      float* const plane = out + i * p.plane_size;
-      if (used < p.block) std::fill_n(plane, p.plane_size, 0.0f);
-      for (int64_t n = 0; n < used; ++n) {
-        const T* const source = x + ((first + n) * p.channels + planes[2 * i]) * image;
-        copy_plane(p, source, limit, planes[2 * i + 1], row, plane + n * p.out_width);
-      }
-    }
-  });
-}
-
-// A matrix of at least LANES rows and columns the other way round: `source(row, column)` reads a register along a row,
-// `put(column, row, values)` takes one along a column. The last blocks overlap those before.
-template <class Source, class Put>
-void transpose_matrix(int64_t rows, int64_t columns, bool together, const Source& source, const Put& put) {
-  for_each(registers_of(columns), COPY_GRAIN / (rows * LANES), together, [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; ++g) {
-      const int64_t column = std::min(g * LANES, columns - LANES);
-      for (int64_t r = 0; r < rows; r += LANES) {
-        const int64_t row = std::min(r, rows - LANES);
-        Vector block[LANES];
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; ++i) block[i] = source(row + i, column);
-        transpose(block);
-        // What the block before has, another thread may be writing.
-        for (int64_t i = g * LANES - column; i < LANES; ++i) put(column + i, row, block[i]);
-      }
-    }
-  });
-}
-
-// Rows of inputs, images first..first + block, into planes of one value for each image.
-template <class T>
-void copy_rows(const Plan& p, const T* x, int64_t first, bool together, float* out) {
-  const int64_t used = std::min(p.block, p.images - first);
-  const T* const rows = x + first * p.channels;
-  const auto source = [&](int64_t n, int64_t c) { return n < used ? load(rows + n * p.channels + c) : Vector{}; };
-  const auto put = [&](int64_t c, int64_t n, Vector v) { store(out + c * p.plane_size + n, v); };
-  transpose_matrix(whole_registers(p.block), p.channels, together, source, put);
-}
-
-// The folded output (channel, row, image, column) back into images, with what is added after the sums.
-template <class T>
-void unfold(const Plan& p, const float* sums, int64_t first, const T* residual, bool relu, bool together, T* out) {
-  const int64_t row = p.block * p.out_width, size = p.out_height * p.out_width, channels = p.out_channels;
-  const int64_t stride = whole_registers(p.positions), used = std::min(p.block, p.images - first);
-  for_each(used, COPY_GRAIN / (channels * size), together, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      for (int64_t o = 0; o < channels; ++o) {
-        const float* source = sums + o * stride + n * p.out_width;
-        int64_t where = ((first + n) * channels + o) * size;
-        for (int64_t y = 0; y < p.out_height; ++y, source += row) {
-          for (int64_t i = 0; i < p.out_width; ++i, ++where) {
-            float v = source[i];
-            if (residual) v += static_cast<float>(residual[where]);
-            out[where] = static_cast<T>(relu && v < 0.0f ? 0.0f : v);
-          }
-        }
-      }
-    }
-  });
-}
-
-// The same where an image has one position and more channels than a register.
-template <class T>
-void unfold_rows(const Plan& p, const float* sums, int64_t first, const T* residual, bool relu, bool together, T* out) {
-  const int64_t stride = whole_registers(p.positions), used = std::min(p.block, p.images - first);
-  const auto source = [&](int64_t o, int64_t n) { return load(sums + o * stride + n); };
-  const auto put = [&](int64_t n, int64_t o, Vector v) {
-    if (n >= used) return;
-    const int64_t where = (first + n) * p.out_channels + o;
-    if (residual) v += load(residual + where);
-    store(out + where, relu ? rectified(v) : v);
-  };
-  transpose_matrix(p.out_channels, stride, together, source, put);
 }
 
 template <class T>
@@ -359,34 +241,62 @@ struct Call {
   bool relu;
   T* out;
 
+  // One image by the whole thread pool: each thread copies for itself the rows of the planes that its positions read.
+  // Planes in common would be written by one core and read by another, which costs more than to copy some rows twice.
+  void run_bands(int64_t image, const Job<T>& job, int64_t shares) const {
+    at::parallel_for(0, shares, 1, [&](int64_t share, int64_t end) {
+      float* const buffer = input_scratch.get(plane_count * plan.plane_size + LANES);
+      Job<T> own = job;
+      own.planes = buffer;
+      for (; share < end; ++share) {
+        int64_t from = plan.positions - LANES, to = 0;  // the last register lies where the positions end
+        for_each_part(job, share, shares, [&](const Part& part) {
+          from = std::min(from, part.first_register * LANES);
+          to = std::min(part.end_register * LANES, plan.positions);
+        });
+        if (to == 0) continue;
+        const int64_t halo = plan.rows - plan.out_height;
+        const Band band{from / plan.out_width, (to - 1) / plan.out_width + 1 + halo};
+        copy_planes(plan, band, x, planes, plane_count, image, false, buffer);
+        run_share(own, share, shares);
+      }
+      input_scratch.trim();
+    });
+  }
+
   // Block number `unit`: one image, or several side by side.
   void run_unit(int64_t unit, bool together) const {
     const int64_t first = unit * plan.block, image = plan.channels * plan.height * plan.width;
+    const int64_t inputs = plan.layout == COPIED ? 0 : plan.channels;
+    const int64_t registers = inputs >= NARROW_FROM && inputs <= NARROW_TO ? MAX_REGISTERS / 2 : MAX_REGISTERS;
+    const int64_t size = plan.positions, where = first * plan.out_channels * size;
+    const T* const added = residual ? residual + where : nullptr;
+    Job<T> job{entries, plan.out_channels, size, size, registers, nullptr, out + where, bias, added, relu};
+    if (plan.layout == COPIED && together) {
+      const int64_t shares = shares_of(job);
+      if (shares > 1) return run_bands(first, job, shares);
+    }
     const float* input = nullptr;
     if (plan.layout == DIRECT) {
       input = reinterpret_cast<const float*>(x) + first * image;
     } else {
       float* const buffer = input_scratch.get(plane_count * plan.plane_size + LANES);
       if (plan.layout == ROWS) copy_rows(plan, x, first, together, buffer);
-      else copy_planes(plan, x, planes, plane_count, first, together, buffer);
+      else copy_planes(plan, {0, plan.rows}, x, planes, plane_count, first, together, buffer);
       input = buffer;
     }
-    const int64_t inputs = plan.layout == COPIED ? 0 : plan.channels;
-    const int64_t registers = inputs >= NARROW_FROM && inputs <= NARROW_TO ? MAX_REGISTERS / 2 : MAX_REGISTERS;
     // With a single position there is nothing to unfold.
     if (plan.layout >= FOLDED && plan.positions > 1) {
       const int64_t stride = whole_registers(plan.positions);
       float* const sums = output_scratch.get(plan.out_channels * stride);
-      const Job<float> job{entries, plan.out_channels, stride, stride, registers, input, sums, bias, nullptr, false};
-      ::run(job, together);
+      const Job<float> folded{entries, plan.out_channels, stride, stride, registers, input, sums, bias, nullptr, false};
+      ::run(folded, together);
       const bool rows = plan.out_height * plan.out_width == 1 && plan.out_channels >= LANES;
       if (rows) unfold_rows(plan, sums, first, residual, relu, together, out);
       else unfold(plan, sums, first, residual, relu, together, out);
       output_scratch.trim();
     } else {
-      const int64_t size = plan.positions, where = first * plan.out_channels * size;
-      const T* const added = residual ? residual + where : nullptr;
-      const Job<T> job{entries, plan.out_channels, size, size, registers, input, out + where, bias, added, relu};
+      job.planes = input;
       ::run(job, together);
     }
     input_scratch.trim();
