@@ -36,7 +36,7 @@ def run(out: Path) -> None:
 def run_on_a_slow_disk(out: Path) -> None:
     """So slow that a save takes most of the time."""
     sync = os.fsync
-    os.fsync = lambda handle: (time.sleep(0.01), sync(handle))[1]
+    os.fsync = lambda handle: (time.sleep(0.03), sync(handle))[1]
     run(out)
 
 
@@ -57,8 +57,8 @@ def test_a_run_whose_process_is_killed_at_random_moments_and_within_saves_ends_t
         with process_of(run_on_a_slow_disk, out) as process:
             # not before it has got further, or a slow machine never gets to the end
             until(lambda known=known: not known >= set(Checkpoints(checkpoints).numbered()), process)
-            time.sleep(draw.uniform(0.0, 0.4))
-            if draw.random() < 0.7:
+            time.sleep(draw.uniform(0.0, 0.2))
+            if deaths % 2 == 0:
                 until(unfinished.exists, process)
             process.kill()
             process.join(PATIENCE)
