@@ -1,5 +1,6 @@
 """Networks whose weights `fully_shard` spreads over ranks, in loops of one's own."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -7,7 +8,12 @@ import torch
 import torch.distributed as dist
 from rank_processes import run_ranks, same
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -286,6 +292,41 @@ def steps_left_out() -> tuple[int, int]:
     return counted[0], counted[1]
 
 
+def continued() -> dict[str, bool]:
+    """Whether a run goes on as it would have from the state dicts, in parts, of network, optimizer and method."""
+    found = {}
+    for name, steps in (("rigl", 3), ("gradient-growth", 2)):  # growth holds the gradients of a round that has ended
+        runs = []
+        for _ in range(2):
+            net = sharded(plain_net(), one_by_one=True)
+            optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+            method = growfx.methods.create(name, **METHODS[name])
+            method.attach(net, optimizer, total_steps=6, steps_per_epoch=2)
+            runs.append((net, optimizer, method))
+
+        def go_on(batches, net, optimizer, method):
+            for x, y in batches:
+                nn.functional.cross_entropy(net(x), y).backward()
+                optimizer.step()
+                method.step()
+                optimizer.zero_grad()
+
+        batches = parts_of(data())
+        whole, again = runs
+        go_on(batches[:steps], *whole)
+        state = copy.deepcopy(get_state_dict(whole[0], whole[1]))
+        memory = whole[2].state_dict()
+        go_on(batches[steps:], *whole)
+        go_on(batches[:1], *again)
+        set_state_dict(again[0], again[1], model_state_dict=state[0], optim_state_dict=state[1])
+        again[2].load_state_dict(memory)
+        go_on(batches[steps:], *again)
+        parts = zip(whole[0].parameters(), again[0].parameters(), strict=True)
+        equal = all(torch.equal(own_part(one), own_part(other)) for one, other in parts)
+        found[name] = equal and whole[0].mask_digest() == again[0].mask_digest() and len(memory) > 0
+    return found
+
+
 def refused(work) -> str:
     with pytest.raises((ConfigError, MaskError)) as caught:
         work()
@@ -332,6 +373,7 @@ def all_jobs() -> dict[str, Any]:
         "direct": direct_use(),
         "chosen before": chosen_before(),
         "left out": steps_left_out(),
+        "continued": continued(),
         "refusals": refusals(),
     }
 
@@ -403,6 +445,10 @@ def test_masks_chosen_before_sharding_stay(results):
 
 def test_a_step_left_out_for_one_part_is_counted_by_no_rank(results):
     assert same([r["left out"] for r in results]) == (0, 1)
+
+
+def test_a_run_goes_on_from_state_dicts_in_parts(results):
+    assert same([r["continued"] for r in results]) == {"rigl": True, "gradient-growth": True}
 
 
 REFUSED = {
