@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from growfx.shards import own_part, part_of
+from growfx.shards import all_finite, own_part, part_of
 
 if TYPE_CHECKING:
     from growfx.layers import MaskedLayer
@@ -94,7 +93,7 @@ class StepWatch:
         if self._announced:
             return False
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+        return all_finite(gradients)
 
     def _count(self) -> int:
         return sum(

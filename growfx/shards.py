@@ -8,7 +8,7 @@ when the optimizer steps and masks change, it has the DTensor.
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HOW_TO_GATHER",
+    "all_finite",
     "check_cut",
     "check_recordable",
     "fsdp_modules",
@@ -83,6 +84,18 @@ def own_part(tensor: Tensor) -> Tensor:
     found: Any = tensor.detach()
     with torch.no_grad():
         return found.to_local() if is_sharded(found) else found
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all values are finite, those in the parts of other ranks among them: each rank gets the same answer."""
+    fine = all(bool(torch.isfinite(own_part(tensor)).all()) for tensor in tensors)
+    sharded: Any = next(filter(is_sharded, tensors), None)
+    if sharded is None:
+        return fine
+    # Not left to the DTensor: some versions of torch look at the own part alone.
+    flag = torch.tensor(int(fine), device=sharded.device)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group=sharded.device_mesh.get_group())
+    return bool(flag)
 
 
 def part_of(whole: Tensor, sharded: Any) -> Tensor:
