@@ -8,26 +8,14 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-PATIENCE = 100  # seconds: a hang is a failure, a busy machine is none
-
-
-class SilentError(AssertionError):
-    """A rank gives no answer."""
+PATIENCE = 120  # seconds: a hang is a failure, a busy machine is none
 
 
 def run_ranks(job: Callable[..., Any], count: int, *arguments: Any, launched: bool = False) -> list[Any]:
     """Run `job(*arguments)` in `count` processes and return what each returned, or the exception it ended with.
 
-    They have a process group, or with `launched` only what torchrun would leave in their environment. Ranks that do not
-    answer are tried once more: another process of the machine may have taken their port in between.
+    They have a process group, or with `launched` only what torchrun would leave in their environment.
     """
-    try:
-        return _run(job, count, arguments, launched)
-    except SilentError:
-        return _run(job, count, arguments, launched)
-
-
-def _run(job: Callable[..., Any], count: int, arguments: tuple[Any, ...], launched: bool) -> list[Any]:
     context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "timm", "growfx.training", "growfx.cli"])
     port = _free_port()
@@ -51,7 +39,7 @@ def _run(job: Callable[..., Any], count: int, arguments: tuple[Any, ...], launch
 
 def _result(pipe: Any, rank: int, end: float) -> Any:
     if not pipe.poll(max(0.0, end - time.monotonic())):
-        raise SilentError(f"rank {rank} does not answer after {PATIENCE} s")
+        raise AssertionError(f"rank {rank} does not answer after {PATIENCE} s")
     try:
         return pipe.recv()
     except EOFError:

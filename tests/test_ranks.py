@@ -1,6 +1,7 @@
 """Networks that several processes train together, in loops of one's own."""
 
 import copy
+import tempfile
 
 import pytest
 import torch
@@ -260,8 +261,11 @@ def spread_optimizer_state() -> tuple[list[str], list[int]]:
 
 def words_without_tensors_on_the_cpu() -> list:
     """A group that carries an accelerator's tensors alone, as nccl's does."""
+    # Not by the port of the group before: one rank could find the store there that the other is about to close.
+    place = ranks.from_first(lambda: tempfile.mkdtemp(prefix="ranks"))
+    found = {"rank": ranks.rank(), "world_size": ranks.world_size()}
     dist.destroy_process_group()
-    dist.init_process_group("cuda:gloo")
+    dist.init_process_group("cuda:gloo", init_method=f"file://{place}/store", **found)
     with pytest.raises(RuntimeError, match="No backend type associated with device type cpu"):
         dist.all_reduce(torch.ones(1))
     return [ranks.everyone(ranks.rank()), ranks.largest(ranks.rank(), -3), ranks.from_first(dist.get_rank)]
