@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from growfx.errors import ConfigError as ConfigError
     from growfx.errors import DataError as DataError
     from growfx.errors import GrowfxError as GrowfxError
+    from growfx.errors import GrowfxWarning as GrowfxWarning
     from growfx.errors import MaskError as MaskError
     from growfx.errors import TraceError as TraceError
     from growfx.errors import UnsupportedOperatorError as UnsupportedOperatorError
@@ -41,6 +42,7 @@ _HOME = {
     "ConfigError": "growfx.errors",
     "DataError": "growfx.errors",
     "GrowfxError": "growfx.errors",
+    "GrowfxWarning": "growfx.errors",
     "MaskError": "growfx.errors",
     "MaskedGraph": "growfx.graph",
     "TraceError": "growfx.errors",
@@ -65,6 +67,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "GrowfxError",
+    "GrowfxWarning",
     "MaskError",
     "MaskedGraph",
     "TraceError",

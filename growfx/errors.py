@@ -9,7 +9,8 @@
     ├── DataError                   an empty, corrupt or missing data set
     └── ConfigError                 an option out of its range, or options that exclude each other
 
-A message says what arrived, what is allowed and what to do; names stand in backticks.
+A message says what arrived, what is allowed and what to do; names stand in backticks. What is not an error but must
+be known is a `GrowfxWarning` (see `growfx.notices`).
 """
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "GrowfxError",
+    "GrowfxWarning",
     "MaskError",
     "TraceError",
     "UnsupportedOperatorError",
@@ -54,3 +56,7 @@ class DataError(GrowfxError):
 
 class ConfigError(GrowfxError):
     """An option is out of its range, unknown, or excluded by another one."""
+
+
+class GrowfxWarning(UserWarning):
+    """What is not an error but must be known: it also stands on the object that was returned."""

@@ -1,0 +1,40 @@
+"""Tell the user what is not an error but must be known, once for each cause."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+from growfx.errors import GrowfxWarning
+
+__all__ = ["LOGGER", "warn_once"]
+
+# The one logger of the package: a recording fell back, a kernel was not built, a round was refused.
+LOGGER = logging.getLogger("growfx")
+_PACKAGE = (str(Path(__file__).parent), str(Path(__file__).parent.parent / "passes"))
+
+
+def warn_once(message: str, notes: list[str]) -> None:
+    """Warn with a `GrowfxWarning` that points at the caller of growfx, unless `notes` holds the message already.
+
+    Args:
+        message: what happened and what to do.
+        notes: the messages of the object that is returned (`net.trace_report.notes`, ...); the message is added.
+    """
+    if message in notes:
+        return
+    notes.append(message)
+    LOGGER.info(message)
+    warnings.warn(message, GrowfxWarning, stacklevel=_levels_to_caller())
+
+
+def _levels_to_caller() -> int:
+    """Stack levels from `warn_once` up to the first frame that is not growfx's or torch's own."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and (
+        frame.f_code.co_filename.startswith(_PACKAGE) or frame.f_globals.get("__name__", "").startswith("torch.")
+    ):
+        level, frame = level + 1, frame.f_back
+    return level
