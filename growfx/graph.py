@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
+import inspect
 import linecache
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from growfx import ranks
 from growfx.errors import MaskError, TraceError
 from growfx.inputs import Inputs
 from growfx.layers import MaskedLayer, check_mask
 from growfx.masked_uses import MaskedUses
-from growfx.shards import check_recordable, fsdp_modules, own_part, part_of
+from growfx.shards import check_recordable, fsdp_modules, is_sharded, own_part, part_of
 from growfx.trace_report import TraceReport
 
 __all__ = ["MaskedGraph", "RecordFunction", "RecordedGraph"]
@@ -37,6 +39,9 @@ class RecordedGraph:
         faithful: whether it computes what the model computes.
         run: its compiled function.
         code: the function's source, as fx prints it.
+        batch_is_free: whether it holds for any batch size.
+        own_gradient: whether the model does something whose gradient the operators do not tell.
+        draws: whether it draws random numbers.
     """
 
     graph: fx.Graph
@@ -44,23 +49,27 @@ class RecordedGraph:
     faithful: bool
     run: Callable[..., Any]
     code: Any
+    batch_is_free: bool = True
+    own_gradient: bool = False
+    draws: bool = False
 
 
-# Graphs kept per mode: inputs that never have the same shape twice run the model's own forward from then on.
+# Recordings kept for passes; the oldest goes first.
 _MOST_RECORDINGS = 32
 
-# Records the net's shell in its current mode for these inputs and checks the graph against the model; with
-# `holds_for_values` on these very values only.
+# Records the net's shell for these inputs in a mode and checks the graph against the model; with `holds_for_values` on
+# these very values only.
 RecordFunction = Callable[..., RecordedGraph]
 
 
 class MaskedGraph(fx.GraphModule):
-    """A model rewritten into a torch.fx graph over masked layers; made by `growfx.wrap`.
+    """A model over masked layers, with the torch.fx graph that explains it; made by `growfx.wrap`.
 
-    It behaves as the model in train and eval mode and has the model's parameters, buffers and submodules under
-    their own names, with a bool buffer `<layer>.mask` beside each masked weight. A recorded graph holds for one mode
-    and one input signature (shapes without the batch size, dtypes, devices); others are recorded when they first
-    occur, and kept.
+    What runs is the model's own forward, whatever it does; it has the model's parameters, buffers and submodules under
+    their own names, with a bool buffer `<layer>.mask` beside each masked weight. Attributes and methods are the
+    model's where the net has none of that name. The recorded graph is for passes: path products, connectivity,
+    compaction. It holds for one mode and for inputs of the same shapes, batch size aside; others are recorded when a
+    pass asks.
 
     Attributes:
         trace_report: what was recorded and what was left out.
@@ -80,7 +89,7 @@ class MaskedGraph(fx.GraphModule):
         nn.Module.__init__(self)
         self._adopt(shell)
         self._example, self._recorder = example, recorder
-        self._recordings: dict[tuple[bool, Any], RecordedGraph] = {}
+        self.recordings: dict[tuple[bool, Any], RecordedGraph] = {}
         # Recordings that hold for the values they were made with, to work on where the model takes values out of data.
         self._looks_inside: dict[tuple[bool, Any], RecordedGraph] = {}
         self._graph = fx.Graph()
@@ -92,10 +101,12 @@ class MaskedGraph(fx.GraphModule):
         self._identity: tuple[Callable[[], Any]] | Any = (find_identity,)
         self.replicated, self._compared = False, False
         self._searched_as: type | None = None  # `fully_shard` gives what it is called on another class
-        self._gathers_inside = False
-        # In a plain dict the layers would become submodules of their own.
+        # In plain containers the layers would become submodules of their own.
         self._named_layers: tuple[dict[str, MaskedLayer]] = ({},)
         self._tied: tuple[list[list[MaskedLayer]]] = ([],)
+        self._read_directly: tuple[list[MaskedLayer]] = ([],)
+        self._places: list[tuple[dict[str, Any], str, nn.Module]] | None = None
+        self._complete = True
 
     def _adopt(self, shell: nn.Module) -> None:
         """Be the shell's root: share its very registries, so that whatever changes one changes the other."""
@@ -114,8 +125,18 @@ class MaskedGraph(fx.GraphModule):
 
     @property
     def layers(self) -> dict[str, MaskedLayer]:
-        """Masked layers by name, in data-flow order; layers with tied weights appear once."""
+        """Masked layers by name, in data-flow order; layers with tied weights appear once.
+
+        Raises:
+            MaskError: one of them was replaced, or its weight was taken away, since the model was wrapped.
+        """
+        self._check_places()
         return self._named_layers[0]
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The masks of `layers`, by name."""
+        return {name: layer.mask for name, layer in self.layers.items()}
 
     @property
     def nnz(self) -> int:
@@ -146,14 +167,16 @@ class MaskedGraph(fx.GraphModule):
         Raises:
             MaskError: unknown layer, wrong shape or dtype.
         """
+        if not isinstance(masks, Mapping):
+            raise MaskError(f"set_masks expects a mapping of layer name -> bool tensor, got {type(masks).__name__}")
+        layers = self.layers
         for name, mask in masks.items():
-            if name not in self.layers:
-                raise MaskError(f"`{name}` is no masked layer; {_names(self.layers)}")
-            check_mask(name, self.layers[name].mask, mask)
+            if name not in layers:
+                raise MaskError(f"`{name}` is not a masked layer; {_names(layers)}")
+            check_mask(name, layers[name].mask, mask)
         for name, mask in masks.items():
-            layer = self.layers[name]
-            layer.mask.copy_(mask)
-            layer.settle()
+            layers[name].mask.copy_(mask)
+            layers[name].settle()
 
     def mask_digest(self) -> str:
         """SHA-256, in hex, over the names, shapes and packed masks of all masked layers, in order of their names."""
@@ -207,20 +230,65 @@ class MaskedGraph(fx.GraphModule):
 
         The first forward after a change of the mode or of this class looks, and a method when it is attached.
         """
-        found = fsdp_modules(self)
-        self._searched_as, self._gathers_inside = type(self), any(module is not self for module in found)
-        for layer in self.layers.values() if found else ():
+        self._searched_as = type(self)
+        for layer in self.layers.values() if fsdp_modules(self) else ():
             layer.sharded = True
+
+    # -- changes of the model -------------------------------------------------------------------------------------------
+
+    def place_layers(self, layers: Mapping[str, MaskedLayer], tied: Sequence[list[MaskedLayer]]) -> None:
+        """Name the masked layers, in data-flow order, and those that share a weight; called once by `growfx.wrap`."""
+        self._named_layers[0].update(layers)
+        self._tied[0].extend(tied)
+        self._places = None
+
+    def note_direct_read(self, name: str) -> None:
+        """Remember that the model reads the weight of the masked layer `name` without calling the layer."""
+        layer = self.shell.get_submodule(name)
+        if isinstance(layer, MaskedLayer) and not layer.read_directly:
+            layer.read_directly = True
+            self._read_directly[0].append(layer)
+
+    def _check_places(self) -> None:
+        """Check that every masked layer is still where it was, with its weight."""
+        if self._places is None:
+            self._places = _edges(self.shell, self._named_layers[0])
+        for registry, key, child in self._places:
+            if registry.get(key) is not child:
+                self._refuse_surgery()
+        for layer in self._named_layers[0].values():
+            if layer._parameters.get(layer.weight_name) is None:
+                self._refuse_surgery()
+
+    def _refuse_surgery(self) -> None:
+        modules = dict(self.shell.named_modules())
+        for name, layer in self._named_layers[0].items():
+            if modules.get(name) is not layer:
+                raise MaskError(
+                    f"the masked layer `{name}` was replaced since the model was wrapped, so its mask is of no use; "
+                    "change the model first, then wrap it (growfx.unwrap(net) gives the plain model)"
+                )
+            if layer._parameters.get(layer.weight_name) is None:
+                raise MaskError(
+                    f"`{name}.{layer.weight_name}` was taken away since the model was wrapped (a parametrization, "
+                    "torch.nn.utils.prune or spectral_norm?); change the model first, then wrap it"
+                )
 
     # -- graphs -------------------------------------------------------------------------------------------------------
 
-    def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
-        """Inputs the model accepts: those given to `growfx.wrap`, with `batch` rows, on the net's device."""
+    def example(self, batch: int = 1) -> Inputs:
+        """A call that the model accepts: that given to `growfx.wrap`, with `batch` rows, on the net's device."""
         device = next(chain_tensors(self), torch.empty(0)).device
-        move = lambda v: v.to(device) if isinstance(v, Tensor) else v  # noqa: E731
-        return pytree.tree_map(move, self._example.with_batch(batch).args)
+        return self._example.with_batch(batch).copied(lambda tensor: tensor.to(device))
 
-    def graph_at(self, *inputs: Any, training: bool = False) -> fx.Graph:
+    def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
+        """Inputs the model accepts: those given to `growfx.wrap`, with `batch` rows, on the net's device.
+
+        The positional ones; `example` has those that are given by keyword too.
+        """
+        return self.example(batch).args
+
+    def graph_at(self, *inputs: Any, training: bool = False, **named: Any) -> fx.Graph:
         """The recorded graph for inputs like these in the given mode; targets of its nodes are names in this net.
 
         Where the model takes values out of its data the graph holds for the values of these inputs only, and looks
@@ -229,14 +297,16 @@ class MaskedGraph(fx.GraphModule):
         Raises:
             TraceError: the model cannot be recorded faithfully for these inputs.
         """
-        given = Inputs(inputs, {})
-        recording = self._recording(given, training)
+        given = Inputs(inputs, named)
+        recording = self.recording(given, training)
         if self.trace_report.opaque or not recording.faithful:
-            key = (training, given.signature)
-            if key not in self._looks_inside:
-                with _without_compiler(), in_mode(self.shell, training):
-                    self._looks_inside[key] = self._recorder(self, given, holds_for_values=True)
-            recording = self._looks_inside[key]
+            key = (training, given.keyed(batch_is_free=False))
+            found = self._looks_inside.get(key)
+            if found is None or key[1] is None:
+                with _without_compiler():
+                    found = self._recorder(self, given, training, holds_for_values=True)
+                self._looks_inside[key] = found
+            recording = found
         if not recording.faithful:
             raise TraceError(
                 "the recording is not faithful, so there is no graph to work on: "
@@ -244,25 +314,54 @@ class MaskedGraph(fx.GraphModule):
             )
         return recording.graph
 
-    def _recording(self, inputs: Inputs, training: bool) -> RecordedGraph:
-        key = (training, inputs.signature)
-        found = self._recordings.get(key)
-        return found if found is not None else self._record(key, inputs)
+    def graph_module(self, *, training: bool | None = None) -> fx.GraphModule:
+        """The recorded program as a plain `torch.fx.GraphModule` over the same masked layers, to run or transform.
 
-    def _record(self, key: tuple[bool, Any], inputs: Inputs) -> RecordedGraph:
+        Args:
+            training: the mode it was recorded in; default: the net's.
+
+        Raises:
+            TraceError: the graph would compute something else than the model does; gives the reasons.
+        """
+        training = self.training if training is None else training
+        recording = self.recording(self._example, training)
+        reasons = [] if recording.faithful else list(self.trace_report.notes) or ["the recording is not faithful"]
+        reasons += [f"`{name or type(self.shell).__name__}`: {why}" for name, why in self.trace_report.opaque.items()]
+        reasons += [f"the forward {effect}" for effect in self.trace_report.side_effects]
+        if reasons:
+            raise TraceError(
+                f"there is no graph that does what the model does: {'; '.join(reasons)}; call the net itself"
+            )
+        return plain_graph_module(self.shell, recording.graph, training)
+
+    def recording(self, inputs: Inputs, training: bool) -> RecordedGraph:
+        """The recording for inputs like these in the given mode; made, and compared with the model, when first asked.
+
+        Raises:
+            TraceError: the model fails on the inputs.
+        """
+        for free in (True, False):
+            signature = inputs.keyed(batch_is_free=free)
+            found = None if signature is None else self.recordings.get((training, signature))
+            if found is not None and found.batch_is_free >= free:
+                return found
+        return self._record(inputs, training)
+
+    def _record(self, inputs: Inputs, training: bool) -> RecordedGraph:
         check_recordable(self.shell)
-        with _without_compiler(), in_mode(self.shell, key[0]):
-            self._recordings[key] = self._recorder(self, inputs)
-        if len(self._recordings) == 1 or key == (self.training, self._example.signature):
-            self._show(self._recordings[key])
-        return self._recordings[key]
+        with _without_compiler():
+            made = self._recorder(self, inputs, training)
+        key = training, inputs.keyed(batch_is_free=made.batch_is_free)
+        if key[1] is not None or not self.recordings:
+            while len(self.recordings) >= _MOST_RECORDINGS:
+                del self.recordings[next(iter(self.recordings))]
+            self.recordings[key] = made
+        if len(self.recordings) == 1 or (training == self.training and inputs is self._example):
+            self._show(made)
+        return made
 
     # What `torch.compiler.disable` sets; calling that here would import the whole compiler with growfx.
     _record._torchdynamo_disable = True  # type: ignore[attr-defined]
-
-    def recorded(self, inputs: Inputs, training: bool) -> RecordedGraph | None:
-        """The recording for inputs like these in the given mode, if there is one already."""
-        return self._recordings.get((training, inputs.signature))
 
     def _show(self, recording: RecordedGraph) -> None:
         self._graph, code = recording.graph, recording.code
@@ -270,12 +369,9 @@ class MaskedGraph(fx.GraphModule):
         self._code, self._lineno_map, self._prologue_start = code.src, code._lineno_map, code._prologue_start
 
     def recompile(self) -> Any:
-        """Compile the shown graph again after it was edited."""
-        run, code = compiled(self._graph)
-        for key, recording in self._recordings.items():
-            if recording.graph is self._graph:
-                self._recordings[key] = replace(recording, run=run, code=code)
-                self._show(self._recordings[key])
+        """Print the shown graph anew after it was edited; what runs is the model's own forward."""
+        code = self._graph.python_code("self")
+        self._code = code.src
         return code
 
     @property
@@ -284,29 +380,39 @@ class MaskedGraph(fx.GraphModule):
         return self._shell[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model computes with its masked weights."""
-        if not torch.compiler.is_compiling():
-            if self._searched_as is not type(self):
-                self.find_shards()
-            if not self._compared and self.training:
-                self._compare_ranks()
-        if self._gathers_inside:  # before the forward of a module that a graph may pass by
-            with MaskedUses(self.layers.values()):
+        """What the model computes with its masked weights: its own forward.
+
+        Raises:
+            MaskError: a masked layer was replaced since the model was wrapped.
+            TraceError: a tracer of another kind is at work, which would see masks as constants.
+        """
+        if torch.compiler.is_compiling():
+            with _masked_attributes(self.shell, self._read_directly[0]):
                 return self.shell(*args, **kwargs)
-        inputs = Inputs(args, kwargs)
-        recording = self.recorded(inputs, self.training)
-        if recording is None and self._worth_recording(inputs):
-            recording = self._recording(inputs, self.training)
-        if recording is not None and recording.faithful:
-            # On the shell, not on the net: a submodule of the model may be called `layers` or `graph`.
-            return recording.run(self.shell, *args, **kwargs)
-        with MaskedUses(self.layers.values()) if self.layers else nullcontext():
+        self._before_call(args, kwargs)
+        with self._masked_reads():
             return self.shell(*args, **kwargs)
 
-    def _worth_recording(self, inputs: Inputs) -> bool:
-        """Whether a graph for these inputs will be used again; else the model's own forward runs."""
-        known = sum(training == self.training for training, _ in self._recordings)
-        return not inputs.structural and known < _MOST_RECORDINGS
+    def _before_call(self, args: Any, kwargs: Any) -> None:
+        if self._searched_as is not type(self):
+            self.find_shards()
+        if not self._compared and self.training:
+            self._compare_ranks()
+        self._check_places()
+        if torch._C._get_tracing_state() is not None or any(
+            isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())
+        ):
+            raise TraceError(_UNWRAP_FIRST)
+
+    def _masked_reads(self) -> AbstractContextManager[Any]:
+        """Masks where the model reads a weight without calling its layer, for one call of the model's code."""
+        if not self._read_directly[0]:
+            return nullcontext()
+        replaced = [layer for layer in self._read_directly[0] if not layer.can_be_read()]
+        return MaskedUses(replaced) if replaced else nullcontext()
+
+    def __prepare_scriptable__(self) -> Any:
+        raise TraceError(_UNWRAP_FIRST)
 
     def get_submodule(self, target: str) -> nn.Module:
         """The submodule of that name, also where the model calls one `layers` or `graph`."""
@@ -317,24 +423,44 @@ class MaskedGraph(fx.GraphModule):
         shell = self.__dict__.get("_shell")
         if shell is None:
             raise AttributeError(name)
-        return getattr(shell[0], name)
+        value = getattr(shell[0], name)
+        if self._read_directly[0] and inspect.ismethod(value) and value.__self__ is shell[0]:
+            return self._with_masked_reads(value)
+        return value
+
+    def _with_masked_reads(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                with _masked_attributes(self.shell, self._read_directly[0]):
+                    return method(*args, **kwargs)
+            with self._masked_reads():
+                return method(*args, **kwargs)
+
+        return call
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not self.__dict__.get("_complete") or name in self.__dict__ or hasattr(type(self), name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.shell, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__ or not self.__dict__.get("_complete"):
+            super().__delattr__(name)
+        else:
+            delattr(self.shell, name)
 
     # -- what an nn.Module does, with masks in mind -------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> MaskedGraph:
-        """Switch the mode, show its graph, and make stored weights obey their masks."""
+        """Switch the mode and show its graph."""
         self.shell.train(mode)
         self.training, self._searched_as = mode, None
-        self.settle()
-        recording = self.recorded(self._example, mode)
+        recording = self.recordings.get((mode, self._example.signature))
         if recording is not None:
             self._show(recording)
         return self
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's state dict with one `<layer>.mask` per masked layer; weights are +0.0 outside their masks."""
-        self.settle()
-        return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the net's own state dict, or the plain model's: then the masks stay as they are.
@@ -355,6 +481,9 @@ class MaskedGraph(fx.GraphModule):
             state_dict = {**state_dict, **own}
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         self._tie_masks()
+        for module in self.shell.modules():
+            if isinstance(module, MaskedLayer) and not is_sharded(module.parameter):
+                module.adopt()  # `assign` puts other parameters in place
         self.settle()
         return result
 
@@ -372,20 +501,19 @@ class MaskedGraph(fx.GraphModule):
                 other._buffers["mask"] = first.mask
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedGraph:
-        clone = fx.GraphModule.__new__(MaskedGraph)
+        clone = fx.GraphModule.__new__(type(self))
         memo[id(self)] = clone
-        self.settle()
-        recordings = self.__dict__["_recordings"]
-        anew = ("_recordings", "_looks_inside", "_graph", "_recorder", "_identity", "meta")
+        anew = ("recordings", "_looks_inside", "_graph", "_recorder", "_identity", "meta", "_places")
         state = {k: v for k, v in self.__dict__.items() if k not in anew}
         clone.__dict__.update(copy.deepcopy(state, memo))
         clone.__dict__.update(
-            _recorder=self._recorder, _looks_inside={}, _identity=self._identity, meta=dict(self.meta)
+            _recorder=self._recorder, _looks_inside={}, _identity=self._identity, meta=dict(self.meta), _places=None
         )
-        # A graph is never changed by running it; only one who edits a copy's graph needs a copy of the graph.
-        clone.__dict__["_recordings"] = {key: replace(r, graph=copy.deepcopy(r.graph)) for key, r in recordings.items()}
-        shown = next((key for key, r in recordings.items() if r.graph is self._graph), None)
-        clone.__dict__["_graph"] = fx.Graph() if shown is None else clone._recordings[shown].graph
+        # Only one who edits a copy's graph needs a copy of the graph.
+        recordings = {key: replace(r, graph=copy.deepcopy(r.graph)) for key, r in self.recordings.items()}
+        shown = next((key for key, r in self.recordings.items() if r.graph is self._graph), None)
+        clone.__dict__["recordings"] = recordings
+        clone.__dict__["_graph"] = fx.Graph() if shown is None else recordings[shown].graph
         return clone
 
     def __copy__(self) -> MaskedGraph:
@@ -415,13 +543,73 @@ def _names(layers: Mapping[str, Any], limit: int = 6) -> str:
     return f"the masked layers are {shown}{f' and {len(layers) - limit} more' if len(layers) > limit else ''}"
 
 
+_UNWRAP_FIRST = (
+    "a MaskedGraph cannot be traced or scripted: its masks would become constants; work on the plain model, "
+    "growfx.unwrap(net), which has zeros in their place"
+)
+
+
+def _edges(shell: nn.Module, layers: Mapping[str, nn.Module]) -> list[tuple[dict[str, Any], str, nn.Module]]:
+    """(registry, key, module) of every step from the root to a masked layer."""
+    found: dict[str, tuple[dict[str, Any], str, nn.Module]] = {}
+    for name in layers:
+        part, path = shell, ""
+        for key in name.split("."):
+            path = f"{path}.{key}"
+            child = part._modules[key]
+            assert child is not None
+            found.setdefault(path, (part._modules, key, child))
+            part = child
+    return list(found.values())
+
+
+@contextmanager
+def _masked_attributes(shell: nn.Module, layers: list[MaskedLayer]) -> Generator[None]:
+    """Let compiled code find effective weights under the names of the parameters, for one call."""
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer._effective_parameters())
+        yield
+
+
+def plain_graph_module(shell: nn.Module, graph: fx.Graph, training: bool) -> fx.GraphModule:
+    """A `torch.fx.GraphModule` that runs `graph` over the modules of `shell`."""
+    root: dict[str, Any] = {}
+    copied = copy.deepcopy(graph)
+    for node in copied.nodes:
+        target = str(node.target)
+        if node.op == "get_attr" and target.endswith(".effective_weight"):
+            layer = target.removesuffix(".effective_weight")
+            node.op, node.target = "call_module", f"effective_weights.{layer.replace('.', '_')}"
+            root[node.target] = EffectiveWeight(shell.get_submodule(layer))
+        elif node.op == "call_module":
+            root[target] = shell.get_submodule(target)
+        elif node.op == "get_attr":
+            root[target] = functools.reduce(getattr, target.split("."), shell)
+    module = fx.GraphModule(root, copied, type(shell).__name__)
+    module.training = training
+    return module
+
+
+class EffectiveWeight(nn.Module):
+    """Gives the effective weight of a masked layer that a recorded program reads without calling the layer."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = (layer,)  # in a tuple, or it would be registered as a submodule
+
+    def forward(self) -> Tensor:
+        return self.layer[0].effective_weight
+
+
 def compiled(graph: fx.Graph) -> tuple[Callable[..., Any], Any]:
-    """The Python function of a graph; its source can be read in a traceback."""
+    """The Python function of a graph; its source can be read in a traceback for as long as the function lives."""
     code = graph.python_code("self")
     file = f"<growfx graph {hashlib.sha256(code.src.encode()).hexdigest()[:12]}>"
     scope = dict(code.globals)
     exec(compile(code.src, file, "exec"), scope)
     linecache.cache[file] = (len(code.src), None, code.src.splitlines(keepends=True), file)
+    weakref.finalize(scope["forward"], linecache.cache.pop, file, None)
     return scope["forward"], code
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["applied", "set_item", "swap_grad_enabled"]
+__all__ = ["affine", "applied", "set_item", "swap_grad_enabled"]
 
 
 def set_item(base: Tensor, index: Any, value: Any) -> Tensor:
@@ -35,3 +35,8 @@ def applied(kind: type[torch.autograd.Function]) -> Callable[..., Any]:
 
     apply.__name__, apply.__qualname__, apply.__module__ = kind.__name__, kind.__qualname__, kind.__module__
     return apply
+
+
+def affine(size: int, slope: float, offset: float) -> float:
+    """``slope * size + offset``: a number that a model computed from its batch size."""
+    return slope * size + offset

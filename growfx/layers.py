@@ -4,21 +4,21 @@ A twin is a subclass of the layer it stands for (`MaskedConv2d(MaskedLayer, nn.C
 convolution, linear layer or multi-head attention and for any subclass of these. The parameter stays where it was
 and keeps its name; a bool buffer `mask` stands beside it.
 
-What a twin computes with is always ``where(mask, weight, 0)``. While training that costs next to nothing, because
-the parameter itself *is* zero outside the mask and stays so: its gradient is masked where it is produced, and the
-optimizer's state is cleared there when a mask changes, so zero weight, zero gradient and zero state leave nothing
-that could revive an edge. Whatever else touches parameter or mask (a manual edit, a loaded state dict, a copy into
-an average) is seen by its version counter and mended before the next use; so are a gradient or an optimizer's state
-that others changed, before the optimizer's next step. Without gradients the mask is applied at use. An edit through
-``.data`` leaves no trace in the version counter: one of a weight is mended by ``train()``, ``eval()``,
-``state_dict()`` and every use without gradients, but not between two training steps.
+What a twin computes with is always ``where(mask, weight, 0)``, and nothing is remembered of either: whatever wrote to
+them (an in-place operator, ``.data``, numpy, a fused optimizer, an average) is seen by the next use. In training the
+parameter itself is made zero outside the mask, in place, before each use, which costs a pass over the weights; its
+gradient is masked where it is produced, and the optimizer's state is cleared where a mask changes, so zero weight, zero
+gradient and zero state leave nothing that could revive an edge. Elsewhere (evaluation, frozen weights) nothing is
+written: the parameter is used directly where it is zero outside the mask, as it nearly always is, and masked at use
+where it is not (an average that still remembers an edge that was dropped).
 """
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
@@ -29,7 +29,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from growfx.compiled_weight import compiled_weight
 from growfx.errors import MaskError
-from growfx.masked_gradient import GradientMark, MaskGradient, MaskOwnGradient, keep_bits, mask_in_place
+from growfx.masked_gradient import GradientMark, MaskGradient, MaskOwnGradient, mask_gradient, mask_in_place, obeys
 from growfx.optimizer_hooks import LAYER_OF
 from growfx.shards import check_cut, is_sharded, like_part, own_part, part_of, require_whole
 
@@ -52,24 +52,26 @@ _OUTSIDE = (
 _CONVOLUTIONS = {"timm.layers.cond_conv2d.CondConv2d"}
 
 
-@dataclass
-class _Settled:
-    """Which tensors, at which version, were last seen to obey each other.
+class _Stored:
+    """The parameter that is the layer's own, and what its uses share.
 
-    `keep`: bits of the mask, None where all weights are active. `own`: the weight with its gradient masked, for the
-    layer's own use; made once, since making it anew in every step costs as much as a small convolution. `mark`: the
-    gradient that was masked last.
+    `weight`: the parameter with its gradient masked, for the layer's own use; made once, since making it anew in every
+    step costs as much as a small convolution. `mask`, `address`: what it was made of. `seen`: mask and version that the
+    parameter was last made to obey. `mark`: the gradient that was masked last. `hook`: masks the gradient of a weight
+    that the model reads without calling the layer.
     """
 
-    weight: Tensor
-    mask: Tensor
-    weight_version: int
-    mask_version: int
-    data: int
-    nnz: int
-    keep: Tensor | None = None
-    own: Tensor | None = None
-    mark: GradientMark = field(default_factory=GradientMark)
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+        self.weight: Tensor | None = None
+        self.mask: Tensor | None = None
+        self.address = 0
+        self.seen: tuple[int, int] = (0, -1)
+        self.mark = GradientMark()
+        self.hook: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Stored:
+        return _Stored(copy.deepcopy(self.parameter, memo))
 
 
 class MaskedLayer(nn.Module):
@@ -84,6 +86,8 @@ class MaskedLayer(nn.Module):
             optimizer's step finds it masked, and `dense_gradient` keeps the whole.
         dense_gradient: what a step collected since this was set to None (shape and dtype of the weight).
         sharded: whether the parameter was seen to be spread over ranks (`fully_shard`).
+        read_directly: whether the model reads the weight without calling the layer (`F.linear(x, self.qkv.weight)`, a
+            tied embedding).
         gate: None, or what turns the parameter into the weight the layer uses, instead of the mask (a soft mask).
     """
 
@@ -93,7 +97,8 @@ class MaskedLayer(nn.Module):
     dense_gradient: Tensor | None = None
     gate: Callable[[Tensor], Tensor] | None = None
     sharded: bool = False
-    _settled: _Settled | None
+    read_directly: bool = False
+    _stored: _Stored
     _collects: Tensor  # `collects_gradient` as a scalar, for compiled code
     _collecting: bool = False
 
@@ -117,21 +122,13 @@ class MaskedLayer(nn.Module):
     @property
     def effective_weight(self) -> Tensor:
         """``where(mask, weight, 0)``: shape and dtype of the weight, differentiable with a masked gradient."""
-        if self.gate is not None:
-            return self.gate(self.parameter)
-        found = self._training_weight()
-        if found is None:
-            return self._masked_at_use()
-        weight, settled = found
-        return weight if settled is None else MaskGradient.apply(weight, settled.keep, settled.mark)
+        return self._weight(own=False)
 
     @property
     def nnz(self) -> int:
         """Number of active weights (an active weight may be zero)."""
-        settled = self._settled
-        if settled is None or settled.mask is not self.mask or settled.mask_version != self.mask._version:
-            return int(torch.count_nonzero(self.mask))
-        return settled.nnz
+        # Values on the meta device cannot be counted.
+        return self.mask.numel() if self.mask.is_meta else int(torch.count_nonzero(self.mask))
 
     @property
     def numel(self) -> int:
@@ -142,6 +139,18 @@ class MaskedLayer(nn.Module):
     def density(self) -> float:
         """Active weights over all weights."""
         return self.nnz / self.numel
+
+    # -- weight and mask ----------------------------------------------------------------------------------------------
+
+    def adopt(self) -> None:
+        """Take the parameter that is there for the layer's own, to be kept zero outside the mask in place."""
+        if self._stored.parameter is not self.parameter:
+            self._stored = _Stored(self.parameter)
+        LAYER_OF[id(self.parameter)] = self
+
+    def obeys(self) -> bool:
+        """Whether the stored parameter is zero outside the mask (of either sign); values on a CPU only."""
+        return obeys(own_part(self.parameter.detach()), part_of(self.mask, self.parameter))
 
     def settle(self) -> None:
         """Make the stored parameter +0.0 outside the mask."""
@@ -155,83 +164,88 @@ class MaskedLayer(nn.Module):
         weight = self.parameter
         if LAYER_OF.get(id(weight)) is not self:
             check_cut(weight)
-            LAYER_OF[id(weight)] = self
-            self.sharded, self._settled = True, None
-        if not self.mask.is_meta and self.nnz < self.numel:
+            self.sharded = True
+            self.adopt()
+        if not self.mask.is_meta:
             mask_in_place(own_part(weight), part_of(self.mask, weight))
 
-    def _settle_whole(self) -> _Settled:
-        """Do so with a whole parameter, and note which versions of parameter and mask that was."""
-        weight, mask, settled = self.parameter, self.mask, self._settled
-        if settled is None or settled.mask is not mask or settled.mask_version != mask._version:
-            # Values on the meta device cannot be counted.
-            nnz = mask.numel() if mask.is_meta else int(torch.count_nonzero(mask))
-            settled = _Settled(weight, mask, weight._version, mask._version, weight.data_ptr(), nnz)
-        if settled.nnz < mask.numel():
-            if self.sharded:
-                # Bits of all weights would be a lot beside a part of the weights.
-                settled.keep = mask
-            elif settled.keep is None:
-                settled.keep = keep_bits(mask)
+    def _settle_whole(self) -> None:
+        """Do so with a whole parameter."""
+        weight, mask, stored = self.parameter, self.mask, self._stored
+        if stored.parameter is not weight or LAYER_OF.get(id(weight)) is not self:
+            self.adopt()
+            stored = self._stored
+        if not mask.is_meta:
             # Through `.data`: a backward pass under way must not take this for a change of its saved weight.
-            mask_in_place(weight.data, settled.keep)
-        # FSDP reduces what its modules' own backward made: the node that masks must be younger than their inputs.
-        if self.sharded or settled.weight is not weight or settled.data != weight.data_ptr():
-            settled.own = None
-        settled.weight, settled.weight_version, settled.data = weight, weight._version, weight.data_ptr()
-        LAYER_OF[id(weight)] = self
-        self._settled = settled
-        return settled
+            mask_in_place(weight.data, mask)
+        stored.seen = self.mask_marker()
 
-    def _training_weight(self) -> tuple[Tensor, _Settled | None] | None:
-        """The parameter, settled, where its gradient is wanted in training; None where the mask applies at use.
-
-        The second is None where nothing of the gradient is to be masked.
-        """
-        # Every training step passes here once per layer: registries are read directly, calls are few.
-        weight, mask, settled = self._parameters[self.weight_name], self._buffers["mask"], self._settled
+    def _weight(self, own: bool) -> Tensor:
+        """The effective weight; `own`: for the one use that the layer itself makes of it."""
+        # Every step passes here once per layer: registries are read directly, calls are few.
+        weight, mask = self._parameters[self.weight_name], self._buffers["mask"]
         assert weight is not None
         assert mask is not None
-        if not self.training or not torch.is_grad_enabled() or not weight.requires_grad:
-            return None
-        if torch.compiler.is_compiling():
-            return None
-        if (
-            settled is None
-            # Gathered anew for each use, which no version tells.
-            or self.sharded
-            or settled.weight_version != weight._version
-            or settled.mask_version != mask._version
-            or settled.weight is not weight
-            or settled.mask is not mask
-            or settled.data != weight.data_ptr()
-        ):
-            require_whole(weight, _OUTSIDE)
-            settled = self._settle_whole()
-        return weight, None if settled.keep is None or self._collecting else settled
-
-    def _masked_at_use(self) -> Tensor:
-        require_whole(self.parameter, _OUTSIDE)
-        if self.mask.is_meta:  # no values to mask, and torch's shape function of `where` is slow
-            return self.parameter
-        if self.training and torch.compiler.is_compiling():
-            return compiled_weight(self.parameter, self.mask, self._collects)
-        return torch.where(self.mask, self.parameter, 0)
-
-    def _own_weight(self) -> Tensor:
-        """The effective weight for the one use that the layer itself makes of it."""
         if self.gate is not None:
-            return self.gate(self.parameter)
-        found = self._training_weight()
-        if found is None:
-            return self._masked_at_use()
-        weight, settled = found
-        if settled is None:
+            return self.gate(cast(nn.Parameter, weight))
+        if torch.compiler.is_compiling():
+            if self.training:
+                return compiled_weight(weight, mask, self._collects)
+            return torch.where(mask, weight, 0)
+        if self.sharded:
+            require_whole(weight, _OUTSIDE)
+        if mask.is_meta:  # no values to mask, and torch's shape function of `where` is slow
             return weight
-        own = settled.own
-        if own is None:
-            own = settled.own = cast(Tensor, MaskOwnGradient.apply(weight, settled.keep, settled.mark))
-        return own
+        # What stands in for the parameter (`functional_call`, transforms, proxies) is somebody else's: not written to.
+        if (self._stored.parameter is not weight and not self.sharded) or _is_watched():
+            require_whole(weight, _OUTSIDE)
+            return torch.where(mask, weight, 0)
+        if not self._store_obeys(weight, mask):
+            return torch.where(mask, weight, 0)
+        if not (torch.is_grad_enabled() and weight.requires_grad) or self._collecting:
+            return weight
+        with torch._C.DisableTorchFunction():  # no use of the model's, nothing to be recorded
+            return self._with_masked_gradient(cast(nn.Parameter, weight), mask, own)
+
+    def _store_obeys(self, weight: Tensor, mask: Tensor) -> bool:
+        """Whether the parameter can be used as stored; in training it is made so, elsewhere nothing is written."""
+        with torch._C.DisableTorchFunction():
+            if self.training and torch.is_grad_enabled() and weight.requires_grad:
+                self._settle_whole()
+                return True
+            return obeys(weight.detach(), mask)
+
+    def can_be_read(self) -> bool:
+        """Whether code that reads the parameter itself finds the effective weight, with its gradient masked.
+
+        Asked before the forward of a model that reads the weight without calling the layer.
+        """
+        weight, mask = self.parameter, self.mask
+        if self.gate is not None or self.sharded or self._stored.parameter is not weight or _is_watched():
+            return False
+        if mask.is_meta:
+            return True
+        if not self._store_obeys(weight, mask):
+            return False
+        if torch.is_grad_enabled() and weight.requires_grad:
+            self._with_masked_gradient(weight, mask, own=False)
+        return True
+
+    def _with_masked_gradient(self, weight: nn.Parameter, mask: Tensor, own: bool) -> Tensor:
+        stored = self._stored
+        if self.read_directly:
+            if stored.hook is None:
+                stored.hook = weight.register_hook(_gradient_hook(self))
+            return weight
+        if not own:
+            return cast(Tensor, MaskGradient.apply(weight, mask, stored.mark))
+        # FSDP reduces what its modules' own backward made: the node that masks must be younger than their inputs.
+        if self.sharded:
+            return cast(Tensor, MaskOwnGradient.apply(weight, mask, stored.mark))
+        if stored.weight is None or stored.mask is not mask or stored.address != weight.data_ptr():
+            stored.weight = cast(Tensor, MaskOwnGradient.apply(weight, mask, stored.mark))
+            stored.mask, stored.address = mask, weight.data_ptr()
+        return stored.weight
 
     @contextmanager
     def _effective_parameters(self) -> Generator[None]:
@@ -264,9 +278,8 @@ class MaskedLayer(nn.Module):
         if is_sharded(grad):
             mask_in_place(own_part(grad), part_of(self.mask, grad))
             return
-        keep = self._settle_whole().keep
-        if keep is not None:
-            mask_in_place(grad, keep)
+        self._settle_whole()
+        mask_in_place(grad, self.mask)
 
     def mask_marker(self) -> tuple[int, int]:
         """What is another one whenever the mask is another one."""
@@ -285,35 +298,33 @@ class MaskedLayer(nn.Module):
             elif grad is not None:
                 mask_in_place(own_part(grad), part_of(self.mask, grad))
             return
-        settled = self._settled
-        if settled is None or settled.mask is not self.mask or settled.mask_version != self.mask._version:
-            settled = self._settle_whole()
+        if self._stored.seen != self.mask_marker():
+            self._settle_whole()
         if self._collecting:
             self.take_dense_gradient(scale)
-        elif settled.keep is not None and grad is not None and not settled.mark.is_of(grad):
-            mask_in_place(grad, settled.keep)
-
-    def optimizer_stepped(self, version_before: int) -> None:
-        """Note that the parameter changed by a step that keeps zeros; `version_before` was its version."""
-        # An optimizer with masked gradient and clean state keeps zeros: its own step is no reason to look again.
-        settled = self._settled
-        if settled is not None and settled.weight is self.parameter and settled.weight_version == version_before:
-            settled.weight_version = self.parameter._version
+        elif grad is not None and not self._stored.mark.is_of(grad):
+            mask_gradient(grad, self.mask)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> MaskedLayer:
         super()._apply(fn, recurse)
         self._collects = fn(self._collects).fill_(self._collecting)
+        self.adopt()
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = self.parameter
+        # Looking changes nothing: what is stored outside the mask stays, and is left out of what is handed out.
+        if not keep_vars and not is_sharded(weight) and not weight.is_meta and not self.obeys():
+            destination[prefix + self.weight_name] = torch.where(self.mask, weight.detach(), 0)
 
     def extra_repr(self) -> str:
         """The original class's line with the layer's density."""
         return f"{super().extra_repr()}, density={self.density:.4g}"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The version counters of a copy's tensors start again: what was seen of the original says nothing of them.
         anew = {
             "sharded": False,
-            "_settled": None,
             "dense_gradient": None,
             "_collecting": False,
             "_collects": torch.zeros_like(self._collects),
@@ -325,12 +336,12 @@ class _MaskedConv(MaskedLayer):
     """A convolution that takes its weight as an argument: its gradient belongs to nobody else."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of the original
-        return self._conv_forward(input, self._own_weight(), self.bias)  # type: ignore[operator]
+        return self._conv_forward(input, self._weight(own=True), self.bias)  # type: ignore[operator]
 
 
 class _MaskedLinear(MaskedLayer):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of the original
-        return F.linear(input, self._own_weight(), self.bias)  # type: ignore[arg-type]
+        return F.linear(input, self._weight(own=True), self.bias)  # type: ignore[arg-type]
 
 
 class _MaskedAttention(MaskedLayer):
@@ -350,6 +361,28 @@ class _MaskedAttention(MaskedLayer):
             if isinstance(out_projection, MaskedLayer):
                 stack.enter_context(out_projection._effective_parameters())
             return super().forward(*args, **kwargs)
+
+
+def _is_watched() -> bool:
+    """Whether transforms or dispatch modes run, which work on other values than the stored ones."""
+    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _gradient_hook(layer: MaskedLayer) -> Callable[[Tensor], Tensor | None]:
+    """Mask the whole gradient of a parameter that the model reads in several places."""
+    reference = weakref.ref(layer)
+
+    def hook(gradient: Tensor) -> Tensor | None:
+        layer = reference()
+        if layer is None or layer._collecting or layer.gate is not None:
+            return None
+        if torch.is_grad_enabled() and not gradient.is_sparse:  # a second derivative is wanted
+            return torch.where(layer.mask, gradient, 0)
+        masked = mask_gradient(gradient.clone(), layer.mask)
+        layer._stored.mark.put(masked)
+        return masked
+
+    return hook
 
 
 _MASKED_CLASSES: dict[type[nn.Module], type[MaskedLayer]] = {}
@@ -417,7 +450,7 @@ def to_twin(module: nn.Module, mask: Tensor | None = None) -> MaskedLayer:
     assert isinstance(module, MaskedLayer)
     weight = module.parameter
     module.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool) if mask is None else mask)
-    module._settled = None
+    module._stored = _Stored(weight)
     module._collects = torch.zeros((), dtype=torch.bool, device=weight.device)
     LAYER_OF[id(weight)] = module
     return module
@@ -428,7 +461,10 @@ def to_plain(module: MaskedLayer) -> nn.Module:
     module.settle()
     if LAYER_OF.get(id(module.parameter)) is module:
         del LAYER_OF[id(module.parameter)]
-    del module._buffers["mask"], module._settled, module._collects
+    if module._stored.hook is not None:
+        module._stored.hook.remove()
+    del module._buffers["mask"], module._stored, module._collects
+    module.__dict__.pop("read_directly", None)
     original: Any = module.twin_of
     module.__class__ = original
     return module

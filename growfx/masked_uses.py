@@ -1,4 +1,4 @@
-"""Masks where a model's own forward reads a masked parameter without calling the layer it belongs to."""
+"""Apply masks when a model uses a layer's weight directly, e.g. `F.linear(x, self.qkv.weight)`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ __all__ = ["MaskedUses"]
 
 
 class MaskedUses(TorchFunctionMode):
-    """Where a model's own forward reads a masked parameter directly, give it the effective weight."""
+    """Replace masked parameters among the arguments of torch's functions by the effective weights of their layers.
+
+    Most of the time the stored parameter is the effective weight and nothing has to be replaced; this is for layers
+    where it is not (`MaskedLayer.can_be_read`).
+    """
 
     def __init__(self, layers: Iterable[MaskedLayer]):
         super().__init__()
@@ -25,7 +29,7 @@ class MaskedUses(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def effective(value: Any) -> Any:
-            layer = self.layer_of.get(id(value)) if isinstance(value, nn.Parameter) else None
+            layer = self.layer_of.get(id(value))
             if layer is None and self.gathered and isinstance(value, nn.Parameter):
                 layer = next((layer for layer in self.gathered if layer.parameter is value), None)
             return value if layer is None else layer.effective_weight

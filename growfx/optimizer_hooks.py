@@ -176,17 +176,15 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     record = _RECORDS.get(optimizer)
     if record is None or not record.versions:
         return
-    versions = record.versions.pop()
+    record.versions.pop()
     found_inf = vars(optimizer).get("found_inf")  # of a fused step, which leaves itself out
     left_out = found_inf is not None and bool(found_inf)
     # A fused step that is left out at the very start leaves state behind that nobody has written.
     keeps_zeros = not left_out and f"{type(optimizer).__module__}.{type(optimizer).__qualname__}" in _KEEPS_ZEROS
     for layer in _masked_layers_of(optimizer):
-        if keeps_zeros:
-            layer.optimizer_stepped(versions.get(id(layer.parameter), -1))
-        else:
+        if not keeps_zeros:
             layer.settle()
-            if not isinstance(optimizer, LBFGS) and layer.nnz < layer.numel:
+            if not isinstance(optimizer, LBFGS):
                 clear_state(optimizer, layer.parameter, ~layer.mask)
         record.state[id(layer.parameter)] = _versions(optimizer, layer.parameter)
     record.steps += not left_out

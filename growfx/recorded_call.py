@@ -37,7 +37,17 @@ _WRITABLE = (
 
 def can_be_written(value: Any) -> bool:
     """Whether a graph can hold a value that is no tensor and no container: its code names it, or writes it out."""
+    if isinstance(value, types.FunctionType):
+        return _is_importable(value)
     return isinstance(value, (fx.Node, *_WRITABLE))
+
+
+def _is_importable(function: types.FunctionType) -> bool:
+    """Whether generated code can name a function; a lambda or one made inside another cannot be named."""
+    found: Any = sys.modules.get(function.__module__)
+    for part in function.__qualname__.split("."):
+        found = getattr(found, part, None)
+    return found is function
 
 
 def all_can_be_written(nest: Any) -> bool:
@@ -88,7 +98,11 @@ def holds_tensor(value: Any) -> bool:
 def forward_parameters(module: nn.Module) -> list[str]:
     """Names of the positional parameters of a module's forward."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
+    try:
+        parameters = inspect.signature(module.forward).parameters
+    except (TypeError, ValueError):  # a forward that is not a Python function
+        return []
+    return [p.name for p in parameters.values() if p.kind in kinds]
 
 
 def plain_tensor_names(root: nn.Module) -> dict[int, str]:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import threading
 import weakref
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from growfx import graph_ops
+from growfx.isolation import python_randomness
 from growfx.layers import MaskedLayer
 from growfx.lowered_layer import LoweredLayer
 from growfx.meta_shapes import function_shapes, module_shapes
@@ -52,6 +55,8 @@ _LEAF_KINDS = (
     nn.modules.pooling._AvgPoolNd,
     torch.jit.ScriptModule,
 )
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 # Library modules that are one operator though they are not torch's; named, so that nothing has to be imported.
 _LEAF_NAMES = {
     "timm.layers.cond_conv2d.CondConv2d",
@@ -67,6 +72,15 @@ _DATA_TO_PYTHON = {
 _SIZED_BY_DATA = {
     "argwhere", "bincount", "masked_select", "nms", "nonzero", "unique", "unique_consecutive",
 }  # fmt: skip
+# Draw random numbers; what a module of dropout draws is drawn in its own node.
+_RANDOM = {
+    "alpha_dropout", "bernoulli", "bernoulli_", "cauchy_", "dropout", "dropout1d", "dropout2d", "dropout3d",
+    "exponential_", "feature_alpha_dropout", "geometric_", "gumbel_softmax", "log_normal_", "multinomial", "normal",
+    "normal_", "poisson", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "random_", "randperm",
+    "uniform_",
+}  # fmt: skip
+_GRADIENT_HOOKS = {"register_hook", "register_post_accumulate_grad_hook"}
+_ON_DEVICE = {"is_meta": "meta", "is_cpu": "cpu", "is_cuda": "cuda", "is_mps": "mps", "is_xpu": "xpu"}
 _NO_VALUE = {"_assert", "_assert_async", "_log_api_usage_once"}
 
 
@@ -89,15 +103,42 @@ class Recorder(TorchFunctionMode):
         root: the module that is run.
         opaque: names of submodules that become one node each.
         allow_data: bake values that Python takes out of data.
-        home: the module the graph is for, where `root` is a copy of it on the meta device.
+        home: the module the graph is for, where `root` is a copy of it.
+        without_values: `root` is on the meta device though `home` is not.
+
+    Attributes:
+        graph: what was recorded.
+        called: names of the modules that were called, and of those whose weight was used without a call.
+        read: names of masked layers whose weight was used without a call.
+        used: names of the parameters that no mask, embedding or norm accounts for -> the operator, where it is inside a
+            module recorded whole.
+        draws: whether random numbers were drawn.
+        own_gradient: whether something was met whose gradient its operators do not tell (an autograd function, a hook).
+        left_out: what the model returned that a graph cannot hold.
+        thread: the one that records; module calls of others pass by.
     """
 
-    def __init__(self, root: nn.Module, opaque: frozenset[str], allow_data: bool, home: nn.Module | None = None):
+    def __init__(
+        self,
+        root: nn.Module,
+        opaque: frozenset[str],
+        allow_data: bool,
+        home: nn.Module | None = None,
+        without_values: bool = False,
+    ):
         super().__init__()
         self.root, self.opaque, self.allow_data = root, opaque, allow_data
         self.home = root if home is None else home
         self.device = next((t.device for t in chain(self.home.parameters(), self.home.buffers())), None)
-        self.shapes_alone = self.home is not root or (self.device is not None and self.device.type == "meta")
+        self.without_values = without_values
+        self.shapes_alone = without_values or (self.device is not None and self.device.type == "meta")
+        self.thread = threading.get_ident()
+        self.read: dict[str, None] = {}
+        self.used: dict[str, str] = {}
+        self.draws = self.own_gradient = False
+        self.left_out: list[str] = []
+        self.randomness: tuple[Any, ...] = ()
+        self.running: list[nn.Module] = []  # as `stack`, modules inside those recorded whole included
         self.graph = fx.Graph()
         self.called: dict[str, None] = {}
         self.stack: list[str] = []
@@ -109,6 +150,8 @@ class Recorder(TorchFunctionMode):
         # An id is only good as long as its tensor lives; tensors are not kept, so that the run needs no more memory
         # than any forward.
         self.nodes: dict[int, tuple[weakref.ref[Tensor], Callable[[], fx.Node]]] = {}
+        # Objects among the inputs, kept alive so that their ids stay theirs.
+        self.objects: dict[int, tuple[Any, Callable[[], fx.Node]]] = {}
         self.from_data: set[fx.Node] = set()
         # Tensors whose shape depends on data.
         self.sized_by_data: dict[int, weakref.ref[Tensor]] = {}
@@ -148,13 +191,25 @@ class Recorder(TorchFunctionMode):
         elif isinstance(value, dict):
             for key, item in value.items():
                 self._track(item, self._part(node, key, item))
+        elif hasattr(value, "__dict__") and not can_be_written(value) and not isinstance(value, nn.Module):
+            if id(value) in self.objects:
+                return
+            self.objects[id(value)] = value, node
+            for key, item in list(vars(value).items()):
+                self._track(item, self._part(node, key, item, getattr))
 
-    def _part(self, whole: Callable[[], fx.Node], key: Any, item: Any) -> Callable[[], fx.Node]:
+    def _object_node(self, value: Any) -> fx.Node | None:
+        found = self.objects.get(id(value))
+        return found[1]() if found is not None and found[0] is value else None
+
+    def _part(
+        self, whole: Callable[[], fx.Node], key: Any, item: Any, take: Callable[..., Any] = operator.getitem
+    ) -> Callable[[], fx.Node]:
         made: list[fx.Node] = []
 
         def make() -> fx.Node:
             if not made:
-                made.append(self._emit("call_function", operator.getitem, (whole(), key), {}, item))
+                made.append(self._emit("call_function", take, (whole(), key), {}, item))
                 if whole() in self.from_data:
                     self.from_data.add(made[0])
             return made[0]
@@ -166,9 +221,23 @@ class Recorder(TorchFunctionMode):
         entry = self._entry(tensor)
         if entry is not None:
             return entry()
-        node = self._constant(tensor)
+        alias = self._same_memory(tensor)
+        node = self._constant(tensor) if alias is None else alias()
         self._track(tensor, lambda: node)
         return node
+
+    def _same_memory(self, tensor: Tensor) -> Callable[[], fx.Node] | None:
+        """The node of a known tensor that is this one in another object (`torch.Tensor(t)`, an autograd function)."""
+        if id(tensor) in self.tensor_names or tensor.layout is not torch.strided or tensor.numel() == 0:
+            return None
+        place = lambda t: (t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype)  # noqa: E731
+        with torch._C.DisableTorchFunction():
+            wanted = place(tensor)
+            for reference, node in self.nodes.values():
+                known = reference()
+                if known is not None and known.layout is torch.strided and place(known) == wanted:
+                    return node
+        return None
 
     def _entry(self, tensor: Tensor) -> Callable[[], fx.Node] | None:
         found = self.nodes.get(id(tensor))
@@ -180,6 +249,7 @@ class Recorder(TorchFunctionMode):
         if name is not None:
             owner_name, _, leaf = name.rpartition(".")
             owner = self.root.get_submodule(owner_name)
+            self._note_use(tensor, name)
             if isinstance(owner, MaskedLayer) and leaf == owner.weight_name:
                 self.called.setdefault(owner_name)
                 name = f"{owner_name}.effective_weight"
@@ -188,13 +258,30 @@ class Recorder(TorchFunctionMode):
                 self.plain_tensors = plain_tensor_names(self.root)
             name = self.plain_tensors.get(id(tensor))
         if name is None:
-            if tensor.is_meta and self.home is not self.root:
+            if tensor.is_meta and self.without_values:
                 raise NeedsValuesError("a tensor that no recorded operator computed")
             name = f"{RECORDED_CONSTANT}{sum(n.startswith(RECORDED_CONSTANT) for n in self.home._buffers)}"
             self.home.register_buffer(name, tensor.detach().clone(), persistent=False)
         node = self.graph.create_node("get_attr", name)
         node.meta.update(shape=tuple(tensor.shape), source=source_line(), module=self.stack[-1] if self.stack else "")
         return node
+
+    def _note_use(self, tensor: Tensor, name: str, operator_name: str = "") -> None:
+        """Remember that a parameter was used, and whether by another module than its own layer."""
+        owner_name, _, leaf = name.rpartition(".")
+        owner = self.root.get_submodule(owner_name)
+        by_itself = bool(self.running) and self.running[-1] is owner
+        if isinstance(owner, MaskedLayer) and leaf == owner.weight_name:
+            if not by_itself:
+                self.read.setdefault(owner_name)
+        elif isinstance(tensor, nn.Parameter) and not (by_itself and isinstance(owner, (*_EMBEDDINGS, *_NORMS))):
+            self.used.setdefault(name, operator_name)
+
+    def note_uses_inside(self, operator_name: str, *nests: Any) -> None:
+        """Remember the parameters that an operator inside a module recorded whole uses."""
+        for value in pytree.tree_leaves(nests):
+            if isinstance(value, nn.Parameter) and (name := self.tensor_names.get(id(value))) is not None:
+                self._note_use(value, name, operator_name)
 
     def as_argument(self, value: Any, build: bool = False) -> Any:
         """`value` with nodes for its tensors and numbers. `build`: classes of containers become calls of them."""
@@ -210,6 +297,11 @@ class Recorder(TorchFunctionMode):
             return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
         if isinstance(value, list):
             return [self.as_argument(v, build) for v in value]
+        if build and dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = {
+                f.name: self.as_argument(getattr(value, f.name), build) for f in dataclasses.fields(value) if f.init
+            }
+            return self.graph.call_function(type(value), (), fields)
         if isinstance(value, dict):
             items_of = {k: self.as_argument(v, build) for k, v in value.items()}
             if build and type(value) is not dict:
@@ -217,9 +309,13 @@ class Recorder(TorchFunctionMode):
             return items_of
         if isinstance(value, torch.device) and value.type == "meta" and self.device is not None:
             return self.device
-        if build and dataclasses.is_dataclass(value) and not isinstance(value, type):
-            fields = {f.name: self.as_argument(getattr(value, f.name), build) for f in dataclasses.fields(value)}
-            return self.graph.call_function(type(value), (), fields)
+        if isinstance(value, np.generic):  # its text is no Python
+            return value.item()
+        if not can_be_written(value) and build:
+            self.left_out.append(type(value).__name__)
+            return None
+        if not can_be_written(value) and (node := self._object_node(value)) is not None:
+            return node
         if not can_be_written(value):
             self._refuse_data(-1, f"a `{type(value).__name__}`, which a graph cannot hold, is passed on")
             return None
@@ -258,6 +354,13 @@ class Recorder(TorchFunctionMode):
         """Python is about to branch on a size that depends on data."""
         self._refuse_data(-1, "a branch on a size that depends on values of the input")
 
+    def check_randomness(self, *, allowed: bool = False) -> None:
+        """Stop in the module that is running where Python's or numpy's generator drew since the last check."""
+        before, self.randomness = self.randomness, python_randomness()
+        if not allowed and self.randomness != before:
+            self.draws = True
+            self._refuse_data(-1, "random numbers of Python or numpy, which a graph does not draw")
+
     def _refuse_data(self, level: int, what: str) -> None:
         """Stop in the module that is running (-1), or in the one that called it (-2)."""
         if not self.allow_data:
@@ -289,10 +392,21 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         plain_args, plain_kwargs = plain_arguments(args), plain_arguments(kwargs)
+        if self.without_values and self.device is not None:
+            plain_args, plain_kwargs = self._where_it_runs(plain_args), self._where_it_runs(plain_kwargs)
+        name = getattr(func, "__name__", "")
+        if name in _RANDOM:
+            self.draws = True
         if self.inside_leaf:
+            if name != "__get__":
+                self.note_uses_inside(name, args, kwargs)
             value = function_shapes(func, plain_args) if self.shapes_alone else None
             return func(*plain_args, **plain_kwargs) if value is None else value
-        name = getattr(func, "__name__", "")
+        if name in _GRADIENT_HOOKS:
+            self.own_gradient = True
+            return func(*plain_args, **plain_kwargs)
+        if torch._C._are_functorch_transforms_active():
+            self._refuse_data(-1, "a transform of `torch.func`, inside of which values are not the model's")
         if name == "__get__":
             return self._attribute(func.__self__.__name__, func, args)
         if name == "_set_grad_enabled":
@@ -320,16 +434,37 @@ class Recorder(TorchFunctionMode):
         if not holds_tensor(value):
             return value
         node = self._emit(op, target, node_args, node_kwargs, value)
+        if name in _RANDOM:  # what Python decides by it is decided anew in every call
+            self.from_data.add(node)
         self._track(value, lambda: node)
         self._note_size(name, args, kwargs, value, node)
         if isinstance(value, Tensor) and value._is_view():
             self.parts.note(name, args, value)
         return value
 
+    def _where_it_runs(self, arguments: Any) -> Any:
+        """The arguments with the device of this run in place of the model's."""
+        if isinstance(arguments, dict):
+            return {
+                k: torch.device("meta") if (k == "device" and v is not None and self._is_home(v)) else v
+                for k, v in arguments.items()
+            }
+        return tuple(torch.device("meta") if isinstance(v, torch.device) and self._is_home(v) else v for v in arguments)
+
+    def _is_home(self, device: Any) -> bool:
+        assert self.device is not None
+        return isinstance(device, (str, int, torch.device)) and torch.device(device).type == self.device.type
+
     def _attribute(self, name: str, getter: Any, args: tuple[Any, ...]) -> Any:
         tensor = args[0]
         if name == "shape":
             return self.traced_shape(tensor) if self._entry(tensor) else tensor.shape
+        if tensor.is_meta and self.without_values and self.device is not None:
+            # The model runs where its parameters are, and may branch on it.
+            if name == "device":
+                return self.device
+            if name in _ON_DEVICE:
+                return _ON_DEVICE[name] == self.device.type
         value = getter(*args)
         if isinstance(value, Tensor) and value is not tensor and name != "grad":
             node = self._emit("call_function", getattr, (tensor, name), {}, value)

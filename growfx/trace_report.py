@@ -13,11 +13,15 @@ class TraceReport:
 
     Attributes:
         layers: names of the masked layers, in data-flow order.
-        opaque: modules recorded whole, as one operator -> the reason. "" is the model itself: it then runs its own
-            forward over the masked layers, and there is no graph to compute path products on.
-        unmasked: convolutions, linear layers, attentions and other weights without a mask -> the reason.
+        opaque: modules recorded whole, as one operator -> the reason. "" is the model itself: there is no graph of it
+            that holds for other inputs.
+        unmasked: convolutions, linear layers, attentions, and parameters that the forward reads like a matrix, without
+            a mask -> the reason.
         tied: layers that share the weight, and so the mask, of another one -> that one's name.
-        faithful: the recorded graph gave the model's own outputs, in eval and train mode, at a second batch size.
+        faithful: the recorded graph gave the model's own outputs, in eval and train mode, at a second batch size, and
+            its gradients where operators do not tell them.
+        side_effects: what the forward does besides returning a value ("assigns `block.state`"); the net does it as the
+            model does, a graph does not.
         notes: anything else worth knowing, one sentence each.
     """
 
@@ -26,6 +30,7 @@ class TraceReport:
     unmasked: dict[str, str] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
     faithful: bool = False
+    side_effects: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def rows(self) -> list[tuple[str, str, str]]:
@@ -39,10 +44,11 @@ class TraceReport:
     def __str__(self) -> str:
         from tabulate import tabulate
 
-        verdict = "equal to the model" if self.faithful else "not equal to the model; its own forward runs instead"
+        verdict = "equal to the model" if self.faithful else "not equal to the model; no pass works on it"
         lines = [
             tabulate(self.rows(), headers=["layer", "state", "reason"]),
             f"recorded graph: {verdict}",
+            *(f"the forward {effect}" for effect in self.side_effects),
             *self.notes,
         ]
         return "\n".join(lines)

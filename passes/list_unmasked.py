@@ -1,80 +1,61 @@
-"""Name the weights that a recorded graph multiplies activations with and that no mask belongs to.
+"""Name the weights that a model reads and that no mask belongs to.
 
-Masks belong to convolutions, linear layers and attentions. A recurrent layer holds several weights, and a model may
-use a bare parameter as a matrix: neither is masked, and neither is left out in silence.
+Masks belong to convolutions, linear layers and attentions. Whatever else a forward reads that has the shape of a matrix
+is named, however it is changed on its way: bare parameters, the weights of recurrent layers, experts, tables, those
+inside modules that were recorded whole. Embeddings that are looked up and norms are left out.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 
-import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
 from growfx.layers import MaskedLayer
+from growfx.passes.record import Recording
 
 __all__ = ["list_unmasked"]
 
 _SEVERAL_WEIGHTS = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
-_CONTRACTING = {
-    F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
-    torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
-    torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum, torch.functional.einsum,
-    torch.tensordot, torch.functional.tensordot, operator.matmul,
-    "matmul", "mm", "bmm", "addmm", "baddbmm", "__matmul__", "__rmatmul__",
-}  # fmt: skip
-# How a parameter may be changed before it is used and still be that weight.
-_KEEPING = {
-    "transpose", "t", "permute", "reshape", "view", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous", "to",
-    "type_as", "float", "half", "getattr", "expand", "repeat", "getitem", "mT", "T",
-}  # fmt: skip
 
 
-def list_unmasked(module: nn.Module, graph: fx.Graph) -> dict[str, str]:
+def list_unmasked(module: nn.Module, made: Recording) -> dict[str, str]:
     """Weights without a mask -> why they have none.
 
     Args:
-        module: the module the graph was recorded from, its maskable layers being masked twins.
-        graph: the recorded graph; targets are names in `module`.
+        module: the module that was recorded, its maskable layers being masked twins.
+        made: its recording.
     """
     found: dict[str, str] = {}
-    for node in graph.nodes:
-        if node.op == "call_module":
-            part = module.get_submodule(str(node.target))
-            if isinstance(part, _SEVERAL_WEIGHTS):
-                reason = f"a weight of `{type(part).__name__}`, which has several; masks belong to layers with one"
-                found |= {f"{node.target}.{name}": reason for name in _matrices(part)}
-        elif node.op in ("call_function", "call_method") and node.target in _CONTRACTING:
-            for source in node.all_input_nodes:
-                name = _parameter(module, source)
-                if name:
-                    operator_name = getattr(node.target, "__name__", node.target)
-                    found[name] = (
-                        f"a parameter used as a matrix by `{operator_name}`; masks belong to convolutions, linear "
-                        "layers and attentions"
-                    )
+    masked = {id(part.parameter) for part in module.modules() if isinstance(part, MaskedLayer)}
+    for name in made.called:
+        part = module.get_submodule(name)
+        if isinstance(part, _SEVERAL_WEIGHTS):
+            reason = f"a weight of `{type(part).__name__}`, which has several; masks belong to layers with one"
+            found |= {f"{name}.{own}": reason for own in _matrices(part)}
+    readers = {str(node.target): _reader(node) for node in made.graph.nodes if node.op == "get_attr"}
+    for name, operator in made.used.items():
+        parameter = module.get_parameter(name)
+        if name in found or id(parameter) in masked or not _is_matrix(parameter):
+            continue
+        by = operator or readers.get(name, "")
+        found[name] = (
+            f"a parameter used directly{f' by `{by}`' if by else ''}; masks belong to convolutions, linear layers and "
+            "attentions"
+        )
     return found
+
+
+def _reader(node: fx.Node) -> str:
+    for user in node.users:
+        return user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+    return ""
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    """Whether it has two dimensions or more, those of size one aside: a gain of shape (C, 1, 1) is a vector."""
+    return sum(size > 1 for size in parameter.shape) > 1
 
 
 def _matrices(part: nn.Module) -> Iterator[str]:
     return (name for name, parameter in part.named_parameters(recurse=False) if parameter.ndim > 1)
-
-
-def _parameter(module: nn.Module, node: fx.Node) -> str:
-    """The name of the bare parameter that the node holds, moved or cast; "" if it is anything else."""
-    while node.op != "get_attr":
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if node.op not in ("call_function", "call_method") or name not in _KEEPING:
-            return ""
-        first = node.args[0] if node.args else None
-        if not isinstance(first, fx.Node):
-            return ""
-        node = first
-    name = str(node.target)
-    owner_name, _, last = name.rpartition(".")
-    owner = module.get_submodule(owner_name)
-    parameter = owner._parameters.get(last)
-    masked = isinstance(owner, MaskedLayer) and last == owner.weight_name
-    return name if parameter is not None and parameter.ndim > 1 and not masked else ""

@@ -24,13 +24,14 @@ from growfx.lowered_layer import LoweredLayer
 from growfx.lowering_report import LayerLowering, LoweringReport, is_time_table
 from growfx.machine import processor
 from growfx.module_copy import copy_modules
+from growfx.passes.check_recording import record_checked
 from growfx.passes.compact_trials import outputs_of
 from growfx.passes.fold_norm import fold_norm
 from growfx.passes.lower import lower, lowerable, swap_layers
 from growfx.passes.lower_timing import time_layers
-from growfx.passes.mask import record_checked, unwrap, wrap
+from growfx.passes.mask import unwrap, wrap
+from growfx.program import Program
 from growfx.timing import interleaved_minima
-from growfx.trace_report import TraceReport
 
 __all__ = ["lower_network"]
 
@@ -57,7 +58,7 @@ class _Work:
 
     plain: nn.Module
     folded: nn.Module
-    network: MaskedGraph
+    network: Program
     layers: dict[str, LoweredLayer]
     masks: dict[str, Tensor]
     inputs: Inputs
@@ -90,11 +91,11 @@ def lower_network(
     example = None if example_inputs is None else _example(example_inputs, torch.float32)
     net = wrap(wide, example).eval()
     net.set_masks({name: mask for name, mask in masks.items() if name in net.layers})
-    inputs = Inputs(net.example_inputs() if example is None else example, {})
-    recording = net.recorded(inputs, training=False)
+    inputs = net.example() if example is None else Inputs(example, {})
+    recording = net.recording(inputs, training=False)
     target = Inputs(_example(inputs.args, dtype), {})
     target = target if batch is None else target.with_batch(batch)
-    if recording is None or not recording.faithful:
+    if not recording.faithful:
         reason = net.trace_report.opaque.get("", "") or " ".join(net.trace_report.notes)
         note = f"the network runs as it is, for it could not be recorded: {reason}"
         return plain.to(dtype), _report("plain", target, dtype, (note,))
@@ -117,18 +118,19 @@ def _prepared(
     masks = {name: module.mask for name, module in net.shell.named_modules() if isinstance(module, MaskedLayer)}
     shell = copy_modules(folded, _tensors_of(folded))
     layers = swap_layers(shell, {name: "dense" for name, reason in stays.items() if not reason}, {})
-    network = MaskedGraph(shell, inputs, _record_lowered, TraceReport())
+    network = Program(shell, _record_lowered)
     key = _key(folded, layers, net.mask_digest(), recording, inputs, dtype)
     return _Work(plain.to(dtype), folded, network, layers, masks, inputs, key, stays, notes)
 
 
-def _record_lowered(net: MaskedGraph, inputs: Inputs, **options: Any) -> RecordedGraph:
+def _record_lowered(program: Program, inputs: Inputs, **options: Any) -> RecordedGraph:
     """A checked recording in which lowered layers take over what follows them."""
-    made = record_checked(net, inputs, **options)
+    made = record_checked(program, inputs, **options)
     if not made.faithful:
         return made
-    graph = lower(fx.GraphModule(net.shell, made.graph), {}).graph
-    return RecordedGraph(graph, made.called, True, *compiled(graph))
+    graph = lower(fx.GraphModule(program.shell, made.graph), {}).graph
+    function, code = compiled(graph)
+    return replace(made, graph=graph, run=function, code=code)
 
 
 def _example(args: Any, dtype: torch.dtype) -> tuple[Any, ...]:

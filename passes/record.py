@@ -12,8 +12,10 @@ recorded: the innermost module doing so is named by `DataDependentError` and can
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
-from collections.abc import Generator, Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any
@@ -24,11 +26,14 @@ from torch.utils import _pytree as pytree
 
 from growfx import graph_ops
 from growfx.errors import TraceError
-from growfx.module_copy import copy_modules
+from growfx.inputs import Inputs, tensors_in
+from growfx.isolation import caches_bypassed, generators_restored, tables_restored
+from growfx.layers import MaskedLayer
+from growfx.module_copy import copy_modules, separate_hooks
 from growfx.recorded_call import all_can_be_written, is_own_or_torch
 from growfx.recorder import DataDependentError, NeedsValuesError, Recorder
 
-__all__ = ["DataDependentError", "NeedsValuesError", "Recording", "meta_copy", "record"]
+__all__ = ["DataDependentError", "NeedsValuesError", "Recording", "cuda_devices", "meta_copy", "record", "working_copy"]
 
 
 @dataclasses.dataclass
@@ -40,11 +45,28 @@ class Recording:
         called: names of the modules that were called, leaves and others, in order of their first call, and of
             those whose parameter was used without a call.
         output: what the recorded run returned.
+        read: names of masked layers whose weight was used without a call of the layer.
+        used: names of the parameters that no mask, embedding or norm accounts for -> the operator inside a module
+            recorded whole that used it, or "".
+        draws: whether random numbers were drawn.
+        own_gradient: whether the gradient may be another than that of the operators in the graph.
+        side_effects: what the forward did besides returning a value, one phrase each.
+        left_out: classes of returned objects that the graph leaves out.
     """
 
     graph: fx.Graph
     called: list[str]
     output: Any
+    read: list[str]
+    used: dict[str, str]
+    draws: bool
+    own_gradient: bool
+    side_effects: list[str]
+    left_out: list[str]
+
+
+# Recording replaces `nn.Module.__call__` for as long as it takes: one at a time in a process.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def record(
@@ -55,38 +77,57 @@ def record(
     opaque: Iterable[str] = (),
     allow_data: bool = False,
     run_on: nn.Module | None = None,
+    without_values: bool = False,
 ) -> Recording:
     """Run ``module(*args, **kwargs)`` once and return what it did as a graph.
 
+    Other threads may call modules meanwhile, this one included; generators, caches and the arguments are left as they
+    were, and so is `module` where a copy runs in its place.
+
     Args:
-        module: any module, in the mode (train or eval) to be recorded. Its buffers may change, as in any forward.
-        args: positional inputs; tensors in nested lists, tuples and dicts become inputs of the graph.
+        module: any module, in the mode (train or eval) to be recorded; a copy of it is run.
+        args: positional inputs; tensors in nested lists, tuples, dicts and objects become inputs of the graph.
         kwargs: keyword inputs.
         opaque: names of submodules to record as one node each, without looking inside.
         allow_data: bake values that Python takes out of data instead of raising `DataDependentError`.
-        run_on: a `meta_copy` of the module to run in its place: shapes alone are computed, which costs a fraction.
+        run_on: the copy to run; made when not given.
+        without_values: it is a `meta_copy`: shapes alone are computed, which costs a fraction.
 
     Raises:
         TraceError: the forward itself failed; names the module and the source line.
         DataDependentError: see above.
         NeedsValuesError: the run on the meta copy failed; the module itself may well run.
     """
-    root = module if run_on is None else run_on
-    recorder = Recorder(root, frozenset(opaque), allow_data, module)
-    if run_on is not None:
-        args, kwargs = _to_meta((args, dict(kwargs or {})))
-    inputs = recorder.placeholders(args, dict(kwargs or {}))
+    with _ONE_AT_A_TIME:
+        return _recorded(
+            module, Inputs(args, dict(kwargs or {})), frozenset(opaque), allow_data, run_on, without_values
+        )
+
+
+def _recorded(
+    module: nn.Module,
+    given: Inputs,
+    opaque: frozenset[str],
+    allow_data: bool,
+    run_on: nn.Module | None,
+    without_values: bool,
+) -> Recording:
+    root = working_copy(module) if run_on is None else run_on
+    recorder = Recorder(root, opaque, allow_data, module, without_values)
+    given = given.copied(_to_meta if without_values else torch.clone)
+    inputs = recorder.placeholders(given.args, dict(given.kwargs))
+    before = _attributes(root), _contents(inputs)
     try:
-        with _without_gradients(root), _default_device(recorder), _intercepted_calls(recorder), recorder:
+        with _quiet(recorder), _intercepted_calls(recorder), recorder:
             output = root(*inputs[0], **inputs[1])
     except DataDependentError:
         raise
     except Exception as error:
-        if run_on is not None:
+        if without_values:
             raise NeedsValuesError(str(error)) from error
         where = f" in module `{recorder.failed_in}`" if recorder.failed_in else ""
         source = _source_of_error(error)
-        shapes = [tuple(a.shape) for a in args if isinstance(a, Tensor)]
+        shapes = [tuple(a.shape) for a in given.values if isinstance(a, Tensor)]
         raise TraceError(
             f"`{type(module).__name__}` fails on inputs of shape {shapes}{where} ({source}): "
             f"{type(error).__name__}: {error}. Pass inputs that the model accepts (`example_inputs` of `growfx.wrap`)."
@@ -94,52 +135,166 @@ def record(
     recorder.graph.output(recorder.as_argument(output, build=True))
     _drop_unused_numbers(recorder.graph)
     _drop_unseen_writes(recorder.graph)
-    return Recording(recorder.graph, list(recorder.called), output)
+    return Recording(
+        recorder.graph,
+        list(recorder.called),
+        output,
+        list(recorder.read),
+        dict(recorder.used),
+        recorder.draws,
+        recorder.own_gradient,
+        _changes(before, (_attributes(root), _contents(inputs))),
+        list(dict.fromkeys(recorder.left_out)),
+    )
+
+
+@contextmanager
+def _quiet(recorder: Recorder) -> Generator[None]:
+    """Leave generators, caches and tables as they were; stop where Python's own generators decide."""
+    root = recorder.root
+    with (
+        generators_restored(cuda_devices(recorder.home)),
+        caches_bypassed(root),
+        tables_restored(root),
+        torch.enable_grad(),  # as a training step has it, so that switches of it are seen
+        _default_device(recorder),
+    ):
+        recorder.check_randomness(allowed=True)
+        yield
+        recorder.check_randomness()
+
+
+def cuda_devices(module: nn.Module) -> list[int]:
+    """The CUDA devices that a module has tensors on."""
+    if not torch.cuda.is_initialized():
+        return []
+    tensors = chain(module.parameters(), module.buffers())
+    return sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
+
+
+def _attributes(root: nn.Module) -> dict[str, int]:
+    """Ids of what modules hold in attributes and buffers, by name; numbers and texts by value."""
+    found: dict[str, Any] = {}
+    for name, module in root.named_modules():
+        for key, value in (*vars(module).items(), *module._buffers.items()):
+            if key not in _REGISTRIES:
+                plain = isinstance(value, (bool, int, float, str))
+                found[f"{name}.{key}".lstrip(".")] = value if plain else id(value)
+                if type(value) in (list, dict, set):
+                    found[f"{name}.{key}[]".lstrip(".")] = len(value)
+    return found
+
+
+_REGISTRIES = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training", "_stored"}
+
+
+def _contents(inputs: Any) -> dict[str, Any]:
+    """Ids of what containers and objects among the inputs hold."""
+    found: dict[str, Any] = {}
+
+    def walk(value: Any, name: str, depth: int) -> None:
+        if isinstance(value, dict):
+            items: Any = value.items()
+        elif isinstance(value, (list, tuple)):
+            items = enumerate(value)
+        elif hasattr(value, "__dict__") and not isinstance(value, (Tensor, nn.Module, type)):
+            items = vars(value).items()
+        else:
+            return
+        for key, item in list(items):
+            found[f"{name}[{key}]"] = id(item)
+            if depth < 4:
+                walk(item, f"{name}[{key}]", depth + 1)
+
+    walk(inputs[0], "args", 0)
+    walk(inputs[1], "kwargs", 0)
+    return found
+
+
+def _changes(before: tuple[dict[str, Any], ...], after: tuple[dict[str, Any], ...]) -> list[str]:
+    """What a forward changed: attributes and buffers that it assigned, arguments that it wrote into."""
+    differing = [
+        {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)} for old, new in zip(before, after, strict=True)
+    ]
+    changed = sorted({name.removesuffix("[]") for name in differing[0]})
+    found = [f"assigns `{name}`" for name in changed]
+    return [*found, "writes into its arguments"] if differing[1] else found
 
 
 def meta_copy(module: nn.Module) -> nn.Module:
     """A copy of the module on the meta device, in the module's mode: it computes shapes and holds no values."""
-    tensors = [*chain(module.parameters(), module.buffers())]
-    tensors += [value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+    tensors = [*module.parameters(), *module.buffers()]
+    tensors += [value for part in module.modules() for value in tensors_in(_plain_attributes(part))]
     memo: dict[int, Any] = {}
     for tensor in tensors:
         empty = torch.empty_like(tensor, device="meta", requires_grad=False)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-    return copy_modules(module, memo)
+    copied = copy_modules(module, memo)
+    separate_hooks(copied)
+    return copied
 
 
-def _to_meta(nest: Any) -> Any:
-    return pytree.tree_map(lambda value: value.to("meta") if isinstance(value, Tensor) else value, nest)
+def working_copy(module: nn.Module, *, trained: bool = False) -> nn.Module:
+    """A copy of the module to run: values are shared, buffers and attributes are its own, as are what hooks keep.
+
+    Its parameters are other objects over the same memory; they require gradients where the module's do if `trained`.
+    """
+    memo: dict[int, Any] = {id(part.mask): part.mask for part in module.modules() if isinstance(part, MaskedLayer)}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=trained and parameter.requires_grad)
+    copied = copy_modules(module, memo)
+    separate_hooks(copied)
+    return copied
+
+
+def _plain_attributes(module: nn.Module) -> list[Any]:
+    return [
+        v for k, v in vars(module).items() if isinstance(v, Tensor) or (type(v) in (list, tuple, dict) and k[0] != "_")
+    ]
+
+
+def _to_meta(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("meta")
 
 
 def _default_device(recorder: Recorder) -> AbstractContextManager[Any]:
     """On a meta copy, tensors made without naming a device go where the module's own would go: to its device."""
-    on_copy = recorder.home is not recorder.root
-    return torch.device("meta") if on_copy and recorder.device == torch.get_default_device() else nullcontext()
+    on_meta = recorder.without_values and recorder.device == torch.get_default_device()
+    return torch.device("meta") if on_meta else nullcontext()
 
 
 @contextmanager
 def _intercepted_calls(recorder: Recorder) -> Generator[None]:
-    """Every module call passes the recorder; only one recording runs at a time in a process."""
+    """Every module call of this thread passes the recorder; those of others pass by."""
     original = nn.Module.__call__
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        name = recorder.module_names.get(id(module))
+        name = recorder.module_names.get(id(module)) if threading.get_ident() == recorder.thread else None
         if name is None:
             return original(module, *args, **kwargs)
         recorder.called.setdefault(name)
-        if recorder.inside_leaf:
-            return original(module, *args, **kwargs)
-        recorder.stack.append(name)
+        recorder.running.append(module)
+        inside = recorder.inside_leaf
+        if not inside:
+            recorder.check_randomness()
+            recorder.stack.append(name)
         try:
+            if inside:
+                return original(module, *args, **kwargs)
             if recorder.is_leaf(module, name):
-                return recorder.call_leaf(original, module, name, args, kwargs)
-            return original(module, *args, **kwargs)
+                value = recorder.call_leaf(original, module, name, args, kwargs)
+                recorder.check_randomness(allowed=True)
+            else:
+                value = original(module, *args, **kwargs)
+                recorder.check_randomness()
+            return value
         except Exception:
             recorder.failed_in = recorder.failed_in or name
             raise
         finally:
-            recorder.stack.pop()
+            recorder.running.pop()
+            if not inside:
+                recorder.stack.pop()
 
     nn.Module.__call__ = call
     try:
@@ -154,36 +309,70 @@ def _intercepted_functions(recorder: Recorder) -> Generator[None]:
     """In train mode an autograd function is one operator, or the gradient its author wrote would be lost.
 
     In eval mode it is looked into, for path products to follow what it computes; and wherever it takes functions, or
-    what a graph cannot hold.
+    what a graph cannot hold. `f = MyFunction.apply`, bound when its module was imported, passes by the class's `apply`
+    but not by its `forward`.
     """
     original = torch.autograd.Function.__dict__["apply"]
 
+    def is_whole(args: Any, kwargs: Any) -> bool:
+        if threading.get_ident() != recorder.thread or recorder.inside_leaf:
+            return False
+        recorder.own_gradient = True
+        whole = all_can_be_written((args, kwargs)) and not any(map(callable, pytree.tree_leaves(args)))
+        return whole and recorder.root.training
+
     def apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
         function = original.__get__(None, kind)
-        whole = all_can_be_written((args, kwargs)) and not any(map(callable, pytree.tree_leaves(args)))
-        if recorder.inside_leaf or not recorder.root.training or not whole:
+        if not is_whole(args, kwargs):
             return function(*args, **kwargs)
         return recorder.as_one_node("call_function", graph_ops.applied(kind), function, args, kwargs)
 
+    def forward_of(kind: type[torch.autograd.Function], own: Callable[..., Any]) -> Callable[..., Any]:
+        takes_context = kind.setup_context is torch.autograd.Function.setup_context
+
+        @functools.wraps(own)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            context, given = (args[:1], args[1:]) if takes_context else ((), args)
+            if not is_whole(given, kwargs):
+                return own(*args, **kwargs)
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                return own(*context, *args, **kwargs)
+
+            return recorder.as_one_node("call_function", graph_ops.applied(kind), run, given, kwargs)
+
+        return forward
+
     torch.autograd.Function.apply = classmethod(apply)
+    patched: list[tuple[type, Any]] = []
     try:
+        for kind in _autograd_functions():
+            own = kind.__dict__["forward"]
+            patched.append((kind, own))
+            setattr(kind, "forward", staticmethod(forward_of(kind, own.__func__)))  # noqa: B010 - not a known attribute
         yield
     finally:
         torch.autograd.Function.apply = original
+        for kind, own in patched:
+            setattr(kind, "forward", own)  # noqa: B010
 
 
-@contextmanager
-def _without_gradients(module: nn.Module) -> Generator[None]:
-    """Grad mode on, as a training step has it, so that switches of it are seen; but nothing that requires gradients."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+def _autograd_functions() -> list[type[torch.autograd.Function]]:
+    """The autograd functions that models may use, not torch's own."""
+    found: dict[type, None] = {}
+    waiting = list(torch.autograd.Function.__subclasses__())
+    while waiting:
+        kind = waiting.pop()
+        if kind in found:
+            continue
+        found[kind] = None
+        waiting += kind.__subclasses__()
+    return [
+        kind
+        for kind in found
+        if isinstance(kind.__dict__.get("forward"), staticmethod)
+        and not kind.__module__.startswith(("torch.", "growfx."))
+    ]
 
 
 def _drop_unused_numbers(graph: fx.Graph) -> None:

@@ -1,0 +1,129 @@
+"""Run a model's code and leave the process as it was: random generators, caches, tables kept in modules."""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+__all__ = ["caches_bypassed", "generators_restored", "python_randomness", "tables_restored"]
+
+_CACHED = type(functools.lru_cache(lambda: None))
+# Their caches hold nothing of a model's sizes; what they compute may be slow, or allowed once only.
+_LIBRARIES = ("torch", "numpy", "scipy", "growfx", "sympy", "triton", "_pytest", "pytest")
+_TABLES = (dict, list, set)
+
+
+@contextmanager
+def generators_restored(devices: list[int]) -> Generator[None]:
+    """Put the generators of torch (CPU and the CUDA `devices`), numpy and Python back to where they were."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+def python_randomness() -> tuple[Any, ...]:
+    """What is another value after Python's or numpy's global generator drew a number."""
+    kind, keys, position, *rest = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), kind, keys.tobytes(), position, *rest  # type: ignore[union-attr]
+
+
+def _model_code(root: nn.Module) -> list[ModuleType]:
+    """The loaded Python modules of the packages that the classes of a model come from."""
+    packages = {type(part).__module__.partition(".")[0] for part in root.modules()} - set(_LIBRARIES)
+    return [m for name, m in list(sys.modules.items()) if m is not None and name.partition(".")[0] in packages]
+
+
+@contextmanager
+def tables_restored(root: nn.Module) -> Generator[None]:
+    """Put dicts, lists and sets that a model's Python modules hold back to what they held.
+
+    A table keyed by size would keep what a recording computed, which is no value, for the model's own calls.
+    """
+    kept: list[tuple[Any, Any]] = []
+    for module in _model_code(root):
+        kept += [(table, table.copy()) for table in list(vars(module).values()) if type(table) in _TABLES]
+        for kind in [value for value in list(vars(module).values()) if isinstance(value, type)]:
+            if kind.__module__ == module.__name__:
+                kept += [(table, table.copy()) for table in list(vars(kind).values()) if type(table) in _TABLES]
+    try:
+        yield
+    finally:
+        for table, before in kept:
+            if len(table) != len(before) or not _holds_same(table, before):
+                _refill(table, before)
+
+
+def _holds_same(table: Any, before: Any) -> bool:
+    if isinstance(table, dict):
+        return all(key in before and before[key] is value for key, value in table.items())
+    if isinstance(table, list):
+        return all(a is b for a, b in zip(table, before, strict=True))
+    return table == before
+
+
+def _refill(table: Any, before: Any) -> None:
+    table.clear()
+    table.extend(before) if isinstance(table, list) else table.update(before)
+
+
+@contextmanager
+def caches_bypassed(root: nn.Module) -> Generator[None]:
+    """Let this thread pass by the `functools.lru_cache` of functions of models: nothing is taken from, or left in, one.
+
+    A cache keyed by a size would hand out the result of another call, in which the size was a plain number, and would
+    keep results of this one. Within the context each such function has a cache of its own.
+    """
+    thread = threading.get_ident()
+    stand_ins: dict[int, Callable[..., Any]] = {}
+    with ExitStack() as stack:
+        for module in list(sys.modules.values()):
+            if module is None or module.__name__.partition(".")[0] in (*_LIBRARIES, *sys.stdlib_module_names):
+                continue
+            for owner, name, cached in _cached_functions(module):
+                stand_in = stand_ins.setdefault(id(cached), _bypass(cached, thread))
+                setattr(owner, name, stand_in)
+                stack.callback(setattr, owner, name, cached)
+        yield
+
+
+def _cached_functions(module: ModuleType) -> Iterator[tuple[Any, str, Any]]:
+    """(owner, name, cached function) in a module and in the classes defined there."""
+    for name, value in list(vars(module).items()):
+        if type(value) is _CACHED:
+            yield module, name, value
+        elif isinstance(value, type) and value.__module__ == module.__name__:
+            for key, member in list(vars(value).items()):
+                if type(member) is _CACHED:
+                    yield value, key, member
+
+
+def _bypass(cached: Any, thread: int) -> Callable[..., Any]:
+    own: dict[Any, Any] = {}
+
+    @functools.wraps(cached.__wrapped__)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return cached(*args, **kwargs)
+        # By identity of the arguments' types as well: a traced size and a plain number are equal.
+        key = (tuple((type(v), id(v)) for v in args), tuple((k, type(v), id(v)) for k, v in kwargs.items()))
+        if key not in own:
+            own[key] = cached.__wrapped__(*args, **kwargs), args, kwargs  # an id is good while its object lives
+        return own[key][0]
+
+    for name in ("cache_info", "cache_clear", "cache_parameters"):
+        setattr(call, name, getattr(cached, name))
+    return call

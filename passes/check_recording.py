@@ -1,0 +1,319 @@
+"""Record a model and compare the graph with it: outputs, and gradients where the operators do not tell them.
+
+Everything runs on copies that share the model's values, in a mode that is set flag by flag: nothing of the model, its
+arguments or the process is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import random
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from growfx.errors import TraceError
+from growfx.graph import RecordedGraph, chain_tensors, compiled
+from growfx.inputs import Inputs
+from growfx.isolation import caches_bypassed, generators_restored, tables_restored
+from growfx.layers import MaskedLayer
+from growfx.meta_shapes import short_shapes
+from growfx.passes.free_batch import free_batch
+from growfx.passes.list_unmasked import list_unmasked
+from growfx.passes.record import (
+    DataDependentError,
+    NeedsValuesError,
+    Recording,
+    cuda_devices,
+    meta_copy,
+    record,
+    working_copy,
+)
+from growfx.recorded_call import can_be_written
+
+if TYPE_CHECKING:
+    from growfx.graph import MaskedGraph
+
+__all__ = ["record_checked"]
+
+_SEEDS = (0, 1, 2)
+
+
+def record_checked(
+    net: MaskedGraph,
+    inputs: Inputs,
+    training: bool,
+    model: nn.Module | None = None,
+    holds_for_values: bool = False,
+) -> RecordedGraph:
+    """Record the net's shell in the given mode and compare the graph with the model's own forward.
+
+    Args:
+        net: the net whose report is filled in.
+        inputs: what to record for; recorded with two rows, compared with another number of them.
+        training: the mode.
+        model: the model that came in; later recordings are compared with the net's own shell.
+        holds_for_values: record what the model does on these very values, whatever it takes out of them, and compare
+            on them alone.
+
+    Raises:
+        TraceError: the model fails on the inputs.
+    """
+    work = _Work(net, training, model or net.shell)
+    if holds_for_values:
+        made = work.finished(work.with_values(inputs), batch_is_free=False)
+        difference = work.difference(made, [inputs])
+    else:
+        made, difference = work.recorded(inputs)
+    if difference:
+        net.trace_report.notes.append(f"{'train' if training else 'eval'} mode: {difference}")
+    return dataclasses.replace(made, faithful=made.faithful and not difference)
+
+
+class _Work:
+    """One recording of a net's shell in one mode."""
+
+    def __init__(self, net: MaskedGraph, training: bool, model: nn.Module) -> None:
+        self.net, self.training, self.model = net, training, model
+        self.shell, self.report = net.shell, net.trace_report
+        self.flags = _flags(self.shell, training)
+        self.on_meta = _on_meta(self.shell)
+
+    # -- recording ------------------------------------------------------------------------------------------------
+
+    def recorded(self, inputs: Inputs) -> tuple[RecordedGraph, str]:
+        """A recording with a free batch where the model has one, and how it differs from the model."""
+        small = inputs.with_batch(2)
+        try:
+            made, difference = self._by_shapes_or_values(small, self._trials(inputs))
+        except TraceError:
+            if inputs.batch in (None, 2):
+                raise
+            # What is first in these inputs is not a batch, or not one of any size.
+            made, difference = self._by_shapes_or_values(inputs, [inputs.redrawn(1), inputs], batch_is_free=False)
+        if difference and made.batch_is_free and small.batch is not None:
+            freed = self._with_free_batch(inputs, made)
+            if freed is not None:
+                return freed, ""
+        return made, difference
+
+    def _by_shapes_or_values(
+        self, inputs: Inputs, trials: list[Inputs], batch_is_free: bool = True
+    ) -> tuple[RecordedGraph, str]:
+        """Shapes are all that most recordings need; one that needs values, or turns out to differ, is made with them."""
+        if not self.on_meta:
+            with contextlib.suppress(NeedsValuesError):
+                made = self._run(inputs, batch_is_free, without_values=True)
+                difference = self.difference(made, trials)
+                if not difference:
+                    return made, ""
+        made = self._run(inputs, batch_is_free)
+        return made, self.difference(made, trials)
+
+    def _run(self, inputs: Inputs, batch_is_free: bool, without_values: bool = False) -> RecordedGraph:
+        """Record the shell; what takes values out of data is noted in the report and recorded whole."""
+        while "" not in self.report.opaque:
+            try:
+                made = self._record(inputs, without_values=without_values)
+            except DataDependentError as stop:
+                self.report.opaque[stop.module] = stop.reason
+            else:
+                return self.finished(made, batch_is_free)
+        # Where the model itself reads data there is nothing left to record whole: the graph is only to look at.
+        return dataclasses.replace(self.finished(self.with_values(inputs), False), faithful=False)
+
+    def _record(self, inputs: Inputs, *, without_values: bool) -> Recording:
+        run_on = meta_copy(self.shell) if without_values else working_copy(self.shell)
+        _set_flags(run_on, self.flags)
+        opaque = self.report.opaque
+        return record(
+            self.shell, inputs.args, inputs.kwargs, opaque=opaque, run_on=run_on, without_values=without_values
+        )
+
+    def with_values(self, inputs: Inputs) -> Recording:
+        """Record what the shell does on these very values, whatever it takes out of them."""
+        run_on = working_copy(self.shell)
+        _set_flags(run_on, self.flags)
+        return record(self.shell, inputs.args, inputs.kwargs, allow_data=True, run_on=run_on)
+
+    def finished(self, made: Recording, batch_is_free: bool) -> RecordedGraph:
+        """The recording in use; what it met goes into the report."""
+        for name in made.read:
+            self.net.note_direct_read(name)
+        for effect in made.side_effects:
+            if effect not in self.report.side_effects:
+                self.report.side_effects.append(effect)
+        for kind in made.left_out:
+            note = f"the output holds a `{kind}`, which the graph leaves out"
+            if note not in self.report.notes:
+                self.report.notes.append(note)
+        self.report.unmasked |= {
+            name: why for name, why in list_unmasked(self.shell, made).items() if name not in self.report.unmasked
+        }
+        function, code = compiled(made.graph)
+        return RecordedGraph(
+            made.graph, made.called, True, function, code, batch_is_free, made.own_gradient, made.draws
+        )
+
+    def _with_free_batch(self, inputs: Inputs, made: RecordedGraph) -> RecordedGraph | None:
+        """The recording with numbers that follow the batch made to do so; None where that gives no faithful one."""
+        for without_values in (True, False) if not self.on_meta else (False,):
+            try:
+                two, three = (self._record(inputs.with_batch(rows), without_values=without_values) for rows in (2, 3))
+            except (NeedsValuesError, DataDependentError, TraceError):
+                continue
+            if free_batch(two.graph, three.graph):
+                freed = self.finished(two, batch_is_free=True)
+                trials = [inputs.with_batch(rows).redrawn(1) for rows in (1, 5, 4, 2)]
+                trials = trials[1:] if self.training else trials
+                if not self.difference(freed, trials):
+                    return freed
+        return None
+
+    # -- comparison -----------------------------------------------------------------------------------------------
+
+    def _trials(self, inputs: Inputs) -> list[Inputs]:
+        """Inputs to compare on, best first: a model may refuse another batch size, or other values."""
+        # A single row is cheapest, but batch statistics need several.
+        other, recorded = inputs.with_batch(3 if self.training else 1), inputs.with_batch(2)
+        return [other.redrawn(seed=1), recorded.redrawn(seed=1), recorded]
+
+    def difference(self, made: RecordedGraph, trials: list[Inputs]) -> str:
+        """How the graph differs from the model on the first inputs the model takes; "" if it does not."""
+        if not made.faithful or self._is_proven(made):
+            return ""
+        for given in trials:
+            try:
+                expected = self._outcome(self.model, None, given, _SEEDS[0], made.own_gradient)
+            except Exception:
+                continue
+            return self._compared(made, given, expected)
+        return "the model fails when called a second time, so the graph cannot be compared with it"
+
+    def _is_proven(self, made: RecordedGraph) -> bool:
+        """The very same operators as in the other mode, which were compared already, need no second comparison."""
+        return not made.own_gradient and any(
+            recording.faithful and recording.code.src == made.code.src and not recording.own_gradient
+            for (training, _), recording in self.net.recordings.items()
+            if training != self.training
+        )
+
+    def _compared(self, made: RecordedGraph, given: Inputs, expected: list[Any]) -> str:
+        for seed in _SEEDS if made.draws else _SEEDS[:1]:
+            if seed != _SEEDS[0]:
+                expected = self._outcome(self.model, None, given, seed, made.own_gradient)
+            try:
+                got = self._outcome(self.shell, made.run, given, seed, made.own_gradient)
+            except Exception as error:
+                return f"the graph fails where the model does not: {type(error).__name__}: {error}"
+            difference = _first_difference(expected, got)
+            if difference:
+                return difference
+        return ""
+
+    def _outcome(
+        self, module: nn.Module, run: Callable[..., Any] | None, given: Inputs, seed: int, gradients: bool
+    ) -> list[Any]:
+        """Outputs, and gradients of a sum over them in train mode."""
+        gradients = gradients and self.training and not self.on_meta and self._obeys()
+        copied = working_copy(module, trained=gradients)
+        _set_flags(copied, self.flags)
+        function = copied if run is None else functools.partial(run, copied)
+        given = given.copied()
+        with (
+            generators_restored(cuda_devices(self.shell)),
+            caches_bypassed(copied) if self.on_meta else contextlib.nullcontext(),
+            tables_restored(copied),
+            torch.set_grad_enabled(gradients),
+            short_shapes() if self.on_meta else contextlib.nullcontext(),
+        ):
+            torch.manual_seed(seed)
+            np.random.seed(seed)  # noqa: NPY002 - what models draw from
+            random.seed(seed)
+            found = list(_leaves(function(*given.args, **given.kwargs)))
+            return [*found, *_gradients(copied, found)] if gradients else found
+
+    def _obeys(self) -> bool:
+        """Whether all weights are zero outside their masks, so that a step in train mode writes nothing."""
+        return all(layer.obeys() for layer in self.shell.modules() if isinstance(layer, MaskedLayer))
+
+
+def _gradients(module: nn.Module, outputs: list[Any]) -> list[Tensor]:
+    """Gradients of a weighted sum over the outputs, of every parameter that is trained."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    total: Any = 0
+    for value in outputs:
+        if isinstance(value, Tensor) and value.requires_grad and value.is_floating_point():
+            total = total + (value * torch.randn(value.shape, generator=generator).to(value)).sum()
+    if not isinstance(total, Tensor):
+        return []
+    found = torch.autograd.grad(total, trained, allow_unused=True)
+    return [torch.zeros(()) if gradient is None else gradient for gradient in found]
+
+
+def _flags(shell: nn.Module, training: bool) -> dict[str, bool]:
+    """The `training` flag of every module in the given mode.
+
+    Set without calling `train`, which may do more (merge weights); where a class has its own, one on a copy without
+    values tells what it would set.
+    """
+    if shell.training == training:
+        return {name: module.training for name, module in shell.named_modules()}
+    if all(type(module).train is nn.Module.train for module in shell.modules()):
+        return {name: training for name, _ in shell.named_modules()}
+    copied = meta_copy(shell)
+    try:
+        copied.train(training)
+    except Exception:  # not without values
+        return {name: training for name, _ in shell.named_modules()}
+    return {name: module.training for name, module in copied.named_modules()}
+
+
+def _set_flags(module: nn.Module, flags: dict[str, bool]) -> None:
+    for name, part in module.named_modules():
+        part.training = flags[name]
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The tensors, numbers and names in a nest of containers, in order; objects of the model's own say nothing."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    elif isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        if isinstance(value, Tensor) or (value is not None and can_be_written(value)):
+            yield value
+        return
+    for item in value:
+        yield from _leaves(item)
+
+
+def _first_difference(expected: list[Any], got: list[Any]) -> str:
+    if len(expected) != len(got):
+        return f"the model returns {len(expected)} values, the graph {len(got)}"
+    for i, (a, b) in enumerate(zip(expected, got, strict=True)):
+        if not isinstance(a, Tensor):
+            if not isinstance(b, Tensor) and a == b:
+                continue
+            return f"output {i} is {a!r} from the model and {b!r} from the graph"
+        if not isinstance(b, Tensor) or a.shape != b.shape:
+            shape = tuple(b.shape) if isinstance(b, Tensor) else None
+            return f"output {i} has shape {tuple(a.shape)} from the model and {shape} from the graph"
+        if a.is_meta or a.numel() == 0 or torch.equal(a, b):
+            continue
+        scale = float(a.detach().abs().nan_to_num().max())
+        if not torch.allclose(a, b, rtol=1e-5, atol=1e-5 * scale, equal_nan=True):
+            error = float((a.detach().double() - b.detach().double()).abs().max())
+            return f"output {i} differs by {error:.3g} (largest value {scale:.3g}) between the model and the graph"
+    return ""
+
+
+def _on_meta(module: nn.Module) -> bool:
+    first = next(chain_tensors(module), None)
+    return first is not None and first.is_meta
