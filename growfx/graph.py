@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from growfx import ranks
+from growfx import graph_ops, ranks
 from growfx.errors import MaskError, TraceError
 from growfx.inputs import Inputs
-from growfx.layers import MaskedLayer, check_mask
+from growfx.layers import MaskedLayer, MaskedParameter, check_mask
 from growfx.masked_uses import MaskedUses
+from growfx.module_copy import copy_modules
 from growfx.shards import check_recordable, fsdp_modules, is_sharded, own_part, part_of
 from growfx.trace_report import TraceReport
 
@@ -40,8 +41,10 @@ class RecordedGraph:
         run: its compiled function.
         code: the function's source, as fx prints it.
         batch_is_free: whether it holds for any batch size.
+        holds_for_values: whether it holds for the values it was made with only.
         own_gradient: whether the model does something whose gradient the operators do not tell.
         draws: whether it draws random numbers.
+        used: the parameters it reads that no mask, embedding or norm accounts for, in order.
     """
 
     graph: fx.Graph
@@ -50,10 +53,13 @@ class RecordedGraph:
     run: Callable[..., Any]
     code: Any
     batch_is_free: bool = True
+    holds_for_values: bool = False
     own_gradient: bool = False
     draws: bool = False
+    used: tuple[str, ...] = ()
 
 
+_REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 # Recordings kept for passes; the oldest goes first.
 _MOST_RECORDINGS = 32
 
@@ -110,8 +116,8 @@ class MaskedGraph(fx.GraphModule):
 
     def _adopt(self, shell: nn.Module) -> None:
         """Be the shell's root: share its very registries, so that whatever changes one changes the other."""
-        self._shell = (shell,)  # in a tuple, or it would be registered as a submodule
-        for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        self.__dict__["_shell"] = (shell,)  # in a tuple, or it would be registered as a submodule
+        for registry in _REGISTRIES:
             self.__dict__[registry] = shell.__dict__[registry]
 
     @property
@@ -213,7 +219,7 @@ class MaskedGraph(fx.GraphModule):
         Masks are chosen alike on every rank and compared; being asked is how the network learns of it.
         """
         self.replicated = True
-        return [f"{name}.mask" for name in self._mask_owners()]
+        return list(self._mask_names())
 
     def _compare_ranks(self) -> None:
         """Compare the masks once, in the first forward that all ranks make together."""
@@ -234,13 +240,21 @@ class MaskedGraph(fx.GraphModule):
         for layer in self.layers.values() if fsdp_modules(self) else ():
             layer.sharded = True
 
-    # -- changes of the model -------------------------------------------------------------------------------------------
+    # -- changes of the model ----------------------------------------------------------------------------------------
 
     def place_layers(self, layers: Mapping[str, MaskedLayer], tied: Sequence[list[MaskedLayer]]) -> None:
-        """Name the masked layers, in data-flow order, and those that share a weight; called once by `growfx.wrap`."""
+        """Name the masked layers, in data-flow order, and those that share a weight; of `growfx.wrap`."""
+        self._named_layers[0].clear()
         self._named_layers[0].update(layers)
+        known = {id(layer) for layer in self._read_directly[0]}
+        self._read_directly[0].extend(m for m in self.masked_parameters.values() if id(m) not in known)
         self._tied[0].extend(tied)
         self._places = None
+
+    @property
+    def masked_parameters(self) -> dict[str, MaskedParameter]:
+        """Those of `layers` that are masks on parameters of modules that stay what they are."""
+        return {name: layer for name, layer in self._named_layers[0].items() if isinstance(layer, MaskedParameter)}
 
     def note_direct_read(self, name: str) -> None:
         """Remember that the model reads the weight of the masked layer `name` without calling the layer."""
@@ -252,7 +266,7 @@ class MaskedGraph(fx.GraphModule):
     def _check_places(self) -> None:
         """Check that every masked layer is still where it was, with its weight."""
         if self._places is None:
-            self._places = _edges(self.shell, self._named_layers[0])
+            self._places = _edges(self.shell, self._module_names())
         for registry, key, child in self._places:
             if registry.get(key) is not child:
                 self._refuse_surgery()
@@ -260,10 +274,22 @@ class MaskedGraph(fx.GraphModule):
             if layer._parameters.get(layer.weight_name) is None:
                 self._refuse_surgery()
 
-    def _refuse_surgery(self) -> None:
-        modules = dict(self.shell.named_modules())
+    def _module_names(self) -> dict[str, nn.Module]:
+        """The module of every masked layer, by its name."""
+        names = {id(module): name for name, module in self.shell.named_modules()}
+        found: dict[str, nn.Module] = {}
         for name, layer in self._named_layers[0].items():
-            if modules.get(name) is not layer:
+            if isinstance(layer, MaskedParameter):
+                owner = layer.__dict__["owner"]
+                found[names.get(id(owner), name)] = owner
+            else:
+                found[name] = layer
+        return found
+
+    def _refuse_surgery(self) -> None:
+        modules = {id(module) for module in self.shell.modules()}
+        for name, layer in self._named_layers[0].items():
+            if id(layer.__dict__.get("owner", layer)) not in modules:
                 raise MaskError(
                     f"the masked layer `{name}` was replaced since the model was wrapped, so its mask is of no use; "
                     "change the model first, then wrap it (growfx.unwrap(net) gives the plain model)"
@@ -279,7 +305,13 @@ class MaskedGraph(fx.GraphModule):
     def example(self, batch: int = 1) -> Inputs:
         """A call that the model accepts: that given to `growfx.wrap`, with `batch` rows, on the net's device."""
         device = next(chain_tensors(self), torch.empty(0)).device
-        return self._example.with_batch(batch).copied(lambda tensor: tensor.to(device))
+        example = self._example.with_batch(batch) if self.batch_is_free else self._example
+        return example.copied(lambda tensor: tensor.to(device))
+
+    @property
+    def batch_is_free(self) -> bool:
+        """Whether the first dimension of the inputs is a batch of any size, as far as is known."""
+        return all(recording.batch_is_free or recording.holds_for_values for recording in self.recordings.values())
 
     def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
         """Inputs the model accepts: those given to `growfx.wrap`, with `batch` rows, on the net's device.
@@ -297,13 +329,16 @@ class MaskedGraph(fx.GraphModule):
         Raises:
             TraceError: the model cannot be recorded faithfully for these inputs.
         """
-        given = Inputs(inputs, named)
+        return self.graph_for(Inputs(inputs, named), training=training)
+
+    def graph_for(self, given: Inputs, *, training: bool = False) -> fx.Graph:
+        """`graph_at` for one call of the model, its keyword arguments included."""
         recording = self.recording(given, training)
         if self.trace_report.opaque or not recording.faithful:
             key = (training, given.keyed(batch_is_free=False))
             found = self._looks_inside.get(key)
             if found is None or key[1] is None:
-                with _without_compiler():
+                with _without_compiler(), torch.inference_mode(False):
                     found = self._recorder(self, given, training, holds_for_values=True)
                 self._looks_inside[key] = found
             recording = found
@@ -332,7 +367,7 @@ class MaskedGraph(fx.GraphModule):
             raise TraceError(
                 f"there is no graph that does what the model does: {'; '.join(reasons)}; call the net itself"
             )
-        return plain_graph_module(self.shell, recording.graph, training)
+        return plain_graph_module(self.shell, recording.graph, training, shapes_are_fixed=not recording.batch_is_free)
 
     def recording(self, inputs: Inputs, training: bool) -> RecordedGraph:
         """The recording for inputs like these in the given mode; made, and compared with the model, when first asked.
@@ -349,7 +384,7 @@ class MaskedGraph(fx.GraphModule):
 
     def _record(self, inputs: Inputs, training: bool) -> RecordedGraph:
         check_recordable(self.shell)
-        with _without_compiler():
+        with _without_compiler(), torch.inference_mode(False):  # constants may be used in training later
             made = self._recorder(self, inputs, training)
         key = training, inputs.keyed(batch_is_free=made.batch_is_free)
         if key[1] is not None or not self.recordings:
@@ -394,15 +429,14 @@ class MaskedGraph(fx.GraphModule):
             return self.shell(*args, **kwargs)
 
     def _before_call(self, args: Any, kwargs: Any) -> None:
+        symbolic = isinstance(args, fx.Proxy) or isinstance(kwargs, fx.Proxy)
+        if symbolic or torch._C._is_tracing() or any(isinstance(v, fx.Proxy) for v in (*args, *kwargs.values())):
+            raise TraceError(_UNWRAP_FIRST)
         if self._searched_as is not type(self):
             self.find_shards()
         if not self._compared and self.training:
             self._compare_ranks()
         self._check_places()
-        if torch._C._get_tracing_state() is not None or any(
-            isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())
-        ):
-            raise TraceError(_UNWRAP_FIRST)
 
     def _masked_reads(self) -> AbstractContextManager[Any]:
         """Masks where the model reads a weight without calling its layer, for one call of the model's code."""
@@ -468,44 +502,69 @@ class MaskedGraph(fx.GraphModule):
         Raises:
             MaskError: some masks are missing, or have another shape or dtype; names them.
         """
-        names = [f"{layer}.mask" for layer in self._mask_owners()]
+        names = self._mask_names()
         given = [name for name in names if name in state_dict]
         if given and len(given) < len(names):
             missing = [f"`{n}`" for n in names if n not in state_dict]
             raise MaskError(f"the state dict has {len(given)} of {len(names)} masks; missing: {', '.join(missing)}")
         for name in given:
-            layer = name.removesuffix(".mask")
-            check_mask(layer, self.get_buffer(name), state_dict[name])
+            check_mask(names[name], self.get_buffer(name), state_dict[name])
         if not given:
             own = {name: self.get_buffer(name) for name in names}
             state_dict = {**state_dict, **own}
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         self._tie_masks()
-        for module in self.shell.modules():
-            if isinstance(module, MaskedLayer) and not is_sharded(module.parameter):
-                module.adopt()  # `assign` puts other parameters in place
+        self._adopt_parameters()  # `assign` puts others in place
         self.settle()
         return result
 
-    def _mask_owners(self) -> Iterator[str]:
-        return (name for name, module in self.named_modules(remove_duplicate=False) if isinstance(module, MaskedLayer))
+    def _mask_names(self) -> dict[str, str]:
+        """The name of every mask in the state dict -> that of its layer."""
+        modules = list(self.named_modules(remove_duplicate=False))
+        found = {f"{name}.mask": name for name, module in modules if isinstance(module, MaskedLayer)}
+        for label, layer in self.masked_parameters.items():
+            owner = layer.__dict__["owner"]
+            for name in (name for name, module in modules if module is owner):
+                found[f"{name}.{layer.mask_name}".lstrip(".")] = label
+        return found
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's state dict with one mask per masked layer; weights are +0.0 outside their masks."""
+        self._check_places()
+        found = super().state_dict(*args, **kwargs)
+        prefix, keep_vars = kwargs.get("prefix", ""), kwargs.get("keep_vars", False)
+        for mask, label in self._mask_names().items() if self.masked_parameters and not keep_vars else ():
+            layer = self._named_layers[0][label]
+            if isinstance(layer, MaskedParameter) and not is_sharded(layer.parameter) and not layer.obeys():
+                key = f"{prefix}{mask.removesuffix('_mask')}"
+                found[key] = torch.where(layer.mask, layer.parameter.detach(), 0)
+        return found
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MaskedGraph:
         super()._apply(fn, recurse)
+        self._adopt_parameters()
         self._tie_masks()
         return self
+
+    def _adopt_parameters(self) -> None:
+        for module in (*self.shell.modules(), *self._named_layers[0].values()):
+            if isinstance(module, MaskedLayer) and not is_sharded(module.parameter):
+                module.adopt()
 
     def _tie_masks(self) -> None:
         for first, *others in self._tied[0]:
             for other in others:
                 other._buffers["mask"] = first.mask
 
+    @torch.inference_mode(False)  # a copy made inside may be trained outside
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedGraph:
         clone = fx.GraphModule.__new__(type(self))
         memo[id(self)] = clone
-        anew = ("recordings", "_looks_inside", "_graph", "_recorder", "_identity", "meta", "_places")
-        state = {k: v for k, v in self.__dict__.items() if k not in anew}
+        shell = copy_modules(self.shell, memo)
+        anew = ("recordings", "_looks_inside", "_graph", "_recorder", "_identity", "meta", "_places", "_shell")
+        state = {k: v for k, v in self.__dict__.items() if k not in (*anew, *_REGISTRIES)}
         clone.__dict__.update(copy.deepcopy(state, memo))
+        clone._adopt(shell)
         clone.__dict__.update(
             _recorder=self._recorder, _looks_inside={}, _identity=self._identity, meta=dict(self.meta), _places=None
         )
@@ -554,7 +613,7 @@ def _edges(shell: nn.Module, layers: Mapping[str, nn.Module]) -> list[tuple[dict
     found: dict[str, tuple[dict[str, Any], str, nn.Module]] = {}
     for name in layers:
         part, path = shell, ""
-        for key in name.split("."):
+        for key in name.split(".") if name else ():
             path = f"{path}.{key}"
             child = part._modules[key]
             assert child is not None
@@ -572,8 +631,16 @@ def _masked_attributes(shell: nn.Module, layers: list[MaskedLayer]) -> Generator
         yield
 
 
-def plain_graph_module(shell: nn.Module, graph: fx.Graph, training: bool) -> fx.GraphModule:
-    """A `torch.fx.GraphModule` that runs `graph` over the modules of `shell`."""
+def plain_graph_module(
+    shell: nn.Module, graph: fx.Graph, training: bool, shapes_are_fixed: bool = False
+) -> fx.GraphModule:
+    """A `torch.fx.GraphModule` that runs `graph` over the modules of `shell`, for the recorded shapes alone if fixed."""
+    taken = sorted(name for name in shell._modules if hasattr(fx.GraphModule, name))
+    if taken:
+        raise TraceError(
+            f"the model has a submodule `{taken[0]}`, a name that torch.fx.GraphModule takes for itself; rename it to "
+            "have a graph module"
+        )
     root: dict[str, Any] = {}
     copied = copy.deepcopy(graph)
     for node in copied.nodes:
@@ -586,6 +653,11 @@ def plain_graph_module(shell: nn.Module, graph: fx.Graph, training: bool) -> fx.
             root[target] = shell.get_submodule(target)
         elif node.op == "get_attr":
             root[target] = functools.reduce(getattr, target.split("."), shell)
+    inputs = [node for node in copied.nodes if node.op == "placeholder"] if shapes_are_fixed else []
+    for node in inputs:
+        if node.meta.get("shape") is not None:
+            with copied.inserting_after(inputs[-1]):
+                copied.call_function(graph_ops.require_shape, (node, tuple(node.meta["shape"])))
     module = fx.GraphModule(root, copied, type(shell).__name__)
     module.training = training
     return module

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["affine", "applied", "set_item", "swap_grad_enabled"]
+from growfx.errors import TraceError
+
+__all__ = ["affine", "applied", "require_shape", "set_item", "swap_grad_enabled"]
 
 
 def set_item(base: Tensor, index: Any, value: Any) -> Tensor:
@@ -40,3 +42,12 @@ def applied(kind: type[torch.autograd.Function]) -> Callable[..., Any]:
 def affine(size: int, slope: float, offset: float) -> float:
     """``slope * size + offset``: a number that a model computed from its batch size."""
     return slope * size + offset
+
+
+def require_shape(value: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise `TraceError` unless a tensor has the shape that a graph was recorded for."""
+    if tuple(value.shape) != shape:
+        raise TraceError(
+            f"the graph was recorded for an input of shape {shape} and holds for no other, got {tuple(value.shape)}; "
+            "wrap the model with such an input, or call the net itself"
+        )

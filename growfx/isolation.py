@@ -44,7 +44,7 @@ def python_randomness() -> tuple[Any, ...]:
 def _model_code(root: nn.Module) -> list[ModuleType]:
     """The loaded Python modules of the packages that the classes of a model come from."""
     packages = {type(part).__module__.partition(".")[0] for part in root.modules()} - set(_LIBRARIES)
-    return [m for name, m in list(sys.modules.items()) if m is not None and name.partition(".")[0] in packages]
+    return [m for name, m in list(sys.modules.items()) if name.partition(".")[0] in packages and hasattr(m, "__dict__")]
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def _refill(table: Any, before: Any) -> None:
 
 
 @contextmanager
-def caches_bypassed(root: nn.Module) -> Generator[None]:
+def caches_bypassed() -> Generator[None]:
     """Let this thread pass by the `functools.lru_cache` of functions of models: nothing is taken from, or left in, one.
 
     A cache keyed by a size would hand out the result of another call, in which the size was a plain number, and would
@@ -91,23 +91,25 @@ def caches_bypassed(root: nn.Module) -> Generator[None]:
     stand_ins: dict[int, Callable[..., Any]] = {}
     with ExitStack() as stack:
         for module in list(sys.modules.values()):
-            if module is None or module.__name__.partition(".")[0] in (*_LIBRARIES, *sys.stdlib_module_names):
+            name = getattr(module, "__name__", "")
+            if name.partition(".")[0] in (*_LIBRARIES, *sys.stdlib_module_names):
                 continue
-            for owner, name, cached in _cached_functions(module):
-                stand_in = stand_ins.setdefault(id(cached), _bypass(cached, thread))
-                setattr(owner, name, stand_in)
-                stack.callback(setattr, owner, name, cached)
+            for owner, key, cached in _cached_functions(module):
+                function = cached.__func__ if isinstance(cached, staticmethod) else cached
+                stand_in = stand_ins.setdefault(id(function), _bypass(function, thread))
+                setattr(owner, key, staticmethod(stand_in) if function is not cached else stand_in)
+                stack.callback(setattr, owner, key, cached)
         yield
 
 
 def _cached_functions(module: ModuleType) -> Iterator[tuple[Any, str, Any]]:
-    """(owner, name, cached function) in a module and in the classes defined there."""
+    """(owner, name, cached function or static method of one) in a module and in the classes defined there."""
     for name, value in list(vars(module).items()):
         if type(value) is _CACHED:
             yield module, name, value
         elif isinstance(value, type) and value.__module__ == module.__name__:
             for key, member in list(vars(value).items()):
-                if type(member) is _CACHED:
+                if type(member) is _CACHED or (type(member) is staticmethod and type(member.__func__) is _CACHED):
                     yield value, key, member
 
 

@@ -35,12 +35,15 @@ from growfx.shards import check_cut, is_sharded, like_part, own_part, part_of, r
 
 __all__ = [
     "MaskedLayer",
+    "MaskedParameter",
     "check_mask",
+    "has_names_of_a_twin",
     "is_maskable",
     "maskable_reason",
     "masked_class",
     "to_plain",
     "to_twin",
+    "weight_name_of",
 ]
 
 _OUTSIDE = (
@@ -92,7 +95,8 @@ class MaskedLayer(nn.Module):
     """
 
     twin_of: ClassVar[type[nn.Module]]
-    weight_name: ClassVar[str] = "weight"
+    weight_name: str = "weight"
+    mask_name: str = "mask"
     mask: Tensor
     dense_gradient: Tensor | None = None
     gate: Callable[[Tensor], Tensor] | None = None
@@ -183,11 +187,11 @@ class MaskedLayer(nn.Module):
     def _weight(self, own: bool) -> Tensor:
         """The effective weight; `own`: for the one use that the layer itself makes of it."""
         # Every step passes here once per layer: registries are read directly, calls are few.
-        weight, mask = self._parameters[self.weight_name], self._buffers["mask"]
+        weight, mask = self._parameters[self.weight_name], self._buffers[self.mask_name]
         assert weight is not None
         assert mask is not None
         if self.gate is not None:
-            return self.gate(cast(nn.Parameter, weight))
+            return self.gate(weight)
         if torch.compiler.is_compiling():
             if self.training:
                 return compiled_weight(weight, mask, self._collects)
@@ -205,7 +209,7 @@ class MaskedLayer(nn.Module):
         if not (torch.is_grad_enabled() and weight.requires_grad) or self._collecting:
             return weight
         with torch._C.DisableTorchFunction():  # no use of the model's, nothing to be recorded
-            return self._with_masked_gradient(cast(nn.Parameter, weight), mask, own)
+            return self._with_masked_gradient(weight, mask, own)
 
     def _store_obeys(self, weight: Tensor, mask: Tensor) -> bool:
         """Whether the parameter can be used as stored; in training it is made so, elsewhere nothing is written."""
@@ -332,6 +336,69 @@ class MaskedLayer(nn.Module):
         return _empty_twin, (self.twin_of,), {**self.__dict__, **anew}
 
 
+class MaskedParameter(MaskedLayer):
+    """A mask on a parameter of a module that stays what it is: what `net.layers` has where there is no masked twin.
+
+    For parameters that belong to no layer growfx knows (`masked=` of `growfx.wrap`), and for layers that have a `mask`
+    or other names of a masked twin themselves. The mask is a buffer of the parameter's module, `<parameter>_mask`; the
+    module reads the parameter itself, so it counts as read directly. It shares the registries of that module and is not
+    part of the model.
+    """
+
+    read_directly = True
+
+    def __init__(self, owner: nn.Module, weight_name: str, mask: Tensor | None = None) -> None:
+        super().__init__()
+        self.__dict__["owner"] = owner
+        for registry in ("_parameters", "_buffers"):
+            self.__dict__[registry] = owner.__dict__[registry]
+        self.weight_name, self.mask_name = weight_name, f"{weight_name}_mask"
+        weight = self.parameter
+        if mask is not None or self.mask_name not in owner._buffers:
+            owner.register_buffer(self.mask_name, torch.ones_like(weight, dtype=torch.bool) if mask is None else mask)
+        self._stored = _Stored(weight)
+        self._collects = torch.zeros((), dtype=torch.bool, device=weight.device)
+        LAYER_OF[id(weight)] = self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # nothing of it is to be registered with the parameter's module
+
+    @property
+    def mask(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The bool buffer `<parameter>_mask` of the parameter's module."""
+        mask = self._buffers[self.mask_name]
+        assert mask is not None
+        return mask
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter."""
+        return self.parameter
+
+    @property
+    def training(self) -> bool:
+        """The mode of the parameter's module."""
+        return self.__dict__["owner"].training if "owner" in self.__dict__ else True
+
+    @training.setter
+    def training(self, mode: bool) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Set by `nn.Module`; the mode is that of the parameter's module."""
+
+    def remove(self) -> None:
+        """Take the mask away, +0.0 in its place."""
+        self.settle()
+        if self._stored.hook is not None:
+            self._stored.hook.remove()
+        if LAYER_OF.get(id(self.parameter)) is self:
+            del LAYER_OF[id(self.parameter)]
+        del self._buffers[self.mask_name]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MaskedParameter:
+        clone = MaskedParameter(copy.deepcopy(self.__dict__["owner"], memo), self.weight_name)
+        clone.gate = copy.deepcopy(self.gate, memo)
+        return clone
+
+
 class _MaskedConv(MaskedLayer):
     """A convolution that takes its weight as an argument: its gradient belongs to nobody else."""
 
@@ -424,6 +491,11 @@ def is_maskable(module: nn.Module) -> bool:
     return any(f"{kind.__module__}.{kind.__qualname__}" in _CONVOLUTIONS for kind in type(module).__mro__)
 
 
+def weight_name_of(module: nn.Module) -> str:
+    """The name of the parameter that the mask of a maskable module belongs to."""
+    return "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
+
+
 def maskable_reason(module: nn.Module) -> str | None:
     """Why `module` cannot have a mask though it is a convolution, linear layer or attention; None when it can.
 
@@ -432,15 +504,33 @@ def maskable_reason(module: nn.Module) -> str | None:
     """
     if not is_maskable(module):
         raise TypeError(f"`{type(module).__name__}` is no convolution, linear layer or attention")
-    name = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
+    name = weight_name_of(module)
     weight = module._parameters.get(name)
+    if weight is None and isinstance(module, nn.MultiheadAttention):
+        return (
+            "its projections of queries, keys and values are three parameters (`kdim` or `vdim` is not `embed_dim`); "
+            "`masked=` can name them"
+        )
     if weight is None:
-        return f"`{name}` is no parameter of its own (computed by a parametrization, or split over several)"
+        return f"`{name}` is computed by a parametrization or a hook; `masked=` can name the parameter behind it"
     if isinstance(weight, UninitializedParameter):
         return "its weight has no shape before the first call"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not a floating-point tensor"
     return None
+
+
+def has_names_of_a_twin(module: nn.Module) -> bool:
+    """Whether a layer has a `mask`, or another name of a masked twin, of its own that becoming one would hide."""
+    own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
+    for kind in type(module).__mro__:
+        if kind.__module__.startswith("torch.nn.modules"):
+            break
+        own |= {*vars(kind)}
+    return not own.isdisjoint(_NAMES)
+
+
+_NAMES = {*vars(MaskedLayer), "mask", "twin_of"} - {*dir(nn.Module), "__annotations__", "forward", "weight"}
 
 
 def to_twin(module: nn.Module, mask: Tensor | None = None) -> MaskedLayer:

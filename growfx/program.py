@@ -33,11 +33,23 @@ class Program(nn.Module):
 
     def __init__(self, shell: nn.Module, recorder: RecordFunction) -> None:
         super().__init__()
-        self.shell = shell
+        self._modules["shell"] = shell
         self._recorder = recorder
         self.recordings: dict[tuple[bool, Any], RecordedGraph] = {}
         self.trace_report = TraceReport()
         self.training = shell.training
+
+    @property
+    def shell(self) -> nn.Module:
+        """The model."""
+        shell = self._modules["shell"]
+        assert shell is not None
+        return shell
+
+    @property
+    def masked_parameters(self) -> dict[str, Any]:
+        """None: there are no masks."""
+        return {}
 
     def note_direct_read(self, name: str) -> None:
         """Nothing to do: there are no masks."""

@@ -394,6 +394,9 @@ class Recorder(TorchFunctionMode):
         plain_args, plain_kwargs = plain_arguments(args), plain_arguments(kwargs)
         if self.without_values and self.device is not None:
             plain_args, plain_kwargs = self._where_it_runs(plain_args), self._where_it_runs(plain_kwargs)
+        if torch._C._are_functorch_transforms_active() and not self.inside_leaf:
+            self._refuse_data(-1, "a transform of `torch.func`, inside of which values are not the model's")
+            raise RuntimeError("values inside a transform of `torch.func` cannot be followed")
         name = getattr(func, "__name__", "")
         if name in _RANDOM:
             self.draws = True
@@ -405,8 +408,6 @@ class Recorder(TorchFunctionMode):
         if name in _GRADIENT_HOOKS:
             self.own_gradient = True
             return func(*plain_args, **plain_kwargs)
-        if torch._C._are_functorch_transforms_active():
-            self._refuse_data(-1, "a transform of `torch.func`, inside of which values are not the model's")
         if name == "__get__":
             return self._attribute(func.__self__.__name__, func, args)
         if name == "_set_grad_enabled":

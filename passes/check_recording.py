@@ -10,12 +10,12 @@ import contextlib
 import dataclasses
 import functools
 import random
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from growfx.errors import TraceError
 from growfx.graph import RecordedGraph, chain_tensors, compiled
@@ -34,18 +34,37 @@ from growfx.passes.record import (
     record,
     working_copy,
 )
-from growfx.recorded_call import can_be_written
+from growfx.recorded_call import RECORDED_CONSTANT, can_be_written
+from growfx.trace_report import TraceReport
 
-if TYPE_CHECKING:
-    from growfx.graph import MaskedGraph
-
-__all__ = ["record_checked"]
+__all__ = ["Recorded", "record_checked"]
 
 _SEEDS = (0, 1, 2)
 
 
+class Recorded(Protocol):
+    """What recordings are made for: a masked network, or a program of the sparse runtime."""
+
+    recordings: dict[tuple[bool, Any], RecordedGraph]
+    trace_report: TraceReport
+
+    @property
+    def shell(self) -> nn.Module:
+        """The model that is recorded."""
+        ...
+
+    @property
+    def masked_parameters(self) -> Mapping[str, MaskedLayer]:
+        """Masked layers that are not among the shell's modules."""
+        ...
+
+    def note_direct_read(self, name: str) -> None:
+        """Take note that the weight of the masked layer `name` is read without a call of the layer."""
+        ...
+
+
 def record_checked(
-    net: MaskedGraph,
+    net: Recorded,
     inputs: Inputs,
     training: bool,
     model: nn.Module | None = None,
@@ -66,8 +85,8 @@ def record_checked(
     """
     work = _Work(net, training, model or net.shell)
     if holds_for_values:
-        made = work.finished(work.with_values(inputs), batch_is_free=False)
-        difference = work.difference(made, [inputs])
+        made = dataclasses.replace(work.finished(work.with_values(inputs), batch_is_free=False), holds_for_values=True)
+        difference = work.difference(made, [inputs]) or work.unseen(made, inputs)
     else:
         made, difference = work.recorded(inputs)
     if difference:
@@ -78,7 +97,7 @@ def record_checked(
 class _Work:
     """One recording of a net's shell in one mode."""
 
-    def __init__(self, net: MaskedGraph, training: bool, model: nn.Module) -> None:
+    def __init__(self, net: Recorded, training: bool, model: nn.Module) -> None:
         self.net, self.training, self.model = net, training, model
         self.shell, self.report = net.shell, net.trace_report
         self.flags = _flags(self.shell, training)
@@ -89,23 +108,64 @@ class _Work:
     def recorded(self, inputs: Inputs) -> tuple[RecordedGraph, str]:
         """A recording with a free batch where the model has one, and how it differs from the model."""
         small = inputs.with_batch(2)
+        made, difference, refusal = None, "", None
         try:
             made, difference = self._by_shapes_or_values(small, self._trials(inputs))
-        except TraceError:
-            if inputs.batch in (None, 2):
-                raise
-            # What is first in these inputs is not a batch, or not one of any size.
-            made, difference = self._by_shapes_or_values(inputs, [inputs.redrawn(1), inputs], batch_is_free=False)
-        if difference and made.batch_is_free and small.batch is not None:
-            freed = self._with_free_batch(inputs, made)
+        except TraceError as error:
+            refusal = error
+        if made is not None and not difference:
+            return made, ""
+        if made is not None and made.batch_is_free and small.batch is not None:
+            freed = self._with_free_batch(inputs)
             if freed is not None:
                 return freed, ""
-        return made, difference
+        if inputs.batch is not None:
+            # What is first in these inputs is not a batch, or the forward is another one for every size of it.
+            given = self._as_given(inputs)
+            if given is not None:
+                return given, ""
+        if made is not None:
+            return made, difference
+        assert refusal is not None
+        return self._unrecorded(inputs, refusal), ""
+
+    def _as_given(self, inputs: Inputs) -> RecordedGraph | None:
+        """A faithful recording for these very shapes; None where there is none."""
+        try:
+            made, difference = self._by_shapes_or_values(inputs, [inputs.redrawn(1), inputs], batch_is_free=False)
+        except TraceError:
+            return None
+        return None if difference or not made.faithful else made
+
+    def _unrecorded(self, inputs: Inputs, refusal: TraceError) -> RecordedGraph:
+        """What stands for the recording of a model that runs, but not while it is recorded.
+
+        Raises:
+            TraceError: it does not run at all.
+        """
+        copied = working_copy(self.shell)
+        _set_flags(copied, self.flags)
+        names = {id(module): name for name, module in copied.named_modules()}
+        called: dict[str, None] = {}
+        for module in copied.modules():
+            module.register_forward_pre_hook(lambda module, _: called.setdefault(names[id(module)]) and None)
+        try:
+            with generators_restored(cuda_devices(self.shell)), tables_restored(copied), torch.no_grad():
+                given = inputs.copied()
+                copied(*given.args, **given.kwargs)
+        except Exception:
+            raise refusal from None
+        self.report.opaque.setdefault("", f"it cannot be recorded: {refusal}")
+        graph = fx.Graph()
+        graph.output(None)
+        function, code = compiled(graph)
+        called.pop("", None)
+        return RecordedGraph(graph, list(called), False, function, code, batch_is_free=False)
 
     def _by_shapes_or_values(
         self, inputs: Inputs, trials: list[Inputs], batch_is_free: bool = True
     ) -> tuple[RecordedGraph, str]:
-        """Shapes are all that most recordings need; one that needs values, or turns out to differ, is made with them."""
+        """Record without values, which most need not, and with them where that fails or differs from the model."""
         if not self.on_meta:
             with contextlib.suppress(NeedsValuesError):
                 made = self._run(inputs, batch_is_free, without_values=True)
@@ -125,7 +185,8 @@ class _Work:
             else:
                 return self.finished(made, batch_is_free)
         # Where the model itself reads data there is nothing left to record whole: the graph is only to look at.
-        return dataclasses.replace(self.finished(self.with_values(inputs), False), faithful=False)
+        made = self.finished(self.with_values(inputs), batch_is_free=False)
+        return dataclasses.replace(made, faithful=False, holds_for_values=True)
 
     def _record(self, inputs: Inputs, *, without_values: bool) -> Recording:
         run_on = meta_copy(self.shell) if without_values else working_copy(self.shell)
@@ -141,6 +202,29 @@ class _Work:
         _set_flags(run_on, self.flags)
         return record(self.shell, inputs.args, inputs.kwargs, allow_data=True, run_on=run_on)
 
+    def unseen(self, made: RecordedGraph, inputs: Inputs) -> str:
+        """Whether the graph holds a constant that other inputs make another one: what no operator computed."""
+        ours = self._constants(made.graph)
+        if not ours:
+            return ""
+        try:
+            other = self.with_values(inputs.redrawn(1))
+        except TraceError:
+            return ""
+        theirs = self._constants(other.graph)
+        for name in theirs:
+            del self.shell._buffers[name]
+            self.shell._non_persistent_buffers_set.discard(name)
+        # Another branch has other constants, of which nothing is known.
+        same = len(ours) == len(theirs) and len(made.graph.nodes) == len(other.graph.nodes)
+        if same and any(not _equal(a, b) for a, b in zip(ours.values(), theirs.values(), strict=True)):
+            return "a value comes from code that is not seen (TorchScript, an extension), so the graph misses paths"
+        return ""
+
+    def _constants(self, graph: fx.Graph) -> dict[str, Tensor]:
+        names = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+        return {name: self.shell.get_buffer(name) for name in names if name.startswith(RECORDED_CONSTANT)}
+
     def finished(self, made: Recording, batch_is_free: bool) -> RecordedGraph:
         """The recording in use; what it met goes into the report."""
         for name in made.read:
@@ -152,15 +236,22 @@ class _Work:
             note = f"the output holds a `{kind}`, which the graph leaves out"
             if note not in self.report.notes:
                 self.report.notes.append(note)
-        self.report.unmasked |= {
-            name: why for name, why in list_unmasked(self.shell, made).items() if name not in self.report.unmasked
-        }
+        unmasked = list_unmasked(self.shell, made, self.net.masked_parameters.values())
+        self.report.unmasked |= {name: why for name, why in unmasked.items() if name not in self.report.unmasked}
         function, code = compiled(made.graph)
         return RecordedGraph(
-            made.graph, made.called, True, function, code, batch_is_free, made.own_gradient, made.draws
+            made.graph,
+            made.called,
+            faithful=True,
+            run=function,
+            code=code,
+            batch_is_free=batch_is_free,
+            own_gradient=made.own_gradient,
+            draws=made.draws,
+            used=tuple(made.used),
         )
 
-    def _with_free_batch(self, inputs: Inputs, made: RecordedGraph) -> RecordedGraph | None:
+    def _with_free_batch(self, inputs: Inputs) -> RecordedGraph | None:
         """The recording with numbers that follow the batch made to do so; None where that gives no faithful one."""
         for without_values in (True, False) if not self.on_meta else (False,):
             try:
@@ -227,7 +318,7 @@ class _Work:
         given = given.copied()
         with (
             generators_restored(cuda_devices(self.shell)),
-            caches_bypassed(copied) if self.on_meta else contextlib.nullcontext(),
+            caches_bypassed(),
             tables_restored(copied),
             torch.set_grad_enabled(gradients),
             short_shapes() if self.on_meta else contextlib.nullcontext(),
@@ -243,6 +334,10 @@ class _Work:
         return all(layer.obeys() for layer in self.shell.modules() if isinstance(layer, MaskedLayer))
 
 
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and (a.is_meta or torch.equal(a.nan_to_num(), b.nan_to_num()))
+
+
 def _gradients(module: nn.Module, outputs: list[Any]) -> list[Tensor]:
     """Gradients of a weighted sum over the outputs, of every parameter that is trained."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -253,7 +348,7 @@ def _gradients(module: nn.Module, outputs: list[Any]) -> list[Tensor]:
             total = total + (value * torch.randn(value.shape, generator=generator).to(value)).sum()
     if not isinstance(total, Tensor):
         return []
-    found = torch.autograd.grad(total, trained, allow_unused=True)
+    found = cast(list[Tensor | None], torch.autograd.grad(total, trained, allow_unused=True))
     return [torch.zeros(()) if gradient is None else gradient for gradient in found]
 
 

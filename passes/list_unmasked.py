@@ -7,27 +7,33 @@ inside modules that were recorded whole. Embeddings that are looked up and norms
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+import torch
 from torch import fx, nn
 
-from growfx.layers import MaskedLayer
+from growfx.layers import MaskedLayer, is_maskable
 from growfx.passes.record import Recording
 
 __all__ = ["list_unmasked"]
 
-_SEVERAL_WEIGHTS = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+_MOVING = {
+    "T", "bfloat16", "contiguous", "expand", "flatten", "float", "getattr", "getitem", "half", "mT", "permute",
+    "reshape", "squeeze", "t", "to", "transpose", "type_as", "unflatten", "unsqueeze", "view",
+}  # fmt: skip
+_SEVERAL_WEIGHTS = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear, torch.jit.ScriptModule)
 
 
-def list_unmasked(module: nn.Module, made: Recording) -> dict[str, str]:
+def list_unmasked(module: nn.Module, made: Recording, others: Iterable[MaskedLayer] = ()) -> dict[str, str]:
     """Weights without a mask -> why they have none.
 
     Args:
         module: the module that was recorded, its maskable layers being masked twins.
         made: its recording.
+        others: masked layers that are not among its modules.
     """
     found: dict[str, str] = {}
-    masked = {id(part.parameter) for part in module.modules() if isinstance(part, MaskedLayer)}
+    masked = {id(part.parameter) for part in (*module.modules(), *others) if isinstance(part, MaskedLayer)}
     for name in made.called:
         part = module.get_submodule(name)
         if isinstance(part, _SEVERAL_WEIGHTS):
@@ -38,6 +44,8 @@ def list_unmasked(module: nn.Module, made: Recording) -> dict[str, str]:
         parameter = module.get_parameter(name)
         if name in found or id(parameter) in masked or not _is_matrix(parameter):
             continue
+        if is_maskable(module.get_submodule(name.rpartition(".")[0])):  # listed as a layer
+            continue
         by = operator or readers.get(name, "")
         found[name] = (
             f"a parameter used directly{f' by `{by}`' if by else ''}; masks belong to convolutions, linear layers and "
@@ -47,9 +55,14 @@ def list_unmasked(module: nn.Module, made: Recording) -> dict[str, str]:
 
 
 def _reader(node: fx.Node) -> str:
-    for user in node.users:
-        return user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-    return ""
+    """The first operator that does more with the parameter than move or cast it."""
+    name = ""
+    while node.users:
+        node = next(iter(node.users))
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if name not in _MOVING:
+            break
+    return name
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:
@@ -58,4 +71,4 @@ def _is_matrix(parameter: nn.Parameter) -> bool:
 
 
 def _matrices(part: nn.Module) -> Iterator[str]:
-    return (name for name, parameter in part.named_parameters(recurse=False) if parameter.ndim > 1)
+    return (name for name, parameter in part.named_parameters() if parameter.ndim > 1)

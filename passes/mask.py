@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import functools
 import numbers
@@ -16,7 +17,16 @@ from growfx.density import random_masks
 from growfx.errors import ConfigError, TraceError
 from growfx.graph import MaskedGraph, chain_tensors
 from growfx.inputs import Inputs, as_inputs
-from growfx.layers import MaskedLayer, is_maskable, maskable_reason, to_plain, to_twin
+from growfx.layers import (
+    MaskedLayer,
+    MaskedParameter,
+    has_names_of_a_twin,
+    is_maskable,
+    maskable_reason,
+    to_plain,
+    to_twin,
+    weight_name_of,
+)
 from growfx.models import default_input_shape, identity_of, remember
 from growfx.module_copy import copy_modules
 from growfx.notices import warn_once
@@ -35,6 +45,7 @@ def wrap(
     *,
     density: float = 1.0,
     exclude: Sequence[str] = (),
+    masked: Sequence[str] = (),
     opaque: Sequence[str] = (),
     seed: int = 0,
 ) -> MaskedGraph:
@@ -48,14 +59,16 @@ def wrap(
         density: below 1, masks are drawn at random: Erdos-Renyi-kernel densities, exactly ``round(density * numel)``
             active weights in all.
         exclude: glob patterns of names of layers to leave without a mask.
+        masked: glob patterns of full names of parameters to mask that belong to no convolution, linear layer or
+            attention (``"*.c_attn.weight"``); each is a layer under that name, its mask `<parameter>_mask`.
         opaque: glob patterns of names of modules to record whole, as one operator: for code that no recorder can
             follow. Layers inside are masked all the same. What takes values out of its data is found without.
         seed: of the random masks.
 
     Raises:
         TraceError: the model fails on the example inputs.
-        ConfigError: density outside (0, 1], or so small that no weight would be active; density below 1 where no layer
-            can be masked; an `exclude` or `opaque` pattern that matches nothing; weights spread over processes
+        ConfigError: density outside (0, 1], or so small that no weight is active; density below 1 where no layer can be
+            masked; an `exclude`, `masked` or `opaque` pattern that matches nothing; weights spread over processes
             (`fully_shard`), without a shape yet (lazy modules), or made inside `torch.inference_mode`.
     """
     _check_options(density, seed)
@@ -70,10 +83,11 @@ def wrap(
     shared: dict[int, Any] = {id(t): t for t in chain_tensors(model)}
     shell = copy_modules(model, shared)
     report = TraceReport(notes=notes)
-    _swap_in(shell, exclude, report)
+    handles = {**_swap_in(shell, exclude, report), **_masked_parameters(shell, masked)}
     _declare_opaque(shell, opaque, report)
     first = functools.partial(record_checked, model=model)
     net = MaskedGraph(shell, example, first, report, functools.partial(identity_of, model))
+    net.place_layers(handles, ())
     recordings = [net.recording(example, training=False)]
     try:
         recordings.append(net.recording(example, training=True))
@@ -81,7 +95,11 @@ def wrap(
         # Detectors want targets to train on: a call with them will run.
         report.notes.append(f"train mode was not recorded: {refusal}")
     net._recorder = record_checked
-    _name_layers(net, list(dict.fromkeys(name for recording in recordings for name in recording.called)))
+    called = dict.fromkeys(name for recording in recordings for name in recording.called)
+    order = {name: i for i, name in enumerate(called)}
+    for name in dict.fromkeys(name for recording in recordings for name in recording.used):
+        order[name] = order.get(name.rpartition(".")[0], len(order))
+    _name_layers(net, handles, order)
     report.faithful = all(recording.faithful for recording in recordings)
     if not report.faithful:
         report.opaque.setdefault("", " ".join(report.notes))
@@ -92,7 +110,7 @@ def wrap(
 
 
 def _check_options(density: Any, seed: Any) -> None:
-    if not isinstance(density, numbers.Real) or isinstance(density, bool) or not 0 < density <= 1:
+    if not isinstance(density, numbers.Real) or isinstance(density, bool) or not 0 < float(density) <= 1:
         raise ConfigError(f"density is {density!r}; it must be a number in (0, 1]")
     if not isinstance(seed, numbers.Integral) or isinstance(seed, bool):
         raise ConfigError(f"seed is {seed!r}; it must be a whole number")
@@ -153,12 +171,13 @@ def _note_direct_reads(net: MaskedGraph) -> None:
     owners: dict[int, str] = {}
     for name, layer in net.layers.items():
         owners[id(layer.parameter)] = name
-        if any(not whole or name.startswith(f"{whole}.") for whole in net.trace_report.opaque):
+        whole = any(not whole or name.startswith(f"{whole}.") for whole in net.trace_report.opaque)
+        if whole and not layer.read_directly:
             net.note_direct_read(name)
     for part in net.shell.modules():
         if not isinstance(part, MaskedLayer):
             for parameter in part._parameters.values():
-                if id(parameter) in owners:
+                if id(parameter) in owners and not net.layers[owners[id(parameter)]].read_directly:
                     net.note_direct_read(owners[id(parameter)])
 
 
@@ -174,8 +193,11 @@ def unwrap(net: MaskedGraph) -> nn.Module:
     for parameter in net.parameters():
         require_whole(parameter, f"a plain model has whole ones; {HOW_TO_GATHER}")
     _ = net.layers  # checks that all are there
-    model = copy_modules(net.shell, {})
+    memo: dict[int, Any] = {}
+    model = copy_modules(net.shell, memo)
     model.training = net.training
+    for layer in net.masked_parameters.values():
+        copy.deepcopy(layer, memo).remove()
     for module in list(model.modules()):
         if isinstance(module, MaskedLayer):
             to_plain(module)
@@ -204,7 +226,9 @@ def _example(model: nn.Module, example_inputs: Any) -> Inputs:
     return Inputs((values.to(device=tensor.device, dtype=dtype),), {})
 
 
-def _swap_in(shell: nn.Module, exclude: Sequence[str], report: TraceReport) -> None:
+def _swap_in(shell: nn.Module, exclude: Sequence[str], report: TraceReport) -> dict[str, MaskedParameter]:
+    """Turn the maskable layers into masked twins; returns those that cannot be one, with a mask on their parameter."""
+    handles: dict[str, MaskedParameter] = {}
     patterns = [exclude] if isinstance(exclude, str) else list(exclude)
     unmatched = dict.fromkeys(patterns)
     masks: dict[int, Tensor] = {}
@@ -220,11 +244,32 @@ def _swap_in(shell: nn.Module, exclude: Sequence[str], report: TraceReport) -> N
         if reason is not None:
             report.unmasked[name] = reason
             continue
+        if has_names_of_a_twin(module):
+            handles[name] = MaskedParameter(module, weight_name_of(module))
+            continue
         twin = to_twin(module)
         # Layers that share a weight share its mask.
         twin._buffers["mask"] = masks.setdefault(id(twin.parameter), twin.mask)
     if unmatched:
         raise ConfigError(f"exclude: no convolution, linear layer or attention is named like {list(unmatched)}")
+    return handles
+
+
+def _masked_parameters(shell: nn.Module, patterns: Sequence[str]) -> dict[str, MaskedParameter]:
+    """Masks on the parameters that the caller names."""
+    taken = {id(part.parameter) for part in shell.modules() if isinstance(part, MaskedLayer)}
+    candidates = {name: p for name, p in shell.named_parameters() if p.is_floating_point() and id(p) not in taken}
+    handles: dict[str, MaskedParameter] = {}
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        hits = fnmatch.filter(candidates, pattern)
+        if not hits:
+            masked_already = fnmatch.filter([name for name, _ in shell.named_parameters()], pattern)
+            why = f"`{masked_already[0]}` has a mask already" if masked_already else "no parameter is named like it"
+            raise ConfigError(f"masked: `{pattern}` names nothing to mask: {why}")
+        for name in hits:
+            owner, _, leaf = name.rpartition(".")
+            handles[name] = MaskedParameter(shell.get_submodule(owner), leaf)
+    return handles
 
 
 def _declare_opaque(shell: nn.Module, opaque: Sequence[str], report: TraceReport) -> None:
@@ -236,12 +281,14 @@ def _declare_opaque(shell: nn.Module, opaque: Sequence[str], report: TraceReport
         report.opaque |= dict.fromkeys(hits, f"named by `{pattern}`")
 
 
-def _name_layers(net: MaskedGraph, called: list[str]) -> None:
-    """Order the layers by data flow, drop those never called, and tie those that share a weight."""
+def _name_layers(net: MaskedGraph, handles: dict[str, MaskedParameter], order: dict[str, int]) -> None:
+    """Order the layers by data flow, drop those never called, and tie those that share a weight.
+
+    `order`: position of every module and parameter in the recorded runs.
+    """
     report = net.trace_report
     by_weight: dict[int, list[tuple[str, MaskedLayer]]] = {}
-    twins = {name: m for name, m in net.shell.named_modules() if isinstance(m, MaskedLayer)}
-    order = {name: i for i, name in enumerate(called)}
+    twins = {name: m for name, m in net.shell.named_modules() if isinstance(m, MaskedLayer)} | handles
     # Attention reads its output projection without calling it; what an opaque module calls may depend on data.
     attentions = [name for name, m in twins.items() if isinstance(m, nn.MultiheadAttention) and name in order]
     whole_modules = [*report.opaque, *attentions]
@@ -249,7 +296,7 @@ def _name_layers(net: MaskedGraph, called: list[str]) -> None:
     for name, twin in sorted(twins.items(), key=lambda item: order.get(item[0], len(order))):
         if name not in order and not any(name.startswith(f"{whole}." if whole else "") for whole in whole_modules):
             report.unmasked[name] = "never called"
-            to_plain(twin)
+            twin.remove() if isinstance(twin, MaskedParameter) else to_plain(twin)
             continue
         group = by_weight.setdefault(id(twin.parameter), [])
         if group:
@@ -258,5 +305,7 @@ def _name_layers(net: MaskedGraph, called: list[str]) -> None:
             layers[name] = twin
         group.append((name, twin))
     tied = [[twin for _, twin in group] for group in by_weight.values() if len(group) > 1]
+    for name in handles:
+        report.unmasked.pop(name, None)
     net.place_layers(layers, tied)
     report.layers = list(layers)

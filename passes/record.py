@@ -154,7 +154,7 @@ def _quiet(recorder: Recorder) -> Generator[None]:
     root = recorder.root
     with (
         generators_restored(cuda_devices(recorder.home)),
-        caches_bypassed(root),
+        caches_bypassed(),
         tables_restored(root),
         torch.enable_grad(),  # as a training step has it, so that switches of it are seen
         _default_device(recorder),
@@ -180,7 +180,7 @@ def _attributes(root: nn.Module) -> dict[str, int]:
             if key not in _REGISTRIES:
                 plain = isinstance(value, (bool, int, float, str))
                 found[f"{name}.{key}".lstrip(".")] = value if plain else id(value)
-                if type(value) in (list, dict, set):
+                if isinstance(value, (list, dict, set)):
                     found[f"{name}.{key}[]".lstrip(".")] = len(value)
     return found
 

@@ -91,14 +91,74 @@ def test_an_edit_of_the_parameter_outside_the_mask_has_no_effect(mode: str) -> N
     assert torch.equal(seen["output"], expected)
 
 
-def test_a_forgotten_data_edit_is_mended_by_train_eval_and_state_dict() -> None:
-    for mend in (lambda n: n.train(), lambda n: n.eval(), lambda n: n.state_dict()):
-        net = small_net()
-        net.train()
-        for layer in net.layers.values():
-            layer.parameter.data.fill_(-1.0)
-        mend(net)
+def test_an_edit_through_data_is_mended_by_the_next_training_forward_and_left_out_of_what_is_saved() -> None:
+    net = small_net().train()
+    for layer in net.layers.values():
+        layer.parameter.data.fill_(-1.0)
+    saved = net.state_dict()
+    for name, layer in net.layers.items():
+        assert torch.equal(saved[f"{name}.weight"], torch.where(layer.mask, -1.0, 0.0))
+        assert bool((layer.parameter == -1).all())  # looking changes nothing
+    with pytest.raises(growfx.MaskError, match="outside the mask"):
         net.verify()
+    net(torch.randn(4, 3, 6, 6))
+    net.verify()
+
+
+WRITES = {
+    "data": lambda parameter, value: parameter.data.copy_(value),
+    "numpy": lambda parameter, value: parameter.detach().numpy().__setitem__(..., value.numpy()),
+    "foreach": lambda parameter, value: torch._foreach_copy_([parameter.data], [value]),
+    "no_grad": lambda parameter, value: parameter.copy_(value),
+    "another storage": lambda parameter, value: setattr(parameter, "data", value.clone()),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_no_write_to_a_weight_goes_unseen(write, training, gradients) -> None:
+    net = small_net().train(training)
+    x = torch.randn(4, 3, 6, 6)
+    net(x)
+    values = {name: torch.randn_like(layer.parameter) for name, layer in net.layers.items()}
+    with torch.no_grad():
+        for name, layer in net.layers.items():
+            WRITES[write](layer.parameter, values[name])
+    plain = growfx.unwrap(net)
+    for name, layer in net.layers.items():
+        assert torch.equal(plain.get_parameter(f"{name}.weight"), torch.where(layer.mask, values[name], 0))
+    with torch.set_grad_enabled(gradients):
+        assert torch.equal(net(x), plain(x))
+
+
+MASK_WRITES = {
+    "copy_": lambda layer, mask: layer.mask.copy_(mask),
+    "data": lambda layer, mask: layer.mask.data.copy_(mask),
+    "numpy": lambda layer, mask: layer.mask.numpy().__setitem__(..., mask.numpy()),
+    "another tensor": lambda layer, mask: layer._buffers.__setitem__("mask", mask.clone()),
+    "registered": lambda layer, mask: layer.register_buffer("mask", mask.clone()),
+}
+
+
+@pytest.mark.parametrize("write", MASK_WRITES)
+@pytest.mark.parametrize("training", [True, False])
+def test_no_write_to_a_mask_goes_unseen(write, training) -> None:
+    net = small_net().train(training)
+    x = torch.randn(4, 3, 6, 6)
+    net(x)
+    masks = {name: torch.rand(layer.mask.shape) < 0.5 for name, layer in net.layers.items()}
+    for name, layer in net.layers.items():
+        MASK_WRITES[write](layer, masks[name])
+    assert net.nnz == sum(int(mask.sum()) for mask in masks.values())
+    plain = growfx.unwrap(net)
+    assert torch.equal(net(x), plain(x))
+    # A mask that grew lets the gradient of its new edges through.
+    net(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    for name, layer in net.layers.items():
+        wanted = torch.where(masks[name], plain.get_parameter(f"{name}.weight").grad, 0)
+        torch.testing.assert_close(layer.parameter.grad, wanted)
 
 
 def test_the_gradient_is_that_of_the_masked_weight_and_zero_outside() -> None:
