@@ -130,11 +130,6 @@ def resting(net: Any, optimizer: Any) -> dict[str, int]:
         "parameters": sum(own_part(value).nbytes for value in net.parameters()),
         "gradients": sum(own_part(value.grad).nbytes for value in net.parameters() if value.grad is not None),
         "masks": sum(layer.mask.nbytes for layer in layers),
-        "mask bits": sum(
-            keep.nbytes
-            for layer in layers
-            if layer._settled is not None and (keep := layer._settled.keep) is not None and keep is not layer.mask
-        ),
         "optimizer": sum(own_part(value).nbytes for value in state),
     }
 

@@ -43,7 +43,6 @@ class RecordedGraph:
         batch_is_free: whether it holds for any batch size.
         holds_for_values: whether it holds for the values it was made with only.
         own_gradient: whether the model does something whose gradient the operators do not tell.
-        draws: whether it draws random numbers.
         used: the parameters it reads that no mask, embedding or norm accounts for, in order.
     """
 
@@ -55,7 +54,6 @@ class RecordedGraph:
     batch_is_free: bool = True
     holds_for_values: bool = False
     own_gradient: bool = False
-    draws: bool = False
     used: tuple[str, ...] = ()
 
 
@@ -634,7 +632,7 @@ def _masked_attributes(shell: nn.Module, layers: list[MaskedLayer]) -> Generator
 def plain_graph_module(
     shell: nn.Module, graph: fx.Graph, training: bool, shapes_are_fixed: bool = False
 ) -> fx.GraphModule:
-    """A `torch.fx.GraphModule` that runs `graph` over the modules of `shell`, for the recorded shapes alone if fixed."""
+    """A `torch.fx.GraphModule` that runs `graph` over the modules of `shell`."""
     taken = sorted(name for name in shell._modules if hasattr(fx.GraphModule, name))
     if taken:
         raise TraceError(

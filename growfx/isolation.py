@@ -20,6 +20,7 @@ __all__ = ["caches_bypassed", "generators_restored", "python_randomness", "table
 _CACHED = type(functools.lru_cache(lambda: None))
 # Their caches hold nothing of a model's sizes; what they compute may be slow, or allowed once only.
 _LIBRARIES = ("torch", "numpy", "scipy", "growfx", "sympy", "triton", "_pytest", "pytest")
+_NOT_MODELS = {*_LIBRARIES, *sys.stdlib_module_names}
 _TABLES = (dict, list, set)
 
 
@@ -53,18 +54,29 @@ def tables_restored(root: nn.Module) -> Generator[None]:
 
     A table keyed by size would keep what a recording computed, which is no value, for the model's own calls.
     """
-    kept: list[tuple[Any, Any]] = []
-    for module in _model_code(root):
-        kept += [(table, table.copy()) for table in list(vars(module).values()) if type(table) in _TABLES]
-        for kind in [value for value in list(vars(module).values()) if isinstance(value, type)]:
-            if kind.__module__ == module.__name__:
-                kept += [(table, table.copy()) for table in list(vars(kind).values()) if type(table) in _TABLES]
+    kept = [(table, table.copy()) for module in _model_code(root) for table in _tables(module)]
     try:
         yield
     finally:
         for table, before in kept:
             if len(table) != len(before) or not _holds_same(table, before):
                 _refill(table, before)
+
+
+_TABLES_OF: dict[str, tuple[int, list[tuple[Any, str]]]] = {}
+
+
+def _tables(module: ModuleType) -> list[Any]:
+    """The tables of a module and of the classes defined there; looked for anew when the module has more names."""
+    known = _TABLES_OF.get(module.__name__)
+    if known is None or known[0] != len(vars(module)):
+        values = list(vars(module).values())
+        kinds = [kind for kind in values if isinstance(kind, type) and kind.__module__ == module.__name__]
+        places = [(owner, name, value) for owner in (module, *kinds) for name, value in list(vars(owner).items())]
+        known = len(vars(module)), [(owner, name) for owner, name, value in places if type(value) in _TABLES]
+        _TABLES_OF[module.__name__] = known
+    found = [vars(owner).get(name) for owner, name in known[1]]
+    return [value for value in found if type(value) in _TABLES]
 
 
 def _holds_same(table: Any, before: Any) -> bool:
@@ -90,16 +102,28 @@ def caches_bypassed() -> Generator[None]:
     thread = threading.get_ident()
     stand_ins: dict[int, Callable[..., Any]] = {}
     with ExitStack() as stack:
-        for module in list(sys.modules.values()):
-            name = getattr(module, "__name__", "")
-            if name.partition(".")[0] in (*_LIBRARIES, *sys.stdlib_module_names):
-                continue
-            for owner, key, cached in _cached_functions(module):
-                function = cached.__func__ if isinstance(cached, staticmethod) else cached
-                stand_in = stand_ins.setdefault(id(function), _bypass(function, thread))
-                setattr(owner, key, staticmethod(stand_in) if function is not cached else stand_in)
-                stack.callback(setattr, owner, key, cached)
+        for owner, key, cached in _all_cached_functions():
+            function = cached.__func__ if isinstance(cached, staticmethod) else cached
+            stand_in = stand_ins.setdefault(id(function), _bypass(function, thread))
+            setattr(owner, key, staticmethod(stand_in) if function is not cached else stand_in)
+            stack.callback(setattr, owner, key, cached)
         yield
+
+
+_CACHED_IN: dict[str, tuple[int, list[tuple[Any, str, Any]]]] = {}
+
+
+def _all_cached_functions() -> list[tuple[Any, str, Any]]:
+    """`_cached_functions` of all loaded modules but libraries'; of those known, where they have no more names."""
+    found: list[tuple[Any, str, Any]] = []
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in _NOT_MODELS or not isinstance(module, ModuleType):
+            continue
+        known = _CACHED_IN.get(name)
+        if known is None or known[0] != len(vars(module)):
+            known = _CACHED_IN[name] = len(vars(module)), list(_cached_functions(module))
+        found += known[1]
+    return found
 
 
 def _cached_functions(module: ModuleType) -> Iterator[tuple[Any, str, Any]]:

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 __all__ = ["GradientMark", "MaskGradient", "MaskOwnGradient", "mask_gradient", "mask_in_place", "obeys"]
 
 _SAME_SIZE_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_PART = 2**18  # elements, 1 MiB in float32
+_PART = 2**19  # elements, 2 MiB in float32
 
 
 def mask_in_place(values: Tensor, mask: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from growfx.errors import TraceError
@@ -18,6 +19,7 @@ __all__ = ["copy_modules", "separate_hooks"]
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _ATOMS = (int, float, bool, str, type(None), type)
+_SHARED = (torch.Size, torch.dtype, torch.device, types.FunctionType, types.BuiltinFunctionType)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _CONTAINERS = (list, dict, set, OrderedDict)
 # Compiled code belongs to the module it was compiled for.
@@ -66,6 +68,11 @@ def copy_modules(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    kind = type(value)
+    if kind in _SHARED or (kind is tuple and all(isinstance(item, _ATOMS) for item in value)):
+        return value
+    if kind in (dict, OrderedDict, list, set) and not value:
+        return kind()
     try:
         return copy.deepcopy(value, memo)
     except Exception:  # whatever a class of the model's raises when it is copied

@@ -112,7 +112,6 @@ class Recorder(TorchFunctionMode):
         read: names of masked layers whose weight was used without a call.
         used: names of the parameters that no mask, embedding or norm accounts for -> the operator, where it is inside a
             module recorded whole.
-        draws: whether random numbers were drawn.
         own_gradient: whether something was met whose gradient its operators do not tell (an autograd function, a hook).
         left_out: what the model returned that a graph cannot hold.
         thread: the one that records; module calls of others pass by.
@@ -135,7 +134,7 @@ class Recorder(TorchFunctionMode):
         self.thread = threading.get_ident()
         self.read: dict[str, None] = {}
         self.used: dict[str, str] = {}
-        self.draws = self.own_gradient = False
+        self.own_gradient = False
         self.left_out: list[str] = []
         self.randomness: tuple[Any, ...] = ()
         self.running: list[nn.Module] = []  # as `stack`, modules inside those recorded whole included
@@ -358,7 +357,6 @@ class Recorder(TorchFunctionMode):
         """Stop in the module that is running where Python's or numpy's generator drew since the last check."""
         before, self.randomness = self.randomness, python_randomness()
         if not allowed and self.randomness != before:
-            self.draws = True
             self._refuse_data(-1, "random numbers of Python or numpy, which a graph does not draw")
 
     def _refuse_data(self, level: int, what: str) -> None:
@@ -398,8 +396,6 @@ class Recorder(TorchFunctionMode):
             self._refuse_data(-1, "a transform of `torch.func`, inside of which values are not the model's")
             raise RuntimeError("values inside a transform of `torch.func` cannot be followed")
         name = getattr(func, "__name__", "")
-        if name in _RANDOM:
-            self.draws = True
         if self.inside_leaf:
             if name != "__get__":
                 self.note_uses_inside(name, args, kwargs)

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from growfx.errors import TraceError
 from growfx.graph import RecordedGraph, chain_tensors, compiled
 from growfx.inputs import Inputs
-from growfx.isolation import caches_bypassed, generators_restored, tables_restored
+from growfx.isolation import caches_bypassed, generators_restored, python_randomness, tables_restored
 from growfx.layers import MaskedLayer
 from growfx.meta_shapes import short_shapes
 from growfx.passes.free_batch import free_batch
@@ -102,6 +102,7 @@ class _Work:
         self.shell, self.report = net.shell, net.trace_report
         self.flags = _flags(self.shell, training)
         self.on_meta = _on_meta(self.shell)
+        self.drew = False  # whether a run drew random numbers on the CPU
 
     # -- recording ------------------------------------------------------------------------------------------------
 
@@ -247,7 +248,6 @@ class _Work:
             code=code,
             batch_is_free=batch_is_free,
             own_gradient=made.own_gradient,
-            draws=made.draws,
             used=tuple(made.used),
         )
 
@@ -295,7 +295,7 @@ class _Work:
         )
 
     def _compared(self, made: RecordedGraph, given: Inputs, expected: list[Any]) -> str:
-        for seed in _SEEDS if made.draws else _SEEDS[:1]:
+        for seed in _SEEDS if self.drew else _SEEDS[:1]:
             if seed != _SEEDS[0]:
                 expected = self._outcome(self.model, None, given, seed, made.own_gradient)
             try:
@@ -326,7 +326,9 @@ class _Work:
             torch.manual_seed(seed)
             np.random.seed(seed)  # noqa: NPY002 - what models draw from
             random.seed(seed)
+            before = torch.get_rng_state(), python_randomness()
             found = list(_leaves(function(*given.args, **given.kwargs)))
+            self.drew |= not torch.equal(before[0], torch.get_rng_state()) or before[1] != python_randomness()
             return [*found, *_gradients(copied, found)] if gradients else found
 
     def _obeys(self) -> bool:

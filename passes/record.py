@@ -48,7 +48,6 @@ class Recording:
         read: names of masked layers whose weight was used without a call of the layer.
         used: names of the parameters that no mask, embedding or norm accounts for -> the operator inside a module
             recorded whole that used it, or "".
-        draws: whether random numbers were drawn.
         own_gradient: whether the gradient may be another than that of the operators in the graph.
         side_effects: what the forward did besides returning a value, one phrase each.
         left_out: classes of returned objects that the graph leaves out.
@@ -59,7 +58,6 @@ class Recording:
     output: Any
     read: list[str]
     used: dict[str, str]
-    draws: bool
     own_gradient: bool
     side_effects: list[str]
     left_out: list[str]
@@ -141,7 +139,6 @@ def _recorded(
         output,
         list(recorder.read),
         dict(recorder.used),
-        recorder.draws,
         recorder.own_gradient,
         _changes(before, (_attributes(root), _contents(inputs))),
         list(dict.fromkeys(recorder.left_out)),
