@@ -20,7 +20,8 @@ with warnings.catch_warnings():
 
 from growfx.hf_trainer import STATE_FILE, SparseTraining
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # advice on memory and folders
+# the Trainer asks for pinned memory by default, and torch of some versions says that a CPU has none
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 
 
 class Classifier(nn.Module):

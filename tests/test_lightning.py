@@ -18,7 +18,14 @@ with warnings.catch_warnings():
 
 from growfx.lightning import SparseTraining
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # advice on loaders and folders
+pytestmark = [
+    # Lightning about its own use of torch
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+    # advice: the folder of a training that is continued, loaders on a machine of many cores, one with a GPU
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used:UserWarning"),
+]
 
 
 class Module(lightning.LightningModule):

@@ -22,13 +22,12 @@ def run(path, method=None, **flags):
 def read(path):
     """Tag -> list of (step, value), as TensorBoard shows them."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # what its imports announce of one another
         accumulation = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulation.EventAccumulator(str(path / "tensorboard")).Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_tensorboard_shows_what_the_log_records(tmp_path):
     pytest.importorskip("tensorboard")
     run(tmp_path, pwmpr(), tensorboard=True)
@@ -53,7 +52,6 @@ def test_tensorboard_shows_what_the_log_records(tmp_path):
         assert found[f"fit/{key}"] == expected
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_continued_run_goes_on_where_its_checkpoint_was_and_an_overwritten_one_begins_anew(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     with monkeypatch.context() as patch:
