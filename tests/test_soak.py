@@ -69,7 +69,10 @@ def check(net, optimizer, meter: CostMeter) -> None:
     net.verify()
     for name, layer in net.layers.items():
         assert layer.nnz == int(layer.mask.sum()), name
-        assert not layer.parameter.requires_grad or layer.gate is None
+        assert layer.parameter.requires_grad, name
+        assert layer.gate is None, name
+        expected = torch.where(layer.mask, layer.parameter, 0).detach()
+        assert torch.equal(layer.effective_weight.detach(), expected), name
         for value in optimizer.state.get(layer.parameter, {}).values():
             if isinstance(value, torch.Tensor) and value.shape == layer.mask.shape:
                 assert not value[~layer.mask].any(), name
@@ -134,6 +137,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 def test_thousands_of_updates_with_random_options_leave_counts_exact_and_memory_as_it_was():
     objects, memory = [], []
