@@ -1,15 +1,20 @@
 # `make demo` and `make test` do everything on a fresh machine: own virtual environment, installation, run.
+# `make test` ends within 12 minutes on two cores; `make test-all` runs the tests that it leaves out.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types clean
+.PHONY: demo test test-all lint types clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed lint types
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
+
+# What takes minutes or needs tools of the system, which are skipped with the reason (-rs) where they are missing.
+test-all: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow -rs
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
