@@ -32,6 +32,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
+@pytest.mark.slow
 def test_mutated_artifacts_are_refused_or_change_no_bit_in_bounded_time_and_memory(tmp_path: Path):
     run = subprocess.run(
         [sys.executable, "-W", "error", artifact_fuzz.__file__, str(tmp_path), "1", "1"],

@@ -48,6 +48,7 @@ def until(condition: Callable[[], bool], process: Any) -> None:
         time.sleep(0.001)
 
 
+@pytest.mark.slow
 def test_a_run_whose_process_is_killed_at_random_moments_and_within_saves_ends_the_same(tmp_path):
     draw, out = random.Random(5), tmp_path / "parts"
     unfinished, done, checkpoints = out / "checkpoint" / "step.pt.new", out / "result.json", out / "checkpoint"
