@@ -10,12 +10,14 @@ import os
 import platform
 import shlex
 import subprocess
-import warnings
+import threading
 from collections.abc import Generator
 from pathlib import Path
 
 import torch
 from filelock import FileLock
+
+from growfx.quiet import ignored_warnings
 
 __all__ = ["kernel_status"]
 
@@ -25,6 +27,7 @@ HEADERS = [SOURCE.with_name("sparse_planes.h"), SOURCE.with_name("sparse_vectors
 FLAGS = ("-O3", "-fopenmp", "-ffp-contract=fast")
 NATIVE = "-march=native"
 OFF = "GROWFX_NO_KERNEL"
+_ONE_THREAD = threading.Lock()
 
 
 def kernel_status() -> str:
@@ -35,7 +38,8 @@ def kernel_status() -> str:
     """
     if os.environ.get(OFF, "0") not in ("", "0"):
         return f"switched off by `{OFF}`"
-    return _load()
+    with _ONE_THREAD:  # the others find what it found
+        return _load()
 
 
 @functools.cache
@@ -63,8 +67,7 @@ def _quiet() -> Generator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with ignored_warnings():
             yield
     finally:
         logger.setLevel(level)

@@ -6,7 +6,6 @@ read; one inside it counts whatever its value.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, Final
 
 import torch
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 
 from growfx import sparse_kernel
 from growfx.lowered_layer import Kernel, finish
+from growfx.quiet import ignored_warnings
 
 __all__ = ["CHOICES", "KernelRefusedError", "make_kernel", "padding_of", "sparse_choices"]
 
@@ -78,9 +78,8 @@ class _Csr(Kernel):
         self.values: Tensor = nn.Buffer(weight.detach().flatten(1)[active])
         self.bias = None if bias is None else nn.Parameter(bias.detach().unsqueeze(1), requires_grad=False)
         self.shape = (active.shape[0], active.shape[1])
-        with warnings.catch_warnings():
-            # torch says once in a process that compressed rows are in beta; outputs are compared all the same.
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        # torch says once in a process that compressed rows are in beta; outputs are compared all the same.
+        with ignored_warnings(UserWarning, "Sparse CSR tensor support is in beta"):
             self._matrix()
 
     @property
