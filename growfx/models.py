@@ -8,7 +8,6 @@ and survives `copy.deepcopy`, so that an artifact can say how to build the model
 import difflib
 import importlib
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
@@ -19,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from growfx.build_budget import BudgetExceeded
 from growfx.errors import ConfigError
+from growfx.quiet import ignored_warnings
 
 __all__ = [
     "WEIGHT_SOURCES",
@@ -221,9 +221,8 @@ def _build_torchvision(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
             "weights through torchvision itself and pass it to growfx.wrap"
         )
     builder = get_model_builder(name)
-    with warnings.catch_warnings():
-        # googlenet and inception_v3 announce a change of their initial weights: nothing to act on here.
-        warnings.simplefilter("ignore", FutureWarning)
+    # googlenet and inception_v3 announce a change of their initial weights: nothing to act on here.
+    with ignored_warnings(FutureWarning):
         return _call(lambda: builder(**_no_weights(builder), **kwargs), _TORCHVISION + name)
 
 
@@ -342,8 +341,7 @@ def _read_torchvision(model: nn.Module) -> ModelIdentity | None:
 
 def _on_meta(builder: Callable[..., nn.Module], kwargs: Mapping[str, Any]) -> nn.Module | None:
     try:
-        with warnings.catch_warnings(), torch.device("meta"):
-            warnings.simplefilter("ignore", FutureWarning)
+        with ignored_warnings(FutureWarning), torch.device("meta"):
             return builder(**_no_weights(builder), **kwargs)
     except Exception:  # whatever a foreign builder raises, it is not the builder of this model
         return None
