@@ -2,12 +2,15 @@
 
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 __all__ = ["staged_folder"]
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @contextmanager
@@ -16,7 +19,7 @@ def staged_folder(target: Path, *, last: str, stale: Iterable[str] = ()) -> Gene
 
     A new `target` appears by one rename. In an existing one each file is replaced by one rename, the one
     called `last` at the end, and other files stay; when a rename fails, those done before are undone. When
-    the block raises, `target` is as it was.
+    the block raises, `target` is as it was. Threads that fill one folder do so one after the other.
 
     Args:
         target: the folder to fill; parents are made.
@@ -37,11 +40,13 @@ def staged_folder(target: Path, *, last: str, stale: Iterable[str] = ()) -> Gene
         for file in stage.iterdir():
             _sync(file)
         _sync(stage)
-        if exists:
-            names = sorted((file.name for file in stage.iterdir()), key=lambda name: name == last)
-            _replace_all(stage, target, names, [name for name in stale if name not in names])
-        else:
-            stage.rename(target)
+        with _ONE_AT_A_TIME:
+            exists = target.is_dir()  # another thread may have made it since
+            if exists:
+                names = sorted((file.name for file in stage.iterdir()), key=lambda name: name == last)
+                _replace_all(stage, target, names, [name for name in stale if name not in names])
+            else:
+                stage.rename(target)
         _sync(target if exists else target.parent)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
