@@ -1,5 +1,6 @@
 import errno
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -336,3 +337,58 @@ def test_the_digest_sees_types_order_and_bits():
     assert content_digest(torch.zeros(2, 3)) != content_digest(torch.zeros(3, 2))
     for dtype in (torch.bfloat16, torch.float16, torch.bool, torch.complex64):
         assert content_digest(torch.ones(3, dtype=dtype)) != content_digest(torch.zeros(3, dtype=dtype))
+
+
+def test_a_checkpoint_is_on_disk_before_it_has_its_name_and_the_name_before_the_save_returns(checkpoints, monkeypatch):
+    events, replace, sync = [], Path.replace, os.fsync
+    checkpoints.save(state(1), steps=1)
+
+    def noted_replace(path, target):
+        events.append(Path(target).name)
+        return replace(path, target)
+
+    def noted_sync(handle):
+        events.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+        sync(handle)
+
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    checkpoints.save(state(2), steps=2)
+    name = events.index("step-000000000002.pt")
+    assert "file" in events[:name]
+    assert "folder" in events[name + 1 :]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are read from /proc")
+def test_saving_and_loading_leave_no_file_open(checkpoints):
+    checkpoints.save(state(1), steps=1)
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(2, 6):
+        checkpoints.save(state(number), steps=number, best=True)
+        checkpoints.load()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 5])
+def test_a_damaged_file_is_set_aside_under_all_its_names(tmp_path, keep):
+    checkpoints = Checkpoints(tmp_path, keep=keep)
+    for number in (1, 2):
+        checkpoints.save(state(number), steps=number)
+    flip_a_bit(checkpoints.numbered()[0])
+    damaged = checkpoints.latest.read_bytes()
+    again = Checkpoints(tmp_path, keep=keep)
+    with suppress(CheckpointError):  # with one kept there is none before it
+        again.load()
+    again.save(state(3), steps=3)
+    assert all(path.read_bytes() != damaged for path in again.candidates())
+    assert (tmp_path / "step-000000000002.damaged.pt").read_bytes() == damaged
+    assert same(again.load()[0], state(3))
+
+
+def test_a_state_dict_that_is_no_checkpoint_is_called_so_with_its_first_keys(tmp_path):
+    for count in (1, 3, 4):
+        torch.save({f"layer{i}.weight": torch.zeros(1) for i in range(count)}, tmp_path / "model.pt")
+        with pytest.raises(CheckpointError, match=r"state dict .*`layer0.weight`") as caught:
+            read(tmp_path / "model.pt")
+        assert [i for i in range(4) if f"`layer{i}.weight`" in str(caught.value)] == list(range(min(count, 3)))
+        assert str(caught.value).endswith("and more") is (count > 3)
