@@ -19,21 +19,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from growfx.artifact_identity import FoundRecipe, find_recipe
 from growfx.artifact_info import ArtifactInfo, describe
 from growfx.artifact_reader import CONFIG, DEFAULT_MAX_BYTES, inspect, load, load_masks, load_state
 from growfx.codec import encode_index, encode_values
 from growfx.compaction_plan import CompactionPlan
 from growfx.dtypes import DTYPE_NAMES
-from growfx.errors import ArtifactError, ConfigError
-from growfx.graph import MaskedGraph, in_mode
+from growfx.errors import ArtifactError
+from growfx.graph import MaskedGraph
 from growfx.layers import MaskedLayer
 from growfx.manifest import (
-    COMPACTED_VERSION,
     FORMAT,
     ITEMSIZES,
-    VERSION,
     DenseEntry,
     LayerEntry,
     Manifest,
@@ -42,8 +41,9 @@ from growfx.manifest import (
     to_metadata,
 )
 from growfx.model_card import model_card
-from growfx.models import ModelIdentity, blueprint, create_model
-from growfx.recorded_call import RECORDED_CONSTANT
+from growfx.models import ModelIdentity
+from growfx.notices import warn_once
+from growfx.remembered_inputs import example_of, specs_of
 from growfx.shards import HOW_TO_GATHER, require_whole
 from growfx.staging import staged_folder
 from growfx.weights_file import MAX_HEADER
@@ -75,6 +75,7 @@ _WEIGHT_ORIGIN = (
 )
 
 
+@torch.inference_mode(False)  # copies made inside such a block could not be compared
 def save(
     net: MaskedGraph,
     path: str | Path,
@@ -85,6 +86,9 @@ def save(
 ) -> ArtifactInfo:
     """Write `net` to the folder `path`, whole or not at all; the same net gives the same bytes.
 
+    The model that would be built by name is built, and compared with the network. Where it is another one, or gives
+    other outputs, the artifact does not name it, a `growfx.GrowfxWarning` says why, and `load` needs an instance.
+
     Args:
         net: a masked network; weights outside its masks are stored as nothing and load as +0.0.
         path: a new folder, or one to whose other files nothing happens; an artifact in it is replaced.
@@ -94,7 +98,7 @@ def save(
             (`growfx.save(net, path, compact=True)` does all of it).
 
     Returns:
-        What was written, as `inspect` would tell.
+        What was written, as `inspect` would tell; its `notes` say why the model is not named.
 
     Raises:
         ArtifactError: no masked network, a tensor that cannot be stored, or a path that cannot be written.
@@ -109,12 +113,17 @@ def save(
     target = Path(path)
     if target.is_file() or target.suffix == ".safetensors":
         raise ArtifactError(f"`{target}` is a file; save writes a folder: give the folder's path")
-    content = _encode(net, dict(provenance or {}), origin)
+    content, found = _encode(net, dict(provenance or {}), origin)
     try:
-        return _write(content, target, dense)
+        info = _write(content, target, dense)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ArtifactError(f"the artifact cannot be written to `{target}` ({reason}); nothing was changed") from error
+    if found.unexpected:
+        # Each save gives a new object, on which its notes stand.
+        why = "; ".join(found.notes)
+        warn_once(f"`{target}` does not say how its model is built, for {why}; load it with `model=`, an instance", [])
+    return info
 
 
 @dataclass(frozen=True)
@@ -128,7 +137,7 @@ class _Content:
 
 def _encode(
     net: MaskedGraph, provenance: Mapping[str, Any], origin: tuple[MaskedGraph, CompactionPlan] | None
-) -> _Content:
+) -> tuple[_Content, FoundRecipe]:
     state, layers = _plain_state(net)
     entries: dict[str, DenseEntry | SparseEntry] = {}
     aliases: dict[str, str] = {}
@@ -154,11 +163,20 @@ def _encode(
     listed = {id(layer): tensor for tensor, layer in layers.items() if tensor in entries}
     order = tuple(LayerEntry(names[key], listed[key]) for key in names)
     described, plan = origin or (net, None)
-    model = _model_recipe(described)
-    version = COMPACTED_VERSION if plan else VERSION
-    config = _config(described, model)
-    manifest = Manifest(entries, aliases, order, config, model, provenance, version, plan or None)
-    return _Content(manifest, streams, state)
+    found = find_recipe(described)
+    manifest = Manifest(
+        tensors=entries,
+        aliases=aliases,
+        layers=order,
+        config=_config(described, found.recipe),
+        model=found.recipe,
+        provenance=provenance,
+        compaction=plan or None,
+        inputs=specs_of(example_of(net)),
+        identity_checked=found.checked,
+        notes=found.notes,
+    )
+    return _Content(manifest, streams, state), found
 
 
 def _plain_state(net: MaskedGraph) -> tuple[dict[str, Tensor], dict[str, MaskedLayer]]:
@@ -186,6 +204,11 @@ def _encode_dense(name: str, tensor: Tensor) -> tuple[DenseEntry, dict[str, Buff
 
 
 def _encode_sparse(name: str, mask: Tensor, tensor: Tensor) -> tuple[SparseEntry, dict[str, Buffer]]:
+    if tensor.is_complex():
+        raise ArtifactError(
+            f"`{name}` ({tensor.dtype}) is masked; complex weights are stored whole only: leave its layer out of the "
+            "masks (`growfx.wrap(..., exclude=...)`)"
+        )
     positions = np.flatnonzero(mask.detach().cpu().contiguous().reshape(-1).numpy())
     itemsize = tensor.dtype.itemsize
     flat = tensor.cpu().contiguous().reshape(-1).view(_WORDS[itemsize]).numpy().view(f"u{itemsize}")
@@ -207,67 +230,8 @@ def _encode_sparse(name: str, mask: Tensor, tensor: Tensor) -> tuple[SparseEntry
 
 
 def _bytes(tensor: Tensor) -> Buffer:
+    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.resolve_neg()
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _model_recipe(net: MaskedGraph) -> dict[str, Any] | None:
-    """How to build the model again; None when that is not known, or would give another model.
-
-    A model that was changed after it was made (another head, other activations) keeps the name it had before.
-    """
-    identity = net.identity
-    if not isinstance(identity, ModelIdentity):
-        return None
-    recipe = {"kwargs": identity.kwargs, "library": identity.library, "name": identity.name}
-    try:
-        canonical(recipe)
-        same = identity.library == "python" or _builds_the_same(identity, net)
-    except (ArtifactError, ConfigError):
-        return None
-    return recipe if same else None
-
-
-def _builds_the_same(identity: ModelIdentity, net: MaskedGraph) -> bool:
-    """Whether the model of this name has the net's modules and tensors."""
-    expected, own = _structure(blueprint(identity)), _structure(net.shell)
-    differing = {name for name in expected.keys() | own.keys() if expected.get(name) != own.get(name)}
-    if not differing:
-        return True
-    kept = {*net.state_dict()}
-    if differing & kept or any(name.startswith("module ") for name in differing) or _on_meta(net):
-        return False
-    # Tensors that are not stored, which some models make for the size of their input: outputs decide.
-    model = create_model(identity.spec, **identity.kwargs).eval()
-    masks = {f"{name}.mask" for name, module in net.named_modules() if isinstance(module, MaskedLayer)}
-    model.load_state_dict({k: v.cpu() for k, v in net.state_dict().items() if k not in masks})
-    inputs = net.example_inputs()
-    with torch.no_grad(), in_mode(net.shell, training=False):
-        ours = net.shell(*inputs)
-        theirs = model(*(v.cpu() if isinstance(v, Tensor) else v for v in inputs))
-    return (
-        isinstance(ours, Tensor)
-        and isinstance(theirs, Tensor)
-        and ours.shape == theirs.shape
-        and torch.allclose(ours.cpu(), theirs, rtol=1e-4, atol=1e-5)
-    )
-
-
-def _on_meta(net: MaskedGraph) -> bool:
-    return any(parameter.is_meta for parameter in net.parameters())
-
-
-def _structure(model: nn.Module) -> dict[str, Any]:
-    """Class of every module and shape of every tensor; a masked layer counts as the layer it stands for."""
-    facts: dict[str, Any] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        twin = isinstance(module, MaskedLayer)
-        facts[f"module {name}"] = module.twin_of if twin else type(module)
-        own = {**module._parameters, **module._buffers}
-        own = {k: t for k, t in own.items() if not k.startswith(RECORDED_CONSTANT)}
-        facts |= {
-            f"{name}.{k}".lstrip("."): t.shape for k, t in own.items() if t is not None and not (twin and k == "mask")
-        }
-    return facts
 
 
 def _config(net: MaskedGraph, model: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -306,6 +270,7 @@ def _write(content: _Content, target: Path, dense: bool) -> ArtifactInfo:
         size, digest = _write_safetensors(folder / WEIGHTS, {"growfx": to_metadata(manifest)}, stored, content.streams)
         info = describe(manifest, size)
         if dense:
+            _require_real(content.dense)
             shapes = {name: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in content.dense.items()}
             tensors = {name: _bytes(t) for name, t in content.dense.items()}
             _write_safetensors(folder / DENSE_WEIGHTS, {"format": "pt"}, shapes, tensors)
@@ -326,6 +291,14 @@ def _write(content: _Content, target: Path, dense: bool) -> ArtifactInfo:
         (folder / CONFIG).write_text(config + "\n", encoding="utf-8")
         (folder / CARD).write_text(model_card(info, manifest.config), encoding="utf-8")
     return info
+
+
+def _require_real(tensors: Mapping[str, Tensor]) -> None:
+    name = next((name for name, tensor in tensors.items() if tensor.is_complex()), None)
+    if name is not None:
+        raise ArtifactError(
+            f"`{name}` ({tensors[name].dtype}) has no dense safetensors file that others read; leave `dense` out"
+        )
 
 
 def _has_dense(target: Path) -> bool:

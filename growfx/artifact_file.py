@@ -48,6 +48,8 @@ class ArtifactFile:
     def bits(self, name: str) -> NDArray[Any]:
         """Bit patterns of a tensor as a flat array of unsigned integers, +0 outside the mask.
 
+        A complex number is two of them, real and imaginary part.
+
         Raises:
             ArtifactError: a stream is damaged.
         """
@@ -78,7 +80,7 @@ class ArtifactFile:
             ArtifactError: the values are damaged.
         """
         entry = self.manifest.tensors[name]
-        itemsize = ITEMSIZES[entry.dtype]
+        itemsize = min(ITEMSIZES[entry.dtype], 8 if entry.dtype != "C64" else 4)
         with located(f"tensor `{name}`"):
             if isinstance(entry, DenseEntry):
                 values = self._stream(name, entry.crc32).view(f"<u{itemsize}")

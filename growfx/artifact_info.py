@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from growfx.input_specs import InputSpec
 from growfx.manifest import ITEMSIZES, DenseEntry, Manifest
 
 __all__ = ["ArtifactInfo", "LayerInfo", "describe"]
@@ -34,6 +35,9 @@ class ArtifactInfo:
         model: how the model is built (`library`, `name`, `kwargs`), or None.
         provenance: as given to `growfx.save`.
         version: of the format.
+        inputs: what the network is called with; None where the artifact does not tell.
+        identity_checked: whether what `model` builds gave the network's outputs when it was saved.
+        notes: why there is no `model`, so that `growfx.load` needs an instance.
     """
 
     nnz: int
@@ -45,10 +49,18 @@ class ArtifactInfo:
     model: Mapping[str, Any] | None
     provenance: Mapping[str, Any]
     version: str
+    inputs: tuple[InputSpec, ...] | None = None
+    identity_checked: bool = False
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values."""
-        return {**asdict(self), "layers": [{**asdict(x), "shape": list(x.shape)} for x in self.layers]}
+        return {
+            **asdict(self),
+            "layers": [{**asdict(x), "shape": list(x.shape)} for x in self.layers],
+            "inputs": None if self.inputs is None else [spec.to_json() for spec in self.inputs],
+            "notes": list(self.notes),
+        }
 
     def __str__(self) -> str:
         from tabulate import tabulate
@@ -61,7 +73,7 @@ class ArtifactInfo:
         headers = ["layer", "shape", "nnz", "numel", "density", "bytes", "codec"]
         align = ("left", "left", "right", "right", "right", "right", "left")
         table = tabulate(rows, headers=headers, disable_numparse=True, colalign=align)
-        return f"{table}\n{self.bytes} bytes on disk, {self.dense_bytes} bytes when dense"
+        return "\n".join([table, f"{self.bytes} bytes on disk, {self.dense_bytes} bytes when dense", *self.notes])
 
 
 def describe(manifest: Manifest, size: int) -> ArtifactInfo:
@@ -89,4 +101,7 @@ def describe(manifest: Manifest, size: int) -> ArtifactInfo:
         model=manifest.model,
         provenance=manifest.provenance,
         version=manifest.version,
+        inputs=manifest.inputs,
+        identity_checked=manifest.identity_checked,
+        notes=manifest.notes,
     )

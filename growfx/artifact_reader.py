@@ -25,6 +25,7 @@ from growfx.dtypes import TORCH_DTYPES
 from growfx.errors import ArtifactError, ConfigError
 from growfx.manifest import Manifest
 from growfx.models import WEIGHT_SOURCES, ModelIdentity, blueprint, build_unfilled
+from growfx.remembered_inputs import remember_inputs
 from growfx.rollback import unchanged_on_error
 
 __all__ = ["CONFIG", "DEFAULT_MAX_BYTES", "check_target", "inspect", "load", "load_masks", "load_state"]
@@ -61,6 +62,8 @@ def load(
 ) -> nn.Module:
     """The network of an artifact as a plain module in eval mode, every bit of its weights as saved.
 
+    `growfx.wrap` of it starts from inputs as the network had when it was saved.
+
     Args:
         path: the folder, its weights file alone, or `hf-hub:USER/NAME[@REVISION]`.
         model: an instance of the network's own class, to load into; needed where the artifact does not name a
@@ -96,6 +99,7 @@ def load(
             if small is not None:
                 apply_plan(plan, small)
             _fill(plan, state)
+            remember_inputs(plan, manifest.inputs)
             return plan.to(device=device, dtype=dtype).eval()
 
 
@@ -146,8 +150,11 @@ def _state(weights: ArtifactFile) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, entry in weights.manifest.tensors.items():
         bits = weights.bits(name)
-        words = torch.from_numpy(bits.view(_SIGNED[bits.itemsize]))
-        state[name] = words.view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+        words, dtype = torch.from_numpy(bits.view(_SIGNED[bits.itemsize])), TORCH_DTYPES[entry.dtype]
+        if dtype.is_complex:
+            state[name] = torch.view_as_complex(words.view(dtype.to_real()).reshape(*entry.shape, 2))
+        else:
+            state[name] = words.view(dtype).reshape(entry.shape)
     return state | {alias: state[name] for alias, name in weights.manifest.aliases.items()}
 
 
@@ -173,7 +180,8 @@ def check_target(dtype: torch.dtype | None, device: torch.device | str | int | N
 def _identity(manifest: Manifest) -> ModelIdentity:
     recipe = manifest.model
     if recipe is None:
-        raise ArtifactError("it does not say how its model is built; pass an instance as `model=`")
+        why = f" ({'; '.join(manifest.notes)})" if manifest.notes else ""
+        raise ArtifactError(f"it does not say how its model is built{why}; pass an instance as `model=`")
     library, name, kwargs = (recipe.get(key) for key in ("library", "name", "kwargs"))
     if library == "python":
         raise ArtifactError(

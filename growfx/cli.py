@@ -2,7 +2,9 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import click
 
 import growfx
 from growfx.error_text import one_line
-from growfx.errors import ConfigError, GrowfxError
+from growfx.errors import ConfigError, GrowfxError, GrowfxWarning
 from growfx.launch import RankError, process_group, speaks
 
 __all__ = ["main"]
@@ -23,14 +25,15 @@ _MAIN = "pwmpr"  # what `growfx grow` runs
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 a `GrowfxError`, 2 wrong usage, 130 interrupted."""
     try:
-        status = commands.main(arguments, prog_name="growfx", standalone_mode=False)
+        with _warnings_as_lines():
+            status = commands.main(arguments, prog_name="growfx", standalone_mode=False)
     except click.ClickException as error:
         if speaks():
             error.show()
         sys.exit(error.exit_code)
     except click.Abort:
         if speaks():
-            click.echo("growfx: interrupted; `--resume` continues from the last checkpoint", err=True)
+            click.echo("growfx: interrupted", err=True)
         sys.exit(130)
     except RankError as error:
         if error.first:
@@ -43,7 +46,38 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@contextmanager
+def _warnings_as_lines() -> Generator[None]:
+    """Print what must be known as a line of its own; warnings of libraries look as they always do."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+            if not issubclass(category, GrowfxWarning):
+                usual(message, category, *place, **options)
+            elif speaks():
+                click.echo(f"growfx: {message}", err=True)
+
+        warnings.showwarning = show
+        yield
+
+
+class _Commands(click.Group):
+    """The commands; Ctrl-C says how to go on where a command can."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            command = self.commands.get(ctx.invoked_subcommand or "")
+            resumes = command is not None and any(parameter.name == "resume" for parameter in command.params)
+            if speaks():
+                how = "; `--resume` continues from the last checkpoint" if resumes else ""
+                click.echo(f"\ngrowfx: interrupted{how}", err=True)
+            return 130
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(growfx.__version__, prog_name="growfx")
 def commands() -> None:
     """Grow sparse networks: any timm, torchvision or own model, from a sparse seed to its plateau.

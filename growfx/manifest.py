@@ -16,9 +16,10 @@ from typing import Any
 from growfx.codec import INDEX_CODECS, VALUE_CODECS, index_complaint, values_complaint
 from growfx.compaction_plan import CompactionPlan
 from growfx.errors import ArtifactError
+from growfx.input_specs import MOST_INPUTS, InputSpec, input_complaint
+from growfx.manifest_entries import COMPLEX_PARTS, ITEMSIZES, DenseEntry, SparseEntry
 
 __all__ = [
-    "COMPACTED_VERSION",
     "FORMAT",
     "ITEMSIZES",
     "VERSION",
@@ -32,97 +33,15 @@ __all__ = [
 ]
 
 FORMAT = "growfx.sparse"
-VERSION = "1.0"
-# Written where there is a compaction plan: the first version with `requires`.
-COMPACTED_VERSION = "1.1"
+# 1.1: `compaction` and `requires`. 1.2: `inputs`, `identity_checked`, `notes`, complex tensors.
+VERSION = "1.2"
 # What a reader must know beyond version 1.0 to load an artifact that lists it in `requires`.
-FEATURES = ("compaction", "grouped-compaction", "folded-norms")
-# safetensors' names, and bytes of one element.
-ITEMSIZES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
+FEATURES = ("compaction", "complex", "grouped-compaction", "folded-norms")
 # No model comes near it; beyond it sizes would not fit the integers of other readers.
 _MAX_NUMEL = 1 << 34
 _MAX_RANK = 64
+_MOST_NOTES, _LONGEST_NOTE = 16, 2000
 _SEMANTICS = {"fill": "+0.0", "mask": "explicit", "order": "C"}
-
-
-@dataclass(frozen=True)
-class DenseEntry:
-    """A tensor under its own name, all elements stored."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    crc32: int
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return prod(self.shape)
-
-    def stored(self, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Names in the weights file -> dtype and shape there."""
-        return {name: (self.dtype, self.shape)}
-
-    def to_json(self) -> dict[str, Any]:
-        """As in the manifest."""
-        return {"crc32": self.crc32, "dtype": self.dtype, "shape": list(self.shape)}
-
-
-@dataclass(frozen=True)
-class SparseEntry:
-    """A tensor of which `nnz` elements are active: `NAME::index` and `NAME::values`."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    nnz: int
-    index_codec: str
-    index_raw: int
-    index_bytes: int
-    index_crc32: int
-    value_codec: str
-    planes: tuple[int, ...]
-    values_crc32: int
-
-    @property
-    def numel(self) -> int:
-        """Number of elements, active or not."""
-        return prod(self.shape)
-
-    def stored(self, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Names in the weights file -> dtype and shape there."""
-        raw = self.value_codec == "raw"
-        values = (self.dtype, (self.nnz,)) if raw else ("U8", (sum(self.planes),))
-        return {f"{name}::index": ("U8", (self.index_bytes,)), f"{name}::values": values}
-
-    def to_json(self) -> dict[str, Any]:
-        """As in the manifest."""
-        values: dict[str, Any] = {"codec": self.value_codec, "crc32": self.values_crc32}
-        if self.value_codec == "planes":
-            values["planes"] = list(self.planes)
-        return {
-            "dtype": self.dtype,
-            "index": {
-                "bytes": self.index_bytes,
-                "codec": self.index_codec,
-                "crc32": self.index_crc32,
-                "raw": self.index_raw,
-            },
-            "nnz": self.nnz,
-            "shape": list(self.shape),
-            "values": values,
-        }
 
 
 @dataclass(frozen=True)
@@ -145,6 +64,9 @@ class Manifest:
         model: how the model is built (`library`, `name`, `kwargs`), or None.
         provenance: what the writer wanted to note.
         compaction: what the model has to lose before it takes these tensors, None when nothing.
+        inputs: what the network is called with, None where that is not known.
+        identity_checked: whether what `model` builds gave the network's outputs when it was saved.
+        notes: why `model` is None.
     """
 
     tensors: Mapping[str, DenseEntry | SparseEntry]
@@ -155,6 +77,9 @@ class Manifest:
     provenance: Mapping[str, Any]
     version: str = VERSION
     compaction: CompactionPlan | None = None
+    inputs: tuple[InputSpec, ...] | None = None
+    identity_checked: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def names(self) -> set[str]:
@@ -172,27 +97,36 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON values."""
-        extra: dict[str, Any] = {}
-        if self.compaction:
-            extra = {"compaction": self.compaction.to_json(), "requires": _features(self.compaction)}
+        extra: dict[str, Any] = {"compaction": self.compaction.to_json()} if self.compaction else {}
+        required = _features(self.compaction, self.tensors)
+        if required:
+            extra["requires"] = required
         return {
             **_SEMANTICS,
             **extra,
             "aliases": dict(self.aliases),
             "config": dict(self.config),
             "format": FORMAT,
+            "identity_checked": self.identity_checked,
+            "inputs": None if self.inputs is None else [spec.to_json() for spec in self.inputs],
             "layers": [[entry.layer, entry.tensor] for entry in self.layers],
             "model": None if self.model is None else dict(self.model),
+            "notes": list(self.notes),
             "provenance": dict(self.provenance),
             "tensors": {name: entry.to_json() for name, entry in self.tensors.items()},
             "version": self.version,
         }
 
 
-def _features(plan: CompactionPlan) -> list[str]:
-    """What a reader must know to follow a plan."""
-    more = {"grouped-compaction": bool(plan.blocks), "folded-norms": bool(plan.norms)}
-    return ["compaction", *(name for name, needed in more.items() if needed)]
+def _features(plan: CompactionPlan | None, tensors: Mapping[str, DenseEntry | SparseEntry]) -> list[str]:
+    """What a reader must know to follow a plan and to decode the tensors."""
+    needed = {
+        "compaction": bool(plan),
+        "complex": any(entry.dtype in COMPLEX_PARTS for entry in tensors.values()),
+        "grouped-compaction": bool(plan and plan.blocks),
+        "folded-norms": bool(plan and plan.norms),
+    }
+    return [name for name in FEATURES if needed[name]]
 
 
 def to_metadata(manifest: Manifest) -> str:
@@ -306,8 +240,13 @@ class _Reader:
         for key, value in _SEMANTICS.items():
             if self.body.get(key) != value:
                 raise self.fail(f"field `{key}` is not `{value}`")
-        plan = self._compaction()
+        required, plan = self._required(), self._compaction()
         tensors = {name: _Reader(f"tensor `{name}`", e).tensor() for name, e in self._objects("tensors").items()}
+        needed = {*_features(plan, tensors)} | ({"compaction"} if plan is not None else set())
+        if required - {"complex"} != needed - {"complex"}:
+            raise self.fail("fields `compaction` and `requires` do not agree")
+        if required != needed:
+            raise self.fail("fields `tensors` and `requires` do not agree about complex tensors")
         aliases = self.take("aliases", dict)
         for alias, name in aliases.items():
             if alias in tensors or not isinstance(name, str) or name not in tensors:
@@ -321,9 +260,41 @@ class _Reader:
             provenance=self.take("provenance", dict),
             version=self.take("version", str),
             compaction=plan,
+            inputs=self._inputs(),
+            identity_checked=self._flag("identity_checked"),
+            notes=self._notes(),
         )
 
-    def _compaction(self) -> CompactionPlan | None:
+    def _flag(self, key: str) -> bool:
+        value = self.body.get(key, False)  # older versions have none
+        if not isinstance(value, bool):
+            raise self.fail(f"field `{key}` is neither true nor false")
+        return value
+
+    def _notes(self) -> tuple[str, ...]:
+        notes = self.body.get("notes", [])
+        texts = isinstance(notes, list) and all(isinstance(note, str) for note in notes)
+        if not texts or len(notes) > _MOST_NOTES or any(len(note) > _LONGEST_NOTE for note in notes):
+            raise self.fail("field `notes` is no list of a few short texts")
+        return tuple(notes)
+
+    def _inputs(self) -> tuple[InputSpec, ...] | None:
+        inputs = self.body.get("inputs")
+        if inputs is None:
+            return None
+        if not isinstance(inputs, list) or not 0 < len(inputs) <= MOST_INPUTS:
+            raise self.fail(f"field `inputs` is no list of up to {MOST_INPUTS} inputs")
+        for entry in inputs:
+            complaint = input_complaint(entry, ITEMSIZES)
+            if complaint:
+                raise self.fail(f"field `inputs`: {complaint}")
+        specs = tuple(InputSpec.from_json(entry) for entry in inputs)
+        keywords = [spec.keyword for spec in specs if spec.keyword is not None]
+        if len({*keywords}) != len(keywords) or any(s.keyword is None for s in specs[len(specs) - len(keywords) :]):
+            raise self.fail("field `inputs` names a keyword twice, or has a positional input after it")
+        return specs
+
+    def _required(self) -> set[str]:
         required = self.body.get("requires", [])
         if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
             raise self.fail("field `requires` is no list of names")
@@ -333,10 +304,10 @@ class _Reader:
                 f"the artifact requires `{unknown[0]}`, unknown to this growfx; known: {', '.join(FEATURES)}. "
                 "A newer growfx may read it"
             )
-        plan = CompactionPlan.from_json(self.body["compaction"]) if "compaction" in self.body else None
-        if {*required} != ({*_features(plan)} if plan is not None else set()):
-            raise self.fail("fields `compaction` and `requires` do not agree")
-        return plan
+        return {*required}
+
+    def _compaction(self) -> CompactionPlan | None:
+        return CompactionPlan.from_json(self.body["compaction"]) if "compaction" in self.body else None
 
     def _objects(self, key: str) -> dict[str, Mapping[str, Any]]:
         objects = self.take(key, dict)
@@ -370,6 +341,8 @@ class _Reader:
             raise self.fail(f"its shape has more elements than the format allows ({_MAX_NUMEL})")
         if "index" not in self.body:
             return DenseEntry(dtype, shape, self.count("crc32"))
+        if dtype in COMPLEX_PARTS:
+            raise self.fail(f"sparse tensors of dtype `{dtype}` are unknown")
         nnz = self.count("nnz")
         if nnz > prod(shape):
             raise self.fail(f"{nnz} active weights in {prod(shape)} elements")

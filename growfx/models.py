@@ -8,7 +8,7 @@ and survives `copy.deepcopy`, so that an artifact can say how to build the model
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
@@ -21,20 +21,26 @@ from growfx.errors import ConfigError
 from growfx.quiet import ignored_warnings
 
 __all__ = [
+    "INPUTS_ATTRIBUTE",
     "WEIGHT_SOURCES",
     "ModelIdentity",
     "blueprint",
     "build_unfilled",
     "create_model",
     "default_input_shape",
+    "has_builder",
     "identity_of",
+    "likely_identity",
     "remember",
 ]
 
 Library = Literal["timm", "torchvision", "python"]
 
 _ATTRIBUTE = "_growfx_identity"
+# Where a model that was loaded keeps what it is called with, see `growfx.remembered_inputs`.
+INPUTS_ATTRIBUTE = "_growfx_inputs"
 _TORCHVISION = "torchvision/"
+_FLOATS = ("F64", "F32", "F16", "BF16")
 # Arguments that say where weights come from. They do not shape the model; an artifact brings its own weights.
 WEIGHT_SOURCES = {
     "timm": frozenset({"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}),
@@ -99,6 +105,15 @@ def identity_of(model: nn.Module) -> ModelIdentity | None:
     if known is not None:
         return _with_current_classes(known, model)
     return _read_timm(model) or _read_torchvision(model)
+
+
+def likely_identity(model: nn.Module) -> ModelIdentity | None:
+    """The torchvision builder whose model `model` was before its settings were changed; None where none is known.
+
+    It is the only one that gives a model of the same class with tensors of the same names and shapes.
+    """
+    found = [identity for identity, candidate in _torchvision_builds(model) if _shapes(candidate) == _shapes(model)]
+    return found[0] if len(found) == 1 else None
 
 
 def blueprint(identity: ModelIdentity) -> nn.Module:
@@ -173,7 +188,10 @@ class _WithoutInitialisation(TorchFunctionMode):
 
 
 def default_input_shape(model: nn.Module) -> tuple[int, ...]:
-    """Shape (1, C, H, W) of one input: a timm model's own, else (1, 3, 224, 224)."""
+    """Shape of one input: what its artifact tells, a timm model's own (1, C, H, W), else (1, 3, 224, 224)."""
+    known = model.__dict__.get(INPUTS_ATTRIBUTE) or ()
+    if len(known) == 1 and known[0].keyword is None and known[0].dtype in _FLOATS and known[0].shape:
+        return known[0].shape
     config = _timm_config(model)
     size = tuple(config.get("input_size") or (3, 224, 224))
     channels = getattr(model, "in_chans", None)
@@ -321,22 +339,35 @@ def _read_timm(model: nn.Module) -> ModelIdentity | None:
 
 
 def _read_torchvision(model: nn.Module) -> ModelIdentity | None:
+    wanted = _settings(model)
+    found = [identity for identity, candidate in _torchvision_builds(model) if _settings(candidate) == wanted]
+    return found[0] if len(found) == 1 else None
+
+
+def has_builder(model: nn.Module) -> bool:
+    """Whether torchvision has builders of models of this class."""
     if not type(model).__module__.startswith("torchvision.models."):
-        return None
+        return False
+    from torchvision.models import get_model_builder, list_models
+
+    return any(inspect.signature(get_model_builder(n)).return_annotation is type(model) for n in list_models())
+
+
+def _torchvision_builds(model: nn.Module) -> Iterator[tuple[ModelIdentity, nn.Module]]:
+    """What torchvision's builders of the class of `model` give for as many classes, without values."""
+    if not type(model).__module__.startswith("torchvision.models."):
+        return
     from torchvision.models import get_model_builder, list_models
 
     heads = [m.out_features for m in model.modules() if isinstance(m, nn.Linear)]
     kwargs = {"num_classes": heads[-1]} if heads else {}
-    wanted = _settings(model)
-    found: list[ModelIdentity] = []
     for name in list_models():
         builder = get_model_builder(name)
         if inspect.signature(builder).return_annotation is not type(model):
             continue
         candidate = _on_meta(builder, kwargs)
-        if candidate is not None and _settings(candidate) == wanted:
-            found.append(ModelIdentity("torchvision", name, kwargs))
-    return found[0] if len(found) == 1 else None
+        if candidate is not None:
+            yield ModelIdentity("torchvision", name, kwargs), candidate
 
 
 def _on_meta(builder: Callable[..., nn.Module], kwargs: Mapping[str, Any]) -> nn.Module | None:
@@ -349,7 +380,7 @@ def _on_meta(builder: Callable[..., nn.Module], kwargs: Mapping[str, Any]) -> nn
 
 def _settings(model: nn.Module) -> list[Any]:
     """All that is visible of a model but its weights: classes, sizes, plain attributes, in module order."""
-    facts: list[Any] = [(name, tuple(t.shape)) for name, t in model.state_dict().items()]
+    facts: list[Any] = _shapes(model)
     for name, module in model.named_modules():
         plain = {
             k: v
@@ -358,3 +389,7 @@ def _settings(model: nn.Module) -> list[Any]:
         }
         facts.append((name, type(module), cast(object, plain)))
     return facts
+
+
+def _shapes(model: nn.Module) -> list[Any]:
+    return [(name, tuple(t.shape)) for name, t in model.state_dict().items()]

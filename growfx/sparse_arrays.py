@@ -26,6 +26,8 @@ _NATIVE = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
+    "C128": np.complex128,
+    "C64": np.complex64,
     "I64": np.int64,
     "I32": np.int32,
     "I16": np.int16,

@@ -21,13 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from growfx.errors import ArtifactError
-from growfx.manifest import ITEMSIZES
+from growfx.manifest_entries import COMPLEX_PARTS, ITEMSIZES
 
 __all__ = ["MAX_HEADER", "SNIFFED", "StoredTensor", "WeightsFile", "open_regular", "parse_json", "wrong_file"]
 
 # The largest zoo model needs under 1 MB; parsed JSON takes some twenty times its text.
 MAX_HEADER = 1 << 25
 
+# Dtypes of tensors in the file; complex ones stand there as pairs.
+_STORED = tuple(dtype for dtype in ITEMSIZES if dtype not in COMPLEX_PARTS)
 _FIELDS = {"data_offsets", "dtype", "shape"}
 # First bytes that `wrong_file` wants.
 SNIFFED = 256
@@ -143,6 +145,9 @@ def wrong_file(start: bytes) -> str | None:
     """What another kind of file its first bytes show, and what to do; None for one that may be safetensors."""
     if start[8:9] == b"{" and not start.startswith(_LFS):
         return None
+    # Cut short within the length of its header, whose lowest byte may look like anything.
+    if 4 < len(start) <= 8 and not any(start[4:]):
+        return None
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
     for magic, complaint in _FOREIGN:
         if text.startswith(magic):
@@ -184,8 +189,8 @@ def _tensor(name: str, entry: Any) -> StoredTensor:
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         raise ArtifactError(f"the artifact is damaged: its header says of `{name}` not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEMSIZES:
-        raise ArtifactError(f"the artifact is damaged: dtype `{dtype}` of `{name}` is none of {', '.join(ITEMSIZES)}")
+    if not isinstance(dtype, str) or dtype not in _STORED:
+        raise ArtifactError(f"the artifact is damaged: dtype `{dtype}` of `{name}` is none of {', '.join(_STORED)}")
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2 or len(shape) > 64:
         raise ArtifactError(f"the artifact is damaged: shape or offsets of `{name}` in its header are no sizes")
     start, end = offsets

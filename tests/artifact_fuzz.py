@@ -159,7 +159,7 @@ def edit_metadata(rng: random.Random, folder: Path) -> Path:
         [{}, None, [], {"growfx": 5}, {"growfx": own[: rng.randrange(len(own))]}, {"growfx": own, "format": "pt"},
          {"growfx": own.replace("conv", "cone")}, {"growfx": "[" * 50_000}, {"growfx": '{"a":' * 50_000},
          {"growfx": "9" * 10_000}, {"growfx": own + " "},
-         {"growfx": own.replace('"1.0"', '"1.1"')}]
+         {"growfx": own.replace('"1.2"', '"1.3"')}]
     )  # fmt: skip
     write_header(folder / WEIGHTS, header, data)
     return either(rng, folder)

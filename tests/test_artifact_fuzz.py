@@ -90,6 +90,12 @@ def test_a_download_cut_short_is_called_that(folder: Path, kept: float):
     assert "the download is incomplete" in alone or (size < 8 and "no safetensors file" in alone)
 
 
+@pytest.mark.parametrize("size", [5, 8])
+def test_a_cut_within_the_length_of_the_header_is_no_pickle_whatever_the_length(tmp_path: Path, size: int):
+    (tmp_path / WEIGHTS).write_bytes((0x1280).to_bytes(8, "little")[:size])
+    assert "pickle" not in refusal(tmp_path / WEIGHTS)
+
+
 def test_bytes_behind_the_last_tensor_are_refused(folder: Path):
     with (folder / WEIGHTS).open("ab") as stream:
         stream.write(b"hidden")
@@ -100,7 +106,7 @@ def test_a_newer_version_is_named_before_anything_else_of_it_is_believed(folder:
     config = json.loads((folder / CONFIG).read_text())
     config["growfx"] = {"format": "growfx.sparse", "version": "3.1", "files": ["a", "b"]}
     (folder / CONFIG).write_text(json.dumps(config))
-    assert "written in format version 3.1; this growfx reads versions up to 1.0: upgrade growfx" in refusal(folder)
+    assert "written in format version 3.1; this growfx reads versions up to 1.2: upgrade growfx" in refusal(folder)
 
 
 def test_a_name_that_steers_a_terminal_is_escaped_in_the_message(folder: Path):
@@ -323,5 +329,5 @@ def test_the_manifest_of_an_open_file_is_that_of_save(folder: Path):
 
     with opened(folder, max_bytes=None) as weights:
         assert isinstance(weights, ArtifactFile)
-        assert weights.manifest.version == "1.0"
+        assert weights.manifest.version == "1.2"
         assert weights.positions("norm.bias") is None

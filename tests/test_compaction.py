@@ -45,8 +45,8 @@ def test_a_compacted_artifact_loads_by_name_without_the_network_it_was_made_of(t
     assert type(loaded) is type(model)
     agree(net, loaded, x)
     assert info == growfx.inspect(tmp_path / "small")
-    assert info.version == "1.1"
-    assert whole.version == "1.0"
+    assert info.version == "1.2"
+    assert whole.version == "1.2"
     assert info.bytes < whole.bytes
     assert info.numel < whole.numel
     assert info.nnz <= whole.nnz
@@ -72,7 +72,7 @@ def test_a_compacted_artifact_loads_into_an_instance_of_its_own_class(tmp_path: 
 
 def test_where_nothing_leaves_the_artifact_is_an_ordinary_one(tmp_path: Path) -> None:
     net = growfx.wrap(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.randn(2, 3))
-    assert growfx.save(net, tmp_path / "a", compact=True).version == "1.0"
+    assert growfx.save(net, tmp_path / "a", compact=True).version == "1.2"
     with pytest.raises(ArtifactError, match="`dense` and `compact` exclude each other"):
         growfx.save(net, tmp_path / "b", compact=True, dense=True)
 
