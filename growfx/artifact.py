@@ -26,6 +26,7 @@ from growfx.artifact_info import ArtifactInfo, describe
 from growfx.artifact_reader import CONFIG, DEFAULT_MAX_BYTES, inspect, load, load_masks, load_state
 from growfx.codec import encode_index, encode_values
 from growfx.compaction_plan import CompactionPlan
+from growfx.doors import as_masked_graph, as_path
 from growfx.dtypes import DTYPE_NAMES
 from growfx.errors import ArtifactError
 from growfx.graph import MaskedGraph
@@ -48,7 +49,7 @@ from growfx.shards import HOW_TO_GATHER, require_whole
 from growfx.staging import staged_folder
 from growfx.weights_file import MAX_HEADER
 
-__all__ = ["DEFAULT_MAX_BYTES", "inspect", "load", "load_masks", "load_state", "save"]
+__all__ = ["DEFAULT_MAX_BYTES", "artifact_target", "inspect", "load", "load_masks", "load_state", "save"]
 
 WEIGHTS = "sparse.safetensors"
 # timm and transformers load a file of this name without asking; it must hold every tensor, dense.
@@ -104,15 +105,10 @@ def save(
         ArtifactError: no masked network, a tensor that cannot be stored, or a path that cannot be written.
         ConfigError: the weights are spread over processes (`fully_shard`).
     """
-    if not isinstance(net, MaskedGraph):
-        raise ArtifactError(
-            f"save takes a growfx.MaskedGraph, not a `{type(net).__name__}`; make one with growfx.wrap(model)"
-        )
+    net = as_masked_graph(net, "growfx.save")
     for parameter in net.parameters():
         require_whole(parameter, f"an artifact has whole ones; {HOW_TO_GATHER}")
-    target = Path(path)
-    if target.is_file() or target.suffix == ".safetensors":
-        raise ArtifactError(f"`{target}` is a file; save writes a folder: give the folder's path")
+    target = artifact_target(path)
     content, found = _encode(net, dict(provenance or {}), origin)
     try:
         info = _write(content, target, dense)
@@ -124,6 +120,14 @@ def save(
         why = "; ".join(found.notes)
         warn_once(f"`{target}` does not say how its model is built, for {why}; load it with `model=`, an instance", [])
     return info
+
+
+def artifact_target(path: str | Path) -> Path:
+    """The folder to write; ArtifactError where it cannot be one."""
+    target = as_path(path, "growfx.save", ArtifactError)
+    if target.is_file() or target.suffix == ".safetensors":
+        raise ArtifactError(f"`{target}` is a file; save writes a folder: give the folder's path")
+    return target
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from growfx.bench_report import BenchReport, Measurement, Row
@@ -129,7 +130,8 @@ def _measured(
         bar.set_description(f"bench: batch {batch}, threads {threads}: timing")
         # A round runs each variant twice, and few are slower than dense torch.
         rounds = repeats or max(_FEWEST, min(_MOST, int(_SECONDS / (2 * len(built) * spent))))
-        calls = {name: (lambda module=way.module: module(*setting.inputs.args)) for name, way in built.items()}
+        args, kwargs = setting.inputs.args, setting.inputs.kwargs
+        calls = {name: (lambda module=way.module: module(*args, **kwargs)) for name, way in built.items()}
         with torch.inference_mode():
             timings, errors = in_turn(calls, rounds)
         bar.update()
@@ -157,8 +159,9 @@ def _reference(work: Workshop, setting: Setting) -> tuple[list[Tensor], float, f
     if work.dtype is torch.float32:
         return own, tolerance_of(torch.float32), spent
     exact = work.once("float32", lambda: work.subject.load(dtype=torch.float32))
-    floats = [v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for v in setting.inputs.args]
-    expected = _outputs(exact, Inputs(tuple(floats), {}))
+    widened = lambda v: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v  # noqa: E731
+    wide = pytree.tree_map(widened, (setting.inputs.args, dict(setting.inputs.kwargs)))
+    expected = _outputs(exact, Inputs(*wide))
     return expected, max(tolerance_of(work.dtype), _LOWER_PRECISION * _error(own, expected)), spent
 
 

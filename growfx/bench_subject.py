@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from growfx.artifact import inspect, load_masks
 from growfx.artifact_info import ArtifactInfo
@@ -23,6 +24,7 @@ from growfx.inspection import kind_of, nothing_there, place_of, recorded_format
 from growfx.job import reopen
 from growfx.models import create_model, default_input_shape
 from growfx.passes.mask import unwrap, wrap
+from growfx.remembered_inputs import as_example, inputs_from
 from growfx.runtime import load
 
 __all__ = ["Subject", "opened_subject"]
@@ -61,7 +63,7 @@ class Subject:
 
     def masked(self) -> MaskedGraph:
         """A new instance under the artifact's masks, in evaluation mode."""
-        net = wrap(self.load(), self.example.args)
+        net = wrap(self.load(), as_example(self.example))
         masks = load_masks(self.artifact)
         net.set_masks({name: mask for name, mask in masks.items() if name in net.layers})
         return net.eval()
@@ -75,8 +77,8 @@ class Subject:
         found = self.example.with_batch(batch)
         if found.batch != batch:
             raise ConfigError(f"`batch` = {batch}, but the network's inputs have no batch size that can change")
-        floats = [v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for v in found.args]
-        return Inputs(tuple(floats), {}).redrawn(0)
+        cast = lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v  # noqa: E731
+        return Inputs(*pytree.tree_map(cast, (found.args, dict(found.kwargs)))).redrawn(0)
 
 
 @contextmanager
@@ -116,8 +118,8 @@ def opened_subject(
     given = None if example_inputs is None else _as_tuple(example_inputs)
     if kind == "artifact":
         info = inspect(place)
-        example = given or _images(info, model, place, img_size)
-        yield Subject(str(path), kind, place, info, Inputs(example, {}), model)
+        example = Inputs(given, {}) if given else _stored_example(info, model, place, img_size)
+        yield Subject(str(path), kind, place, info, example, model)
         return
     if kind == "run":
         net, _ = reopen(place)
@@ -136,6 +138,14 @@ def opened_subject(
 
 def _as_tuple(inputs: Tensor | tuple[Any, ...]) -> tuple[Any, ...]:
     return (inputs,) if isinstance(inputs, Tensor) else inputs
+
+
+def _stored_example(info: ArtifactInfo, model: nn.Module | None, place: Path, img_size: int | None) -> Inputs:
+    """Inputs like those the artifact tells of, else images as it was trained on."""
+    if info.inputs is not None:
+        inputs = inputs_from(info.inputs)
+        return inputs if img_size is None else Inputs(_resized(inputs.args, img_size), inputs.kwargs)
+    return Inputs(_images(info, model, place, img_size), {})
 
 
 def _images(info: ArtifactInfo, model: nn.Module | None, place: Path, img_size: int | None) -> tuple[Tensor, ...]:

@@ -155,17 +155,21 @@ def train(method: str, density: float | None, **given: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="print the facts as JSON")
 def export(run: Path, out: Path, dense: bool, compact: bool, onnx: Path | None, best: bool, as_json: bool) -> None:
     """Write the artifact of a run from its checkpoint."""
-    from growfx.export import save, save_small, small_network
+    from growfx.export import check_options, save, save_small, small_network
     from growfx.job import reopen
-    from growfx.onnx_file import export_onnx
+    from growfx.onnx_file import export_onnx, onnx_target, require_onnx
     from growfx.report import percent, provenance
 
+    check_options(out, dense=dense, compact=compact)
+    if onnx is not None:
+        require_onnx()
+        onnx_target(onnx)
     net, folder = reopen(run, best=best)
     if onnx is not None:
         export_onnx(net, onnx)
     # The result's figures are those of the last epoch, not of the best one.
     origin = provenance(folder, None if best else folder.read_json("result.json"))
-    small = small_network(net) if compact and not dense else None
+    small = small_network(net) if compact else None
     if small is None:
         info = save(net, out, dense=dense, compact=compact, provenance=origin)
     else:

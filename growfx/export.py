@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from growfx import artifact
 from growfx.artifact_info import ArtifactInfo
 from growfx.compaction_plan import CompactionPlan
+from growfx.doors import as_masked_graph
 from growfx.errors import ArtifactError, TraceError
 from growfx.graph import MaskedGraph
 from growfx.layers import is_maskable
@@ -21,7 +22,7 @@ from growfx.passes.compact_report import CompactionReport
 from growfx.passes.fold_norm import fold_norm
 from growfx.passes.mask import wrap
 
-__all__ = ["SmallNetwork", "save", "save_small", "small_network"]
+__all__ = ["SmallNetwork", "check_options", "save", "save_small", "small_network"]
 
 
 @dataclass(frozen=True)
@@ -136,14 +137,25 @@ def save(
             together with `compact`: programs that load the dense file would build the model in its full size.
         TraceError: the network has no values to compact it by.
     """
-    if not compact or not isinstance(net, MaskedGraph):
+    net = as_masked_graph(net, "growfx.save")
+    if not compact:
         return artifact.save(net, path, dense=dense, provenance=provenance)
-    if dense:
+    check_options(path, dense=dense, compact=compact)
+    return save_small(net, small_network(net), path, provenance=provenance)
+
+
+def check_options(path: str | Path, *, dense: bool, compact: bool) -> None:
+    """Refuse, before anything is computed, what `save` would refuse of these options.
+
+    Raises:
+        ArtifactError: `dense` together with `compact`, or a path where no folder can be.
+    """
+    if dense and compact:
         raise ArtifactError(
             "`dense` and `compact` exclude each other: what loads the dense file builds the model in its full size; "
             "save twice, into two folders"
         )
-    return save_small(net, small_network(net), path, provenance=provenance)
+    artifact.artifact_target(path)
 
 
 def save_small(

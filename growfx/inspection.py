@@ -15,9 +15,11 @@ from growfx.graph import MaskedGraph
 from growfx.hub import local_path
 from growfx.job import reopen, wrap_for
 from growfx.loaders import InputFormat, fit_input, make_loader
-from growfx.models import create_model, default_input_shape
+from growfx.models import create_model, default_image_shape
 from growfx.options import DataOptions, TrainOptions, parse_assignments
+from growfx.passes.mask import wrap
 from growfx.recipe import pick_device
+from growfx.remembered_inputs import as_example, default_inputs
 
 __all__ = ["accuracy_of", "facts_of", "kind_of", "nothing_there", "place_of", "recorded_format"]
 
@@ -133,7 +135,12 @@ def _facts_of_artifact(path: Path) -> dict[str, Any]:
     growfx.artifact.load_state(path)  # damage is an error; that the model cannot be built here is not
     try:
         model = growfx.artifact.load(path)
-        net = wrap_for(model, recorded_format(info.provenance, model))
+        known = default_inputs(model)
+        net = (
+            wrap_for(model, recorded_format(info.provenance, model))
+            if known is None
+            else wrap(model, as_example(known))
+        )
     except (ConfigError, TraceError, DataError, ArtifactError) as error:
         return {**facts, "alive_note": f"alive units are not known: {error}"}
     # The plain model has no masks; a weight that is active and zero carries no path either.
@@ -188,5 +195,5 @@ def recorded_format(provenance: Mapping[str, Any], model: nn.Module) -> InputFor
 
 
 def _default_format(model: nn.Module) -> InputFormat:
-    _, channels, height, width = default_input_shape(model)
+    channels, height, width = default_image_shape(model)
     return InputFormat((channels, height, width), (0.0,) * channels, (1.0,) * channels)

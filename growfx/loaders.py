@@ -17,7 +17,7 @@ from growfx import ranks
 from growfx.data import DataSource, Split
 from growfx.epoch_batches import SampleSeeded
 from growfx.errors import ConfigError, DataError
-from growfx.models import default_input_shape
+from growfx.models import default_image_shape
 from growfx.options import DataOptions
 
 __all__ = ["InputFormat", "fit_input", "fit_size", "make_loader"]
@@ -66,7 +66,7 @@ def fit_input(source: DataSource, model: nn.Module, options: DataOptions) -> Inp
         DataError: the model takes neither one nor three channels.
         ConfigError: `img_size` differs from the one size a fixed-size model was built for.
     """
-    _, channels, height, width = default_input_shape(model)
+    channels, height, width = default_image_shape(model)
     if channels not in _IMAGE_MODES:
         raise DataError(f"the model takes {channels} input channels; images have 1 (grey) or 3 (colour)")
     config = _pretrained_config(model)

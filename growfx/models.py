@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from growfx.build_budget import BudgetExceeded
-from growfx.errors import ConfigError
+from growfx.errors import ConfigError, DataError
 from growfx.quiet import ignored_warnings
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "blueprint",
     "build_unfilled",
     "create_model",
+    "default_image_shape",
     "default_input_shape",
     "has_builder",
     "identity_of",
@@ -197,6 +198,18 @@ def default_input_shape(model: nn.Module) -> tuple[int, ...]:
     channels = getattr(model, "in_chans", None)
     channels = channels if config and isinstance(channels, int) else size[0]
     return (1, channels, *(_timm_image_size(model) or size[1:]))
+
+
+def default_image_shape(model: nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width of one image.
+
+    Raises:
+        DataError: the model's artifact tells that it takes other inputs than images.
+    """
+    shape = default_input_shape(model)
+    if len(shape) != 4:
+        raise DataError(f"the network takes inputs of shape {shape}; expected images, of shape (1, C, H, W)")
+    return shape[1], shape[2], shape[3]
 
 
 def _with_current_classes(identity: ModelIdentity, model: nn.Module) -> ModelIdentity:

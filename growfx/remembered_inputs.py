@@ -14,7 +14,7 @@ from growfx.input_specs import MOST_INPUTS, InputSpec, input_complaint
 from growfx.inputs import Inputs
 from growfx.models import INPUTS_ATTRIBUTE
 
-__all__ = ["default_inputs", "example_of", "inputs_from", "remember_inputs", "specs_of"]
+__all__ = ["as_example", "default_inputs", "example_of", "inputs_from", "remember_inputs", "specs_of"]
 
 
 def example_of(net: MaskedGraph) -> Inputs:
@@ -52,6 +52,11 @@ def inputs_from(specs: Sequence[InputSpec]) -> Inputs:
 
     values = [(spec.keyword, made(spec)) for spec in specs]
     return Inputs(tuple(v for k, v in values if k is None), {k: v for k, v in values if k is not None})
+
+
+def as_example(inputs: Inputs) -> Any:
+    """Inputs as `growfx.wrap` takes them: a tuple of arguments, or that and a dict of keyword arguments."""
+    return (inputs.args, dict(inputs.kwargs)) if inputs.kwargs else inputs.args
 
 
 def remember_inputs(model: nn.Module, specs: Sequence[InputSpec] | None) -> nn.Module:

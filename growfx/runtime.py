@@ -12,9 +12,10 @@ from torch.utils import _pytree as pytree
 
 from growfx import artifact_reader
 from growfx.artifact_reader import DEFAULT_MAX_BYTES, check_target
-from growfx.errors import ConfigError
+from growfx.errors import ConfigError, TraceError
 from growfx.lowering_report import LoweringReport
 from growfx.passes.lower_network import lower_network
+from growfx.remembered_inputs import default_inputs
 
 __all__ = ["SparseRuntime", "load"]
 
@@ -50,7 +51,8 @@ def load(
             compiler). What is fastest is timed once for these inputs, this processor and `torch.get_num_threads()`,
             and kept in the user's cache folder (`GROWFX_CACHE` names another).
         batch: sparse: how many rows to time on; default: as many as the example inputs have, else 1. Others work.
-        example_inputs: sparse: what to time on; default: as `growfx.wrap`. Other shapes work.
+        example_inputs: sparse: what to time on; default: as the artifact tells, else as `growfx.wrap`. Other shapes
+            work.
 
     Raises:
         ArtifactError: no artifact, damaged, newer, too large, or of another network; `model` is unchanged.
@@ -67,7 +69,14 @@ def load(
     _check_target(dtype, device, batch)
     plain = artifact_reader.load(path, model=model, device=device, max_bytes=max_bytes)
     masks = artifact_reader.load_masks(path, max_bytes=max_bytes)
-    network, report = lower_network(plain, masks, _dtype_of(plain, dtype), example_inputs, batch)
+    known = default_inputs(plain) if example_inputs is None else None
+    if known is not None and not known.kwargs:
+        example_inputs = known.args
+    try:
+        network, report = lower_network(plain, masks, _dtype_of(plain, dtype), example_inputs, batch)
+    except TraceError as error:
+        # Its advice is for those who call `growfx.wrap`.
+        raise TraceError(str(error).replace("`growfx.wrap`", "`growfx.load`")) from error
     return SparseRuntime(network, report)
 
 

@@ -246,7 +246,7 @@ def test_a_model_with_another_activation_is_not_taken_for_the_usual_one(tmp_path
 
 
 def test_only_a_masked_graph_is_saved(tmp_path: Path):
-    with pytest.raises(ArtifactError, match=r"takes a growfx.MaskedGraph, not a `Tied`; make one with growfx.wrap"):
+    with pytest.raises(ArtifactError, match=r"expects a growfx.MaskedGraph, got `Tied`; make one with growfx.wrap"):
         growfx.save(Tied(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

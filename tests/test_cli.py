@@ -284,3 +284,33 @@ def test_ctrl_c_leaves_a_checkpoint_that_resume_finishes_as_if_nothing_happened(
     assert call("train", *options, "--out", tmp_path / "whole") == 0
     states = [read(tmp_path / part / "checkpoint" / "latest.pt")["net"] for part in ("parts", "whole")]
     assert content_digest(states[0]) == content_digest(states[1])
+
+
+@pytest.mark.parametrize(
+    ("command", "inner"),
+    [
+        (["eval", "x", "--data", "digits"], "growfx.inspection.accuracy_of"),
+        (["inspect", "x"], "growfx.inspection.facts_of"),
+        (["bench", "x"], "growfx.bench.bench"),
+        (["export", "x", "--out", "y"], "growfx.job.reopen"),
+    ],
+)
+def test_an_interrupted_command_promises_only_what_it_has(command, inner, monkeypatch, capsys):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inner, interrupt)
+    assert call(*command) == 130
+    error = capsys.readouterr().err
+    assert "growfx: interrupted" in error
+    assert "resume" not in error
+
+
+@pytest.mark.parametrize("options", [["--dense", "--compact"], ["--compact", "--onnx", "."]])
+def test_export_checks_its_options_before_it_writes(run, tmp_path, options, capsys):
+    onnx = [] if "--onnx" in options else ["--onnx", tmp_path / "net.onnx"]
+    assert call("export", run, "--out", tmp_path / "out", *options, *onnx) == 1
+    assert capsys.readouterr().err.count("growfx: ArtifactError") == 1
+    (tmp_path / "file").write_text("keep")
+    assert call("export", run, "--out", tmp_path / "file", "--onnx", tmp_path / "net.onnx") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
