@@ -26,9 +26,10 @@ from growfx.artifact_info import ArtifactInfo, describe
 from growfx.artifact_reader import CONFIG, DEFAULT_MAX_BYTES, inspect, load, load_masks, load_state
 from growfx.codec import encode_index, encode_values
 from growfx.compaction_plan import CompactionPlan
-from growfx.doors import as_masked_graph, as_path
+from growfx.doors import as_masked_graph
 from growfx.dtypes import DTYPE_NAMES
 from growfx.errors import ArtifactError
+from growfx.file_paths import as_path
 from growfx.graph import MaskedGraph
 from growfx.layers import MaskedLayer
 from growfx.manifest import (
@@ -109,6 +110,8 @@ def save(
     for parameter in net.parameters():
         require_whole(parameter, f"an artifact has whole ones; {HOW_TO_GATHER}")
     target = artifact_target(path)
+    if provenance is not None and not isinstance(provenance, Mapping):
+        raise ArtifactError(f"`provenance` expects a mapping of JSON values, got `{type(provenance).__name__}`")
     content, found = _encode(net, dict(provenance or {}), origin)
     try:
         info = _write(content, target, dense)

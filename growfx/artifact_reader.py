@@ -21,6 +21,7 @@ from growfx.artifact_info import ArtifactInfo, describe
 from growfx.build_budget import build_budget
 from growfx.compaction import apply_plan, hollow
 from growfx.compaction_plan import CompactionPlan
+from growfx.doors import is_masked_graph
 from growfx.dtypes import TORCH_DTYPES
 from growfx.errors import ArtifactError, ConfigError
 from growfx.manifest import Manifest
@@ -78,6 +79,7 @@ def load(
         ConfigError: `dtype` is not a floating one, or `device` is not there.
     """
     check_target(dtype, device)
+    check_instance(model)
     with opened(path, max_bytes=max_bytes) as weights:
         manifest = weights.manifest
         check_size(manifest, max_bytes)
@@ -175,6 +177,24 @@ def check_target(dtype: torch.dtype | None, device: torch.device | str | int | N
         raise ConfigError("`device=meta` holds no weights; load to `cpu`")
     if torch.get_default_device().type == "meta":
         raise ConfigError("the default device is `meta`, which holds no weights; load outside of `torch.device`")
+
+
+def check_instance(model: object) -> None:
+    """Refuse what cannot be loaded into.
+
+    Raises:
+        ArtifactError: it is a masked network, or no module.
+    """
+    if model is None:
+        return
+    kind = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise ArtifactError(f"`model=` expects an instance of the network's own class, a module, got `{kind}`")
+    if is_masked_graph(model):
+        raise ArtifactError(
+            "`model=` expects a plain module, got a MaskedGraph; pass growfx.unwrap(net), or load masks with "
+            "`net.set_masks(growfx.artifact.load_masks(path))`"
+        )
 
 
 def _identity(manifest: Manifest) -> ModelIdentity:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,7 +11,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from growfx.errors import ArtifactError, ConfigError, GrowfxError, TraceError
 from growfx.graph import MaskedGraph
 
-__all__ = ["as_masked_graph", "as_path", "is_masked_graph"]
+__all__ = ["as_masked_graph", "is_masked_graph"]
 
 # Where something else than a network has a class of its own; elsewhere it is a wrong option.
 _KINDS: dict[str, type[GrowfxError]] = {
@@ -40,15 +38,6 @@ def as_masked_graph(net: Any, door: str) -> MaskedGraph:
         return found
     advice = "make one with growfx.wrap(model)" if isinstance(net, nn.Module) else "growfx.wrap makes one of a model"
     raise _KINDS.get(door, ConfigError)(f"{door} expects a growfx.MaskedGraph, got `{type(net).__name__}`; {advice}")
-
-
-def as_path(path: Any, door: str, kind: type[GrowfxError]) -> Path:
-    """The path, or an error of this kind that names the public function `door`."""
-    if isinstance(path, (str, os.PathLike)):
-        found = os.fspath(path)
-        if isinstance(found, str) and found and "\0" not in found:
-            return Path(found)
-    raise kind(f"{door} expects a path, got {path!r}"[:200])
 
 
 def is_masked_graph(net: Any) -> bool:

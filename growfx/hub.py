@@ -13,6 +13,7 @@ from typing import Any
 
 from growfx.artifact_folder import CONFIG, is_plain_name, read_config
 from growfx.errors import ArtifactError
+from growfx.file_paths import as_path
 
 __all__ = ["HUB_PREFIX", "local_path"]
 
@@ -28,9 +29,10 @@ def local_path(path: str | Path) -> Path:
         ArtifactError: no spec of the Hub, no such repository or revision, no artifact in it, or the Hub cannot
             be reached and the artifact is not in the cache.
     """
-    text = path.as_posix() if isinstance(path, Path) else path
+    place = as_path(path, "an artifact", ArtifactError)
+    text = place.as_posix()
     if not text.startswith(HUB_PREFIX):
-        return Path(path)
+        return place
     spec = _SPEC.fullmatch(text.removeprefix(HUB_PREFIX))
     if spec is None or ".." in text:
         raise ArtifactError("it names no model of the Hub; allowed: `hf-hub:USER/NAME` or `hf-hub:USER/NAME@REVISION`")

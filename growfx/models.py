@@ -82,6 +82,11 @@ def create_model(spec: str, **kwargs: Any) -> nn.Module:
     Raises:
         ConfigError: the name is unknown (close names are given), or its builder refuses the arguments.
     """
+    if not isinstance(spec, str):
+        raise ConfigError(
+            f"growfx.create_model expects a model's name, got `{type(spec).__name__}`; allowed: a timm name, "
+            "`torchvision/NAME`, or `package.module:callable`. A module needs no name: pass it to growfx.wrap"
+        )
     identity = _parse(spec, kwargs)
     builders = {"timm": _build_timm, "torchvision": _build_torchvision, "python": _build_python}
     model = builders[identity.library](identity.name, kwargs)

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from growfx.doors import as_masked_graph, as_path, is_masked_graph
+from growfx.doors import as_masked_graph, is_masked_graph
 from growfx.errors import ArtifactError, ConfigError
+from growfx.file_paths import as_path
 
 __all__ = ["export_onnx", "onnx_target", "require_onnx"]
 

@@ -107,8 +107,8 @@ def draw(
         return draw_sharded(scores, k, keys, allowed)
     layers = _flatten(scores, allowed)
     chunks = list(_chunks(layers, k, chunk))
-    if k == 0:
-        return _selection(scores, [], 0)
+    if k == 0 or not chunks:
+        return _selection(scores, [], k)
     deadline = _guess_deadline(layers, k)
     while True:
         found = _for_each(chunks, lambda part, limit=deadline: _arrivals(part, keys, limit))

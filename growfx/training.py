@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from growfx import ranks
+from growfx.doors import as_masked_graph
 from growfx.errors import ConfigError
 from growfx.graph import MaskedGraph
 from growfx.layers import MaskedLayer
@@ -76,10 +77,8 @@ def train(
         GrowfxError: the loss is not finite.
     """
     options = _changed(options or TrainOptions(), changes)
-    if not isinstance(net, MaskedGraph):
-        raise ConfigError(
-            f"growfx.train needs a growfx.MaskedGraph, not a `{type(net).__name__}`; wrap the model first"
-        )
+    net = as_masked_graph(net, "growfx.train")
+    _check_method(method)
     chosen = Fixed() if method is None else method
     for parameter in net.parameters():
         require_whole(
@@ -112,6 +111,22 @@ def train(
         finally:
             if run.folder is not None:
                 run.folder.close()
+
+
+def _check_method(method: object) -> None:
+    """Raise `ConfigError` unless it is a method, or None."""
+    from growfx.methods import Method, names
+
+    # Methods of others need not be subclasses, but they are begun.
+    if method is None or (not isinstance(method, type) and callable(getattr(method, "begin", None))):
+        return
+    if isinstance(method, str) and method in names():
+        hint = f'write `method=growfx.methods.create("{method}", ...)`'
+    elif isinstance(method, type) and issubclass(method, Method):
+        hint = f'its options are missing: write `method=growfx.methods.create("{method.name}", ...)`'
+    else:
+        hint = "make one with growfx.methods.create(name, ...); growfx.methods.names() lists them"
+    raise ConfigError(f"`method` expects a method of growfx.methods, got {method!r}"[:200] + f"; {hint}")
 
 
 def _release(net: MaskedGraph) -> None:

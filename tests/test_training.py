@@ -334,7 +334,7 @@ def test_a_bad_option_is_refused_by_name(changes, message):
 
 def test_a_plain_model_and_an_empty_loader_are_refused():
     train_loader, val_loader = loaders()
-    with pytest.raises(ConfigError, match=r"needs a growfx\.MaskedGraph, not a `Tiny`; wrap the model first"):
+    with pytest.raises(ConfigError, match=r"expects a growfx\.MaskedGraph, got `Tiny`; make one with growfx\.wrap"):
         train(Tiny(), train_loader, val_loader)
     empty = DataLoader(train_loader.dataset, batch_size=1000, drop_last=True)
     with pytest.raises(DataError, match="training loader gives no batches"):

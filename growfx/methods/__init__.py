@@ -48,7 +48,7 @@ def names() -> list[str]:
 
 def kind_of(name: str) -> type[Method]:
     """Return the class of the method `name`; `ConfigError` naming the known ones when there is none."""
-    if name not in _METHODS:
+    if not isinstance(name, str) or name not in _METHODS:
         allowed = ", ".join(f"`{known}`" for known in names())
         raise ConfigError(f"method `{name}` is unknown; allowed: {allowed}")
     module, _, kind = _METHODS[name].partition(":")

@@ -1,0 +1,82 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from artifact_nets import Tied, make_net, plain, same_bits
+from torch import nn
+
+import growfx
+from growfx.doors import as_masked_graph, is_masked_graph
+from growfx.edge_keys import EdgeKeys
+from growfx.errors import ArtifactError, ConfigError, GrowfxError, TraceError
+from growfx.selection import draw, top
+
+WRONG: dict[str, tuple[Callable[[growfx.MaskedGraph], Any], type[GrowfxError], str]] = {
+    "a number as a model's name": (lambda net: growfx.create_model(3), ConfigError, "`int`"),
+    "a module as a model's name": (lambda net: growfx.create_model(nn.Linear(2, 2)), ConfigError, "growfx.wrap"),
+    "no model's name": (lambda net: growfx.create_model(""), ConfigError, "unknown"),
+    "a number as an artifact": (lambda net: growfx.load(3), ArtifactError, "path, got 3"),
+    "nothing as an artifact": (lambda net: growfx.load(None), ArtifactError, "path, got None"),
+    "bytes as an artifact": (lambda net: growfx.inspect(b"x"), ArtifactError, "path"),
+    "a path without a name": (lambda net: growfx.inspect(""), ArtifactError, "path"),
+    "a path that no system has": (lambda net: growfx.inspect("a\0b"), ArtifactError, "path"),
+    "a number to inspect": (lambda net: growfx.inspect(3), ArtifactError, "path, got 3"),
+    "a number to numpy": (lambda net: growfx.to_numpy(3), ArtifactError, "path, got 3"),
+    "a number to scipy": (lambda net: growfx.to_scipy(3), ArtifactError, "path, got 3"),
+    "a class as an instance": (lambda net: growfx.load("x", model=Tied), ArtifactError, "`model=` expects"),
+    "a net as an instance": (lambda net: growfx.load("x", model=net), ArtifactError, "growfx.unwrap"),
+    "a number as a folder": (lambda net: growfx.save(net, 3), ArtifactError, "path, got 3"),
+    "a model to save": (lambda net: growfx.save(Tied(), "x"), ArtifactError, "`Tied`; make one with growfx.wrap"),
+    "a number to save": (lambda net: growfx.save(3, "x"), ArtifactError, "`int`"),
+    "a number to save compactly": (lambda net: growfx.save(3, "x", compact=True), ArtifactError, "`int`"),
+    "a number as provenance": (lambda net: growfx.save(net, "x", provenance=3), ArtifactError, "`int`"),
+    "a number to export": (lambda net: growfx.export_onnx(3, "x.onnx"), ConfigError, "`int`"),
+    "a model to train": (lambda net: growfx.train(Tied(), [], []), ConfigError, "`Tied`; make one with growfx.wrap"),
+    "a name as a method": (lambda net: growfx.train(net, [], [], method="rigl"), ConfigError, 'create("rigl"'),
+    "a wrong name as a method": (lambda net: growfx.train(net, [], [], method="x"), ConfigError, "names()"),
+    "a class as a method": (
+        lambda net: growfx.train(net, [], [], method=growfx.methods.kind_of("rigl")),
+        ConfigError,
+        'create("rigl"',
+    ),
+    "a list as a method's name": (lambda net: growfx.methods.create(["rigl"]), ConfigError, "unknown"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_type_gets_the_error_of_its_door_and_leaves_nothing(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    call, kind, text = WRONG[case]
+    with pytest.raises(kind) as caught:
+        call(make_net(0.3))
+    assert text in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_choice_among_no_edges_is_empty() -> None:
+    for choose in (draw, top):
+        chosen = choose({}, 1, EdgeKeys(0, "none"))
+        assert (chosen.masks, chosen.count) == ({}, 0)
+
+
+def test_a_compiled_network_is_saved_as_what_it_was_compiled_from(tmp_path: Path) -> None:
+    net = make_net(0.3)
+    compiled: Any = torch.compile(net, backend="eager")
+    for wrapped in (compiled, nn.DataParallel(net), nn.DataParallel(compiled)):
+        assert is_masked_graph(wrapped)
+        assert as_masked_graph(wrapped, "growfx.save") is net
+    growfx.save(compiled, tmp_path / "out")
+    growfx.save(compiled, tmp_path / "small", compact=True)
+    assert same_bits(growfx.load(tmp_path / "out", model=Tied()), plain(net))
+    assert not is_masked_graph(torch.compile(Tied(), backend="eager"))
+
+
+def test_each_door_has_its_own_class_of_error() -> None:
+    for door, kind in (("growfx.save", ArtifactError), ("growfx.unwrap", TraceError), ("growfx.train", ConfigError)):
+        with pytest.raises(kind, match=f"{door} expects"):
+            as_masked_graph(np.float64(1), door)
