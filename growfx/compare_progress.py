@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from tqdm import tqdm
 
 from growfx.run_folder import RunFolder
 
-__all__ = ["Meter", "epochs_logged", "finished"]
+__all__ = ["LogTail", "Meter", "epochs_logged", "finished"]
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
@@ -22,17 +24,37 @@ def finished(folder: Path) -> dict[str, Any] | None:
 
 def epochs_logged(folder: Path) -> int:
     """How many epochs the log of a run tells of, all stages together; 0 without one."""
-    path = folder / "log.jsonl"
-    if not path.exists():
-        return 0
-    last = 0
-    for line in path.read_text(encoding="utf-8").splitlines():
+    return LogTail(folder).epochs()
+
+
+class LogTail:
+    """The log of a run that goes on: each look reads what was written since the last one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "log.jsonl"
+        self._position = self._epochs = 0
+
+    def epochs(self) -> int:
+        """How many epochs the log tells of by now."""
         try:
+            with self._path.open("rb") as stream:
+                if os.fstat(stream.fileno()).st_size < self._position:  # the run was set back to its last checkpoint
+                    self._position = self._epochs = 0
+                stream.seek(self._position)
+                for line in stream:
+                    if not line.endswith(b"\n"):
+                        break  # being written; the next look takes it
+                    self._position += len(line)
+                    self._take(line)
+        except FileNotFoundError:
+            self._position = self._epochs = 0
+        return self._epochs
+
+    def _take(self, line: bytes) -> None:
+        with suppress(ValueError):  # torn, by a run that was killed
             record = json.loads(line)
-        except ValueError:
-            continue  # a line that is being written
-        last = record["epoch"] if record["event"] == "epoch" else last
-    return last
+            if record["event"] == "epoch":
+                self._epochs = record["epoch"]
 
 
 class Meter:

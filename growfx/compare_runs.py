@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from growfx import methods
-from growfx.compare_progress import epochs_logged
+from growfx.compare_progress import LogTail
 from growfx.error_text import one_line
 from growfx.errors import ConfigError, GrowfxError
 from growfx.methods.base import Method
@@ -198,7 +198,7 @@ class _Child:
 
     def __init__(self, context: Any, name: str, spec: RunSpec, out: Path, logs: Path, threads: int) -> None:
         self.name, self.out, self.log = name, out, logs / f"{name}.log"
-        self.epochs, self._position = 0, 0
+        self.epochs, self._tail = 0, LogTail(out)
         logs.mkdir(parents=True, exist_ok=True)
         self.results, sender = context.Pipe(duplex=False)
         listener, self._lifeline = context.Pipe(duplex=False)
@@ -235,12 +235,7 @@ class _Child:
 
     def _read_log(self) -> bool:
         """Take the epochs trained from the end of the run's log; returns whether there are others than before."""
-        path = self.out / "log.jsonl"
-        size = path.stat().st_size if path.exists() else 0
-        if size == self._position:
-            return False
-        self._position = size
-        before, self.epochs = self.epochs, epochs_logged(self.out)
+        before, self.epochs = self.epochs, self._tail.epochs()
         return self.epochs != before
 
     def _cause(self) -> str:

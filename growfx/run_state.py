@@ -4,8 +4,10 @@ It is written at the end of an epoch, or in the middle of one: then with what th
 state of every random generator among it. Everything else random follows from the run's seed and the epoch's number.
 """
 
+import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -103,34 +105,105 @@ def state_of(run: "Run", parts: Sequence[Mapping[str, Any] | None]) -> dict[str,
 
 
 def restore(run: "Run", state: Mapping[str, Any], where: str) -> None:
-    """Let `run`, set up and not begun, go on from `state_of`.
+    """Let `run`, set up and not begun, go on from `state_of`; it is as it was where that fails.
 
     Raises:
-        CheckpointError: the state is not one of this run; says `where` it is from and what differs.
+        CheckpointError: the state is not one of this run; says `where` it is from, which part of it, and what differs.
     """
     _require_fit(run.net.state_dict(), state.get("net"), where)
+    _require_parts(run, state, where)
+    loaders = _part_loaders(run, state)
+    before = {part: copy.deepcopy(_STATES[part](run)) for part in loaders if part in _STATES}
+    done: list[str] = []
     try:
+        for part, load in loaders.items():
+            done.append(part)
+            load()
+    except _MISFITS as error:
+        run.at, run.part, run.ema = Position(), None, None
+        for part in reversed([part for part in done if part in before]):
+            with suppress(*_MISFITS):  # what it had before is what it takes
+                _part_loaders(run, {**state, **before})[part]()
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split()) or repr(error)
+        raise CheckpointError(f"{where} does not fit this run: `{done[-1]}` cannot be loaded ({reason})") from error
+
+
+# What loading the state of another run raises.
+_MISFITS = (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError, GrowfxError)
+_STATES: dict[str, Callable[["Run"], Any]] = {
+    "net": lambda run: run.net.state_dict(),
+    "optimizer": lambda run: run.optimizer.state_dict(),
+    "method": lambda run: run.method.state_dict(),
+    "step": lambda run: run.step.state_dict(),
+    "cost": lambda run: run.meter.state_dict(),
+}
+
+
+def _part_loaders(run: "Run", state: Mapping[str, Any]) -> dict[str, Callable[[], object]]:
+    """How each part of a state is taken up, in order: nothing is read before the part's turn."""
+
+    def position() -> None:
         run.at = Position(**state["position"])
-        run.net.load_state_dict(state["net"])
-        run.optimizer.load_state_dict(state["optimizer"])
-        run.method.load_state_dict(state["method"])
-        if "step" in state:  # checkpoints of older versions have none
-            run.step.load_state_dict(state["step"])
+
+    def ema() -> None:
         stage = run.method.next_stage()
         if state["ema"] is not None and stage is not None and stage.averaged:
             run.ema = run.average(stage)
             run.ema.module.load_state_dict(state["ema"])
+
+    def cost() -> None:
         run.meter.load_state_dict(state["cost"])
         run.meter.read_masks()
+
+    def scores() -> None:
         run.best, run.best_nnz = state["best"], state["best_nnz"]
         run.val_accuracy = state["val_accuracy"]
         run.last_score = None if state["last_score"] is None else Score(state["last_score"])
+
+    def part() -> None:
         if state.get("part") is not None:
-            part = [state["part"], *state.get("other_parts", [])][ranks.rank()]
-            run.part = EpochPart(**{**part, "loss": part["loss"].to(run.device)})
-    except (KeyError, TypeError, RuntimeError, ValueError, GrowfxError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).strip().splitlines()[:1])
-        raise CheckpointError(f"{where} does not fit this run ({reason})") from error
+            own = [state["part"], *state.get("other_parts", [])][ranks.rank()]
+            run.part = EpochPart(**{**own, "loss": own["loss"].to(run.device)})
+
+    loaders: dict[str, Callable[[], object]] = {
+        "position": position,
+        "net": lambda: run.net.load_state_dict(state["net"]),
+        "optimizer": lambda: run.optimizer.load_state_dict(state["optimizer"]),
+        "method": lambda: run.method.load_state_dict(state["method"]),
+        "step": lambda: run.step.load_state_dict(state["step"]),
+        "ema": ema,
+        "cost": cost,
+        "scores": scores,
+        "part": part,
+    }
+    # Checkpoints of older versions have no `step`.
+    return {name: load for name, load in loaders.items() if name != "step" or "step" in state}
+
+
+def _require_parts(run: "Run", state: Mapping[str, Any], where: str) -> None:
+    """Raise `CheckpointError` unless a state has all its parts, those of the position and of the optimizer too."""
+    names = ("position", "optimizer", "method", "ema", "cost", "best", "best_nnz", "val_accuracy", "last_score")
+    missing = next((name for name in names if name not in state), None)
+    if missing is not None:
+        raise CheckpointError(f"{where} does not fit this run: it has no `{missing}`")
+    for name in ("position", "optimizer", "method"):
+        if not isinstance(state[name], Mapping):
+            kind = type(state[name]).__name__
+            raise CheckpointError(f"{where} does not fit this run: `{name}` is a {kind}, expected a dict")
+    fields = {f.name for f in dataclasses.fields(Position)}
+    if state["position"].keys() != fields:
+        raise CheckpointError(
+            f"{where} does not fit this run: `position` has {sorted(state['position'])}, expected {sorted(fields)}"
+        )
+    sizes = [len(group["params"]) for group in run.optimizer.state_dict()["param_groups"]]
+    groups = state["optimizer"].get("param_groups")
+    found = [len(group.get("params", ())) for group in groups] if isinstance(groups, list) else None
+    if found != sizes:
+        raise CheckpointError(
+            f"{where} does not fit this run: `optimizer` has parameter groups of {found} parameters, expected {sizes}"
+        )
 
 
 def _require_fit(own: Mapping[str, Any], found: Any, where: str) -> None:

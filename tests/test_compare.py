@@ -18,7 +18,7 @@ from growfx import plots
 from growfx.checkpoint import read
 from growfx.cli import main
 from growfx.compare import Comparison, Known, _open, plan_controls
-from growfx.compare_progress import Meter, epochs_logged
+from growfx.compare_progress import LogTail, Meter, epochs_logged
 from growfx.compare_report import comparison_rows, comparison_text, summarise
 from growfx.compare_runs import RunSpec, processes, run_all
 from growfx.errors import ConfigError
@@ -464,3 +464,26 @@ def test_the_bar_learns_from_finished_runs_how_long_the_others_of_their_row_take
         silent.expect("old", "a", 10)
         silent.show()
     assert capsys.readouterr().err == ""
+
+
+def test_a_log_that_grows_is_read_from_where_the_last_look_ended(tmp_path, monkeypatch):
+    read_lines = []
+    own = LogTail._take
+    monkeypatch.setattr(LogTail, "_take", lambda self, line: (read_lines.append(line), own(self, line)))
+    log, tail = tmp_path / "log.jsonl", LogTail(tmp_path)
+    assert tail.epochs() == 0
+    with log.open("w") as stream:
+        for epoch in range(1, 51):
+            stream.write(json.dumps({"event": "epoch", "epoch": epoch}) + "\n")
+            stream.flush()
+            assert tail.epochs() == epoch
+    assert len(read_lines) == 50
+    whole = log.read_bytes()
+    log.write_bytes(whole + b'{"event": "epo')
+    assert tail.epochs() == 50
+    log.write_bytes(whole + b'{"event": "round"}\n{"event": "epoch", "epoch": 51}\n')
+    assert tail.epochs() == 51
+    log.write_bytes(b"".join(whole.splitlines(keepends=True)[:30]))  # set back to a checkpoint
+    assert tail.epochs() == epochs_logged(tmp_path) == 30
+    log.unlink()
+    assert tail.epochs() == 0

@@ -92,14 +92,27 @@ REFUSED = {
         r"another model: `head\.weight` is \(5, 8\) there and \(4, 8\) in this network",
     ),
     "no network": (lambda s: without(s, "net"), "holds no network"),
-    "no position": (lambda s: without(s, "position"), r"does not fit this run \(it has no 'position'\)"),
+    "no position": (lambda s: without(s, "position"), r"does not fit this run: it has no `position`"),
+    "no cost": (lambda s: without(s, "cost"), r"does not fit this run: it has no `cost`"),
+    "a position of another version": (
+        lambda s: without(s, "position", "stage_step"),
+        r"`position` has \['epoch', 'stage', 'steps'\], expected",
+    ),
+    "a method of another version": (
+        lambda s: changed(s, {"method": "fixed"}, "method"),
+        r"does not fit this run: `method` cannot be loaded",
+    ),
+    "an epoch of another version": (
+        lambda s: changed(s, {"done": 3}, "part"),
+        r"does not fit this run: `part` cannot be loaded \(it has no 'loss'\)",
+    ),
     "another optimizer": (
         lambda s: changed(s, [], "optimizer", "param_groups"),
-        r"does not fit this run \(loaded state dict has a different number of parameter groups",
+        r"does not fit this run: `optimizer` has parameter groups of \[\] parameters, expected \[",
     ),
     "another method": (
         lambda s: changed(s, {"method": "rigl", "steps": 3}, "method"),
-        r"does not fit this run \(the state is of method `rigl`, not `fixed`\)",
+        r"does not fit this run: `method` cannot be loaded \(the state is of method `rigl`, not `fixed`\)",
     ),
 }
 
@@ -112,6 +125,26 @@ def test_what_is_not_of_this_run_is_refused_by_name_and_left_as_it_is(what, begu
     with pytest.raises(CheckpointError, match=message):
         resume(begun)
     assert sorted(p.name for p in (begun / "checkpoint").iterdir()) == before
+
+
+def test_a_part_that_does_not_load_leaves_the_network_as_it_was(begun, state):
+    place(begun, changed(state, {"done": 3}, "part"))
+    net = fresh_net()
+    before = content_digest(net.state_dict())
+    assert before != content_digest(state["net"])
+    with pytest.raises(CheckpointError, match="`part` cannot be loaded"):
+        resume(begun, net)
+    assert content_digest(net.state_dict()) == before
+
+
+def test_memory_that_runs_out_is_not_called_a_checkpoint_of_another_run(begun, state, monkeypatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    place(begun, state)
+    monkeypatch.setattr(torch.optim.SGD, "load_state_dict", full)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        resume(begun)
 
 
 @pytest.mark.parametrize(
