@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from growfx import graph_ops
 from growfx.isolation import python_randomness
+from growfx.layer_classes import is_known
 from growfx.layers import MaskedLayer
 from growfx.lowered_layer import LoweredLayer
 from growfx.meta_shapes import function_shapes, module_shapes
@@ -38,10 +39,11 @@ from growfx.traced_number import TracedFloat, TracedInt, plain, traced
 
 __all__ = ["DataDependentError", "NeedsValuesError", "Recorder"]
 
-# Subclasses of these compute what their base computes, in their own way: one node each, whatever is inside.
+# One node each, whatever is inside.
+_WHOLE_KINDS = (LoweredLayer, nn.RNNBase, torch.jit.ScriptModule)
+# One node each where they compute in a known way; inside others there are operators that are known.
 _LEAF_KINDS = (
     MaskedLayer,
-    LoweredLayer,
     nn.modules.conv._ConvNd,
     nn.Linear,
     nn.modules.batchnorm._NormBase,
@@ -49,11 +51,9 @@ _LEAF_KINDS = (
     nn.GroupNorm,
     nn.RMSNorm,
     nn.MultiheadAttention,
-    nn.RNNBase,
     nn.modules.dropout._DropoutNd,
     nn.modules.pooling._MaxPoolNd,
     nn.modules.pooling._AvgPoolNd,
-    torch.jit.ScriptModule,
 )
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -573,8 +573,10 @@ class Recorder(TorchFunctionMode):
 
     def is_leaf(self, module: nn.Module, name: str) -> bool:
         """Whether a call of `module` is one node."""
-        if name in self.opaque or isinstance(module, _LEAF_KINDS):
+        if name in self.opaque or isinstance(module, _WHOLE_KINDS):
             return True
+        if isinstance(module, _LEAF_KINDS):
+            return is_known(module)
         kind = type(module)
         if f"{kind.__module__}.{kind.__qualname__}" in _LEAF_NAMES:
             return True

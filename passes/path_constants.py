@@ -6,13 +6,9 @@ import copy
 import operator
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from growfx.passes.path_rules import is_moving
-from growfx.passes.path_values import NoPathRuleError, Weight, raw
-
-__all__ = ["changed_weight", "evaluating_copy", "execute", "writes_in_place"]
+__all__ = ["evaluating_copy", "execute", "writes_in_place"]
 
 _WRITING_FUNCTIONS = (operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
@@ -40,39 +36,3 @@ def execute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     if node.op == "call_function":
         return node.target(*args, **kwargs)  # type: ignore[operator]
     return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-
-
-def changed_weight(
-    node: fx.Node, weight: Weight, args: tuple[Any, ...], kwargs: dict[str, Any], shape: torch.Size
-) -> Any:
-    """A layer's weight moved or transformed by the graph before use: still the layer's weight where that is clear."""
-    rest = raw(args[1:])
-    options = raw(kwargs)
-
-    def step(tensor: Tensor) -> Any:
-        return execute(node, (tensor, *rest), options)
-
-    result = step(weight.tensor)
-    moving = is_moving(node.op, node.target)
-    if moving and isinstance(result, (tuple, list)):  # chunk, split, unbind: every piece is a part of the weight
-        pieces = (_as_float64(lambda tensor, i=i: step(tensor)[i]) for i in range(len(result)))
-        return tuple(
-            Weight(weight.layer, piece, weight.applied, (*weight.moves, move))
-            for piece, move in zip(result, pieces, strict=True)
-        )
-    if not isinstance(result, Tensor):
-        return result
-    if moving:
-        return Weight(weight.layer, result, weight.applied, (*weight.moves, _as_float64(step)))
-    if not weight.moves and result.shape == shape:
-        return Weight(weight.layer, result, result)
-    raise NoPathRuleError(f"the weight of layer `{weight.layer}` is transformed in a way that hides its edges")
-
-
-def _as_float64(step: Any) -> Any:
-    """A move repeated on magnitudes; casts among the moves do not change their type."""
-
-    def moved(tensor: Tensor) -> Tensor:
-        return step(tensor).to(torch.float64)
-
-    return moved

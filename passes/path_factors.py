@@ -8,15 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from growfx.layers import MaskedLayer
 from growfx.passes.path_rules import APPLIED, row_of
-from growfx.passes.path_values import Judged, Learned, NoPathRuleError, Token, Weight
+from growfx.passes.path_values import Combined, Judged, Learned, NoPathRuleError, Token, Weight
+from growfx.unit_edges import by_unit, from_units
 
 if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
 
 __all__ = ["PathFactors"]
+
+# A layer, the axis of its input, and what stands along it where that is not all of the layer's units in order.
+_Watch = tuple[str, int, tuple[Tensor, int] | None]
 
 
 class PathFactors:
@@ -32,6 +37,7 @@ class PathFactors:
     Attributes:
         leaves: layer name -> magnitude leaves in use; their gradients add up to the score.
         alive_in: layer name -> bool per input unit, filled by the backward pass.
+        constant_fed: layers that were run on constants only.
         unfed: layers that were run on empty tensors only: in the recording, nothing was selected for them.
     """
 
@@ -51,9 +57,10 @@ class PathFactors:
         self.device, self.model_dtype = first.device, first.dtype
         self.leaves: dict[str, list[Tensor]] = {}
         self.alive_in: dict[str, Tensor] = {}
+        self.constant_fed: set[str] = set()
         self.unfed: set[str] = set()
         self._layer_names = {id(layer.parameter): name for name, layer in self.layers.items()}
-        self._watched: dict[int, tuple[weakref.ref[Tensor], list[tuple[str, int]]]] = {}
+        self._watched: dict[int, tuple[weakref.ref[Tensor], list[_Watch]]] = {}
 
     def layer_of(self, module: nn.Module) -> str | None:
         """The name under which the module's weight is a masked layer (tied weights: once); None when unmasked."""
@@ -70,9 +77,11 @@ class PathFactors:
         """What a constant counts for as a factor."""
         if isinstance(value, Weight):
             leaf = self._leaf(value.layer, value.applied)
-            for step in value.moves:
-                leaf = step(leaf)
+            for step in value.steps:
+                leaf = step(self, leaf)
             return leaf
+        if isinstance(value, Combined):
+            return value.size(self)
         if isinstance(value, Learned) and not isinstance(value, Token):
             return self.learned(value.tensor)
         if isinstance(value, (Token, Judged)):
@@ -108,29 +117,59 @@ class PathFactors:
         weight = self.signed(module)
         return self.learned(weight if applied is None else applied(module, weight.to(torch.float64)))
 
-    def watch(self, layer: str | None, tensor: Tensor, dim: int) -> None:
-        """Note, in the backward pass, which units along `dim` of a layer's input lie on a path."""
+    def watch(self, layer: str | None, tensor: Tensor, dim: int, units: tuple[Tensor, int] | None = None) -> None:
+        """Note, in the backward pass, which units along `dim` of a layer's input lie on a path.
+
+        `units`: the input unit of the layer at each index along `dim`, and how many it has; default: all in order.
+        """
         if layer is None:
             return
         if not tensor.numel():
             self.unfed.add(layer)
         known = self._watched.get(id(tensor))
         if known is not None and known[0]() is tensor:
-            known[1].append((layer, dim % tensor.ndim))
+            known[1].append((layer, dim % tensor.ndim, units))
             return
-        waiting = [(layer, dim % tensor.ndim)]
+        waiting = [(layer, dim % tensor.ndim, units)]
         self._watched[id(tensor)] = weakref.ref(tensor), waiting
         # Neither the tensor nor this run, which holds the output: a hook that leads back to its tensor is never freed.
         reached, alive_in = tensor.detach() > 0, self.alive_in
 
         def note(gradient: Tensor) -> None:
             crossed = reached.logical_and(gradient > 0)
-            for name, axis in waiting:
+            for name, axis, places in waiting:
                 alive = crossed.transpose(0, axis).flatten(1).any(1) if crossed.ndim > 1 else crossed
+                if places is not None:
+                    marks = torch.zeros(places[1], dtype=torch.bool, device=alive.device)
+                    marks[places[0][alive]] = True
+                    alive = marks
                 alive_in[name] = alive | alive_in[name] if name in alive_in else alive
 
         if tensor.requires_grad:
             tensor.register_hook(note)
+
+    def watch_use(self, weight: Any, axis: int, tensor: Tensor, dim: int) -> None:
+        """Do so where `dim` of a value is contracted with `axis` of a weight that the graph uses itself.
+
+        Nothing is noted where the axis does not run over the layer's input units, as in the transposed use of a tied
+        autoencoder: units are alive by the edges that paths cross, whichever way.
+        """
+        if not isinstance(weight, Weight):
+            return
+        layer = self.layers[weight.layer]
+        if not weight.shifts and weight.tensor.ndim == layer.parameter.ndim:
+            inputs = 0 if isinstance(layer, _ConvTransposeNd) else 1
+            if axis % weight.tensor.ndim == inputs and not hasattr(layer, "weight_shape"):
+                self.watch(weight.layer, tensor, dim)
+            return
+        rows = by_unit(layer, layer.mask, by_output=False)
+        units = torch.arange(len(rows), device=self.device)[:, None].expand(rows.shape)
+        places = from_units(layer, units, by_output=False)
+        for move in weight.shifts:
+            places = move(places)
+        lines = places.movedim(axis, 0).flatten(1) if places.ndim > 1 else places[:, None]
+        if lines.shape[0] == tensor.shape[dim] and bool((lines == lines[:, :1]).all()):
+            self.watch(weight.layer, tensor, dim, (lines[:, 0], len(rows)))
 
     def _leaf(self, name: str, applied: Tensor | None = None) -> Tensor:
         """The magnitude leaf of a layer; a weight transformed by the graph has a leaf of its own."""

@@ -20,12 +20,13 @@ from torch.nn import functional as F
 from growfx import graph_ops
 from growfx.errors import TraceError, UnsupportedOperatorError
 from growfx.layers import MaskedLayer
-from growfx.passes.path_constants import changed_weight, evaluating_copy, execute, writes_in_place
+from growfx.passes.path_constants import evaluating_copy, execute, writes_in_place
 from growfx.passes.path_endings import ended_by, is_selection, placeholder, without_ends
 from growfx.passes.path_factors import PathFactors
 from growfx.passes.path_rules import function_rule, is_moving, method_rule, module_rule, sees_ends
 from growfx.passes.path_rules_arithmetic import bounded, identity
 from growfx.passes.path_values import (
+    Combined,
     Ended,
     Judged,
     Learned,
@@ -39,6 +40,7 @@ from growfx.passes.path_values import (
     paths_in,
     raw,
 )
+from growfx.passes.path_weights import changed_weights
 
 if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
@@ -70,14 +72,12 @@ class PathGraph(PathFactors):
     Attributes:
         total: sum of the outputs, after `run`.
         exponent: true values are the computed ones times 2**exponent.
-        constant_fed: layers that were run on constants only.
         ended_fed: layers that were run only on what data selected.
     """
 
     def __init__(self, net: MaskedGraph, graph: fx.Graph, *, rescale: bool = True, **options: Any) -> None:
         super().__init__(net, **options)
         self.graph, self.rescale = graph, rescale
-        self.constant_fed: set[str] = set()
         self.ended_fed: set[str] = set()
         self.exponent = 0
         self.total: Tensor | None = None
@@ -250,11 +250,10 @@ class PathGraph(PathFactors):
             result = evaluating_copy(module)(*raw(args), **raw(kwargs))
             learned = next(module.parameters(), None) is not None
         else:
-            weights = [item for item in inputs if isinstance(item, Weight)]
-            if len(weights) == 1 and args and args[0] is weights[0]:
-                return changed_weight(node, weights[0], args, kwargs, self.layers[weights[0].layer].parameter.shape)
+            if any(isinstance(item, (Weight, Combined)) for item in inputs):
+                return changed_weights(self, node, args, kwargs)
             result = execute(node, raw(args), raw(kwargs))
-            learned = any(isinstance(item, (Learned, Weight)) for item in inputs)
+            learned = any(isinstance(item, Learned) for item in inputs)
         if token and embeds:
             return self._source(result.shape)
         kind = Token if token else Learned

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from growfx.layer_classes import row_of
 from growfx.passes import (
     path_rules_arithmetic,
     path_rules_attention,
@@ -69,34 +70,6 @@ _SEES_ENDS = path_rules_selection.SEES_ENDS | path_rules_sampling.SEES_ENDS
 _CONTAINERS = (dict, list, tuple, collections.OrderedDict)
 _CASTS = {"to", "type_as", "float", "double", "contiguous", "clone", "detach", "type"}
 _SUMS = {"sum", "cumsum", "nansum", torch.sum, torch.cumsum, torch.nn.functional.fold}
-# Names a subclass may define and still compute what its base computes (a parametrized layer has its own copying).
-_HARMLESS = {
-    "__init__",
-    "__repr__",
-    "__str__",
-    "extra_repr",
-    "reset_parameters",
-    "__reduce__",
-    "__reduce_ex__",
-    "__getstate__",
-    "__deepcopy__",
-}
-_NOT_CODE = {
-    *("__module__", "__doc__", "__annotations__", "__constants__", "__dict__", "__weakref__", "__qualname__"),
-    *("__firstlineno__", "__static_attributes__", "__annotate__", "__annotate_func__", "_version"),
-}
-
-
-def row_of(table: dict[Any, Any], cls: type) -> Any:
-    """The row of a class: its own, or its base's when the class overrides nothing of it; None when there is none."""
-    for ancestor in cls.__mro__:
-        row = table.get(ancestor) or table.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
-        if row is not None:
-            return row
-        overridden = {name for name in vars(ancestor) if any(name in vars(base) for base in ancestor.__mro__[1:])}
-        if overridden - _HARMLESS - _NOT_CODE:
-            return None
-    return None
 
 
 def operator_name(target: Any) -> Any:

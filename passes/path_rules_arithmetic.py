@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from growfx.passes.path_values import Learned, NoPathRuleError, PathValue, Weight, broadcast, mean_of, raw
+from growfx.passes.path_values import Combined, Learned, NoPathRuleError, PathValue, Weight, broadcast, mean_of, raw
 
 if TYPE_CHECKING:
     from growfx.passes.path_graph import PathGraph
@@ -102,6 +102,8 @@ def divide(run: PathGraph, left: Any, right: Any, *, rounding_mode: str | None =
         divisor = run.magnitude(right)
         if isinstance(divisor, float) and divisor == 1.0:
             return left
+        if isinstance(divisor, Tensor):
+            divisor = divisor.detach()  # a weight that divides is no edge of a path
         return PathValue(left.tensor / divisor, left.bounded, left.divisor)
     if isinstance(left, PathValue):
         if right.divisor:
@@ -128,7 +130,7 @@ def power(run: PathGraph, base: Any, exponent: Any) -> Any:
         return broadcast(exponent, base)
     if isinstance(exponent, PathValue):
         return add(run, base, exponent)
-    if isinstance(exponent, (Learned, Weight)):
+    if isinstance(exponent, (Learned, Weight, Combined)):
         exponent = exponent.tensor
     if isinstance(exponent, Tensor):
         low, high = (1.0, 1.0) if exponent.is_meta else (float(exponent.min()), float(exponent.max()))
@@ -162,7 +164,7 @@ def addcmul(run: PathGraph, base: Any, left: Any, right: Any, *, value: float = 
 
 def shape_of(item: Any) -> torch.Size:
     """Shape of a tensor-like operand, empty for a number."""
-    if isinstance(item, (PathValue, Learned, Weight)):
+    if isinstance(item, (PathValue, Learned, Weight, Combined)):
         item = item.tensor
     return item.shape if isinstance(item, Tensor) else torch.Size()
 

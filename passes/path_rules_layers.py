@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from growfx.layer_classes import STANDARDISED, STANDARDISED_SAME
 from growfx.passes.path_rules_arithmetic import balanced, gated
 from growfx.passes.path_rules_products import carrying
 from growfx.passes.path_rules_reduce import adaptive, padded_window, window, with_indices
@@ -205,17 +206,15 @@ _EXECUTED = (
 _ZERO_PADS = (
     nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d,
 )  # fmt: skip
-_STANDARDISED = ["timm.layers.std_conv.StdConv2d", "timm.layers.std_conv.ScaledStdConv2d"]
-_STANDARDISED_SAME = ["timm.layers.std_conv.StdConv2dSame", "timm.layers.std_conv.ScaledStdConv2dSame"]
 
 MODULES: dict[Any, Any] = {
     **dict.fromkeys(
         (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, "timm.layers.linear.Linear"), linear
     ),
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d, *_STANDARDISED), convolution),
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d, *STANDARDISED), convolution),
     "timm.layers.conv2d_same.Conv2dSame": same_convolution,
     "timm.layers.cond_conv2d.CondConv2d": mixed_convolution,
-    **dict.fromkeys(_STANDARDISED_SAME, same_convolution),
+    **dict.fromkeys(STANDARDISED_SAME, same_convolution),
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), transposed_convolution),
     **dict.fromkeys((*_IDENTITY, *_TIMM_IDENTITY), _identity),
     **dict.fromkeys((*_BOUNDED, *_TIMM_BOUNDED), _bounded),
@@ -234,4 +233,4 @@ MODULES: dict[Any, Any] = {
 }
 
 # How a class turns its parameter into the weight it applies, where it does not apply the parameter itself.
-APPLIED: dict[Any, Callable[[Any, Tensor], Tensor]] = dict.fromkeys((*_STANDARDISED, *_STANDARDISED_SAME), standardised)
+APPLIED: dict[Any, Callable[[Any, Tensor], Tensor]] = dict.fromkeys((*STANDARDISED, *STANDARDISED_SAME), standardised)

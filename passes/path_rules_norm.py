@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from growfx.layer_classes import BATCH_NORMS, NORMS_OF_AXIS_1, NORMS_OF_LAST_AXES
 from growfx.passes.path_rules_products import carrying
 from growfx.passes.path_values import PathValue, raw
 
@@ -140,35 +141,15 @@ def _then_activate(run: PathGraph, module: nn.Module, value: PathValue) -> Any:
 
 _TORCH_BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _TORCH_INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-_NORMS, _ACTS = "timm.layers.norm.", "timm.layers.norm_act."
-_BATCH = (
-    *(_ACTS + name for name in ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")),
-    "torchvision.ops.misc.FrozenBatchNorm2d",
-)
-_LAST = (
-    *(_NORMS + name for name in ("LayerNorm", "LayerNormFp32", "RmsNorm", "RmsNormFp32", "SimpleNorm")),
-    *(_ACTS + name for name in ("LayerNormAct", "LayerNormActFp32", "RmsNormAct", "RmsNormActFp32")),
-    _NORMS + "SimpleNormFp32",
-    "timm.models.metaformer.LayerNormNoBias",
-)
-_SECOND = (
-    *(_NORMS + name for name in ("GroupNorm", "GroupNorm1", "LayerNorm2d", "LayerNorm2dFp32", "LayerNormExp2d")),
-    *(_NORMS + name for name in ("RmsNorm2d", "RmsNorm2dFp32", "SimpleNorm2d", "SimpleNorm2dFp32")),
-    *(_ACTS + name for name in ("GroupNormAct", "GroupNorm1Act", "LayerNormAct2d", "LayerNormAct2dFp32")),
-    *(_ACTS + name for name in ("RmsNormAct2d", "RmsNormAct2dFp32")),
-    "timm.models.metaformer.GroupNorm1NoBias",
-    "timm.models.metaformer.LayerNorm2dNoBias",
-    "torchvision.models.convnext.LayerNorm2d",
-)
 
 MODULES: dict[Any, Any] = {
     **dict.fromkeys(_TORCH_BATCH, batch_norm_module),
-    **dict.fromkeys(_BATCH, batch_norm_module),
+    **dict.fromkeys(BATCH_NORMS, batch_norm_module),
     **dict.fromkeys(_TORCH_INSTANCE, instance_norm_module),
     **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), scale_module(last=True)),
     nn.GroupNorm: scale_module(last=False),
-    **dict.fromkeys(_LAST, scale_module(last=True)),
-    **dict.fromkeys(_SECOND, scale_module(last=False)),
+    **dict.fromkeys(NORMS_OF_LAST_AXES, scale_module(last=True)),
+    **dict.fromkeys(NORMS_OF_AXIS_1, scale_module(last=False)),
     nn.LocalResponseNorm: lambda run, module, value: value,
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from growfx.passes.path_rules_arithmetic import add, balanced
-from growfx.passes.path_values import NoPathRuleError, PathValue, Weight, move, paths_in, raw
+from growfx.passes.path_values import NoPathRuleError, PathValue, move, paths_in, raw
 
 if TYPE_CHECKING:
     from growfx.passes.path_graph import PathGraph
@@ -31,8 +31,10 @@ def carrying(value: Any) -> Tensor:
 def matmul(run: PathGraph, left: Any, right: Any) -> Any:
     """Path times constant: magnitudes. Path times path: balanced product of the means over the contracted index."""
     if not isinstance(right, PathValue):
+        run.watch_use(right, -2 if raw(right).ndim > 1 else 0, carrying(left), -1)
         return PathValue(torch.matmul(carrying(left), run.matrix(right)))
     if not isinstance(left, PathValue):
+        run.watch_use(left, -1, carrying(right), -2 if right.tensor.ndim > 1 else 0)
         return PathValue(torch.matmul(run.matrix(left), carrying(right)))
     if left.tensor.ndim < 2 or right.tensor.ndim < 2:
         raise NoPathRuleError("a product of activations needs two matrices")
@@ -131,26 +133,25 @@ def _averaged_to(tensor: Tensor, term: str, output: str) -> Tensor:
 def linear(run: PathGraph, value: Any, weight: Any, bias: Any = None) -> Any:
     """`F.linear`: magnitude of the weight, no bias."""
     tensor = carrying(value)
-    if isinstance(weight, Weight):
-        run.watch(weight.layer, tensor, -1)
+    run.watch_use(weight, -1, tensor, -1)
     return PathValue(F.linear(tensor, run.matrix(weight)))
 
 
-def convolving(function: Callable[..., Tensor], spatial: int) -> Callable[..., Any]:
-    """The rule of a convolution function: magnitude of the weight, no bias."""
+def convolving(function: Callable[..., Tensor], spatial: int, contracted: int) -> Callable[..., Any]:
+    """The rule of a convolution function over `contracted` of the weight's axes: its magnitude, no bias."""
 
     def rule(run: PathGraph, input: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
         tensor = carrying(input)
-        if isinstance(weight, Weight):
-            run.watch(weight.layer, tensor, -spatial - 1)
+        run.watch_use(weight, contracted, tensor, -spatial - 1)
         return PathValue(function(tensor, run.matrix(weight), None, *args, **kwargs))
 
     return rule
 
 
 _CONVOLUTIONS = (
-    (torch.conv1d, 1), (torch.conv2d, 2), (torch.conv3d, 3),
-    (F.conv1d, 1), (F.conv2d, 2), (F.conv3d, 3),
+    (torch.conv1d, 1), (torch.conv2d, 2), (torch.conv3d, 3), (F.conv1d, 1), (F.conv2d, 2), (F.conv3d, 3),
+)  # fmt: skip
+_TRANSPOSED = (
     (torch.conv_transpose1d, 1), (torch.conv_transpose2d, 2), (torch.conv_transpose3d, 3),
     (F.conv_transpose1d, 1), (F.conv_transpose2d, 2), (F.conv_transpose3d, 3),
 )  # fmt: skip
@@ -159,7 +160,8 @@ FUNCTIONS: dict[Any, Any] = {
     **dict.fromkeys((torch.matmul, torch.bmm, torch.mm, operator.matmul), matmul),
     **dict.fromkeys((torch.addmm, torch.baddbmm), add_matmul),
     **dict.fromkeys((torch.einsum, torch.functional.einsum), einsum),
-    **{function: convolving(function, spatial) for function, spatial in _CONVOLUTIONS},
+    **{function: convolving(function, spatial, 1) for function, spatial in _CONVOLUTIONS},
+    **{function: convolving(function, spatial, 0) for function, spatial in _TRANSPOSED},
     F.linear: linear,
 }
 

@@ -1,8 +1,8 @@
 """The values of a path graph: path values, layer weights, learned constants; and what a factor counts for.
 
 A *path value* descends from the model's input through data. Everything else is a constant: a plain tensor or number,
-a `Learned` tensor (a parameter or something computed from parameters) or the `Weight` of a masked layer. Constants
-act on path values by their magnitude; `power` applies to learned ones only.
+a `Learned` tensor (a parameter or something computed from parameters), the `Weight` of a masked layer or several such
+weights `Combined`. Constants act on path values by their magnitude; `power` applies to learned ones only.
 
 Where data decides what is looked at next, paths end: a `Judged` constant was found by looking at path values
 (a comparison, an argmax), an `Ended` one was selected by data (top-k, non-maximum suppression, indexing by what was
@@ -12,7 +12,7 @@ judged).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from growfx.errors import UnsupportedOperatorError
 
 __all__ = [
+    "Combined",
     "Ended",
     "Judged",
     "Learned",
@@ -78,15 +79,33 @@ class Weight:
 
     Attributes:
         layer: the layer's name.
-        tensor: the signed effective weight after `moves`.
+        tensor: the signed effective weight after `steps`.
         applied: the signed weight in the layer's own layout, when it was transformed elementwise; else None.
-        moves: data movements since the layer's own layout, to be repeated on the magnitudes.
+        steps: what was done to it since the layer's own layout (data movement, edges taken out), to be repeated on the
+            magnitudes: functions of the run and the magnitudes.
+        shifts: the data movement among them.
     """
 
     layer: str
     tensor: Tensor
     applied: Tensor | None = None
-    moves: tuple[Callable[[Tensor], Tensor], ...] = field(default=())
+    steps: tuple[Callable[[Any, Tensor], Tensor], ...] = ()
+    shifts: tuple[Callable[[Tensor], Tensor], ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Combined:
+    """What was made of the weights of masked layers: joined, added, multiplied with each other, averaged.
+
+    Attributes:
+        tensor: the signed result.
+        layers: names of the layers.
+        size: the same of the magnitudes, as a function of the run.
+    """
+
+    tensor: Tensor
+    layers: tuple[str, ...]
+    size: Callable[[Any], Tensor]
 
 
 @dataclass(slots=True, eq=False)
@@ -206,4 +225,4 @@ class Token(Learned):
     """Integer data from an input (token ids): no path of its own, the source of paths where it is embedded."""
 
 
-_VALUES = (PathValue, Learned, Weight, Judged, Ended)
+_VALUES = (PathValue, Learned, Weight, Combined, Judged, Ended)

@@ -147,14 +147,13 @@ def test_an_operator_without_a_rule_is_named_with_its_source_line() -> None:
         path_products(net)
 
 
-def test_a_module_class_that_changes_its_forward_has_no_rule() -> None:
+def test_a_module_class_that_changes_its_forward_is_followed_inside() -> None:
     class Doubled(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of the original
             return 2 * super().forward(input)
 
     net = growfx.wrap(nn.Sequential(Doubled(3, 2)).eval(), torch.randn(2, 3))
-    with pytest.raises(growfx.UnsupportedOperatorError, match="Doubled"):
-        path_products(net)
+    torch.testing.assert_close(path_products(net).scores["0"], torch.full((2, 3), 2.0, dtype=torch.float64))
 
 
 def test_a_module_class_that_changes_only_its_construction_follows_its_base() -> None:
