@@ -25,6 +25,7 @@ class PathProducts:
         alive_in: layer name -> bool tensor per input unit (channel or feature): some path with a product above zero
             runs from the network's input through this unit to an output.
         alive_out: the same per output unit, for paths through this layer.
+        notes: one sentence for every layer or parameter that is zero throughout and takes all paths through it away.
 
     Edges outside the masks and edges of weight zero carry no path when units are judged alive or dead.
     """
@@ -35,3 +36,4 @@ class PathProducts:
     off_path: Mapping[str, str]
     alive_in: Mapping[str, Tensor]
     alive_out: Mapping[str, Tensor]
+    notes: tuple[str, ...] = ()

@@ -33,6 +33,7 @@ class PathFactors:
         power: exponent of every learned factor.
         magnitudes: layer name -> edge magnitudes to use in place of the layer's own (the weight's shape).
         unit_scales: count learned scales and unmasked weights as one.
+        zeros_as_one: count layers' weights and learned scales that are zero throughout as one.
 
     Attributes:
         leaves: layer name -> magnitude leaves in use; their gradients add up to the score.
@@ -49,8 +50,10 @@ class PathFactors:
         power: float = 1,
         magnitudes: Mapping[str, Tensor] | None = None,
         unit_scales: bool = False,
+        zeros_as_one: bool = False,
     ) -> None:
         self.net, self.norm, self.power, self.unit_scales = net, norm, power, unit_scales
+        self.zeros_as_one = zeros_as_one
         self.magnitudes = magnitudes or {}
         self.layers: Mapping[str, MaskedLayer] = net.layers
         first = next(iter(self.layers.values())).parameter
@@ -70,8 +73,13 @@ class PathFactors:
         """What a learned factor counts for: its magnitude to the given power, or one."""
         if self.unit_scales:
             return torch.ones_like(parameter, dtype=torch.float64, device=self.device, requires_grad=False)
-        magnitude = parameter.detach().to(self.device, torch.float64).abs()
+        magnitude = self.size_of(parameter)
         return magnitude if self.power == 1 else magnitude**self.power
+
+    def size_of(self, parameter: Tensor) -> Tensor:
+        """Magnitude of a learned factor, in float64."""
+        magnitude = parameter.detach().to(self.device, torch.float64).abs()
+        return torch.ones_like(magnitude) if self.zeros_as_one and not bool(magnitude.any()) else magnitude
 
     def magnitude(self, value: Any) -> float | Tensor:
         """What a constant counts for as a factor."""
@@ -194,4 +202,6 @@ class PathFactors:
             weight = self.signed(layer).to(torch.float64) if applied is None else applied.to(torch.float64)
             weight = weight if transform is None else transform(layer, weight)
             magnitude = torch.where(layer.mask, weight.abs(), 0)
+        if self.zeros_as_one and not bool(magnitude.any()):
+            magnitude = layer.mask.to(torch.float64)
         return magnitude if self.power == 1 else magnitude.pow_(self.power)

@@ -73,12 +73,14 @@ class PathGraph(PathFactors):
         total: sum of the outputs, after `run`.
         exponent: true values are the computed ones times 2**exponent.
         ended_fed: layers that were run only on what data selected.
+        silent: nodes behind which no path is left, though paths reach them.
     """
 
     def __init__(self, net: MaskedGraph, graph: fx.Graph, *, rescale: bool = True, **options: Any) -> None:
         super().__init__(net, **options)
         self.graph, self.rescale = graph, rescale
         self.ended_fed: set[str] = set()
+        self.silent: list[fx.Node] = []
         self.exponent = 0
         self.total: Tensor | None = None
         self._environment: dict[fx.Node, Any] = {}
@@ -116,10 +118,13 @@ class PathGraph(PathFactors):
             if node.op == "output":
                 return self._finish(map_leaves_of(node.args[0], self._environment))
             result = self._input(node, waiting) if node.op == "placeholder" else self._evaluate(node)
+            reached = any(value.peak for value in paths_in([self._environment[item] for item in node.all_input_nodes]))
             self._environment[node] = result
             for dead in last_use.get(node, ()):
                 self._environment.pop(dead, None)
             self._settle(node, result)
+            if reached and _carries_nothing(result):
+                self.silent.append(node)
         raise TraceError("the recorded graph has no output node; wrap the model again")
 
     def _last_uses(self) -> dict[fx.Node, list[fx.Node]]:
@@ -312,6 +317,11 @@ class PathGraph(PathFactors):
         self._environment.clear()
         self._ends.clear()
         return output
+
+
+def _carries_nothing(result: Any) -> bool:
+    values = [value for value in paths_in(result) if value.tensor.numel() and not value.divisor]
+    return bool(values) and not any(value.peak for value in values)
 
 
 def _largest(tensor: Tensor) -> float:

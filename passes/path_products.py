@@ -18,8 +18,10 @@ from torch import Tensor, fx
 
 from growfx.errors import ConfigError, MaskError, TraceError
 from growfx.inputs import Inputs
+from growfx.notices import warn_once
 from growfx.passes.path_graph import PathGraph
 from growfx.passes.path_values import leaves, map_leaves
+from growfx.passes.path_zeros import zero_factors
 from growfx.paths import PathProducts
 from growfx.shards import require_whole
 from growfx.unit_edges import joined_units
@@ -52,6 +54,9 @@ def path_products(
     Returns:
         Scores in float64 with one common scale; see `PathProducts`.
 
+    Warns:
+        GrowfxWarning: every product is zero, since a weight or scale is zero throughout; also in `notes`.
+
     Raises:
         UnsupportedOperatorError: an operator between input and output has no path rule.
         TraceError: the network was not recorded faithfully, is on the meta device, has no layer on a path, or a value
@@ -69,6 +74,7 @@ def path_gradients(
     power: float = 1,
     example_inputs: Tensor | Sequence[Any] | None = None,
     unit_scales: bool = False,
+    zeros_as_one: bool = False,
 ) -> PathProducts:
     """`path_products` over edge magnitudes of the caller's choice.
 
@@ -84,6 +90,8 @@ def path_gradients(
         power: as in `path_products`.
         example_inputs: as in `path_products`.
         unit_scales: count learned scales (LayerScale, gains) and unmasked weights as one.
+        zeros_as_one: count a layer's weight (within its mask), a norm or a learned scale that is zero throughout as
+            one, so that a network with a head or gains that start at zero has scores; the rest is not changed by it.
 
     Raises:
         MaskError: an unknown layer name, or magnitudes of another shape or outside [0, inf).
@@ -94,7 +102,9 @@ def path_gradients(
     chosen = _checked_magnitudes(net, magnitudes or {})
     inputs = _inputs(net, example_inputs)
     graph = net.graph_at(*inputs, training=False)
-    run = PathGraph(net, graph, norm=norm, power=power, magnitudes=chosen, unit_scales=unit_scales)
+    run = PathGraph(
+        net, graph, norm=norm, power=power, magnitudes=chosen, unit_scales=unit_scales, zeros_as_one=zeros_as_one
+    )
     scores, off_path = _layers(run, inputs)
     return _facts(run, scores, off_path)
 
@@ -245,7 +255,10 @@ def _facts(run: PathGraph, scores: dict[str, Tensor], off_path: dict[str, str]) 
         alive_in[name] = run.alive_in.get(name, sources)
         alive_out[name] = targets
     log_total = math.log(total) + log_scale if total > 0 else -math.inf
-    return PathProducts(scores, log_scale, log_total, off_path, alive_in, alive_out)
+    zeros = zero_factors(run.net, run.silent) if run.silent else ()
+    if zeros and total == 0:
+        warn_once(f"every path product is zero. {'; '.join(zeros)}", [])
+    return PathProducts(scores, log_scale, log_total, off_path, alive_in, alive_out, zeros)
 
 
 def _crossed_units(run: PathGraph, name: str, score: Tensor) -> tuple[Tensor, Tensor]:

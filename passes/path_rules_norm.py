@@ -32,7 +32,7 @@ def _folded(run: PathGraph, weight: Any, variance: Any, eps: float) -> Tensor | 
         return None
     scale: Any = 1.0
     if raw(weight) is not None:
-        scale = raw(weight).detach().to(run.device, torch.float64).abs()
+        scale = run.size_of(raw(weight))
     if raw(variance) is not None:
         scale = scale / (raw(variance).detach().to(run.device, torch.float64) + eps).sqrt()
     return scale**run.power
