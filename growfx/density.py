@@ -13,6 +13,7 @@ Integer counts sum to exactly `round(density * total)` (largest remainder, a lay
 """
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -49,7 +50,7 @@ DISTRIBUTIONS: Final[Mapping[str, Callable[[tuple[int, ...]], float]]] = {
 
 def check_density(density: float, option: str = "density") -> float:
     """Return `density` as a float; anything but a number in (0, 1] is a `ConfigError` naming `option`."""
-    number = isinstance(density, int | float) and not isinstance(density, bool)
+    number = isinstance(density, numbers.Real) and not isinstance(density, bool)  # numpy's scalars are some
     if not number or not 0.0 < density <= 1.0:
         raise ConfigError(f"`{option}` is {density!r}; allowed is a number in (0, 1]")
     return float(density)

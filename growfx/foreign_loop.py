@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from growfx.errors import ConfigError
 from growfx.graph import MaskedGraph
+from growfx.methods.starting import resuming
 
 if TYPE_CHECKING:
     from growfx.methods.base import Method
@@ -75,7 +76,8 @@ class ForeignLoop:
             # Attaching draws the starting masks: what the loop has restored is put back after it.
             weights = {name: value.clone() for name, value in net.state_dict().items()}
             progress = copy.deepcopy(optimizer.state_dict())
-            self.method.attach(net, optimizer, **clock)
+            with resuming():
+                self.method.attach(net, optimizer, **clock)
             net.load_state_dict(weights)
             optimizer.load_state_dict(progress)
             self.method.load_state_dict(state)

@@ -7,6 +7,7 @@ The same names are keyword arguments in Python, `--set key=value` on the command
 import dataclasses
 import difflib
 import math
+import numbers
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,11 @@ from typing import Any
 
 from growfx.errors import ConfigError
 
-__all__ = ["DataOptions", "TrainOptions", "as_json", "option", "parse_assignments"]
+__all__ = ["DataOptions", "DefaultFloat", "TrainOptions", "as_json", "option", "parse_assignments"]
+
+
+class DefaultFloat(float):
+    """A default that can be told from the same number given; `check_ranges` makes a plain float of it."""
 
 
 def option(
@@ -44,12 +49,26 @@ def check_ranges(options: Any) -> None:
         kinds = _kinds(hints[f.name])
         if value is None and type(None) in kinds:
             continue
-        if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-            object.__setattr__(options, f.name, float(value))
-        elif type(value) not in kinds:
+        plain = _plain(value, kinds)
+        if type(plain) not in kinds:
             wanted = " or ".join(k.__name__.replace("NoneType", "none") for k in kinds)
             raise ConfigError(f"`{f.name}` = {value!r} is not of type {wanted}")
+        if plain is not value:
+            object.__setattr__(options, f.name, plain)
         _check_range(f.name, getattr(options, f.name), f.metadata)
+
+
+def _plain(value: Any, kinds: tuple[type, ...]) -> Any:
+    """Return a number or text of another library (numpy's scalars, say) as Python's own of the kinds allowed."""
+    if isinstance(value, bool):
+        return value
+    if int in kinds and isinstance(value, numbers.Integral):
+        return int(value)
+    if float in kinds and isinstance(value, numbers.Real):
+        return float(value)
+    if bool in kinds and type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    return str(value) if str in kinds and isinstance(value, str) else value
 
 
 def _check_range(name: str, value: Any, limits: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from growfx.errors import ConfigError
 from growfx.graph import MaskedGraph
 from growfx.layers import MaskedLayer
 from growfx.methods.fixed import Fixed
+from growfx.methods.starting import resuming
 from growfx.options import TrainOptions
 from growfx.recipe import private_randomness
 from growfx.run_config import describe_run
@@ -99,7 +100,8 @@ def train(
             ranks.on_first(lambda: refuse_existing(Path(out), resume=resume, overwrite=overwrite))
         try:
             # what a method refuses must leave no folder behind, and no run in it be replaced
-            run.set_up()
+            with resuming() if resume and out is not None and _has_checkpoint(Path(out)) else nullcontext():
+                run.set_up()
             if out is not None:
                 start = partial(RunFolder.start, Path(out), config, resume=resume, overwrite=overwrite)
                 run.folder = ranks.on_first(start)
@@ -127,6 +129,11 @@ def _check_method(method: object) -> None:
     else:
         hint = "make one with growfx.methods.create(name, ...); growfx.methods.names() lists them"
     raise ConfigError(f"`method` expects a method of growfx.methods, got {method!r}"[:200] + f"; {hint}")
+
+
+def _has_checkpoint(out: Path) -> bool:
+    """Whether masks are about to be loaded, so that nobody has to be told which ones the method replaced."""
+    return (out / "checkpoint").is_dir() and any((out / "checkpoint").iterdir())
 
 
 def _release(net: MaskedGraph) -> None:

@@ -20,7 +20,7 @@ edge that is not; step 3 repairs it. All units of a layer with several consumers
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,7 @@ from growfx.edge_keys import EdgeKeys
 from growfx.errors import ConfigError
 from growfx.layers import MaskedLayer
 from growfx.passes.path_products import path_gradients
-from growfx.selection import draw
+from growfx.selection import draw, top
 from growfx.unit_edges import by_unit, from_units
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ _NEVER_VISITED = 1e-9  # times the mean visits: the last choice where a unit has
 class Seed:
     """Starting masks.
 
-    `masks`: bool per masked layer, layers off path all active. `density`: over all masked layers.
+    `masks`: bool per masked layer but those that keep theirs, layers off path all active. `density`: over these layers.
     `dead_units`: output units of layers on a path that no path crosses.
     """
 
@@ -77,26 +77,61 @@ def expected_visits(net: MaskedGraph) -> dict[str, Tensor]:
     return visits
 
 
-def seed_masks(net: MaskedGraph, density: float | None = None, *, seed: int = 0, largest: float = 1.0) -> Seed:
-    """Draw starting masks of exactly `round(density * net.numel)` edges, off-path layers dense and counted.
+def seed_masks(
+    net: MaskedGraph,
+    density: float | None = None,
+    *,
+    seed: int = 0,
+    largest: float = 1.0,
+    layers: Iterable[str] | None = None,
+    frozen: Iterable[str] = (),
+    by_magnitude: bool = False,
+) -> Seed:
+    """Draw starting masks of exactly `density`, off-path layers dense and counted.
 
-    `density` None takes the smallest of 1, 2, 5 and 10 % (none above `largest`) at which every unit is alive.
-    At a density too small for that (or if none of the four is enough) units stay dead: `dead_units` counts
-    them. Raises `ConfigError` where off-path layers alone need more than the density allows.
+    `density` None takes the smallest of 1, 2, 5 and 10 % (none above `largest`) at which every unit is alive; where
+    off-path layers alone are more than that, 1, 2, 5 and 10 % of the other edges on top of them. At a density too small
+    for that (or if none is enough) units stay dead: `dead_units` counts them.
+
+    Args:
+        net: a masked graph; nothing of it is changed.
+        density: of all layers but the `frozen` ones.
+        seed: of the draw.
+        largest: the most that None may come to.
+        layers: those to draw in; default: all on a path.
+        frozen: layers that keep their masks and are not counted; paths run through them.
+        by_magnitude: take the weights of largest magnitude, over all these layers, instead of drawing.
+
+    Raises:
+        ConfigError: off-path layers alone need more than the density allows.
     """
     visits = expected_visits(net)
+    kept, allowed = set(frozen), set(visits if layers is None else layers)
+    chosen = {name: value for name, value in visits.items() if name in allowed - kept}
+    counted = [name for name in net.layers if name not in kept]
+    total = sum(net.layers[name].numel for name in counted)
+    dense = [name for name in counted if name not in chosen]
+    alone = sum(net.layers[name].numel for name in dense)
     best = None
-    for candidate in (check_density(density, "seed_density"),) if density is not None else _AUTOMATIC:
-        count = round(candidate * net.numel) - _off_path_edges(net, visits)
+    for candidate in (check_density(density, "seed_density"),) if density is not None else _automatic(alone / total):
+        count = round(candidate * total) - alone
         if count <= 0 or (density is None and candidate > largest):
             continue
-        masks = _draw(net, visits, count, EdgeKeys(seed, "seed"))
-        best = Seed(masks, _density(net, masks), dead_units(net, masks))
+        keys = EdgeKeys(seed, "seed")
+        masks = {name: torch.ones_like(net.layers[name].mask) for name in dense}
+        masks |= _largest(net, chosen, count, keys) if by_magnitude else _draw(net, chosen, count, keys)
+        best = Seed(masks, sum(int(mask.sum()) for mask in masks.values()) / total, dead_units(net, masks))
         if not best.dead_units:
             return best
     if best is None:
-        raise ConfigError(_no_room(net, visits, density, largest))
+        raise ConfigError(_no_room(dense, alone, total, density, largest))
     return best
+
+
+def _automatic(off_path: float) -> list[float]:
+    """Return the densities to try, from the smallest; `off_path` is the share of layers that stay dense."""
+    above = [off_path + (1 - off_path) * step for step in _AUTOMATIC] if off_path else []
+    return [*_AUTOMATIC, *(density for density in above if density > _AUTOMATIC[-1])]
 
 
 def dead_units(net: MaskedGraph, masks: Mapping[str, Tensor]) -> int:
@@ -105,25 +140,29 @@ def dead_units(net: MaskedGraph, masks: Mapping[str, Tensor]) -> int:
     return sum(int((~alive).sum()) for alive in paths.alive_out.values())
 
 
-def _no_room(net: MaskedGraph, visits: Mapping[str, Tensor], density: float | None, largest: float) -> str:
-    dense = _off_path_edges(net, visits)
-    asked = f"{density}" if density is not None else f"none of {_AUTOMATIC} up to {largest}"
+def _no_room(dense: Sequence[str], alone: int, total: int, density: float | None, largest: float) -> str:
+    asked = f"{density}" if density is not None else f"None, and at most {largest}"
+    if not alone:
+        least = 1 / total
+        return (
+            f"`seed_density` is {asked}, of {total} edges, which leaves none; allowed are densities from {least:.4g} up"
+        )
+    shown = ", ".join(f"`{name}`" for name in dense[:4]) + (f" and {len(dense) - 4} more" if len(dense) > 4 else "")
     return (
-        f"`seed_density` is {asked}, of {net.numel} edges; {dense} of them are in layers no path crosses and stay "
-        f"dense, so allowed are densities above {dense / net.numel:.4g} that leave at least one edge"
+        f"`seed_density` is {asked}, of {total} edges; {alone} of them are in layers no path crosses ({shown}) and "
+        f"stay dense, so allowed are densities above {alone / total:.4g} that leave at least one edge; or wrap the "
+        "model with `exclude` (`--exclude` on the command line) for these layers, which are then not counted"
     )
 
 
-def _off_path_edges(net: MaskedGraph, visits: Mapping[str, Tensor]) -> int:
-    return sum(layer.numel for name, layer in net.layers.items() if name not in visits)
-
-
-def _density(net: MaskedGraph, masks: Mapping[str, Tensor]) -> float:
-    return sum(int(mask.sum()) for mask in masks.values()) / net.numel
+def _largest(net: MaskedGraph, visits: Mapping[str, Tensor], count: int, keys: EdgeKeys) -> dict[str, Tensor]:
+    """Mark the `count` edges of largest magnitude; absent edges are zero, whatever is stored."""
+    layers = {name: net.layers[name] for name in visits}
+    sizes = {name: layer.parameter.detach().abs().where(layer.mask, 0) for name, layer in layers.items()}
+    return top(sizes, count, keys).masks
 
 
 def _draw(net: MaskedGraph, visits: Mapping[str, Tensor], count: int, keys: EdgeKeys) -> dict[str, Tensor]:
-    masks = {name: torch.ones_like(layer.mask) for name, layer in net.layers.items() if name not in visits}
     kept = {name: _first_arrivals(net.layers[name], name, value, keys) for name, value in visits.items()}
     reserved = sum(int(mask.sum()) for mask in kept.values())
     if reserved > count:  # too few edges to keep every unit alive: the likeliest ones
@@ -131,7 +170,7 @@ def _draw(net: MaskedGraph, visits: Mapping[str, Tensor], count: int, keys: Edge
         reserved = 0
     drawn = draw(visits, count - reserved, keys, {name: ~mask for name, mask in kept.items()})
     missing = count - reserved - drawn.count
-    masks |= {name: kept[name] | drawn.masks[name] for name in visits}
+    masks = {name: kept[name] | drawn.masks[name] for name in visits}
     if missing:  # more edges wanted than are ever visited: any of the others
         others = {name: (~masks[name]).double() for name in visits}
         rest = draw(others, missing, keys)

@@ -74,13 +74,17 @@ class Walks:
     drawn: int
 
 
-def walk_masks(net: MaskedGraph, edges: int, *, layers: Iterable[str] | None = None, seed: int = 0) -> Walks:
+def walk_masks(
+    net: MaskedGraph, edges: int, *, layers: Iterable[str] | None = None, through: Iterable[str] = (), seed: int = 0
+) -> Walks:
     """Mark exactly `edges` edges (all, where there are no more) by walks over the magnitudes of the weights.
 
     Args:
         net: a masked graph; nothing of it is changed. Weights outside their masks count as zero.
         edges: how many to mark.
-        layers: masked layers to mark edges in; default: all that walks can reach. Walks enter no other masked layer.
+        layers: masked layers to mark edges in; default: all that walks can reach. Walks enter no other masked layer but
+            those in `through`.
+        through: masked layers that walks run through by their weights, without marking anything (frozen ones).
         seed: of the walks.
 
     Raises:
@@ -88,7 +92,7 @@ def walk_masks(net: MaskedGraph, edges: int, *, layers: Iterable[str] | None = N
     """
     chosen = [name for name in net.layers if name in (net.layers if layers is None else set(layers))]
     try:
-        walker = _Walker(net, chosen, seed)
+        walker = _Walker(net, chosen, seed, through)
     except TraceError:
         none = {name: torch.zeros_like(net.layers[name].mask, device="cpu") for name in chosen}
         return _completed(net, none, edges, 0, EdgeKeys(seed, "after walks"), expected_visits(net))
@@ -154,14 +158,15 @@ class _Walker:
         edges: number of all edges that may be marked; they are numbered layer after layer.
     """
 
-    def __init__(self, net: MaskedGraph, chosen: list[str], seed: int) -> None:
+    def __init__(self, net: MaskedGraph, chosen: list[str], seed: int, through: Iterable[str] = ()) -> None:
         self.connected = connect(net)
         self.marked: Mapping[str, MaskedLayer] = {name: net.layers[name] for name in chosen}
+        self.weighed: Mapping[str, MaskedLayer] = {**{name: net.layers[name] for name in through}, **self.marked}
         offsets = np.cumsum([0, *(layer.numel for layer in self.marked.values())])
         self.offset = dict(zip(chosen, offsets.tolist(), strict=False))
         self.edges = int(offsets[-1])
-        # layers that walks run through, in data-flow order: those to mark, and those without a mask
-        self.names = [n for n in self.connected.layers if n in self.marked or n not in net.layers]
+        # layers that walks run through, in data-flow order: those to mark, those frozen, and those without a mask
+        self.names = [n for n in self.connected.layers if n in self.weighed or n not in net.layers]
         self.names = [n for n in self.names if self._has_units(n)]
         self.beside = [name for name in chosen if name not in self.names]
         self.units = [self.connected.layers[name] for name in self.names]
@@ -170,7 +175,7 @@ class _Walker:
 
     def _has_units(self, name: str) -> bool:
         """Whether the layer's units can be followed."""
-        units, layer = self.connected.layers[name], self.marked.get(name)
+        units, layer = self.connected.layers[name], self.weighed.get(name)
         if units.mixes_positions:
             return False
         if layer is None:
@@ -247,9 +252,9 @@ class _Walker:
     def _step(self, name: str, units: LayerUnits | None, rows: Ints, forward: bool) -> tuple[Ints, Ints]:
         """From input units (backward: output units) of a layer to its other side.
 
-        Returns the units there and the edges taken, -1 where the layer has no mask.
+        Returns the units there and the edges taken, -1 where none is to be marked.
         """
-        layer = self.marked.get(name)
+        layer = self.weighed.get(name)
         if layer is None:
             assert units is not None
             here, there = (units.sources, units.outputs) if forward else (units.outputs, units.sources)
@@ -265,7 +270,7 @@ class _Walker:
         group, own, other, tap = rows // here, rows % here, along // taps, along % taps
         numbers = canonical(layer, torch.arange(layer.numel).view(layer.mask.shape)).numpy()
         edge = numbers[group, other, own, tap] if forward else numbers[group, own, other, tap]
-        return group * there + other, edge + self.offset[name]
+        return group * there + other, edge + self.offset[name] if name in self.offset else np.full(len(rows), -1)
 
 
 def _chosen(weights: Floats, rows: Ints, random: np.random.Generator) -> Ints:

@@ -224,12 +224,13 @@ def test_snip_resumes_before_its_first_step(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole[0].parameters(), fresh[0].parameters(), strict=True))
 
 
-def test_methods_by_gradient_refuse_layers_that_have_none():
-    net = growfx.wrap(mlp(5, 8, 3), mlp_batches(1)[0][0])
-    net.layers["0"].parameter.requires_grad_(False)
+def test_methods_by_gradient_leave_layers_alone_that_have_none():
     for name in ("snip", "grasp"):
-        with pytest.raises(ConfigError, match=f"`{name}` ranks edges by gradients, and `0` asks for none"):
-            begin(name, net, mlp_batches(1))
+        net = growfx.wrap(mlp(5, 8, 3), mlp_batches(1)[0][0])
+        net.layers["0"].parameter.requires_grad_(False)
+        begin(name, net, mlp_batches(1), density=0.5)
+        assert net.layers["0"].density == 1
+        assert net.nnz == net.layers["0"].numel + round(0.5 * (net.numel - net.layers["0"].numel))
     dead = growfx.wrap(mlp(5, 8, 3), mlp_batches(1)[0][0])
     for layer in dead.layers.values():
         nn.init.zeros_(layer.parameter)

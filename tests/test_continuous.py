@@ -436,7 +436,7 @@ def test_what_does_not_fit_the_run_is_refused_before_anything_changes():
     assert content_digest(tensors(run.net)) == before
     assert all("gate" not in vars(layer) for layer in run.net.layers.values())
     empty = growfx.wrap(nn.Sequential(nn.Linear(3, 2)), torch.randn(1, 3), exclude="*")
-    with pytest.raises(ConfigError, match="nothing to work on: no path crosses a masked layer"):
+    with pytest.raises(ConfigError, match="no masks to choose: the network has no masked layer"):
         methods.create("continuous").begin(session(empty))
     with pytest.raises(ConfigError, match=r"`continuous` trains several times over; run it through growfx\.train"):
         method.attach(run.net, run.optimizer, total_steps=4, steps_per_epoch=2)

@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from growfx.edge_keys import EdgeKeys
 from growfx.errors import ConfigError
+from growfx.mask_bits import pack, unpack
 from growfx.methods.exchange import finite_magnitudes, keep_largest
-from growfx.methods.gradual import SPREADS
+from growfx.methods.gradual import SPREADS, start_to_prune
 from growfx.methods.schedules import step_at
+from growfx.methods.sparse_start import settle_density
+from growfx.methods.starting import MASKS_OF_PRUNING, all_edges
 from growfx.methods.stepwise import Course, Stepwise
 from growfx.options import option
 
@@ -31,7 +33,9 @@ class ACDC(Stepwise):
     are 5 long, the last dense phase is from 75 to 85, the final sparse one from 85.
 
     Attributes:
-        density: of sparse phases, of all masked layers together.
+        density: of sparse phases, of all masked layers together that are trained; None is that of given masks.
+        masks: "drawn" has all edges in dense phases, whatever masks the network has; "given" has those of the masks the
+            network starts with, and no others.
         scope: "global" compares magnitudes over the whole network; "uniform", "erk" and "er" give each layer its share
             of the edges (`growfx.density`) and compare within it.
         warmup: first dense phase, as a fraction of all steps.
@@ -48,7 +52,8 @@ class ACDC(Stepwise):
     name: ClassVar[str] = "acdc"
     needs_whole: ClassVar[str] = ""
 
-    density: float = option(0.1, low=0, high=1, open_low=True)
+    density: float | None = option(0.1, low=0, high=1, open_low=True)
+    masks: str = option("drawn", choices=MASKS_OF_PRUNING)
     scope: str = option("global", choices=SPREADS)
     warmup: float = option(0.1, low=0, high=1, open_low=True, open_high=True)
     cycles: int = option(7, low=1)
@@ -58,6 +63,7 @@ class ACDC(Stepwise):
     seed: int = option(0, low=0, high=2**63 - 1)
 
     def _check(self) -> None:
+        settle_density(self)
         taken = self.warmup + self.last_dense + self.last_sparse
         if taken >= 1:
             raise ConfigError(
@@ -66,15 +72,17 @@ class ACDC(Stepwise):
             )
 
     def _start(self, course: Course) -> Mapping[str, Tensor]:
-        course.edges_at(self.density)
-        return _dense(course)
+        masks = start_to_prune(course, self.masks, self.density)
+        if self.masks == "given":
+            course.start["given"] = {name: pack(mask) for name, mask in masks.items()}
+        return masks
 
     def _update(self, course: Course) -> Mapping[str, Tensor] | None:
         sparse = self._begins(course.total_steps).get(course.steps)
         if sparse is None:
             return None
         if sparse:
-            edges = min(course.edges_at(self.density), course.nnz)
+            edges = min(course.edges_at(course.start.get("density", self.density)), course.nnz)
             weights = finite_magnitudes(course.weights, "weights") or {}
             return keep_largest(
                 course.masks, edges, weights, self.scope, EdgeKeys(self.seed, f"prune after step {course.steps}")
@@ -96,4 +104,8 @@ class ACDC(Stepwise):
 
 
 def _dense(course: Course) -> dict[str, Tensor]:
-    return {name: torch.ones_like(mask) for name, mask in course.masks.items()}
+    """Return the masks of a dense phase: all edges, or all of the masks given at the start."""
+    given = course.start.get("given")
+    if given is None:
+        return all_edges(course.layers)
+    return {name: unpack(given[name], mask) for name, mask in course.masks.items()}

@@ -51,15 +51,17 @@ class SNIP(SparseInit):
     own the learning rate schedule has moved on by the step taken back.
 
     Attributes:
+        density: of all masked layers together that are trained.
         score_batches: batches to take the gradient of, all of one epoch at most; the paper takes one.
     """
 
     name: ClassVar[str] = "snip"
+    warns_of_loss: ClassVar[bool] = False
+    density: float = option(0.1, low=0, high=1, open_low=True)
     score_batches: int = option(1, low=1)
 
     def _start(self, course: Course) -> Mapping[str, Tensor]:
         course.edges_at(self.density)
-        _require_trainable(course, self.name)
         if course.session is None:
             course.memory[_BEFORE] = _snapshot(course)
             return {}
@@ -76,7 +78,7 @@ class SNIP(SparseInit):
             return None
         del course.memory[_BEFORE]
         # a step taken back explored nothing
-        course.ever_active = {name: torch.zeros_like(layer.mask) for name, layer in course.layers.items()}
+        course.ever_active = {name: torch.zeros_like(mask) for name, mask in course.ever_active.items()}
         return self._chosen(course, gradients)
 
     def _wants_gradient(self, course: Course, step: int) -> bool:
@@ -107,6 +109,7 @@ class GraSP(StaticMasks):
     """
 
     name: ClassVar[str] = "grasp"
+    warns_of_loss: ClassVar[bool] = False
     score_batches: int = option(1, low=1)
     temperature: float = option(200.0, low=0, open_low=True)
 
@@ -114,7 +117,6 @@ class GraSP(StaticMasks):
         if course.session is None:
             raise ConfigError("method `grasp` takes second derivatives at the start: run it through growfx.train")
         edges = course.edges_at(self.density)
-        _require_trainable(course, self.name)
         with undisturbed(course.net):
             batches = _first_batches(course.session, self.score_batches)
         flow = _hessian_gradients(course, course.session, batches, self.temperature)
@@ -144,6 +146,8 @@ class SynFlow(StaticMasks):
     """
 
     name: ClassVar[str] = "synflow"
+    warns_of_loss: ClassVar[bool] = False
+    off_path: ClassVar[str] = "left"
     rounds: int = option(100, low=1, high=10_000)
     norm: str = option("identity", choices=("identity", "fold"))
 
@@ -166,7 +170,12 @@ class SynFlow(StaticMasks):
 def _flow(course: Course, sizes: Mapping[str, Tensor], masks: Mapping[str, Tensor], norm: str) -> dict[str, Tensor]:
     """``|w| dR/d|w|`` up to one factor, float64, zero outside `masks`."""
     active = {name: sizes[name].double() * mask for name, mask in masks.items()}
-    paths = path_gradients(course.net, active, norm=norm, unit_scales=norm == "identity")
+    zero = {
+        name: layer.mask.double()
+        for name, layer in course.net.layers.items()
+        if name not in active and not bool(layer.parameter.detach().any())
+    }
+    paths = path_gradients(course.net, {**active, **zero}, norm=norm, unit_scales=norm == "identity")
     return {name: paths.scores[name].mul_(size) for name, size in active.items()}
 
 
@@ -178,15 +187,6 @@ def _first_batches(session: Session, count: int) -> list[tuple[Tensor, Tensor]]:
     if not batches:
         raise DataError("the training loader gives no batches to score edges by")
     return batches
-
-
-def _require_trainable(course: Course, method: str) -> None:
-    frozen = [f"`{name}`" for name, layer in course.layers.items() if not layer.parameter.requires_grad]
-    if frozen:
-        raise ConfigError(
-            f"method `{method}` ranks edges by gradients, and {', '.join(frozen[:4])} "
-            "asks for none; let it be trained, or wrap the model with `exclude` for it"
-        )
 
 
 def _require_signal(scores: Mapping[str, Tensor], method: str) -> None:

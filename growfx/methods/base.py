@@ -8,7 +8,8 @@ another; most have a single one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from growfx import ranks
+from growfx.error_text import one_line
 from growfx.errors import CheckpointError, ConfigError
 from growfx.layers import MaskedLayer
+from growfx.methods.scope import as_count
 from growfx.optimizer_hooks import clear_state, optimizers_of
 from growfx.session import Session, Stage
 from growfx.shards import is_sharded, own_part, part_of, reshard
@@ -30,11 +33,13 @@ __all__ = [
     "change_masks",
     "check_accuracy",
     "check_clock",
+    "check_net",
     "check_state",
     "collect_gradients",
     "dense_gradients",
     "find_shards",
     "not_attached",
+    "reading_state",
 ]
 
 
@@ -46,11 +51,18 @@ class Method(ABC):
         name: as in `growfx.methods.create`.
         changes_masks: False for one that leaves every mask as it is.
         needs_whole: why it cannot work where each rank has a part of the weights (`fully_shard`); "" where it can.
+        off_path: what it does with layers that no path crosses: "left" keeps their masks, as its rule ranks edges by
+            paths; "spare" does so as long as they leave at least half of the edges to the others; "changed" treats
+            them like any other (see `growfx.methods.scope`).
+        warns_of_loss: False for one that is told which masks to take, or that chooses among the edges the network has:
+            nobody is surprised when its masks replace others.
     """
 
     name: ClassVar[str]
     changes_masks: ClassVar[bool] = True
     needs_whole: ClassVar[str] = "it computes with whole weights"
+    off_path: ClassVar[str] = "spare"
+    warns_of_loss: ClassVar[bool] = True
 
     # -- in any loop ----------------------------------------------------------------------------------------
 
@@ -58,9 +70,12 @@ class Method(ABC):
     def attach(self, net: MaskedGraph, optimizer: Optimizer, *, total_steps: int, steps_per_epoch: int) -> None:
         """Draw the starting masks and set the clock.
 
-        `total_steps`: optimizer steps of the (final) training, `steps_per_epoch`: of one epoch.
-        Raises `ConfigError` where the options do not fit the network, and for methods that need more than one
-        training, or its data.
+        `total_steps`: optimizer steps of the (final) training, `steps_per_epoch`: of one epoch. `optimizer` must train
+        a masked weight of `net`; weights that other optimizers train take part like those of this one, and frozen
+        weights (`requires_grad=False`) keep their masks and do not count in the method's density.
+
+        Raises `ConfigError` where the options do not fit the network, where there is no mask to choose, for an
+        optimizer of another network, and for methods that need more than one training, or its data.
         """
 
     @abstractmethod
@@ -133,17 +148,41 @@ def check_accuracy(accuracy: float, noise: float | None) -> None:
     Point(1.0, float(accuracy), None if noise is None else float(noise))
 
 
-def check_clock(total_steps: int, steps_per_epoch: int) -> None:
-    """Raise `ConfigError` unless both are whole numbers from 1 up."""
-    for name, value in (("total_steps", total_steps), ("steps_per_epoch", steps_per_epoch)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"`{name}` is {value!r}; allowed are whole numbers from 1 up")
+def check_clock(total_steps: int, steps_per_epoch: int) -> tuple[int, int]:
+    """Return both as ints; `ConfigError` unless they are whole numbers (numpy's are too) from 1 up."""
+    return as_count("total_steps", total_steps), as_count("steps_per_epoch", steps_per_epoch)
+
+
+def check_net(method: Method, net: object) -> None:
+    """Raise `ConfigError` unless `net` is a masked network."""
+    from growfx.graph import MaskedGraph
+
+    if not isinstance(net, MaskedGraph):
+        raise ConfigError(
+            f"method `{method.name}` expected a growfx.MaskedGraph (from growfx.wrap), got {type(net).__name__}; wrap "
+            "the model first"
+        )
 
 
 def check_state(state: Mapping[str, Any], name: str) -> None:
     """Raise `CheckpointError` unless `state` is of the method `name`."""
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"expected the state of method `{name}` (a dict), got {type(state).__name__}")
     if state.get("method") != name:
         raise CheckpointError(f"the state is of method `{state.get('method')}`, not `{name}`")
+
+
+@contextmanager
+def reading_state(name: str) -> Generator[None]:
+    """Turn what a state of another version, or a damaged one, leads its reader into, into a `CheckpointError`."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else one_line(error)
+        raise CheckpointError(
+            f"the state of method `{name}` cannot be read ({reason}): it is of another version of growfx, or damaged; "
+            "continue with the version that wrote it, or start anew"
+        ) from error
 
 
 def not_attached(name: str) -> ConfigError:

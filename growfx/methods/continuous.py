@@ -177,7 +177,7 @@ class Continuous(Staged):
         return step_of(course, "rewind_epochs", self.rewind_epochs, limit)
 
     def _start(self, course: Campaign) -> None:
-        make_dense(course)
+        make_dense(course, self)
         gates = {name: SoftMask(layer.parameter, self.initial_mask) for name, layer in course.layers.items()}
         self._open(course, _Search.over(gates))
         self._keep_rewind_point(course)

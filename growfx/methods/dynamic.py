@@ -74,7 +74,7 @@ class Dynamic(SparseStart):
     # -- the same for all -----------------------------------------------------------------------------------
 
     def _start(self, course: Course) -> Mapping[str, Tensor]:
-        return self._random_start(course, self.density)
+        return self._start_masks(course, self.density)
 
     def _update(self, course: Course) -> Mapping[str, Tensor] | None:
         clock = self._clock(course)
@@ -274,7 +274,7 @@ class MEST(Dynamic):
         rate = self._rate(course)
         last = course.steps == self._clock(course).last
         excess = 0.0 if last else self.excess * rate / self.drop_fraction
-        base, target = (self._counts(course, density) for density in (self.density, self.density + excess))
+        base, target = self._counts(course, 0.0), self._counts(course, excess)
         keep = {
             name: min(layer.nnz, target[name], base[name] - int(rate * base[name]))
             for name, layer in course.layers.items()
@@ -282,9 +282,17 @@ class MEST(Dynamic):
         stream = f"after step {course.steps}"
         return exchange(course.masks, keep, target, self._worth(course), None, self.seed, stream)
 
-    def _counts(self, course: Course, density: float) -> dict[str, int]:
-        share = course.edges_at(min(density, 1.0)) / course.numel
-        return layer_counts(course.shapes, share, self.distribution)
+    def _counts(self, course: Course, more: float) -> dict[str, int]:
+        """Return each layer's share of `density` and `more`: by `distribution`, or by the edges of given masks."""
+        if self.masks != "given":
+            share = course.edges_at(min(self._density(course) + more, 1.0)) / course.numel
+            return layer_counts(course.shapes, share, self.distribution)
+        layers = course.layers
+        base = {name: course.start["counts"][name] for name in layers}
+        room = {name: layer.numel - base[name] for name, layer in layers.items()}
+        extra = min(round(more * course.scope.numel), sum(room.values()))
+        added = apportion(extra, {name: float(count) for name, count in base.items()}, room)
+        return {name: base[name] + added[name] for name in layers}
 
     def _worth(self, course: Course) -> dict[str, Tensor]:
         worth = _weights(course)

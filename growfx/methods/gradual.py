@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from growfx.density import DISTRIBUTIONS
@@ -16,11 +15,12 @@ from growfx.errors import ConfigError
 from growfx.methods.base import dense_gradients
 from growfx.methods.exchange import exchange, finite_magnitudes, keep_largest
 from growfx.methods.schedules import Clock, Ramp, anneal, step_at
-from growfx.methods.sparse_start import SparseStart
+from growfx.methods.sparse_start import SparseStart, settle_density
+from growfx.methods.starting import MASKS_OF_PRUNING, all_edges, given_masks, start_density
 from growfx.methods.stepwise import Course, Stepwise
 from growfx.options import option
 
-__all__ = ["GMP", "SPREADS", "GraNet"]
+__all__ = ["GMP", "SPREADS", "GraNet", "start_to_prune"]
 
 SPREADS = ("global", *DISTRIBUTIONS)
 
@@ -34,7 +34,9 @@ class GMP(Stepwise):
     exactly, whatever the number of updates before it.
 
     Attributes:
-        density: at the end, of all masked layers together.
+        density: at the end, of all masked layers together that are trained; None is that of given masks.
+        masks: "drawn" starts with all edges, whatever masks the network has; "given" prunes on from those it has, and
+            none of the edges absent there comes back.
         scope: "global" compares magnitudes over the whole network; "uniform", "erk" and "er" give each layer its share
             of the edges (`growfx.density`) and compare within it.
         start, end: of pruning, as fractions of all steps.
@@ -49,7 +51,8 @@ class GMP(Stepwise):
     name: ClassVar[str] = "gmp"
     needs_whole: ClassVar[str] = ""
 
-    density: float = option(0.1, low=0, high=1, open_low=True)
+    density: float | None = option(0.1, low=0, high=1, open_low=True)
+    masks: str = option("drawn", choices=MASKS_OF_PRUNING)
     scope: str = option("global", choices=SPREADS)
     start: float = option(0.0, low=0, high=1, open_high=True)
     end: float = option(0.75, low=0, high=1, open_low=True)
@@ -59,19 +62,36 @@ class GMP(Stepwise):
     def _check(self) -> None:
         if self.start >= self.end:
             raise ConfigError(f"`start` = {self.start} is not before `end` = {self.end}; allowed are smaller ones")
+        settle_density(self)
 
     def _start(self, course: Course) -> Mapping[str, Tensor]:
-        course.edges_at(self.density)
-        return {name: torch.ones_like(mask) for name, mask in course.masks.items()}
+        return start_to_prune(course, self.masks, self.density)
 
     def _update(self, course: Course) -> Mapping[str, Tensor] | None:
         ramp = Ramp(round(self.start * course.total_steps), step_at(self.end, course.total_steps), self.update_every)
         if not ramp.due(course.steps):
             return None
-        return _pruned(course, ramp.density(course.steps, 1.0, self.density), self.scope, self.seed)
+        first, last = course.start.get("first", 1.0), course.start.get("density", self.density)
+        return _pruned(course, ramp.density(course.steps, first, last), self.scope, self.seed)
 
     def _wants_gradient(self, course: Course, step: int) -> bool:
         return False
+
+
+def start_to_prune(course: Course, masks: str, density: float | None) -> dict[str, Tensor]:
+    """Return the masks that pruning to `density` starts from: all edges, or those given.
+
+    Notes the density of these as `course.start["first"]`, and the one to prune to as `course.start["density"]`.
+    """
+    if masks == "given":
+        last = start_density(course.scope, density, "density", at_most=True)
+        course.start |= {"first": course.scope.density, "density": last}
+        course.edges_at(last)
+        return given_masks(course.layers)
+    assert density is not None
+    course.edges_at(density)
+    course.start |= {"first": 1.0, "density": density}
+    return all_edges(course.layers)
 
 
 def _pruned(course: Course, density: float, spread: str, seed: int) -> dict[str, Tensor]:
@@ -91,8 +111,9 @@ class GraNet(SparseStart):
     its sparse-to-sparse. A step whose gradients are not finite has no regeneration.
 
     Attributes:
-        density: at the end, of all masked layers together.
-        initial_density: at the start; below 1 at random by `distribution`, and initialised by `init`.
+        density: at the end, of all masked layers together that are trained; None is that of given masks.
+        initial_density: at the start; below 1 as `masks` says (see `SparseStart`), and initialised by `init`. With
+            given masks it is theirs, so there it stays at 1.
         prune_until: fraction of all steps at which `density` is reached, exactly and at an update of its own.
         update_every: optimizer steps from update to update.
         drop_fraction, last_drop_fraction: of a layer's edges, exchanged by an update at the start and at the end of
@@ -106,6 +127,7 @@ class GraNet(SparseStart):
     name: ClassVar[str] = "granet"
     needs_whole: ClassVar[str] = ""
 
+    density: float | None = option(0.1, low=0, high=1, open_low=True)
     initial_density: float = option(1.0, low=0, high=1, open_low=True)
     prune_until: float = option(0.5, low=0, high=1, open_low=True)
     update_every: int = option(100, low=1)
@@ -113,7 +135,7 @@ class GraNet(SparseStart):
     last_drop_fraction: float = option(0.005, low=0, high=1)
 
     def _check(self) -> None:
-        if self.initial_density < self.density:
+        if self.density is not None and self.initial_density < self.density:
             raise ConfigError(
                 f"`initial_density` = {self.initial_density} is below `density` = {self.density}; "
                 "allowed is at least that"
@@ -124,22 +146,29 @@ class GraNet(SparseStart):
                 "allowed is at most that"
             )
 
-        if self.initial_density == 1 and self.init != "dense":
+        if self.initial_density == 1 and self.init != "dense" and self.masks != "given":
             raise ConfigError(
                 f"`init` = `{self.init}` has no effect at `initial_density` = 1, where nothing is sparse yet; allowed "
                 "is `dense`, or a lower `initial_density`"
             )
 
     def _start(self, course: Course) -> Mapping[str, Tensor]:
-        course.edges_at(self.density)
-        return self._random_start(course, self.initial_density)
+        if self.masks == "given":
+            masks = start_to_prune(course, self.masks, self.density)
+            if self.initial_density not in (1.0, course.start["first"]):
+                start_density(course.scope, self.initial_density, "initial_density")
+            return self._initialised(course, masks)
+        course.edges_at(self._density(course))
+        masks = self._start_masks(course, self.initial_density)
+        course.start |= {"first": self.initial_density, "density": self.density}
+        return masks
 
     def _update(self, course: Course) -> Mapping[str, Tensor] | None:
         ramp = self._ramp(course)
         masks = None
         if ramp.due(course.steps):
-            density = ramp.density(course.steps, self.initial_density, self.density)
-            masks = _pruned(course, density, "global", self.seed)
+            first, last = course.start.get("first", self.initial_density), course.start.get("density", self.density)
+            masks = _pruned(course, ramp.density(course.steps, first, last), "global", self.seed)
         if self._regenerates(course, course.steps):
             masks = self._regenerated(course, masks or course.masks) or masks
         return masks

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -25,16 +25,19 @@ from growfx.methods.base import (
     change_masks,
     check_accuracy,
     check_clock,
+    check_net,
     check_state,
     collect_gradients,
     dense_gradients,
     find_shards,
     not_attached,
+    reading_state,
 )
-from growfx.methods.growth import Origin, Snapshot, next_nnz
+from growfx.methods.growth import Origin, Snapshot, grown_density, next_nnz, seeded
+from growfx.methods.scope import Scope, check_optimizer, find_scope
+from growfx.methods.starting import MASKS, warn_if_replaced
 from growfx.optimizer_hooks import StepWatch
 from growfx.options import TrainOptions, check_ranges, option
-from growfx.passes.seed import seed_masks
 from growfx.paths import PathProducts
 from growfx.plateau import Decision, LogisticFit, PlateauRule, Point
 from growfx.session import Session, Stage
@@ -54,6 +57,7 @@ class Growth:
 
     Attributes:
         net, optimizer: what the method is attached to.
+        scope: the layers that may grow, and what densities count.
         steps_per_epoch: optimizer steps; `steps` counts those of the round under way.
         trace: one entry a round, see `Growing.trace`.
         snapshots: rounds that may be gone back to, by number.
@@ -65,6 +69,7 @@ class Growth:
 
     net: MaskedGraph
     optimizer: Optimizer
+    scope: Scope
     steps_per_epoch: int
     steps: int = 0
     growing: bool = True
@@ -95,7 +100,12 @@ class Growing(Method):
     """Growth in rounds with a stop at the plateau.
 
     Attributes:
-        seed_density: density of the seed; None takes the smallest of 1, 2, 5, 10 % where every unit is alive.
+        masks: of the seed: "drawn" by expected visits of random walks, whatever masks the network has (a
+            `GrowfxWarning` where that loses some); "given" grows from those it has; "magnitude" from its largest
+            weights, over all layers at once.
+        seed_density: density of the seed; None takes the smallest of 1, 2, 5, 10 % where every unit is alive (with
+            given masks, theirs). Layers that no path crosses stay dense: where they alone are more than 10 %, these are
+            fractions of the others.
         growth_ratio: edges of a round over those of the round before.
         epochs_per_round: length of a growth round, by the clock of `step()`.
         seed_epochs: length of the first round, in which the seed is trained; None takes that of the others. A short one
@@ -108,8 +118,10 @@ class Growing(Method):
         seed: of the starting masks and of every draw.
     """
 
+    off_path: ClassVar[str] = "left"
     reads_gradient: ClassVar[bool]  # whether `_grown` reads `Growth.gradients`
 
+    masks: str = option("drawn", choices=MASKS)
     seed_density: float | None = option(None, low=0, high=1, open_low=True)
     growth_ratio: float = option(1.3, low=1, high=10, open_low=True)
     epochs_per_round: int = option(2, low=1)
@@ -151,14 +163,18 @@ class Growing(Method):
         Raises `ConfigError` where layers off path alone are denser than the seed, and `TraceError` for a
         network without path products.
         """
-        check_clock(total_steps, steps_per_epoch)
+        check_net(self, net)
+        _, steps_per_epoch = check_clock(total_steps, steps_per_epoch)
         find_shards(self, net)
+        scope = find_scope(self, net)
+        check_optimizer(self, net, optimizer)
         with unsharded(net):
-            start = seed_masks(net, self.seed_density, seed=self.seed, largest=self.max_density)
-        growth = Growth(net, optimizer, steps_per_epoch)
+            masks = seeded(scope, self.masks, self.seed_density, self.max_density, self.seed)
+        warn_if_replaced(self, scope, masks)
+        growth = Growth(net, optimizer, scope, steps_per_epoch)
         if self.final_weights == "initial":
             growth.origin = Origin.take(net)
-        change_masks(net, optimizer, start.masks)
+        change_masks(net, optimizer, masks)
         object.__setattr__(self, "_growth", growth)
         self._look_ahead()
 
@@ -225,7 +241,7 @@ class Growing(Method):
         if not self.reads_gradient or growth is None or not growth.growing:
             return False
         last = growth.steps % self._round_steps == self._round_steps - 1
-        return last and self._wanted(growth.net) > 0
+        return last and self._wanted(growth.scope) > 0
 
     @property
     def _round_epochs(self) -> int:
@@ -260,6 +276,7 @@ class Growing(Method):
             "fit": None,
             "dead_units": sum(int((~alive).sum()) for alive in paths.alive_out.values()),
             "off_path": sum(growth.net.layers[name].numel for name in paths.off_path),
+            **({} if growth.scope.is_whole else {"budget_density": growth.scope.density}),
         }
         growth.trace.append(entry)
         decision = None
@@ -274,7 +291,7 @@ class Growing(Method):
 
     def _points(self) -> list[tuple[int, Point]]:
         measured = [entry for entry in self._attached().trace if entry["val_accuracy"] is not None]
-        return [(e["round"], Point(e["density"], e["val_accuracy"], e["noise"])) for e in measured]
+        return [(e["round"], Point(grown_density(e), e["val_accuracy"], e["noise"])) for e in measured]
 
     def _decide(self) -> Decision:
         """Fit the rounds so far and write the decision to the trace, rounds by their number."""
@@ -298,26 +315,29 @@ class Growing(Method):
         """Drop rounds that are surely too far from the plateau: a snapshot is as large as the network."""
         growth = self._attached()
         for number in list(growth.snapshots)[:-1]:
-            gain, error = fit.gain(growth.trace[number]["density"])
+            gain, error = fit.gain(grown_density(growth.trace[number]))
             if gain[0] - rule.errors * error[0] > rule.margin * rule.tolerance:
                 del growth.snapshots[number]
 
-    def _wanted(self, net: MaskedGraph) -> int:
+    def _wanted(self, scope: Scope) -> int:
         """Return how many edges more the next round has."""
-        return max(next_nnz(net.nnz, net.numel, self.growth_ratio, self.max_density) - net.nnz, 0)
+        nnz = scope.nnz
+        return max(next_nnz(nnz, scope.numel, self.growth_ratio, self.max_density) - nnz, 0)
 
     def _grow(self, paths: PathProducts) -> int:
         """Give the network its next edges; returns how many more it has."""
         growth = self._attached()
         net, before = growth.net, growth.net.nnz
-        wanted = self._wanted(net)
-        if wanted:
+        wanted, layers = self._wanted(growth.scope), growth.scope.layers
+        # what is not among the scores does not grow
+        paths = replace(paths, scores={name: score for name, score in paths.scores.items() if name in layers})
+        if wanted and paths.scores:
             keys = EdgeKeys(self.seed, f"growth round {len(growth.trace)}")
             change_masks(net, growth.optimizer, self._grown(growth, paths, wanted, keys))
         return net.nnz - before
 
     def _why_no_growth(self, decision: Decision | None) -> str:
-        if self._wanted(self._attached().net):
+        if self._wanted(self._attached().scope):
             return "no absent edge lies on a path"
         if decision is None:
             return "max_density"
@@ -352,7 +372,7 @@ class Growing(Method):
     @property
     def trace(self) -> list[dict[str, Any]]:
         """One entry a round: round, density, nnz, val_accuracy, noise, fit (curve and decision), dead_units,
-        off_path.
+        off_path; with frozen layers also budget_density, over the others, which the fit is about.
 
         dead_units: output units that no path of non-zero weights crosses, at the end of the round (edges just
         grown are zero). off_path: edges in layers that no path can cross.
@@ -384,6 +404,7 @@ class Growing(Method):
         growth = self._attached()
         return {
             "method": self.name,
+            "scope": growth.scope.state_dict(),
             "steps": growth.steps,
             "growing": growth.growing,
             "stop_reason": growth.stop_reason,
@@ -403,14 +424,18 @@ class Growing(Method):
         """
         own = self._attached()
         check_state(state, self.name)
-        snapshots = {int(k): Snapshot.from_state(v, own.net) for k, v in state["snapshots"].items()}
-        own.steps, own.growing = int(state["steps"]), bool(state["growing"])
-        own.stop_reason, own.operating_round = str(state["stop_reason"]), state["operating_round"]
-        own.finished = bool(state["finished"])
-        own.trace, own.snapshots = copy.deepcopy(state["trace"]), snapshots
-        own.gradients = {name: _fitting(own.net, name, value) for name, value in state["gradients"].items()}
-        origin = state.get("origin")  # states of version 0.1 have none
-        own.origin = None if origin is None else Origin.from_state(origin, own.net)
+        with reading_state(self.name):
+            scope = own.scope.restored(state.get("scope"))  # states of version 0.1 have none
+            snapshots = {int(k): Snapshot.from_state(v, own.net) for k, v in state["snapshots"].items()}
+            gradients = {name: _fitting(own.net, name, value) for name, value in state["gradients"].items()}
+            found = state.get("origin")  # states of version 0.1 have none
+            origin = None if found is None else Origin.from_state(found, own.net)
+            steps, growing, finished = int(state["steps"]), bool(state["growing"]), bool(state["finished"])
+            reason, operating = str(state["stop_reason"]), state["operating_round"]
+            trace = list(copy.deepcopy(state["trace"]))
+        own.scope, own.steps, own.growing, own.finished = scope, steps, growing, finished
+        own.stop_reason, own.operating_round, own.trace = reason, operating, trace
+        own.snapshots, own.gradients, own.origin = snapshots, gradients, origin
         self._look_ahead()
 
 

@@ -1,24 +1,27 @@
-"""What growth methods share: how many edges next, and going back to an earlier round."""
+"""What growth methods share: the seed, how many edges next, and going back to an earlier round."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from growfx.errors import CheckpointError
+from growfx.errors import CheckpointError, ConfigError
 from growfx.mask_bits import pack, unpack
+from growfx.methods.scope import Scope, is_frozen
+from growfx.methods.starting import given_masks, is_resuming, start_density
+from growfx.passes.seed import seed_masks
 from growfx.shards import own_part, part_of
 
 if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
 
-__all__ = ["DRAWS", "Origin", "Snapshot", "next_nnz"]
+__all__ = ["DRAWS", "Origin", "Snapshot", "grown_density", "next_nnz", "seeded"]
 
 DRAWS = ("sampled", "top")  # in proportion to a score, or the largest scores
 
@@ -31,6 +34,30 @@ def next_nnz(nnz: int, numel: int, growth_ratio: float, max_density: float) -> i
     """
     limit = round(max_density * numel)
     return min(max(round(growth_ratio * nnz), nnz + 1), limit)
+
+
+def seeded(scope: Scope, masks: str, density: float | None, largest: float, seed: int) -> Mapping[str, Tensor]:
+    """Return the masks that growth starts from: "drawn", "given" or of "magnitude".
+
+    `density`: of the seed, `largest`: where growth ends, both over the layers that a density counts for `scope`.
+    Raises `ConfigError` where the layers off every path, or the given masks, have another density or a larger one.
+    """
+    if masks != "given":
+        frozen = [name for name in scope.net.layers if name not in scope.budget]
+        which: dict[str, Any] = {"layers": scope.names, "frozen": frozen, "by_magnitude": masks == "magnitude"}
+        return seed_masks(scope.net, density, seed=seed, largest=largest, **which).masks
+    own = start_density(scope, density, "seed_density")
+    if scope.nnz > round(largest * scope.numel) and not is_resuming():
+        raise ConfigError(
+            f"the given masks have density {own:.4g}, above `max_density` {largest}; growth starts at the one and ends "
+            "at the other"
+        )
+    return given_masks(scope.layers)
+
+
+def grown_density(entry: Mapping[str, Any]) -> float:
+    """Return the density of a round in the trace over the layers that count for growth: frozen ones do not."""
+    return entry.get("budget_density", entry["density"])
 
 
 @dataclass(frozen=True)
@@ -55,11 +82,15 @@ class Snapshot:
         return cls(masks, active, {name: own_part(value).cpu().clone() for name, value in _rest(net).items()})
 
     def restore(self, net: MaskedGraph, optimizer: Optimizer) -> None:
-        """Make `net` what it was, and forget the optimizer's state: it belongs to another network."""
-        masks = {name: unpack(self.masks[name], layer.mask) for name, layer in net.layers.items()}
+        """Make `net` what it was, and forget the optimizer's state: it belongs to another network.
+
+        Frozen layers keep the weights and masks they have now.
+        """
+        layers = {name: layer for name, layer in net.layers.items() if not is_frozen(layer)}
+        masks = {name: unpack(self.masks[name], layer.mask) for name, layer in layers.items()}
         net.set_masks(masks)
         with torch.no_grad():
-            for name, layer in net.layers.items():
+            for name, layer in layers.items():
                 own, mask = own_part(layer.parameter), part_of(masks[name], layer.parameter)
                 own.zero_().masked_scatter_(mask, self.active[name].to(own))
             for name, value in _rest(net).items():
@@ -99,9 +130,15 @@ class Origin:
         return cls({name: own_part(value).cpu().clone() for name, value in _unmasked(net).items()})
 
     def restore(self, net: MaskedGraph, optimizer: Optimizer) -> None:
-        """Put all of it back under the masks that `net` has now, and forget the optimizer's state."""
+        """Put all of it back under the masks that `net` has now, and forget the optimizer's state.
+
+        Frozen layers keep the weights they have now.
+        """
+        frozen = {id(layer.parameter) for layer in net.layers.values() if is_frozen(layer)}
         with torch.no_grad():
             for name, value in _unmasked(net).items():
+                if id(value) in frozen:
+                    continue
                 own_part(value).copy_(self.tensors[name])
         net.settle()
         optimizer.state.clear()

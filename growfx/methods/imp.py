@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from growfx.edge_keys import EdgeKeys
 from growfx.methods.base import change_masks
+from growfx.methods.sparse_start import settle_density
 from growfx.methods.staged import (
     Campaign,
     Staged,
@@ -18,6 +19,7 @@ from growfx.methods.staged import (
     step_of,
     trace_entry,
 )
+from growfx.methods.starting import MASKS_OF_PRUNING, start_density
 from growfx.options import option
 from growfx.selection import top
 from growfx.session import Stage
@@ -31,7 +33,7 @@ REWINDS = ("weights", "learning-rate", "continued")
 class IMP(Staged):
     """Lottery tickets by iterative magnitude pruning (Frankle & Carbin, ICLR 2019; Frankle et al., ICML 2020).
 
-    Level 0 trains the network with all edges of the layers that paths cross (others keep their masks). After each level
+    Level 0 trains the network with all edges of the layers it may change (others keep their masks). After each level
     the present edges of smallest magnitude, over all these layers at once, are pruned, the optimizer's state is
     forgotten, and the next level is trained; the last one has exactly `density`. The cost is that of one training a
     level.
@@ -46,7 +48,8 @@ class IMP(Staged):
     The trace has one entry a level, with its density and the last accuracy reported in it.
 
     Attributes:
-        density: at the last level, of all masked layers together.
+        density: at the last level, of all masked layers together that are trained; None is that of given masks.
+        masks: "drawn" starts with all edges, whatever masks the network has; "given" prunes on from those it has.
         prune_fraction: of the present edges, pruned after each level; the last pruning stops at `density`.
         levels: how many times to prune, the same fraction each time; 1 prunes once, to `density`. None prunes
             `prune_fraction` as often as needed.
@@ -63,7 +66,8 @@ class IMP(Staged):
 
     name: ClassVar[str] = "imp"
 
-    density: float = option(0.1, low=0, high=1, open_low=True)
+    density: float | None = option(0.1, low=0, high=1, open_low=True)
+    masks: str = option("drawn", choices=MASKS_OF_PRUNING)
     prune_fraction: float = option(0.2, low=0.01, high=1, open_high=True)
     levels: int | None = option(None, low=1, high=1000)
     rewind: str = option("weights", choices=REWINDS)
@@ -71,6 +75,7 @@ class IMP(Staged):
     seed: int = option(0, low=0, high=2**63 - 1)
 
     def _check(self) -> None:
+        settle_density(self)
         if self.levels is not None:
             refuse_unused(self, "prune_fraction", "`levels` given")
         if self.rewind == "continued":
@@ -79,8 +84,8 @@ class IMP(Staged):
     # -- levels ---------------------------------------------------------------------------------------------
 
     def _counts(self, course: Campaign) -> list[int]:
-        """Return how many edges of `course.layers` each level has, from all of them to the target."""
-        full, target = course.numel, course.edges_at(self.density)
+        """Return how many edges of `course.layers` each level has, from those it starts with to the target."""
+        full, target = self._ends(course)
         if self.levels is not None:
             keep = (target / full) ** (1 / self.levels)
             return [*(max(round(full * keep**level), target) for level in range(self.levels)), target]
@@ -90,6 +95,17 @@ class IMP(Staged):
             next_count = min(round(full * (1 - self.prune_fraction) ** len(counts)), counts[-1] - 1)
             counts.append(max(next_count, target))
         return counts
+
+    def _ends(self, course: Campaign) -> tuple[int, int]:
+        """Return with how many edges of `course.layers` level 0 starts, and how many the last level has."""
+        if self.masks != "given":
+            assert self.density is not None
+            return course.numel, course.edges_at(self.density)
+        if not course.start:
+            last = start_density(course.scope, self.density, "density", at_most=True)
+            course.start = {"first": {name: layer.nnz for name, layer in course.layers.items()}, "density": last}
+        first = sum(course.start["first"][name] for name in course.layers)
+        return first, min(course.edges_at(course.start["density"]), first)
 
     def _plan(self, course: Campaign) -> list[Stage]:
         epochs, first = course.run.options.epochs, self._rewind_step(course)
@@ -104,7 +120,8 @@ class IMP(Staged):
         return step_of(course, "rewind_epochs", self.rewind_epochs, course.run.options.epochs)
 
     def _start(self, course: Campaign) -> None:
-        make_dense(course)
+        if self.masks != "given":
+            make_dense(course, self)
         self._keep_rewind_point(course)
 
     def _keep_rewind_point(self, course: Campaign) -> None:
@@ -122,9 +139,10 @@ class IMP(Staged):
         course.trace.append(trace_entry(course, level=level))
         if not course.stages:
             return
-        counts = self._counts(course)
+        counts = self._counts(course)  # of other layers than the plan's, where some were frozen since
+        edges = counts[-1] if not course.stages[1:] else counts[min(level + 1, len(counts) - 1)]
         keys = EdgeKeys(self.seed, f"imp level {level}")
-        masks = top(course.magnitudes, counts[level + 1], keys, course.masks).masks
+        masks = top(course.magnitudes, edges, keys, course.masks).masks
         if self.rewind == "weights":
             return_to(course, course.memory["rewind"])
         course.restart_optimizer()

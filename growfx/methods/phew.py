@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from growfx.methods.scope import is_frozen
 from growfx.methods.sparse_start import StaticMasks
 from growfx.methods.stepwise import Course
 from growfx.passes.walks import walk_masks
@@ -23,7 +24,11 @@ class PHEW(StaticMasks):
     """
 
     name: ClassVar[str] = "phew"
+    off_path: ClassVar[str] = "left"
+    warns_of_loss: ClassVar[bool] = False
 
     def _start(self, course: Course) -> Mapping[str, Tensor]:
-        walks = walk_masks(course.net, course.edges_at(self.density), layers=course.layers, seed=self.seed)
+        frozen = [name for name, layer in course.net.layers.items() if is_frozen(layer)]
+        edges = course.edges_at(self.density)
+        walks = walk_masks(course.net, edges, layers=course.layers, through=frozen, seed=self.seed)
         return self._initialised(course, walks.masks)

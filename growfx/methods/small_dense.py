@@ -45,6 +45,7 @@ class SmallDense(StaticMasks):
     """
 
     name: ClassVar[str] = "small-dense"
+    off_path: ClassVar[str] = "left"
 
     def _start(self, course: Course) -> Mapping[str, Tensor]:
         edges = course.edges_at(self.density)
@@ -63,7 +64,7 @@ class SmallDense(StaticMasks):
         """Raise `ConfigError` where a network with one unit in every layer has more than `edges` edges."""
         fewest = sum(int((level < first).sum()) for level in levels.values())
         if edges < fewest:
-            least = self.density + (fewest - edges) / course.net.numel
+            least = self.density + (fewest - edges) / course.scope.numel
             raise ConfigError(
                 f"`density` is {self.density:.4g}; the narrowest network, with one unit wherever units can be removed, "
                 f"has {least:.4g}, so allowed are densities from there up"

@@ -17,9 +17,11 @@ import torch
 from torch.optim import Optimizer
 
 from growfx.errors import CheckpointError, ConfigError
-from growfx.methods.base import Method, change_masks, check_accuracy, check_clock, check_state
+from growfx.methods.base import Method, change_masks, check_accuracy, check_clock, check_state, reading_state
 from growfx.methods.growth import Snapshot
-from growfx.methods.stepwise import Course, layers_on_paths
+from growfx.methods.scope import check_optimizer, find_scope
+from growfx.methods.starting import all_edges, warn_if_replaced
+from growfx.methods.stepwise import Course
 from growfx.options import check_ranges
 from growfx.session import Session, Stage
 
@@ -123,16 +125,25 @@ class Staged(Method):
         """
         epochs, steps = session.options.epochs, session.steps_per_epoch
         check_clock(epochs * steps, steps)
-        layers = layers_on_paths(session.net)
-        if not layers:
-            raise ConfigError(f"method `{self.name}` has nothing to work on: no path crosses a masked layer")
-        course = Campaign(session.net, session.optimizer, layers, epochs * steps, steps, session=session)
+        scope = find_scope(self, session.net, self._least_density, off_path=self._chooser.off_path)
+        check_optimizer(self, session.net, session.optimizer)
+        course = Campaign(session.net, session.optimizer, scope, epochs * steps, steps, session=session)
         course.plan = self._plan(course)
         course.stages = list(course.plan)
         course.steps = course.plan[0].first_step
         course.fresh = copy.deepcopy(session.optimizer.state_dict())
         self._start(course)
         object.__setattr__(self, "_course", course)
+
+    @property
+    def _chooser(self) -> Method:
+        """The method by whose rule masks are chosen."""
+        return self
+
+    @property
+    def _least_density(self) -> float | None:
+        """The least density the method aims at; None for an outcome."""
+        return getattr(self, "density", None)
 
     def step(self) -> bool:
         """Count a step on the schedule of the stage under way."""
@@ -184,7 +195,9 @@ class Staged(Method):
         course = self._begun()
         return {
             "method": self.name,
-            "layers": {name: list(shape) for name, shape in course.shapes.items()},
+            "layers": {name: list(course.net.layers[name].mask.shape) for name in course.scope.names},
+            "scope": course.scope.state_dict(),
+            "start": copy.deepcopy(course.start),
             "stages_left": len(course.stages),
             "steps": course.steps,
             "accuracy": course.accuracy,
@@ -199,14 +212,26 @@ class Staged(Method):
         """
         course = self._begun()
         check_state(state, self.name)
-        if state["layers"] != {name: list(shape) for name, shape in course.shapes.items()}:
+        before = dict(vars(course))
+        try:
+            with reading_state(self.name):
+                self._read_state(course, state)
+        except BaseException:
+            vars(course).update(before)
+            raise
+
+    def _read_state(self, course: Campaign, state: Mapping[str, Any]) -> None:
+        course.scope = course.scope.restored(state.get("scope"))  # states of version 0.1 have none
+        course.start = copy.deepcopy(state.get("start", course.start))
+        if state["layers"] != {name: list(course.net.layers[name].mask.shape) for name in course.scope.names}:
             raise CheckpointError("the state is of a network with other layers; resume with the model it came from")
+        course.plan = self._plan(course)
         left = int(state["stages_left"])
         if not 0 <= left <= len(course.plan):
             raise CheckpointError(f"the state has {left} stages to come, this run {len(course.plan)} in all")
         course.stages = course.plan[len(course.plan) - left :]
         course.steps, course.accuracy = int(state["steps"]), state["accuracy"]
-        course.trace = copy.deepcopy(state["trace"])
+        course.trace = list(copy.deepcopy(state["trace"]))
         self._recall(course, copy.deepcopy(state["memory"]))
 
     def _begun(self) -> Campaign:
@@ -225,9 +250,11 @@ def trace_entry(course: Campaign, nnz: int | None = None, **more: Any) -> dict[s
     return {**entry, "val_accuracy": course.accuracy, "fit": None, **more}
 
 
-def make_dense(course: Campaign) -> None:
-    """Give the layers that paths cross all their edges; those that were absent start at zero."""
-    change_masks(course.net, course.optimizer, {name: torch.ones_like(mask) for name, mask in course.masks.items()})
+def make_dense(course: Campaign, method: Staged) -> None:
+    """Give the layers that may change all their edges; those that were absent start at zero."""
+    masks = all_edges(course.layers)
+    warn_if_replaced(method, course.scope, masks)
+    change_masks(course.net, course.optimizer, masks)
 
 
 def step_of(course: Campaign, name: str, epochs: float, limit: int) -> int:

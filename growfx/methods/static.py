@@ -16,13 +16,13 @@ __all__ = ["Static"]
 
 @dataclass(frozen=True)
 class Static(SparseStart):
-    """Random masks at `density`, drawn from `seed`, that never change; options as in `SparseStart`."""
+    """Masks that never change, at `density`: random ones, or as `masks` says; options as in `SparseStart`."""
 
     name: ClassVar[str] = "static"
     needs_whole: ClassVar[str] = ""
 
     def _start(self, course: Course) -> Mapping[str, Tensor]:
-        return self._random_start(course, self.density)
+        return self._start_masks(course, self.density)
 
     def _update(self, course: Course) -> None:
         return None

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from growfx import ranks
-from growfx.errors import CheckpointError, ConfigError, TraceError
+from growfx.errors import CheckpointError
 from growfx.layers import MaskedLayer
 from growfx.mask_bits import pack, unpack
 from growfx.methods.base import (
@@ -25,16 +25,19 @@ from growfx.methods.base import (
     change_masks,
     check_accuracy,
     check_clock,
+    check_net,
     check_state,
     collect_gradients,
     find_shards,
     not_attached,
+    reading_state,
 )
+from growfx.methods.scope import Scope, check_optimizer, find_scope
+from growfx.methods.starting import warn_if_replaced
 from growfx.optimizer_hooks import StepWatch
 from growfx.options import check_ranges
-from growfx.passes.path_products import path_gradients
 from growfx.session import Session, Stage
-from growfx.shards import reshard, unsharded
+from growfx.shards import reshard
 
 if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
@@ -48,11 +51,12 @@ class Course:
 
     Attributes:
         net, optimizer: what the method is attached to.
-        layers: the masked layers that some path crosses; the masks of all others are left alone.
+        scope: the layers whose masks may change, and what a density counts.
         total_steps: optimizer steps of the training; steps_per_epoch: of one epoch.
         steps: optimizer steps so far.
         updates: how many times masks were chosen anew.
         memory: what else the method has to remember, by name: tensors, numbers, lists, dicts.
+        start: what has to be known of the masks it started from, by name, as plain values.
         ever_active: per layer, which edges were active at any time.
         session: the run of `growfx.train`, None in a loop of one's own.
         stages: the stages of training still to come; empty in a loop of one's own.
@@ -60,13 +64,14 @@ class Course:
 
     net: MaskedGraph
     optimizer: Optimizer
-    layers: dict[str, MaskedLayer]
+    scope: Scope
     total_steps: int
     steps_per_epoch: int
     steps: int = 0
     updates: int = 0
     trace: list[dict[str, Any]] = field(default_factory=list)
     memory: dict[str, Any] = field(default_factory=dict)
+    start: dict[str, Any] = field(default_factory=dict)
     ever_active: dict[str, Tensor] = field(default_factory=dict)
     session: Session | None = None
     stages: list[Stage] = field(default_factory=list)
@@ -79,21 +84,14 @@ class Course:
         """Fraction of all steps made; may pass 1 when training goes on for longer than announced."""
         return self.steps / self.total_steps
 
-    def edges_at(self, density: float) -> int:
-        """How many edges `layers` have when all masked layers of the network together have `density`.
+    @property
+    def layers(self) -> dict[str, MaskedLayer]:
+        """The layers whose masks may change now; those frozen in the meantime are left out."""
+        return self.scope.layers
 
-        Raises `ConfigError` where the layers left alone have more than that, or nothing is left.
-        """
-        alone = sum(layer.nnz for name, layer in self.net.layers.items() if name not in self.layers)
-        total = self.net.numel
-        edges = round(density * total) - alone
-        if edges < 1:
-            raise ConfigError(
-                f"a density of {density:.4g} is {round(density * total)} of {total} edges; {alone} of them are in "
-                "layers no path crosses, which stay as they are, so allowed are densities above "
-                f"{alone / total:.4g} that leave at least one edge"
-            )
-        return min(edges, self.numel)
+    def edges_at(self, density: float) -> int:
+        """How many edges `layers` have at `density`, see `Scope.edges_at`."""
+        return self.scope.edges_at(density)
 
     @property
     def numel(self) -> int:
@@ -158,8 +156,8 @@ class Stepwise(Method):
     def attach(self, net: MaskedGraph, optimizer: Optimizer, *, total_steps: int, steps_per_epoch: int) -> None:
         """Choose the starting masks and set the clock.
 
-        Raises `ConfigError` where the options do not fit the network: for example where layers that no path
-        crosses, which stay as they are and are counted, alone are denser than `density`.
+        Raises `ConfigError` as `Method.attach`, where the options do not fit the network: for example where layers
+        that keep their masks and are counted alone are denser than `density`.
         """
         self._open(net, optimizer, total_steps, steps_per_epoch, None)
 
@@ -172,18 +170,26 @@ class Stepwise(Method):
     def _open(
         self, net: MaskedGraph, optimizer: Optimizer, total_steps: int, steps_per_epoch: int, session: Session | None
     ) -> Course:
-        check_clock(total_steps, steps_per_epoch)
+        check_net(self, net)
+        total_steps, steps_per_epoch = check_clock(total_steps, steps_per_epoch)
         find_shards(self, net)
-        with unsharded(net):
-            layers = layers_on_paths(net) if self.changes_masks else dict(net.layers)
-        course = Course(net, optimizer, layers, total_steps, steps_per_epoch, session=session)
+        scope = find_scope(self, net, self._least_density)
+        check_optimizer(self, net, optimizer)
+        course = Course(net, optimizer, scope, total_steps, steps_per_epoch, session=session)
         if ranks.is_shared(net):
             ranks.share_buffers(net)  # norms may count in the starting masks
-        change_masks(net, optimizer, self._start(course))
-        course.ever_active = {name: layer.mask.clone() for name, layer in layers.items()}
+        masks = self._start(course)
+        warn_if_replaced(self, scope, masks)
+        change_masks(net, optimizer, masks)
+        course.ever_active = {name: net.layers[name].mask.clone() for name in scope.names}
         object.__setattr__(self, "_course", course)
         self._look_ahead(course)
         return course
+
+    @property
+    def _least_density(self) -> float | None:
+        """The least density the method aims at; None for one without."""
+        return getattr(self, "density", None)
 
     def step(self) -> bool:
         """Count a step and, where one is due, choose masks anew. One that a loss scaler left out is not counted."""
@@ -194,7 +200,7 @@ class Stepwise(Method):
         if course.net.sharded:
             reshard(course.net)
         course.steps += 1
-        masks = self._update(course)
+        masks = self._update(course) if course.layers else None  # all may have been frozen
         changed = 0
         if masks is not None:
             course.updates += 1
@@ -242,7 +248,7 @@ class Stepwise(Method):
     @property
     def exploration(self) -> float:
         """Fraction of all edges that were active at any time (Rs of Liu et al., In-Time Over-Parameterization, ICML
-        2021), over the layers that some path crosses.
+        2021), over the layers that the method may change.
         """
         ever = self._attached().ever_active.values()
         return sum(int(seen.sum()) for seen in ever) / sum(seen.numel() for seen in ever)
@@ -271,6 +277,8 @@ class Stepwise(Method):
             "updates": course.updates,
             "trace": copy.deepcopy(course.trace),
             "memory": copy.deepcopy(course.memory),
+            "scope": course.scope.state_dict(),
+            "start": copy.deepcopy(course.start),
             "ever_active": {name: pack(mask) for name, mask in course.ever_active.items()},
             "stages_left": len(course.stages),
         }
@@ -282,31 +290,26 @@ class Stepwise(Method):
         """
         course = self._attached()
         check_state(state, self.name)
-        if set(state["ever_active"]) != set(course.layers):
-            raise CheckpointError("the state is of a network with other layers; resume with the model it came from")
-        course.steps, course.updates = int(state["steps"]), int(state["updates"])
-        course.trace = copy.deepcopy(state["trace"])
-        device = next(iter(course.layers.values())).mask.device if course.layers else torch.device("cpu")
-        course.memory = _moved(copy.deepcopy(state["memory"]), device)
-        for name, bits in state["ever_active"].items():
-            course.ever_active[name] = unpack(bits, course.layers[name].mask)
-        del course.stages[: len(course.stages) - int(state["stages_left"])]
+        with reading_state(self.name):
+            scope = course.scope.restored(state.get("scope"))  # states of version 0.1 have none
+            if set(state["ever_active"]) != set(scope.names):
+                raise CheckpointError("the state is of a network with other layers; resume with the model it came from")
+            layers = course.net.layers
+            ever_active = {name: unpack(bits, layers[name].mask) for name, bits in state["ever_active"].items()}
+            device = next((layer.mask.device for layer in layers.values()), torch.device("cpu"))
+            memory = _moved(copy.deepcopy(state["memory"]), device)
+            start = _moved(copy.deepcopy(state.get("start", {})), device)
+            steps, updates, left = (int(state[key]) for key in ("steps", "updates", "stages_left"))
+            trace = list(copy.deepcopy(state["trace"]))
+        course.scope, course.ever_active, course.memory, course.start = scope, ever_active, memory, start
+        course.steps, course.updates, course.trace = steps, updates, trace
+        del course.stages[: len(course.stages) - left]
         self._look_ahead(course)
 
     def _attached(self) -> Course:
         if self._course is None:
             raise not_attached(self.name)
         return self._course
-
-
-def layers_on_paths(net: MaskedGraph) -> dict[str, MaskedLayer]:
-    """Return the layers that some path from input to output crosses; all, where the paths of a network are unknown."""
-    ones = {name: torch.ones_like(layer.mask, dtype=torch.float64) for name, layer in net.layers.items()}
-    try:
-        off_path = path_gradients(net, ones, norm="identity", unit_scales=True).off_path
-    except TraceError:
-        off_path = {}
-    return {name: layer for name, layer in net.layers.items() if name not in off_path}
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -16,10 +16,12 @@ from growfx.edge_keys import EdgeKeys
 from growfx.errors import ConfigError
 from growfx.methods import kind_of, names
 from growfx.methods.base import Method, collect_gradients
+from growfx.methods.sparse_start import settle_density
 from growfx.methods.staged import Campaign, Staged, trace_entry
+from growfx.methods.starting import MASKS
 from growfx.methods.stepwise import Stepwise
 from growfx.norms import reestimate_norms
-from growfx.options import option
+from growfx.options import DefaultFloat, option
 from growfx.selection import top
 from growfx.session import Stage
 
@@ -27,6 +29,7 @@ __all__ = ["SupTickets", "join"]
 
 # How a method of this kind explores: one update, the last of a training of two steps, at a constant rate and density.
 _EXPLORING: dict[str, Any] = {"update_every": 1, "update_until": 1.0, "decay": "constant"}
+_OF_BASE = ("masks", "distribution", "update_every", "drop_fraction")
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,9 @@ class SupTickets(Staged):
 
     Attributes:
         base: a method that works step by step and has a density.
-        density: of all masked layers together, of tickets and of their average.
+        density: of all masked layers together that are trained, of tickets and of their average; None is that of given
+            masks.
+        masks: that the base starts from, as its own option; None takes its default, "drawn".
         tickets: number of cycles.
         cycle_epochs: length of a cycle; None gives all cycles together a tenth of the run, each at least one epoch.
         cycle_low, cycle_peak: learning rates, as fractions of the run's.
@@ -69,7 +74,8 @@ class SupTickets(Staged):
     name: ClassVar[str] = "sup-tickets"
 
     base: str = "rigl"
-    density: float = option(0.1, low=0, high=1, open_low=True)
+    density: float | None = option(DefaultFloat(0.1), low=0, high=1, open_low=True)
+    masks: str | None = option(None, choices=MASKS)
     tickets: int = option(3, low=1)
     cycle_epochs: int | None = option(None, low=1)
     cycle_low: float = option(0.01, low=0, high=1)
@@ -80,13 +86,17 @@ class SupTickets(Staged):
     drop_fraction: float | None = option(None, low=0, high=1)
     seed: int = option(0, low=0, high=2**63 - 1)
 
+    def __post_init__(self) -> None:
+        settle_density(self)
+        super().__post_init__()
+
     def _check(self) -> None:
         if not _can_be_base(kind_of(self.base)):
             allowed = ", ".join(f"`{name}`" for name in names() if _can_be_base(kind_of(name)))
             raise ConfigError(
                 f"`base` = '{self.base}' does not work step by step towards a density; allowed: {allowed}"
             )
-        for name in ("distribution", "update_every", "drop_fraction"):
+        for name in _OF_BASE:
             if getattr(self, name) is not None and not self._base_has(name):
                 raise ConfigError(f"`{name}` has no effect with `base` = '{self.base}', which has no such option")
         if self.explore_fraction and not self._base_has("drop_fraction"):
@@ -109,9 +119,19 @@ class SupTickets(Staged):
     def _base_has(self, name: str) -> bool:
         return name in _options_of(kind_of(self.base))
 
+    def _density(self, course: Campaign) -> float:
+        """Return `density`, or that of the given masks."""
+        if self.density is not None:
+            return self.density
+        return course.start.setdefault("density", course.scope.density)
+
+    @property
+    def _chooser(self) -> Method:
+        """The base."""
+        return self._make_base()
+
     def _make_base(self) -> Stepwise:
-        shared = ("distribution", "update_every", "drop_fraction")
-        given = {name: getattr(self, name) for name in shared if getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in _OF_BASE if getattr(self, name) is not None}
         if self._base_has("seed"):
             given["seed"] = self.seed
         kind: Any = kind_of(self.base)
@@ -148,7 +168,7 @@ class SupTickets(Staged):
     # -- stages ---------------------------------------------------------------------------------------------
 
     def _plan(self, course: Campaign) -> list[Stage]:
-        course.edges_at(self.density)
+        course.edges_at(self._density(course))
         epochs = course.run.options.epochs
         length = self.cycle_epochs or max(1, epochs // (10 * self.tickets))
         left = epochs - self.tickets * length
@@ -205,7 +225,7 @@ class SupTickets(Staged):
         magnitudes = {name: average[weight].abs() for name, (weight, _) in keys.items()}
         present = {name: before[mask] | ticket[mask] for name, (_, mask) in keys.items()}
         ties = EdgeKeys(self.seed, f"ticket {course.stages_done}")
-        masks = top(magnitudes, course.edges_at(self.density), ties, present).masks
+        masks = top(magnitudes, course.edges_at(self._density(course)), ties, present).masks
         for name, (weight, mask) in keys.items():
             average[mask] = masks[name]
             average[weight] = torch.where(masks[name], average[weight], 0)

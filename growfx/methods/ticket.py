@@ -39,7 +39,7 @@ class Ticket(Stepwise):
     * with another `seed` of the run: the same masks from fresh weights;
     * with `shuffle`: masks with the same number of edges in every layer, at random places.
 
-    Layers that no path crosses take the masks of the source too, in their place.
+    Layers that no path crosses take the masks of the source too; frozen layers keep their own.
 
     Attributes:
         source: folder of a finished run, or an artifact (its folder or weights file). It is read at the start of a run,
@@ -49,6 +49,8 @@ class Ticket(Stepwise):
     """
 
     name: ClassVar[str] = "ticket"
+    off_path: ClassVar[str] = "changed"
+    warns_of_loss: ClassVar[bool] = False
     source: str = ""
     shuffle: bool = False
     seed: int = option(0, low=0, high=2**63 - 1)
@@ -59,8 +61,8 @@ class Ticket(Stepwise):
                 "method `ticket` has no `source`; give the path of a finished run or of an artifact to take masks from"
             )
         masks = read_masks(Path(self.source))
-        _check_fit(course.net, masks, self.source)
-        own = {name: masks[name] for name in course.net.layers}
+        _check_fit(course.net, course.layers, masks, self.source)
+        own = {name: masks[name] for name in course.layers}
         return {name: self._shuffled(name, mask) if self.shuffle else mask for name, mask in own.items()}
 
     def _shuffled(self, name: str, mask: Tensor) -> Tensor:
@@ -101,18 +103,18 @@ def read_masks(path: Path) -> dict[str, Tensor]:
     return {name: net[f"{name}.mask"] for name in layers if any(f"{name}.{key}" in net for key in _WEIGHTS)}
 
 
-def _check_fit(net: MaskedGraph, masks: Mapping[str, Tensor], source: str) -> None:
-    """Raise `ConfigError` unless the masks are those of the network's layers."""
+def _check_fit(net: MaskedGraph, layers: Mapping[str, MaskedLayer], masks: Mapping[str, Tensor], source: str) -> None:
+    """Raise `ConfigError` unless the masks are those of the network's layers, and there are some for all `layers`."""
     # a checkpoint names layers with tied weights once each
     known = {name for name, module in net.named_modules(remove_duplicate=False) if isinstance(module, MaskedLayer)}
-    missing = [f"`{name}`" for name in net.layers if name not in masks]
+    missing = [f"`{name}`" for name in layers if name not in masks]
     extra = [f"`{name}`" for name in masks if name not in known | set(net.layers)]
     complaints = []
     if missing:
         complaints.append(f"it has no masks of {_listed(missing)}")
     if extra:
         complaints.append(f"the network has no masked layers {_listed(extra)}")
-    for name, layer in net.layers.items():
+    for name, layer in layers.items():
         shape, own = tuple(masks[name].shape) if name in masks else None, tuple(layer.mask.shape)
         if shape is not None and shape != own:
             complaints.append(f"`{name}` is {shape} there and {own} in the network")
