@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from growfx.errors import GrowfxError
 from growfx.evaluation import logits_of
 from growfx.graph import MaskedGraph, chain_tensors
 from growfx.options import TrainOptions
+from growfx.randomness import randomness_of, set_randomness
 
 if TYPE_CHECKING:
     from growfx.methods.base import Method
@@ -38,13 +40,42 @@ def windows(batches: Iterable[Any], length: int) -> Iterator[list[Any]]:
         yield window
 
 
+@dataclass(frozen=True)
+class _Moment:
+    """What a forward pass in training moves besides gradients: the buffers of a network, and the random generators.
+
+    buffers: module, name, tensor and a copy of it. random: see `randomness_of`, of `device`.
+    """
+
+    buffers: list[tuple[nn.Module, str, Tensor, Tensor]]
+    random: dict[str, Any]
+    device: torch.device
+
+    @classmethod
+    def of(cls, net: MaskedGraph) -> "_Moment":
+        masks = {id(layer.mask) for layer in net.layers.values()}
+        named = [(module, name, value) for module in net.modules() for name, value in module._buffers.items()]
+        own = {id(value): (module, name, value) for module, name, value in named if value is not None}
+        kept = [(*entry, entry[2].clone()) for key, entry in own.items() if key not in masks]
+        device = next(chain_tensors(net)).device
+        return cls(kept, randomness_of(device), device)
+
+    def put_back(self) -> None:
+        with torch.no_grad():
+            for module, name, value, copy in self.buffers:
+                value.copy_(copy)
+                module._buffers[name] = value  # a forward may have put another tensor in its place
+        set_randomness(self.random, self.device)
+
+
 class TrainStep:
     """What is done with the batches of one step, in the order of a loop of one's own (`growfx.methods`).
 
     Gradients are those of the mean loss over all images of the window; batch norm sees one batch at a time. They are
     unscaled, and those of absent edges taken, before they are clipped: what a method reads depends on neither. A step
-    whose gradients overflow in fp16 is repeated on the same batches at a smaller scale, so that method, learning rates
-    and data count the same steps; the cost of a run counts it once.
+    whose gradients overflow in fp16 is repeated on the same batches at a smaller scale, from the buffers (norm
+    statistics) and random numbers (dropout) of the first try, so that the step is the one that a smaller scale would
+    have made at once; method, learning rates, data and cost count it once.
 
     Attributes:
         net, optimizer, method: attached to each other before the first step.
@@ -75,8 +106,11 @@ class TrainStep:
         Raises `GrowfxError` for gradients that overflow in fp16 at every scale of a finite loss.
         """
         batches = list(window) if self.mix is None else [self.mix(*batch) for batch in window]
+        before = None if self._scaler is None else _Moment.of(self.net)  # nothing else is ever repeated
         loss = self._backward(batches)
         while not self._update() and ranks.finite(loss):
+            assert before is not None
+            before.put_back()
             self._start_again()
             loss = self._backward(batches)
         changed = self.method.step()

@@ -1,8 +1,10 @@
 """Mixed precision: what a loss scaler leaves out counts nowhere, and what methods read is unscaled."""
 
 import dataclasses
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from method_nets import small_net
@@ -10,9 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 from training_nets import QUICK, final_state, fresh_net, interrupt_at, loaders
 
+import growfx
 from growfx import methods
 from growfx.errors import GrowfxError
 from growfx.options import TrainOptions
+from growfx.recipe import seed_globally
 from growfx.train_step import TrainStep
 from growfx.training import train
 
@@ -113,6 +117,47 @@ def test_a_run_repeats_what_overflows_at_a_smaller_scale_and_counts_it_once(clip
     assert 0 < step.state_dict()["scale"] < 65536
 
 
+class Stateful(nn.Module):
+    """Everything that a forward in training moves: norm statistics, a buffer made anew, torch's and numpy's numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5)
+        self.head = nn.Linear(8, 4)
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.conv(x))).mean((2, 3))
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().float().mean(0)
+            x = x * float(1 + np.random.rand()) * (1 + random.random())  # noqa: NPY002
+        return self.head(self.drop(x))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_repeated_step_is_the_one_that_a_smaller_scale_makes_at_once(accumulate):
+    def trained(first_scale: float):
+        torch.manual_seed(0)
+        net = growfx.wrap(Stateful(), torch.randn(2, 3, 8, 8)).train()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        method = methods.create("static", density=0.5)
+        method.attach(net, optimizer, total_steps=9, steps_per_epoch=3)
+        step = TrainStep(net, optimizer, method, Overflowing(8.0), TrainOptions(amp="fp16", device="cpu"))
+        step.load_state_dict({**step.state_dict(), "scale": first_scale})
+        seed_globally(3, 0)
+        for number in range(3):
+            step(*(batch(10 * number + part) for part in range(accumulate)))
+        return net.state_dict(), step.state_dict()["scale"], (torch.rand(1), np.random.rand(), random.random())  # noqa: NPY002
+
+    repeated, scale, numbers = trained(2.0**16)
+    at_once, own_scale, own_numbers = trained(scale)
+    assert own_scale == scale < 2.0**14
+    assert repeated["norm.num_batches_tracked"] == 3 * accumulate
+    assert repeated["mean"].any()
+    assert all(torch.equal(repeated[name], value) for name, value in at_once.items())
+    assert numbers == own_numbers
+
+
 def test_gradients_that_overflow_at_every_scale_end_the_run():
     net, optimizer, method = begin()
     step = TrainStep(net, optimizer, method, Overflowing(0.0), TrainOptions(amp="fp16", device="cpu"))
@@ -158,7 +203,8 @@ def test_clipping_leaves_the_gradients_that_methods_read_and_ignores_absent_edge
         net, optimizer, method = begin(update_every=1 if collects else 5)
         step = TrainStep(net, optimizer, method, nn.CrossEntropyLoss(), TrainOptions(clip_grad=0.01, device="cpu"))
         step.method = methods.create("static", density=1.0)
-        step.method.attach(small_net(), optimizer, total_steps=1, steps_per_epoch=1)
+        other = small_net()
+        step.method.attach(other, torch.optim.SGD(other.parameters(), lr=0.05), total_steps=1, steps_per_epoch=1)
         step(batch(0))
         weights.append(net.layers["stem"].parameter.detach().clone())
         gradients.append(net.layers["stem"].dense_gradient)
