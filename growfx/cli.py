@@ -98,6 +98,15 @@ def _listed(kind: Callable[[str], Any]) -> Callable[..., tuple[Any, ...]]:
     return parse
 
 
+def _exclude_option() -> Callable[..., Any]:
+    return click.option(
+        "--exclude",
+        multiple=True,
+        metavar="PATTERN",
+        help="leave layers named like this without a mask (`aux*`); repeatable",
+    )
+
+
 def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of a command that makes a run."""
     decorators = [
@@ -106,6 +115,7 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--out", required=True, type=click.Path(path_type=Path), help="run folder"),
         click.option("--epochs", type=int, help="length of the (final) training"),
         click.option("--seed", type=int, default=0, show_default=True, help="of everything drawn"),
+        _exclude_option(),
         click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="any other option"),
         click.option("--resume", is_flag=True, help="continue the run in --out (or start it)"),
         click.option("--overwrite", is_flag=True, help="replace the run in --out"),
@@ -234,6 +244,7 @@ def eval_command(path: Path, data: str, split: str, assignments: tuple[str, ...]
 @click.option("--seeds", default="0", show_default=True, callback=_listed(int), help="one run each")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="folder of the comparison")
 @click.option("--epochs", type=int, help="length of the (final) training")
+@_exclude_option()
 @click.option("--set", "assignments", multiple=True, metavar="[METHOD.]KEY=VALUE", help="any other option")
 @click.option("--sweep", "sweeps", multiple=True, metavar="METHOD.KEY=V1,V2", help="run a method with each value")
 @click.option("--controls", is_flag=True, help="add controls of equal cost, and tickets with other masks or weights")
@@ -395,6 +406,7 @@ def _run(
     out: Path,
     epochs: int | None,
     seed: int,
+    exclude: tuple[str, ...],
     assignments: tuple[str, ...],
     resume: bool,
     overwrite: bool,
@@ -407,7 +419,9 @@ def _run(
     from growfx.compare_runs import RunSpec
     from growfx.report import result_rows, table
 
-    spec = RunSpec.parse(model, data, method_name, assignments, seed=seed, epochs=epochs, method_options=method_options)
+    spec = RunSpec.parse(
+        model, data, method_name, assignments, seed=seed, epochs=epochs, method_options=method_options, exclude=exclude
+    )
     with process_group(spec.train_options.device):
         result = spec.run(out, resume=resume, overwrite=overwrite, progress=not quiet)
     if not speaks():

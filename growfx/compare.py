@@ -73,6 +73,7 @@ class Comparison:
     assignments: tuple[str, ...] = ()
     sweeps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     controls: bool = False
+    exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.methods or not self.seeds:
@@ -125,6 +126,7 @@ class Comparison:
             "seeds": list(self.seeds),
             "sweep": {key: list(values) for key, values in self.sweeps.items()},
             "controls": self.controls,
+            "exclude": list(self.exclude),
         }
 
     def runs(self) -> list[Planned]:
@@ -164,7 +166,14 @@ class Comparison:
                 own.append(text.removeprefix(f"{method}."))
         texts = [*general, *own, *chosen]
         return RunSpec.parse(
-            self.model, self.data, method, texts, seed=seed, epochs=self.epochs, method_options=method_options
+            self.model,
+            self.data,
+            method,
+            texts,
+            seed=seed,
+            epochs=self.epochs,
+            method_options=method_options,
+            exclude=self.exclude,
         )
 
     def dense(self, seed: int, epochs: int) -> RunSpec:
@@ -228,6 +237,7 @@ def compare(
     assignments: Sequence[str] = (),
     sweeps: Mapping[str, Sequence[str]] | None = None,
     controls: bool = False,
+    exclude: Sequence[str] = (),
     jobs: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -248,6 +258,7 @@ def compare(
             method (its own options, or those of data and training).
         sweeps: `METHOD.KEY` -> texts; the method runs with every one of them.
         controls: add those of `plan_controls`.
+        exclude: patterns of names of layers that get no mask, in any run.
         jobs: runs at the same time; by default one for each core, with one thread each, or 8 on an accelerator.
         resume: continue in `out`; more methods, densities, seeds and controls may be asked for than before.
         overwrite: replace the comparison in `out`.
@@ -271,6 +282,7 @@ def compare(
         tuple(assignments),
         {key: tuple(dict.fromkeys(values)) for key, values in (sweeps or {}).items()},
         controls,
+        tuple(exclude),
     )
     planned = comparison.runs()
     jobs, threads = processes(jobs, planned[0].spec.train_options.device)
@@ -353,13 +365,13 @@ def _try_out(comparison: Comparison) -> None:
 
     spec = comparison.runs()[0].spec
     with private_randomness():
-        assemble(spec.model, spec.data, spec.data_options, model_kwargs=spec.model_kwargs)
+        assemble(spec.model, spec.data, spec.data_options, model_kwargs=spec.model_kwargs, exclude=spec.exclude)
 
 
 def _require_same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise `CheckpointError` unless `now` is the comparison `before`, or has more of methods, densities and such."""
-    for key in ("model", "epochs", "set", "methods", "densities", "seeds", "sweep", "controls"):
-        old, new = before.get(key), now[key]
+    for key in ("model", "epochs", "set", "methods", "densities", "seeds", "sweep", "controls", "exclude"):
+        old, new = before.get(key, [] if key == "exclude" else None), now[key]
         if key in ("methods", "densities", "seeds") and isinstance(old, list):
             same = set(old) <= set(new)
         elif key == "controls":

@@ -48,6 +48,7 @@ class RunSpec:
         model, data: specs as on the command line.
         method: a name that `growfx.methods.create` knows, or "dense".
         method_options, model_kwargs: by name.
+        exclude: patterns of names of layers that get no mask.
     """
 
     model: str
@@ -57,6 +58,7 @@ class RunSpec:
     model_kwargs: Mapping[str, Any]
     data_options: DataOptions
     train_options: TrainOptions
+    exclude: tuple[str, ...] = ()
 
     @classmethod
     def parse(
@@ -69,6 +71,7 @@ class RunSpec:
         seed: int = 0,
         epochs: int | None = None,
         method_options: Mapping[str, Any] | None = None,
+        exclude: Iterable[str] = (),
     ) -> RunSpec:
         """Sort `key=value` texts into the options that have the key; they go before the other arguments.
 
@@ -90,6 +93,7 @@ class RunSpec:
             values["model"],
             DataOptions(**values["data"]),
             TrainOptions(**{**given, **values["train"]}),
+            tuple(exclude),
         )
         spec.make_method()
         return spec
@@ -106,7 +110,14 @@ class RunSpec:
 
         ranks.on_first(lambda: refuse_existing(out, resume=resume, overwrite=overwrite))
         options = self.train_options
-        job = assemble(self.model, self.data, self.data_options, model_kwargs=self.model_kwargs, seed=options.seed)
+        job = assemble(
+            self.model,
+            self.data,
+            self.data_options,
+            model_kwargs=self.model_kwargs,
+            seed=options.seed,
+            exclude=self.exclude,
+        )
         return train(
             job.net,
             job.loader("train", train=True),

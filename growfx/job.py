@@ -5,7 +5,7 @@ What the commands share; `growfx.training` knows nothing of specs.
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,17 @@ __all__ = ["Job", "assemble", "reopen", "wrap_for"]
 
 @dataclass(frozen=True)
 class Job:
-    """A masked network with the data it is trained on."""
+    """A masked network with the data it is trained on.
+
+    Attributes:
+        exclude: patterns of names of layers that have no mask.
+    """
 
     net: MaskedGraph
     source: DataSource
     form: InputFormat
     options: DataOptions
+    exclude: tuple[str, ...] = ()
 
     def loader(self, split: str, *, train: bool = False) -> DataLoader[Any]:
         """A loader of one split, see `growfx.loaders.make_loader`."""
@@ -46,7 +51,8 @@ class Job:
         """What `config.json` says of data and input."""
         source = self.source
         facts = {"spec": source.spec, "fingerprint": source.fingerprint, "classes": list(source.classes)}
-        return {"data": {**facts, **as_json(self.options)}, "input": self.form.as_json()}
+        excluded = {"exclude": list(self.exclude)} if self.exclude else {}
+        return {"data": {**facts, **as_json(self.options)}, "input": self.form.as_json(), **excluded}
 
 
 def assemble(
@@ -56,6 +62,7 @@ def assemble(
     *,
     model_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
+    exclude: Sequence[str] = (),
 ) -> Job:
     """Open the data, build the model with its number of classes and an image size that fits, and wrap it.
 
@@ -63,6 +70,7 @@ def assemble(
         model, data: specs as on the command line.
         model_kwargs: arguments of the model; they go before what the data suggests.
         seed: of the initial weights.
+        exclude: patterns of names of layers that get no mask.
 
     Raises:
         DataError, ConfigError, TraceError: as `open_data`, `create_model` and `wrap`.
@@ -79,13 +87,13 @@ def assemble(
         torch.manual_seed(seed)
         built = create_model(model, **kwargs, img_size=options.img_size)
     form = fit_input(source, built, options)
-    return Job(wrap_for(built, form), source, form, options)
+    return Job(wrap_for(built, form, exclude), source, form, options, tuple(exclude))
 
 
-def wrap_for(model: nn.Module, form: InputFormat) -> MaskedGraph:
-    """Wrap a model for images of this format."""
+def wrap_for(model: nn.Module, form: InputFormat, exclude: Sequence[str] = ()) -> MaskedGraph:
+    """Wrap a model for images of this format, without masks for the layers that `exclude` matches."""
     generator = torch.Generator().manual_seed(0)
-    return wrap(model, torch.randn(1, *form.input_size, generator=generator))
+    return wrap(model, torch.randn(1, *form.input_size, generator=generator), exclude=exclude)
 
 
 def reopen(path: Path, *, best: bool = False) -> tuple[MaskedGraph, RunFolder]:
@@ -99,7 +107,7 @@ def reopen(path: Path, *, best: bool = False) -> tuple[MaskedGraph, RunFolder]:
     state = read(folder.checkpoints.best) if best else folder.checkpoints.load()[0]
     try:
         model = create_model(config["model"]["name"], **config["model"]["kwargs"])
-        net = wrap_for(model, InputFormat.from_json(config["input"]))
+        net = wrap_for(model, InputFormat.from_json(config["input"]), config.get("exclude", ()))
         net.load_state_dict(state["net"])
     except KeyError as error:
         raise CheckpointError(f"`{path / 'config.json'}` has no {error}; it cannot be rebuilt") from error

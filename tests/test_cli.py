@@ -97,6 +97,30 @@ def test_a_run_folder_that_exists_or_is_of_another_model_is_refused(run, capsys)
     assert "was started with `model.name` = 'test_resnet', now it is 'test_vit'" in capsys.readouterr().err
 
 
+def test_excluded_layers_have_no_mask_in_the_run_its_export_and_its_continuation(tmp_path, capsys):
+    out = tmp_path / "run"
+    common = [*RUN, "--method", "static", "--set", "masks=magnitude", "--density", 0.2, "--epochs", 1, "--out", out]
+    command = ["train", *common, "--exclude", "layer1*", "--exclude", "fc"]
+    assert call(*command) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["exclude"] == ["layer1*", "fc"]
+    assert config["method"]["masks"] == "magnitude"
+    result = json.loads((out / "result.json").read_text())
+    assert result["nnz"] == round(0.2 * result["numel"])
+    masks = [name for name in read(out / "checkpoint" / "latest.pt")["net"] if name.endswith(".mask")]
+    assert masks
+    assert not any(name.startswith(("layer1", "fc")) for name in masks)
+    assert call("export", out, "--out", tmp_path / "artifact") == 0
+    assert call(*command, "--resume") == 0
+    capsys.readouterr()
+    for other in ([], ["--exclude", "fc"]):
+        assert call("train", *common, *other, "--resume") == 1
+        assert "was started with `exclude` = ['layer1*', 'fc']" in capsys.readouterr().err
+    assert call("train", *common[:-1], tmp_path / "new", "--exclude", "nothing*") == 1
+    assert "nothing*" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_finished_run_resumes_to_the_same_result_as_json(run, capsys):
     again = [*RUN, "--method", "static", "--density", 0.2, "--epochs", 2, "--out", run]
     assert call("train", *again, "--resume", "--json") == 0

@@ -42,6 +42,16 @@ def planned(*methods, **options) -> Comparison:
 # -- which runs, and what they are told -----------------------------------------------------------------------
 
 
+def test_excluded_layers_are_those_of_every_run_and_part_of_what_the_comparison_is():
+    comparison = planned("dense", "static", "pwmpr", densities=(0.2,), exclude=("fc", "layer1*"))
+    assert all(run.spec.exclude == ("fc", "layer1*") for run in comparison.runs())
+    known = {run.name: Known(3, 0.2) for run in comparison.runs()}
+    controls = plan_controls(comparison, comparison.runs(), known, Path("somewhere"))
+    assert controls
+    assert all(run.spec.exclude == ("fc", "layer1*") for run in controls)
+    assert comparison.config()["exclude"] == ["fc", "layer1*"] != planned("static").config()["exclude"]
+
+
 def test_methods_that_are_given_a_density_run_at_each_and_others_once_for_every_seed():
     comparison = planned("dense", "static", "pwmpr", densities=(0.1, 0.05), seeds=(0, 3))
     assert [run.name for run in comparison.runs()] == [
