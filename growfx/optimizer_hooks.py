@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -68,7 +70,23 @@ def clear_state(optimizer: Optimizer, parameter: nn.Parameter, where: Tensor) ->
         return
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
-            own_part(value).masked_fill_(part_of(where, value), 0.0)
+            _set_zero(own_part(value), part_of(where, value))
+
+
+def _set_zero(value: Tensor, where: Tensor) -> None:
+    """Set `value` to zero at the positions `where`.
+
+    State in few bits (torchao's 8-bit, 4-bit and fp8 optimizers) is a subclass that may have no operator but `copy_`,
+    in both directions, which rounds to its levels: it becomes the nearest of them to zero. One without even that keeps
+    what it has: weights are masked after each step whatever the state is.
+    """
+    try:
+        value.masked_fill_(where, 0.0)
+    except NotImplementedError:
+        with torch.no_grad(), suppress(NotImplementedError):
+            plain = torch.empty(value.shape, dtype=value.dtype, device=value.device).copy_(value)
+            if bool(plain[where].any()):  # to round once more what is zero already could move the others
+                value.copy_(plain.masked_fill_(where, 0.0))
 
 
 class StepWatch:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from method_nets import Small, small_net
+from method_nets import Small, small_net, train_steps
 from timm.optim import Lookahead, create_optimizer_v2
 from torch import nn, optim
 from torch.nn import functional as F
@@ -36,7 +36,7 @@ class Holding(optim.Optimizer):
 class Drifting(optim.SGD):
     """Adds something to every weight, as a step with noise does."""
 
-    def step(self, closure=None):
+    def step(self, closure=None) -> Any:
         loss = super().step(closure)
         with torch.no_grad():
             for group in self.param_groups:
@@ -350,3 +350,77 @@ def test_gradients_that_nobody_touched_are_masked_once(monkeypatch):
     nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
     optimizer.step()
     assert len(passes) == len(net.layers)
+
+
+# -- state in few bits --------------------------------------------------------------------------------------------
+
+
+class Rounded(torch.Tensor):
+    """State kept as steps of its largest value, as 8-bit optimizers do it: it can be copied from and to, nothing else.
+
+    With `copies` False not even that.
+    """
+
+    @staticmethod
+    def __new__(cls, codes, scale, copies=True):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+    def __init__(self, codes, scale, copies=True):
+        self.codes, self.scale, self.copies = codes, scale, copies
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        this, aten = args[0], torch.ops.aten
+        if func is aten.detach.default:
+            return Rounded(this.codes, this.scale, this.copies)
+        if func is aten.copy_.default and all(x.copies for x in args if isinstance(x, Rounded)):
+            if isinstance(this, Rounded):
+                this.write(args[1])
+            else:
+                this.copy_(args[1].read())
+            return this
+        raise NotImplementedError(f"no {func} for state in few bits")
+
+    def read(self):
+        return self.codes.float() * self.scale
+
+    def write(self, value):
+        self.scale.copy_((value.abs().max() / 127).clamp(min=1e-20))
+        self.codes.copy_((value / self.scale).round())
+
+
+class FewBits(optim.Optimizer):
+    """Momentum in few bits."""
+
+    def __init__(self, params, lr=0.1, copies=True):
+        super().__init__(params, {"lr": lr})
+        self.copies = copies
+
+    @torch.no_grad()
+    def step(self, closure=None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if "momentum" not in self.state[p]:
+                    codes = torch.zeros(p.shape, dtype=torch.int8)
+                    self.state[p]["momentum"] = Rounded(codes, torch.ones(()), self.copies)
+                state = self.state[p]["momentum"]
+                new = 0.9 * state.read() + p.grad
+                state.write(new)
+                p.sub_(group["lr"] * new)
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_state_in_few_bits_is_cleared_as_far_as_it_can_be_and_weights_stay_masked(copies):
+    net = small_net()
+    optimizer = FewBits(net.parameters(), copies=copies)
+    method = growfx.methods.create("set", density=0.3, update_every=2, update_until=1.0)
+    method.attach(net, optimizer, total_steps=12, steps_per_epoch=3)
+    changed = []
+    for number in range(8):
+        changed += train_steps(net, optimizer, method, 1, number)
+        net.verify()
+        for layer in net.layers.values():
+            momentum = optimizer.state[layer.parameter]["momentum"].read()
+            assert momentum[layer.mask].any()
+            assert not copies or not momentum[~layer.mask].any()
+    assert changed.count(True) == 4
