@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from growfx.shards import all_finite, own_part, part_of
+from growfx.shards import all_finite, is_sharded, own_part, part_of
 
 if TYPE_CHECKING:
     from growfx.layers import MaskedLayer
@@ -122,9 +122,14 @@ class StepWatch:
 
 
 def _masked_layers_of(optimizer: Optimizer) -> Iterator[MaskedLayer]:
+    sharded: dict[int, MaskedLayer] | None = None
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             layer = LAYER_OF.get(id(parameter))
+            if layer is None and is_sharded(parameter):
+                # `fully_shard` gave the layer another parameter, which no forward sees: that one uses what is gathered
+                sharded = sharded or {id(known.parameter): known for known in LAYER_OF.values()}
+                layer = sharded.get(id(parameter))
             if layer is not None and layer.parameter is parameter:
                 yield layer
 

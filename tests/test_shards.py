@@ -415,6 +415,37 @@ def test_one_rank_has_all_parts(group_of_one):
     assert not any(is_sharded(layer.parameter) for layer in copied.layers.values())
 
 
+class Drifting(torch.optim.SGD):
+    """Adds something to every weight."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.add_(1e-3)
+        return loss
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Muon, Drifting, torch.optim.SGD])
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_stored_weights_of_static_masks_stay_zero_under_any_optimizer_without_a_method(group_of_one, kind, one_by_one):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU(), nn.Linear(16, 4, bias=False))
+    net = sharded(growfx.wrap(model, torch.randn(2, 8), density=0.3), one_by_one)
+    optimizer = kind(net.parameters(), lr=0.01)
+    for _ in range(3):
+        net(torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for layer in net.layers.values():
+            stored = own_part(layer.parameter)
+            assert not stored[~layer.mask].any()
+            assert stored[layer.mask].any()
+            for value in optimizer.state[layer.parameter].values():
+                assert not own_part(value)[~layer.mask].any()
+
+
 def test_growth_by_reports_goes_back_to_an_earlier_round(results):
     assert same([r["reports"] for r in results])[0] == "plateau"
 
