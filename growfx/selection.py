@@ -13,6 +13,7 @@ arrive.
 """
 
 import math
+import numbers
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ def draw(
     Scores that are sharded (`growfx.shards`) are so for all layers, and every rank calls this; the masks are whole.
     Raises `ConfigError` for a negative `k`, a negative or non-finite score, or shapes that differ.
     """
+    _check_types(scores, keys)
     if any(map(is_sharded, scores.values())):
         from growfx.shard_selection import draw as draw_sharded
 
@@ -131,6 +133,7 @@ def top(
     Arguments as in `draw`, except that scores may be negative or infinite. With fewer than `k` allowed edges
     all are taken. Raises `ConfigError` for a negative `k`, a NaN score, or shapes that differ.
     """
+    _check_types(scores, keys)
     if any(map(is_sharded, scores.values())):
         from growfx.shard_selection import top as top_sharded
 
@@ -164,10 +167,18 @@ def _flatten(scores: Mapping[str, Tensor], allowed: Mapping[str, Tensor] | None)
     return layers
 
 
+def _check_types(scores: object, keys: object) -> None:
+    """Raise `ConfigError` unless these are scores by layer name, and keys to order equal ones by."""
+    if not isinstance(scores, Mapping) or not all(isinstance(score, Tensor) for score in scores.values()):
+        raise ConfigError(f"`scores`: expected a dict of tensors by layer name, got {type(scores).__name__}")
+    if not isinstance(keys, EdgeKeys):
+        raise ConfigError(f"`keys`: expected `growfx.edge_keys.EdgeKeys(seed, stream)`, got {type(keys).__name__}")
+
+
 def check_count(k: int) -> None:
-    """Raise `ConfigError` for a negative number of edges to choose."""
-    if k < 0:
-        raise ConfigError(f"the number of edges to choose is {k}; allowed is 0 or more")
+    """Raise `ConfigError` for what is not a number of edges to choose."""
+    if not isinstance(k, numbers.Integral) or isinstance(k, bool) or k < 0:
+        raise ConfigError(f"the number of edges to choose is {k!r}; allowed is 0 or more, a whole number")
 
 
 def _chunks(layers: list[_Layer], k: int, size: int) -> Iterator[_Chunk]:
@@ -293,6 +304,8 @@ def _guess_deadline(layers: list[_Layer], k: int) -> float:
 
 def _smallest(found: list[_Found], k: int) -> list[_Found]:
     """Return the `k` smallest values; equal ones by layer name and index (chunks come in that order)."""
+    if not found:  # no layers
+        return found
     values = np.concatenate([part.value for part in found])
     if len(values) <= k:
         return found

@@ -77,9 +77,11 @@ def train(
         DataError: an empty loader.
         GrowfxError: the loss is not finite.
     """
-    options = _changed(options or TrainOptions(), changes)
     net = as_masked_graph(net, "growfx.train")
     _check_method(method)
+    if options is not None and not isinstance(options, TrainOptions):
+        raise ConfigError(f"`options` expects a growfx.options.TrainOptions, got {type(options).__name__}")
+    options = _changed(options or TrainOptions(), changes)
     chosen = Fixed() if method is None else method
     for parameter in net.parameters():
         require_whole(

@@ -1,7 +1,11 @@
+import json
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 
+import growfx
+from growfx.density import check_density
 from growfx.errors import ConfigError
 from growfx.options import DataOptions, TrainOptions, as_json, parse_assignments
 
@@ -85,3 +89,23 @@ def test_a_bad_assignment_is_refused_by_name(text, message):
     with pytest.raises(ConfigError) as caught:
         parse_assignments([text], {"train": TrainOptions})
     assert message in str(caught.value)
+
+
+def test_numbers_of_numpy_become_pythons_own_and_wrong_types_stay_refused():
+    options = TrainOptions(lr=np.float64(0.1), epochs=np.int64(3), clip_grad=np.float32(0.5), compile=np.bool_(True))
+    assert [type(options.lr), type(options.epochs), type(options.clip_grad), type(options.compile)] == [
+        float,
+        int,
+        float,
+        bool,
+    ]
+    assert options == TrainOptions(lr=0.1, epochs=3, clip_grad=0.5, compile=True)
+    assert json.loads(json.dumps(as_json(options)))["epochs"] == 3
+    method = growfx.methods.create("rigl", density=np.float64(0.1), update_every=np.int32(5), seed=np.uint8(2))
+    assert method == growfx.methods.create("rigl", density=0.1, update_every=5, seed=2)
+    assert check_density(np.float32(0.5)) == 0.5
+    for wrong in ({"epochs": np.float64(3.0)}, {"lr": "0.1"}, {"lr": np.bool_(True)}, {"epochs": True}, {"lr": [0.1]}):
+        with pytest.raises(ConfigError, match="is not of type"):
+            TrainOptions(**wrong)
+    with pytest.raises(ConfigError, match="out of range"):
+        TrainOptions(lr=np.float64("nan"))

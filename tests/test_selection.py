@@ -165,6 +165,22 @@ def test_scores_that_are_no_weights_are_refused_by_layer_name(bad):
         draw({"conv": torch.tensor([1.0, bad, 2.0])}, 1, EdgeKeys(0, "s"))
 
 
+@pytest.mark.parametrize("choose", [draw, top])
+def test_of_no_layers_nothing_is_chosen_and_wrong_types_are_refused_by_class(choose):
+    keys = EdgeKeys(0, "s")
+    assert (choose({}, 1, keys).count, choose({}, 1, keys).asked, choose({}, 0, keys).masks) == (0, 1, {})
+    assert choose({"conv": torch.ones(3)}, np.int64(2), keys).count == 2
+    for scores, count, own, message in (
+        ([1.0], 1, keys, "got list"),
+        ({"conv": [1.0]}, 1, keys, "tensors"),
+        ({"conv": torch.ones(3)}, 1, 7, "`keys`.*got int"),
+        ({"conv": torch.ones(3)}, 1.5, keys, r"is 1\.5; allowed is 0 or more"),
+        ({"conv": torch.ones(3)}, True, keys, "is True"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            choose(scores, count, own)
+
+
 def test_bad_arguments_of_a_selection_are_refused():
     layers = {"conv": torch.ones(3)}
     with pytest.raises(ConfigError, match="is -1; allowed is 0 or more"):

@@ -336,6 +336,10 @@ def test_a_plain_model_and_an_empty_loader_are_refused():
     train_loader, val_loader = loaders()
     with pytest.raises(ConfigError, match=r"expects a growfx\.MaskedGraph, got `Tiny`; make one with growfx\.wrap"):
         train(Tiny(), train_loader, val_loader)
+    with pytest.raises(ConfigError, match=r"`method`.*got str; try `growfx\.methods\.create\('rigl'\)`"):
+        train(fresh_net(), train_loader, val_loader, method="rigl")
+    with pytest.raises(ConfigError, match=r"`options`.*got dict"):
+        train(fresh_net(), train_loader, val_loader, options={"epochs": 1})
     empty = DataLoader(train_loader.dataset, batch_size=1000, drop_last=True)
     with pytest.raises(DataError, match="training loader gives no batches"):
         train(fresh_net(), empty, val_loader, progress=False)
