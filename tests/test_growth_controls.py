@@ -9,8 +9,10 @@ from torch.nn import functional as F
 
 from growfx import methods, path_products
 from growfx.edge_keys import EdgeKeys
-from growfx.errors import CheckpointError, ConfigError
+from growfx.errors import CheckpointError, ConfigError, GrowfxWarning
 from growfx.methods.grow_prune import droppable
+from growfx.passes.path_products import path_gradients
+from growfx.passes.seed import dead_units
 from growfx.unit_edges import joined_units
 
 GROWTH = ["grow-prune", "gradient-growth", "pwmpr", "random-growth"]
@@ -189,16 +191,56 @@ def test_pwmpr_by_top_stops_where_no_path_reaches_an_absent_edge():
     net, optimizer, method = attached("pwmpr", draw="top")
     train_steps(net, optimizer, method, 1)
     with torch.no_grad():
-        net.layers["head"].parameter.zero_()  # no path goes through to an output; only edges into it have a score
-    for _ in range(40):
-        method.report(0.5)
+        head = net.layers["head"].parameter
+        head.copy_(torch.where(torch.arange(16) == 0, 1.0, 0.0).expand(4, 16))
+        net.layers["head"].mask[:, 0] = True
+        # one unit alone leads to an output; edges into the others have no score
+    for number in range(40):
+        method.report(0.1 + 0.02 * number)
         if not method.growing:
             break
         method._growth.steps = 1
-    head = net.layers["head"]
     assert method.stop_reason == "no absent edge lies on a path"
-    assert head.nnz == head.numel
+    assert net.layers["head"].density == 1
     assert net.nnz < net.numel
+    scores = path_products(net).scores
+    assert not any(score[~net.layers[name].mask].any() for name, score in scores.items())
+
+
+@pytest.mark.parametrize("draw", ["sampled", "top"])
+@pytest.mark.parametrize("zero", ["head", "bn"])
+def test_where_every_product_is_zero_paths_are_counted_and_it_is_told(zero, draw):
+    net, optimizer, method = attached("pwmpr", draw=draw)
+    train_steps(net, optimizer, method, 1)
+    with torch.no_grad():
+        (net.layers["head"].parameter if zero == "head" else net.bn.weight).zero_()
+    before, nnz = masks_of(net), net.nnz
+    with pytest.warns(GrowfxWarning, match="`head` are zero" if zero == "head" else "norm or learned scale") as told:
+        method.report(0.5)
+    assert len(told) == 1
+    assert net.nnz == round(1.3 * nnz)
+    counts = path_gradients(net, before, norm="identity", unit_scales=True).scores
+    new = {name: net.layers[name].mask & ~mask for name, mask in before.items()}
+    assert all((counts[name][mask] > 0).all() for name, mask in new.items())
+    assert sum(bool(mask.any()) for mask in new.values()) > 1
+    if draw == "top":
+        chosen = torch.cat([counts[name][mask] for name, mask in new.items()])
+        left = torch.cat([counts[name][~net.layers[name].mask] for name in new])
+        assert chosen.min() >= left.max()
+
+
+def test_a_head_that_starts_at_zero_gets_the_seed_of_connectivity():
+    dead = {}
+    for zero in (False, True):
+        net = small_net()
+        if zero:
+            with torch.no_grad():
+                net.layers["head"].parameter.zero_()
+        method = methods.create("pwmpr", seed_density=0.2)
+        method.attach(net, torch.optim.SGD(net.parameters(), 0.1), total_steps=8, steps_per_epoch=2)
+        assert net.nnz == round(0.2 * net.numel)
+        dead[zero] = dead_units(net, masks_of(net))
+    assert dead == {False: 0, True: 0}
 
 
 def test_an_exchange_gives_up_the_weakest_edges_and_ends_with_as_many_as_growth_alone():

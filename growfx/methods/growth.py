@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,15 +13,18 @@ from torch.optim import Optimizer
 
 from growfx.errors import CheckpointError, ConfigError
 from growfx.mask_bits import pack, unpack
-from growfx.methods.scope import Scope, is_frozen
+from growfx.methods.scope import Scope, is_frozen, listed
 from growfx.methods.starting import given_masks, is_resuming, start_density
+from growfx.notices import warn_once
+from growfx.passes.path_products import path_gradients
 from growfx.passes.seed import seed_masks
+from growfx.paths import PathProducts
 from growfx.shards import own_part, part_of
 
 if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
 
-__all__ = ["DRAWS", "Origin", "Snapshot", "grown_density", "next_nnz", "seeded"]
+__all__ = ["DRAWS", "Origin", "Snapshot", "counted_where_zero", "grown_density", "next_nnz", "seeded"]
 
 DRAWS = ("sampled", "top")  # in proportion to a score, or the largest scores
 
@@ -53,6 +56,28 @@ def seeded(scope: Scope, masks: str, density: float | None, largest: float, seed
             "at the other"
         )
     return given_masks(scope.layers)
+
+
+def counted_where_zero(net: MaskedGraph, paths: PathProducts) -> PathProducts:
+    """Return `paths`, with scores that count paths (all factors one) where the product of every path is zero.
+
+    A head or a gain that starts at zero makes all products zero, and with them every score but its own; which edges
+    connect inputs to outputs is known all the same. Where the masks leave no path there is nothing to count either.
+    """
+    if paths.log_total > -math.inf:
+        return paths
+    masks = {name: layer.mask for name, layer in net.layers.items()}
+    counts = path_gradients(net, masks, norm="identity", unit_scales=True)
+    if counts.log_total == -math.inf:
+        return paths
+    zero = [name for name, layer in net.layers.items() if not bool((layer.parameter.detach() * layer.mask).any())]
+    cause = f"the weights of {listed(zero)} are" if zero else "a norm or learned scale on every path is"
+    warn_once(
+        f"every path product is zero, as {cause} zero: growth takes the number of paths through an edge as its score "
+        "until some product is not; train for longer before the first round, or start these at other values",
+        net.trace_report.notes,
+    )
+    return replace(paths, scores=counts.scores, log_scale=counts.log_scale)
 
 
 def grown_density(entry: Mapping[str, Any]) -> float:

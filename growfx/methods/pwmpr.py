@@ -19,7 +19,7 @@ from torch import Tensor
 
 from growfx.edge_keys import EdgeKeys
 from growfx.methods.growing import Growing, Growth
-from growfx.methods.growth import DRAWS
+from growfx.methods.growth import DRAWS, counted_where_zero
 from growfx.options import option
 from growfx.passes.path_products import path_products
 from growfx.paths import PathProducts
@@ -35,6 +35,8 @@ __all__ = ["PWMPR", "PathGrowth"]
 class PathGrowth(Growing):
     """Growth where absent edges have large path scores; options as in `Growing`, and
 
+    Where every path product is zero (a head or gain that starts at zero), the number of paths is the score.
+
     Attributes:
         norm: what a norm layer counts in a path, as in `growfx.path_products`: "fold" or "identity".
         power: exponent of the magnitudes in a path, as in `growfx.path_products`.
@@ -49,7 +51,7 @@ class PathGrowth(Growing):
     draw: str = option("sampled", choices=DRAWS)
 
     def _paths(self, net: MaskedGraph) -> PathProducts:
-        return path_products(net, norm=self.norm, power=self.power)
+        return counted_where_zero(net, path_products(net, norm=self.norm, power=self.power))
 
     def _by_score(self, paths: PathProducts, count: int, keys: EdgeKeys, absent: Mapping[str, Tensor]) -> Selection:
         """Return `count` of the absent edges by score, or as many as some path reaches."""
