@@ -19,11 +19,13 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from growfx.connectivity import Connectivity
 from growfx.errors import TraceError
 from growfx.layers import MaskedLayer
-from growfx.passes import connect_ends, connect_layers, connect_norms, connect_rules
+from growfx.passes import connect_ends, connect_layers, connect_norms, connect_products, connect_rules
 from growfx.passes.connect_operations import (
+    CASTS,
     has_meta,
     maker,
     meta_module,
+    of_shapes,
     on_meta,
     operation,
     operator_name,
@@ -31,7 +33,7 @@ from growfx.passes.connect_operations import (
 )
 from growfx.passes.connect_results import Fed, found
 from growfx.passes.connect_signals import MIX, SLOT, UNIT, Ints, Signals, filled, narrowed, numbers
-from growfx.passes.connect_values import Ids, Lost, Named, Token, WeightPart, real, whole
+from growfx.passes.connect_values import Ids, Lost, Named, Token, WeightPart, real, slots_in, whole
 from growfx.passes.path_constants import evaluating_copy, execute, writes_in_place
 from growfx.passes.path_graph import describe
 from growfx.passes.path_rules import APPLIED, function_rule, is_moving, method_rule, module_rule, row_of
@@ -45,24 +47,18 @@ __all__ = ["MODULES", "OPERATORS", "UnitGraph", "connect"]
 _ENDS: Any = connect_ends  # type checkers know this file by two names, through the link, and its class too
 
 # How operators pass signals on, by the name of their path rule.
-OPERATORS = {**connect_norms.OPERATORS, **connect_rules.OPERATORS, **connect_layers.OPERATORS}
+OPERATORS = {
+    **connect_norms.OPERATORS,
+    **connect_rules.OPERATORS,
+    **connect_products.OPERATORS,
+    **connect_layers.OPERATORS,
+}
 MODULES = {**connect_norms.MODULES, **connect_rules.MODULES, **connect_layers.MODULES}
 
+# The rules that know what a layer's weight does; for all others it would be a constant.
+_OF_WEIGHTS = (*connect_products.OPERATORS.values(), connect_layers.OPERATORS["convolving"])
+
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
-_CASTS = {
-    "to",
-    "type_as",
-    "float",
-    "double",
-    "half",
-    "bfloat16",
-    "contiguous",
-    "clone",
-    "detach",
-    "type",
-    "cpu",
-    "cuda",
-}
 
 
 def connect(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None = None) -> Connectivity:
@@ -114,6 +110,7 @@ class UnitGraph:
         self._masked = {id(layer.parameter): name for name, layer in net.layers.items()}
         self._weights = {id(m.weight): n for n, m in net.shell.named_modules() if isinstance(m, _LAYERS[:2])}
         self.parameters: dict[int, tuple[str, Tensor, Named]] = {}
+        self._held: dict[str, str] = {}
         self._environment: dict[fx.Node, Any] = {}
         self._writes = any(writes_in_place(node) for node in graph.nodes)
 
@@ -193,6 +190,12 @@ class UnitGraph:
             found = self.parameters[id(tensor)] = (name, tensor, Named(tensor.detach(), slots))
         return found[2]
 
+    def hold(self, nest: Any, reason: str) -> None:
+        """Keep the layers whole whose weights are in `nest`: their units, and all that any use of them is fed."""
+        for item in leaves(nest):
+            if isinstance(item, WeightPart):
+                self._held.setdefault(item.layer, reason)
+
     def shapes(self, op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Shapes of an operation's results, found without values."""
 
@@ -211,21 +214,16 @@ class UnitGraph:
     def unknown(self, op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What is not understood: all units in it stay, and its results are a mix of them."""
         values = [item for item in leaves((args, kwargs)) if isinstance(item, Ids)]
-        for value in values:
-            self.signals.pin(numbers(narrowed(value.tensor)), f"not followed through {self.place}")
+        reason = f"not followed through {self.place}"
+        for value in (*values, *map(Ids, slots_in((args, kwargs)))):
+            self.signals.pin(numbers(narrowed(value.tensor)), reason)
+        self.hold((args, kwargs), reason)
         mix = whole(self.signals, [value.tensor for value in values])
         try:
             shapes = self.shapes(op, args, kwargs)
         except Exception:  # its shape depends on data
             return Lost()
-        if isinstance(shapes, torch.Size):
-            return self._filled(shapes, mix)
-        if isinstance(shapes, (tuple, list)):
-            return type(shapes)(self._filled(s, mix) if isinstance(s, torch.Size) else s for s in shapes)
-        return shapes
-
-    def _filled(self, shape: torch.Size, signal: int) -> Ids:
-        return Ids(torch.tensor(float(signal), dtype=torch.float64).expand(shape))
+        return of_shapes(shapes, lambda shape: Ids(torch.tensor(float(mix), dtype=torch.float64).expand(shape)))
 
     def judged(self, op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A comparison or the like: no unit is in its result, whose values are unknown."""
@@ -248,6 +246,10 @@ class UnitGraph:
             self._step(node, waiting)
             for dead in ending.get(node, ()):
                 self._environment.pop(dead, None)
+        for name, reason in self._held.items():  # at the end: a later use may feed the layer something else
+            layer = self.layers[name]
+            for signals in (layer.units, *layer.signals):
+                self.signals.pin(signals, reason)
 
     def _step(self, node: fx.Node, waiting: Iterator[Any]) -> None:
         if node.op == "output":
@@ -327,7 +329,9 @@ class UnitGraph:
             rule = OPERATORS.get(name)
             if rule is None and name == "function_rule":
                 return path_rule(self, *args, **kwargs)  # a container is built
-        if rule is None or (rule in connect_rules.INDEXED and has_meta((args[1:], kwargs))):
+        weights = any(isinstance(item, WeightPart) for item in leaves((args, kwargs)))
+        beside = weights and rule not in _OF_WEIGHTS and self.name not in CASTS
+        if rule is None or beside or (rule in connect_rules.INDEXED and has_meta((args[1:], kwargs))):
             return self.unknown(op, args, kwargs)
         if not args and "input" in kwargs:
             args, kwargs = (kwargs["input"],), {name: item for name, item in kwargs.items() if name != "input"}
@@ -336,10 +340,15 @@ class UnitGraph:
     def _module(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         target = str(node.target)
         module = self.net.get_submodule(target)
-        if not any(isinstance(item, Ids) for item in leaves((args, kwargs))):
+        items = list(leaves((args, kwargs)))
+        if any(isinstance(item, WeightPart) for item in items):
+            _ENDS.pin_layers(self, module, target, "it works on a weight")
+            following = any(isinstance(item, Ids) for item in items)
+            return (self.unknown if following else self._lost_weight)(meta_module(module), args, kwargs)
+        if not any(isinstance(item, Ids) for item in items):
             _ENDS.pin_layers(self, module, target, "it is fed by constants only")
             result = evaluating_copy(module)(*real(args), **real(kwargs))
-            tokens = any(isinstance(item, Token) for item in leaves((args, kwargs)))
+            tokens = any(isinstance(item, Token) for item in items)
             return _ENDS.source(self, target, result.shape, -1) if tokens and _ENDS.embeds(node, module) else result
         return self.call(module, target, *args, **kwargs)
 
@@ -368,7 +377,7 @@ class UnitGraph:
 
     def _moved_weight(self, node: fx.Node, op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         part: WeightPart = args[0]
-        if self.name in _CASTS:
+        if self.name in CASTS:
             return part
         if not any(isinstance(item, WeightPart) for item in args[1:]):
             rest, options = real(args[1:]), real(kwargs)
@@ -380,16 +389,21 @@ class UnitGraph:
                 )
             shape = self.shapes(op, args, kwargs)
             if shape == part.places.shape:
+                if any(isinstance(item, Tensor) and item.numel() > 1 for item in leaves((rest, options))):
+                    self.hold(part, f"its weight meets another tensor in {self.place}")
+                    for slots in slots_in((args, kwargs)):
+                        self.signals.pin(numbers(narrowed(slots)), f"it meets a weight in {self.place}")
                 return WeightPart(part.layer, part.places, True)
             if not isinstance(shape, torch.Size):
                 return shape
-        layer = self.layers[part.layer]
-        self.signals.pin(layer.units, f"its weight is transformed in {self.place}")
         return self._lost_weight(op, args, kwargs)
 
     def _lost_weight(self, op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        shapes = self.shapes(op, args, kwargs)
-        return map_leaves(lambda item: torch.zeros(item) if isinstance(item, torch.Size) else item, shapes)
+        """What is computed from a layer's weight and can no longer be told apart by its units."""
+        self.hold((args, kwargs), f"its weight is transformed in {self.place}")
+        for slots in slots_in((args, kwargs)):
+            self.signals.pin(numbers(narrowed(slots)), f"it meets a transformed weight in {self.place}")
+        return of_shapes(self.shapes(op, args, kwargs), torch.zeros)
 
     def _constant(self, node: fx.Node, op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Execute a node on constants; slots of parameters move along where their rule allows."""
@@ -408,6 +422,10 @@ class UnitGraph:
         slots: Any = None
         if all(item.ids is not None for item in named):
             slots = self._slots(node, op, args, kwargs)
+        if slots is None:
+            for item in named:  # of a parameter that is used elsewhere too, nothing can leave
+                if item.ids is not None:
+                    self.signals.pin(numbers(narrowed(item.ids)), f"not followed through {self.place}")
         return paired(result, slots)
 
     def _slots(self, node: fx.Node, op: Callable[..., Any], args: Any, kwargs: Any) -> Any:

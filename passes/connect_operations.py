@@ -15,7 +15,15 @@ from growfx.passes.path_values import leaves
 if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
 
-__all__ = ["has_meta", "maker", "meta_module", "on_meta", "operation", "operator_name", "paired"]
+__all__ = ["CASTS", "has_meta", "maker", "meta_module", "of_shapes", "on_meta", "operation", "operator_name", "paired"]
+
+# Methods that leave a weight its layer's: its type and place change at most.
+CASTS = frozenset(
+    {
+        *("to", "type_as", "type", "float", "double", "half", "bfloat16"),
+        *("contiguous", "clone", "detach", "cpu", "cuda"),
+    }
+)
 
 
 def has_meta(nest: Any) -> bool:
@@ -72,3 +80,13 @@ def paired(result: Any, slots: Any) -> Any:
             type(result)(parts) if isinstance(result, list) or not hasattr(result, "_fields") else type(result)(*parts)
         )
     return result
+
+
+def of_shapes(shapes: Any, make: Callable[[torch.Size], Any]) -> Any:
+    """The results of an operation from their shapes."""
+    if isinstance(shapes, torch.Size):  # before tuples: it is one itself
+        return make(shapes)
+    if isinstance(shapes, (tuple, list)):
+        items = [of_shapes(shape, make) for shape in shapes]
+        return type(shapes)(*items) if hasattr(shapes, "_fields") else type(shapes)(items)
+    return shapes

@@ -22,11 +22,11 @@ from growfx.passes.connect_signals import (
     tidy,
     varies,
 )
-from growfx.passes.path_values import map_leaves
+from growfx.passes.path_values import leaves, map_leaves
 
 __all__ = [
     "Ids", "Lost", "Named", "Pairs", "Token", "WeightPart", "aligned", "combine", "contract", "known", "moved",
-    "raw_ids", "real", "reduce", "whole",
+    "raw_ids", "real", "reduce", "slots_in", "whole",
 ]  # fmt: skip
 
 
@@ -100,6 +100,11 @@ def known(item: Any) -> Tensor | None:
     if isinstance(item, Ids):
         return item.tensor
     return item.ids if isinstance(item, Named) else None
+
+
+def slots_in(nest: Any) -> list[Tensor]:
+    """The slots of all parameters in a nest."""
+    return [item.ids for item in leaves(nest) if isinstance(item, Named) and item.ids is not None]
 
 
 def moved(result: Any) -> Any:
