@@ -25,7 +25,7 @@ from growfx.bench_variants import DENSE, VARIANTS, Built, Setting, Workshop
 from growfx.errors import ConfigError, GrowfxError
 from growfx.inputs import Inputs
 from growfx.machine import machine_facts, versions
-from growfx.passes.compact_trials import outputs_of, relative_error, tolerance_of
+from growfx.passes.compact_precision import outputs_of, relative_error, tolerance_of
 from growfx.timing import in_turn, thread_count
 
 __all__ = ["bench"]

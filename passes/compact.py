@@ -12,6 +12,7 @@ model takes one, in float64 where the model runs in it. A removal that the model
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,9 @@ from growfx.errors import TraceError
 from growfx.inputs import Inputs
 from growfx.passes.compact_choice import Chooser, Removal, fold_constants, make_plan
 from growfx.passes.compact_liveness import find_liveness
+from growfx.passes.compact_precision import outputs_of
 from growfx.passes.compact_report import CompactionReport, LayerChange
-from growfx.passes.compact_trials import Trial, difference, example_of, outputs_of, trials_of, working_copy
+from growfx.passes.compact_trials import Trial, difference, example_of, trials_of, working_copy
 from growfx.passes.connect import connect
 from growfx.passes.mask import unwrap
 from growfx.passes.record import meta_copy
@@ -79,14 +81,14 @@ def compact(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None =
     except TraceError as refusal:
         return _whole(net, model, f"the network could not be followed: {refusal}")
     work, trials = working_copy(model, example)
-    live = find_liveness(work, graph, found, [inputs for inputs, _ in trials])
+    live = find_liveness(work, graph, found, [trial.inputs for trial in trials], trials[0].wide)
     chooser = Chooser(work, found, live)
     groups, problems = _fitting(chooser, trials)
     removal, back = chooser.removal(groups)
     plan, folds = make_plan(chooser, removal)
     reasons = {**chooser.refused, **problems, **back}
     result = _built(model, plan, folds)
-    trials = trials_of(model, [inputs for inputs, _ in trials])
+    trials = trials_of(model, [trial.inputs for trial in trials])
     error, problem = difference(result, trials)
     if problem:
         return _whole(net, model, problem)
@@ -94,7 +96,7 @@ def compact(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None =
         layers=tuple(_changes(net, found, chooser, removal, reasons)),
         parameters=(_numel(model), _numel(result)),
         largest_error=error,
-        checked=tuple(_shape(inputs) for inputs, _ in trials),
+        checked=tuple(_shape(trial.inputs) for trial in trials),
     )
     return Compacted(result, _masks(net, removal, result), plan, report)
 
@@ -134,8 +136,10 @@ def _on_meta(model: nn.Module, trials: Sequence[Trial]) -> tuple[nn.Module, list
     hollow = meta_copy(model)
     move = lambda v: v.to("meta") if isinstance(v, Tensor) else v  # noqa: E731
     try:
-        moved = [Inputs(*pytree.tree_map(move, (inputs.args, dict(inputs.kwargs)))) for inputs, _ in trials]
-        return hollow, [(inputs, outputs_of(hollow, inputs)) for inputs in moved]
+        moved = [Inputs(*pytree.tree_map(move, (trial.inputs.args, dict(trial.inputs.kwargs)))) for trial in trials]
+        wide = trials[0].wide
+        runs = [(inputs, outputs_of(hollow, inputs, wide)) for inputs in moved]
+        return hollow, [Trial(*run, [math.inf] * len(run[1]), wide) for run in runs]
     except Exception:  # it reads its data
         return None
 
@@ -166,7 +170,7 @@ def _largest(
 def _problem(chooser: Chooser, groups: list[int], model: nn.Module, trials: Sequence[Trial]) -> str:
     removal, _ = chooser.removal(groups)
     plan, folds = make_plan(chooser, removal)
-    hollow = all(value.is_meta for _, outputs in trials for value in outputs)
+    hollow = all(value.is_meta for trial in trials for value in trial.outputs)
     return difference(_built(model, plan, {} if hollow else folds), trials)[1] if plan else ""
 
 

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from growfx.compaction import columns_axis
 from growfx.connectivity import Connectivity
 from growfx.inputs import Inputs
+from growfx.passes.compact_precision import widened
 from growfx.signal_graph import Origin, Reach
 
 __all__ = ["Liveness", "edges", "find_liveness"]
@@ -68,7 +69,9 @@ def edges(module: nn.Module) -> Tensor | None:
     return torch.block_diag(*blocks).bool().cpu() if groups > 1 else blocks[0].cpu()
 
 
-def find_liveness(model: nn.Module, graph: fx.Graph, found: Connectivity, trials: Sequence[Inputs]) -> Liveness:
+def find_liveness(
+    model: nn.Module, graph: fx.Graph, found: Connectivity, trials: Sequence[Inputs], wide: bool = False
+) -> Liveness:
     """Follow what depends on the input forward, and what the output needs backward.
 
     Args:
@@ -76,6 +79,7 @@ def find_liveness(model: nn.Module, graph: fx.Graph, found: Connectivity, trials
         graph: its recorded graph, for norms right behind a layer.
         found: its connectivity.
         trials: inputs to observe constants on, of several sizes where the model takes them.
+        wide: whether the model is run in float64 throughout.
     """
     known = Liveness(
         fed=torch.zeros(len(found.group), dtype=torch.bool),
@@ -92,12 +96,12 @@ def find_liveness(model: nn.Module, graph: fx.Graph, found: Connectivity, trials
     for name, layer in found.layers.items():
         known.varies[name] = ~everywhere.at(name, len(layer.sources)) & (layer.sources != 0)
     _follow_inputs(known, found, always)
-    watch = _Watch(model, found, known)
+    watch = _Watch(model, found, known, wide)
     watch.run(trials)
     if watch.settle():  # what turned out to be constant may leave more without a path
         known.fed.fill_(False)
         _follow_inputs(known, found, always)
-        watch = _Watch(model, found, known)
+        watch = _Watch(model, found, known, wide)
         watch.run(trials)
         watch.settle()
     _follow_outputs(known, found, always, _silenced(model, graph, found))
@@ -181,6 +185,7 @@ class _Watch:
     model: nn.Module
     found: Connectivity
     known: Liveness
+    wide: bool = False
     low: dict[str, Tensor] = field(default_factory=dict)
     high: dict[str, Tensor] = field(default_factory=dict)
     floating: bool = True
@@ -198,7 +203,7 @@ class _Watch:
         """Observe the model on noise of the shapes of `trials`."""
         tensors = [leaf for trial in trials for leaf in pytree.tree_leaves((trial.args, dict(trial.kwargs)))]
         self.floating = all(leaf.is_floating_point() for leaf in tensors if isinstance(leaf, Tensor))
-        with ExitStack() as stack, torch.no_grad():
+        with ExitStack() as stack, torch.no_grad(), widened(self.wide):
             for name, module in self.modules.items():
                 stack.callback(module.register_forward_pre_hook(self._seeing(name, module)).remove)
                 stack.callback(module.register_forward_hook(self._replacing(name, module)).remove)

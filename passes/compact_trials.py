@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,24 +12,28 @@ from torch.utils import _pytree as pytree
 
 from growfx.errors import TraceError
 from growfx.inputs import Inputs
+from growfx.passes.compact_precision import outputs_of, relative_error, rounded_away, widened_model
 
 if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
 
-__all__ = [
-    "Trial",
-    "difference",
-    "example_of",
-    "outputs_of",
-    "relative_error",
-    "tolerance_of",
-    "trials_of",
-    "working_copy",
-]
+__all__ = ["Trial", "difference", "example_of", "trials_of", "working_copy"]
 
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
-Trial = tuple[Inputs, list[Tensor]]
+class Trial(NamedTuple):
+    """Inputs, the outputs of the model for them, and how far another model's may be from these.
+
+    Attributes:
+        inputs: what the model is called with.
+        outputs: all tensors that it returned.
+        tolerances: for each output the largest error over its largest value; none where nothing has values.
+        wide: whether the outputs were computed in float64 throughout.
+    """
+
+    inputs: Inputs
+    outputs: list[Tensor]
+    tolerances: list[float]
+    wide: bool
 
 
 def example_of(net: MaskedGraph, example_inputs: Any) -> Inputs:
@@ -40,27 +44,33 @@ def example_of(net: MaskedGraph, example_inputs: Any) -> Inputs:
 
 
 def working_copy(model: nn.Module, example: Inputs) -> tuple[nn.Module, list[Trial]]:
-    """A copy of the model in float64, or in its own type where it does not run in that, and inputs with outputs."""
+    """A copy of the model in float64, or in its own type where it does not run in that, and inputs with outputs.
+
+    The outputs are compared as exactly as the type allows: where the model's own code asks for less than float64, it
+    is given float64 all the same.
+    """
     candidates = [example.with_batch(2).redrawn(seed) for seed in (1, 2)]
-    try:
-        work = copy.deepcopy(model).double()
-        return work, _with_another_size(work, trials_of(work, [_as_double(inputs) for inputs in candidates]))
-    except Exception:  # types written into the model
-        return model, _with_another_size(model, trials_of(model, candidates))
+    work = widened_model(copy.deepcopy(model))
+    for wide in (True, False):
+        try:
+            return work, _with_another_size(work, trials_of(work, [_as_double(inputs) for inputs in candidates], wide))
+        except Exception:  # types written into the model
+            continue
+    return model, _with_another_size(model, trials_of(model, candidates))
 
 
 def _with_another_size(model: nn.Module, trials: list[Trial]) -> list[Trial]:
     """The trials, and one with images of another size where the model takes one: of half the size, or larger."""
-    inputs, outputs = trials[0]
+    inputs, outputs, _, wide = trials[0]
     finite = all(bool(value.isfinite().all()) for value in outputs)
     for sizes in (_half, _larger):
         other = _resized(inputs, sizes)
         try:
-            result = [] if other is None else outputs_of(model, other)
+            result = [] if other is None else outputs_of(model, other, wide)
         except Exception:  # its sizes are fixed
             continue
         if other is not None and finite == all(bool(value.isfinite().all()) for value in result):
-            return [*trials, (other, result)]
+            return [*trials, *_judged(model, [(other, result)], wide)]
     return trials
 
 
@@ -94,30 +104,29 @@ def _resized(inputs: Inputs, change: Callable[[int], int]) -> Inputs | None:
     return Inputs(args, inputs.kwargs) if shapes[0] != shapes[1] and not inputs.structural else None
 
 
-def trials_of(model: nn.Module, candidates: Sequence[Inputs]) -> list[Trial]:
-    """Inputs that the model takes, in its own type, with its outputs.
+def trials_of(model: nn.Module, candidates: Sequence[Inputs], wide: bool = False) -> list[Trial]:
+    """Inputs that the model takes, in its own type, with its outputs; `wide`: computed in float64 throughout.
 
     Raises:
         TraceError: it does not take the first.
     """
     first = next(iter(model.parameters()), torch.empty(0))
-    move = lambda v: v.to(first.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v  # noqa: E731
-    trials: list[Trial] = []
+    dtype = first.dtype if first.is_floating_point() else first.real.dtype if first.is_complex() else torch.float32
+    move = lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v  # noqa: E731
+    runs: list[tuple[Inputs, list[Tensor]]] = []
     for inputs in candidates:
         inputs = Inputs(*pytree.tree_map(move, (inputs.args, dict(inputs.kwargs))))
         try:
-            trials.append((inputs, outputs_of(model, inputs)))
+            runs.append((inputs, outputs_of(model, inputs, wide)))
         except Exception as error:
-            if not trials:
+            if not runs:
                 raise TraceError(f"the network does not run on the example inputs: {_first_line(error)}") from error
-    return trials
+    return _judged(model, runs, wide)
 
 
-def outputs_of(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """All tensors that the model returns."""
-    with torch.no_grad():
-        result = model(*inputs.args, **inputs.kwargs)
-    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+def _judged(model: nn.Module, runs: Sequence[tuple[Inputs, list[Tensor]]], wide: bool) -> list[Trial]:
+    limits = rounded_away(model, runs, wide)
+    return [Trial(*run, tolerances, wide) for run, tolerances in zip(runs, limits, strict=True)]
 
 
 def _first_line(error: Exception) -> str:
@@ -127,31 +136,18 @@ def _first_line(error: Exception) -> str:
 def difference(model: nn.Module, trials: Sequence[Trial]) -> tuple[float, str]:
     """The largest error of the outputs over the largest output, and what is wrong, if anything is."""
     largest = 0.0
-    for inputs, expected in trials:
+    for inputs, expected, tolerances, wide in trials:
         try:
-            got = outputs_of(model, inputs)
+            got = outputs_of(model, inputs, wide)
         except Exception as error:
             return largest, f"the model fails without it: {_first_line(error)}"
         if [value.shape for value in got] != [value.shape for value in expected]:
             return largest, "the outputs would have another shape"
-        for ours, theirs in zip(got, expected, strict=True):
+        for ours, theirs, tolerance in zip(got, expected, tolerances, strict=True):
             if theirs.is_meta or not theirs.numel():
                 continue
             error = relative_error(ours, theirs)
-            if error > tolerance_of(theirs.dtype):
+            if error > tolerance:
                 return error, f"the outputs would differ by {error:.2g} of the largest"
             largest = max(largest, error)
     return largest, ""
-
-
-def tolerance_of(dtype: torch.dtype) -> float:
-    """The error, over the largest output, up to which outputs of this type count as equal."""
-    return _TOLERANCE.get(dtype, 1e-2)
-
-
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference over the largest value of `theirs`; infinite where only one of them is not a number."""
-    if bool((ours.isnan() != theirs.isnan()).any()):
-        return float("inf")
-    scale = float(theirs.abs().double().nan_to_num().max()) or 1.0
-    return float((ours.double() - theirs.double()).abs().nan_to_num().max()) / scale

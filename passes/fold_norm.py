@@ -20,7 +20,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from growfx.errors import TraceError
 from growfx.folded_norm import folding_refusal, without_norm
-from growfx.passes.compact_trials import Trial, difference, example_of, outputs_of, trials_of, working_copy
+from growfx.passes.compact_precision import outputs_of
+from growfx.passes.compact_trials import Trial, difference, example_of, trials_of, working_copy
 from growfx.passes.mask import unwrap
 from growfx.passes.path_rules import APPLIED, row_of
 
@@ -84,7 +85,7 @@ def fold_norm(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None
     folded = pairs
     if difference(all_at_once, trials)[1]:
         folded = {norm: layer for norm, layer in pairs.items() if _fits(work, norm, layer, trials, kept)}
-    own = trials_of(model, [inputs for inputs, _ in trials])
+    own = trials_of(model, [trial.inputs for trial in trials])
     for norm, layer in folded.items():
         _fold(model, norm, layer)
     error, problem = difference(model, own)
@@ -131,7 +132,7 @@ def _output_axes(model: nn.Module, trials: Sequence[Trial]) -> dict[str, int]:
                     axes[name] = output.ndim
 
                 stack.callback(module.register_forward_hook(note).remove)
-        outputs_of(model, trials[0][0])
+        outputs_of(model, trials[0].inputs, trials[0].wide)
     return axes
 
 

@@ -25,7 +25,7 @@ from growfx.lowering_report import LayerLowering, LoweringReport, is_time_table
 from growfx.machine import processor
 from growfx.module_copy import copy_modules
 from growfx.passes.check_recording import record_checked
-from growfx.passes.compact_trials import outputs_of
+from growfx.passes.compact_precision import outputs_of
 from growfx.passes.fold_norm import fold_norm
 from growfx.passes.lower import lower, lowerable, swap_layers
 from growfx.passes.lower_timing import time_layers
