@@ -24,6 +24,7 @@ from growfx.compaction import columns_axis
 from growfx.connectivity import Connectivity
 from growfx.inputs import Inputs
 from growfx.passes.compact_precision import widened
+from growfx.passes.compact_trials import with_rows
 from growfx.signal_graph import Origin, Reach
 
 __all__ = ["Liveness", "edges", "find_liveness"]
@@ -33,6 +34,8 @@ _SAME = {torch.float64: 1e-12, torch.float32: 1e-5}
 # A shift before an activation must not hide noise: some of it is larger than any shift.
 _SCALES = (1e6, 1.0, 1e3)
 _ROWS = 8
+# Fewer rows where they are large: more elements than these are not put in at once.
+_ELEMENTS = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,7 @@ class _Watch:
     found: Connectivity
     known: Liveness
     wide: bool = False
+    hidden: set[str] = field(default_factory=set)  # layers that take or return something else than real numbers
     low: dict[str, Tensor] = field(default_factory=dict)
     high: dict[str, Tensor] = field(default_factory=dict)
     floating: bool = True
@@ -211,14 +215,23 @@ class _Watch:
             ascending = sorted(sizes.values(), key=_elements)  # the smallest is the quickest, and used most
             for i in range(max(len(sizes), len(_SCALES))):
                 self.scale, trial = _SCALES[i % len(_SCALES)], ascending[i % len(sizes)]
-                many = trial.with_batch(_ROWS)
-                args, kwargs = pytree.tree_map(lambda value: self._noise(value, 1), (many.args, dict(many.kwargs)))
+                rows = min(_ROWS, max(2, _ELEMENTS * (trial.batch or 1) // max(_elements(trial), 1)))
+                many = with_rows(trial, rows)
+                args, kwargs = pytree.tree_map(self._noise_input, (many.args, dict(many.kwargs)))
                 self.model(*args, **kwargs)
+
+    def _noise_input(self, value: Any) -> Any:
+        """Noise in the place of an input; about one number for each row (a time) there is no more than a little."""
+        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim < 2:
+            return value + torch.randn(value.shape, generator=self.generator).to(value)
+        return self._noise(value, 1)
 
     def _noise(self, value: Any, axis: int) -> Any:
         """Noise of one sign per row and channel; the second half of the rows has the signs of the first reversed."""
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 2:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim == 0:
             return value
+        if axis % value.ndim == 0:  # there are no rows
+            return self._noise(value.unsqueeze(0), 1).squeeze(0)
         size = torch.randn(value.shape, generator=self.generator).abs_() * self.scale
         half = (value.shape[0] + 1) // 2
         signs = torch.randint(2, (half, value.shape[axis]), generator=self.generator) * 2 - 1
@@ -227,7 +240,11 @@ class _Watch:
 
     def _seeing(self, name: str, module: nn.Module) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any) -> None:
-            seen = args[0].detach().movedim(_channels(module, args[0]), 0).flatten(1)
+            if not args or not _observable(args[0]):
+                self.hidden.add(name)
+                return
+            seen = args[0].detach().movedim(_channels(module, args[0]), 0)
+            seen = seen.reshape(seen.shape[0], -1)
             low, high = seen.amin(1).cpu(), seen.amax(1).cpu()
             if name in self.low:
                 low, high = torch.minimum(low, self.low[name]), torch.maximum(high, self.high[name])
@@ -238,7 +255,10 @@ class _Watch:
     def _replacing(self, name: str, module: nn.Module) -> Callable[..., Tensor]:
         fed = self.known.fed[self.found.layers[name].outputs]
 
-        def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        def hook(_: nn.Module, args: Any, output: Any) -> Any:
+            if not _observable(output) or output.shape[_channels(module, output)] != len(fed):
+                self.hidden.add(name)
+                return output
             axis = _channels(module, output)
             shape = [-1 if i == axis % output.ndim else 1 for i in range(output.ndim)]
             return torch.where(fed.to(output.device).reshape(shape), self._noise(output, axis), output)
@@ -253,6 +273,8 @@ class _Watch:
             low, high = self.low.get(name), self.high.get(name)
             if low is None or high is None or len(low) != len(layer.sources) or layer.mixes_positions:
                 continue
+            if name in self.hidden:
+                continue
             near = high - low <= _SAME.get(low.dtype, 1e-5) * torch.maximum(low.abs(), high.abs())
             result[name][near] = low[near].double()
         return result
@@ -261,7 +283,7 @@ class _Watch:
         """Take columns that stayed the same as constant; whether any of them was thought to vary."""
         surprised = False
         replaced = torch.zeros(len(self.found.group), dtype=torch.bool)
-        for other in self.modules.keys() & self.low.keys():
+        for other in (self.modules.keys() & self.low.keys()) - self.hidden:
             replaced[self.found.layers[other].outputs] = True
         for inputs in self.found.inputs.values():
             replaced[inputs] = self.floating
@@ -277,6 +299,10 @@ class _Watch:
             self.known.constant[name] = constant
             surprised |= bool(same.any())
         return surprised
+
+
+def _observable(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 0
 
 
 def _elements(inputs: Inputs) -> int:

@@ -17,7 +17,11 @@ from growfx.passes.compact_precision import outputs_of, relative_error, rounded_
 if TYPE_CHECKING:
     from growfx.graph import MaskedGraph
 
-__all__ = ["Trial", "difference", "example_of", "trials_of", "working_copy"]
+__all__ = ["Trial", "difference", "example_of", "trials_of", "with_rows", "working_copy"]
+
+
+# Inputs of another size are not tried where they have more elements than these: activations have many times as many.
+_ELEMENTS = 1 << 21
 
 
 class Trial(NamedTuple):
@@ -43,13 +47,20 @@ def example_of(net: MaskedGraph, example_inputs: Any) -> Inputs:
     return Inputs((example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs), {})
 
 
+def with_rows(inputs: Inputs, rows: int) -> Inputs:
+    """The inputs with another batch size; unchanged where vectors are all there is, for they have features alone."""
+    tensors = [leaf for leaf in pytree.tree_leaves((inputs.args, dict(inputs.kwargs))) if isinstance(leaf, Tensor)]
+    flat = any(leaf.is_floating_point() for leaf in tensors) and all(leaf.ndim < 2 for leaf in tensors)
+    return inputs if flat else inputs.with_batch(rows)
+
+
 def working_copy(model: nn.Module, example: Inputs) -> tuple[nn.Module, list[Trial]]:
     """A copy of the model in float64, or in its own type where it does not run in that, and inputs with outputs.
 
     The outputs are compared as exactly as the type allows: where the model's own code asks for less than float64, it
     is given float64 all the same.
     """
-    candidates = [example.with_batch(2).redrawn(seed) for seed in (1, 2)]
+    candidates = [with_rows(example, 2).redrawn(seed) for seed in (1, 2)]
     work = widened_model(copy.deepcopy(model))
     for wide in (True, False):
         try:
@@ -65,6 +76,8 @@ def _with_another_size(model: nn.Module, trials: list[Trial]) -> list[Trial]:
     finite = all(bool(value.isfinite().all()) for value in outputs)
     for sizes in (_half, _larger):
         other = _resized(inputs, sizes)
+        if other is not None and sum(v.numel() for v in other.args if isinstance(v, Tensor)) > _ELEMENTS:
+            continue
         try:
             result = [] if other is None else outputs_of(model, other, wide)
         except Exception:  # its sizes are fixed

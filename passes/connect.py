@@ -94,6 +94,7 @@ class UnitGraph:
         place: the node and its source line, for reasons.
         module: the module being called, under `target`, known as `layer`; `applied` when it transforms its weight,
             `scales_last` when it is a norm over trailing axes.
+        flat: whether the inputs are vectors, which have features and no batch.
     """
 
     def __init__(self, net: MaskedGraph, graph: fx.Graph) -> None:
@@ -104,7 +105,7 @@ class UnitGraph:
         self.frames: dict[bytes, Tensor] = {}
         self.name = self.place = self.target = self.layer = ""
         self.module: Any = None
-        self.applied = self.scales_last = False
+        self.applied = self.scales_last = self.flat = False
         first = next(net.parameters(), torch.empty(0))
         self.model_dtype = first.dtype
         self._masked = {id(layer.parameter): name for name, layer in net.layers.items()}
@@ -198,6 +199,8 @@ class UnitGraph:
 
     def shapes(self, op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Shapes of an operation's results, found without values."""
+        own = next(self.module.parameters(), None) if isinstance(self.module, nn.Module) else None
+        of_ids = self.model_dtype if own is None else own.dtype
 
         def emptied(item: Any) -> Any:
             if isinstance(item, WeightPart):
@@ -205,7 +208,7 @@ class UnitGraph:
             tensor = item.tensor if isinstance(item, (Ids, Named)) else item
             if not isinstance(tensor, Tensor):
                 return torch.device("meta") if isinstance(item, torch.device) else item
-            dtype = self.model_dtype if isinstance(item, Ids) else tensor.dtype
+            dtype = of_ids if isinstance(item, Ids) else tensor.dtype
             return torch.empty(tensor.shape, dtype=dtype, device="meta")
 
         result = on_meta(op, map_leaves(emptied, args), map_leaves(emptied, kwargs))
@@ -235,6 +238,7 @@ class UnitGraph:
     def run(self, inputs: Sequence[Any]) -> None:
         """Interpret the graph."""
         waiting = iter(inputs)
+        self.flat = all(item.ndim < 2 for item in leaves(tuple(inputs)) if isinstance(item, Tensor))
         last: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
             for used in (node, *node.all_input_nodes):

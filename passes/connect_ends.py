@@ -33,8 +33,8 @@ def begin(run: UnitGraph, node: fx.Node, value: Any) -> Any:
     def start(item: Any) -> Any:
         if not isinstance(item, Tensor):
             return item
-        part = item[:1] if alone and item.ndim else item
-        if not item.is_floating_point():
+        part = item[:1] if alone and item.ndim and not (run.flat and item.is_floating_point()) else item
+        if not item.is_floating_point() and not item.is_complex():
             return Token(part) if item.dtype != torch.bool else part
         axes = part.ndim if alone else part.ndim + 1  # images in a list have no batch axis
         middle = axes > 3 or (axes == 3 and alone and _is_convolved(run, node))

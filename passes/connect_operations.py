@@ -86,6 +86,8 @@ def of_shapes(shapes: Any, make: Callable[[torch.Size], Any]) -> Any:
     """The results of an operation from their shapes."""
     if isinstance(shapes, torch.Size):  # before tuples: it is one itself
         return make(shapes)
+    if isinstance(shapes, dict):
+        return type(shapes)((key, of_shapes(shape, make)) for key, shape in shapes.items())
     if isinstance(shapes, (tuple, list)):
         items = [of_shapes(shape, make) for shape in shapes]
         return type(shapes)(*items) if hasattr(shapes, "_fields") else type(shapes)(items)

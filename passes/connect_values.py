@@ -124,7 +124,7 @@ def _runs(tensor: Tensor, axis: int) -> Tensor:
     changes = torch.ones(size, dtype=torch.bool)
     if varies(tensor, axis):
         later, before = (narrowed(tensor.narrow(axis, start, size - 1)) for start in (1, 0))
-        changes[1:] = (later != before).movedim(axis, 0).flatten(1).any(1)
+        changes[1:] = (later != before).movedim(axis, 0).reshape(size - 1, -1).any(1)
     elif size > 1:
         changes[1:] = False
     return changes
