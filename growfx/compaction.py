@@ -182,6 +182,9 @@ def _apply(model: nn.Module, plan: CompactionPlan) -> nn.Module:
             setattr(model.get_submodule(name), attribute, size)
     for name in plan.norms:
         model.set_submodule(name, without_norm(model.get_submodule(name)))
+    for name in plan.left_out:
+        owner, last = _owner(model, name)
+        owner._modules[last] = None
     return model
 
 
@@ -232,6 +235,13 @@ def _check_names(model: nn.Module, plan: CompactionPlan) -> None:
         if not isinstance(module, (_ConvNd, nn.Linear)) or module.bias is not None:
             raise damaged_plan(f"`{name}` is no layer without a bias")
     _check_norms(modules, plan)
+    touched = (*plan.tensors, *plan.blocks, *plan.modules, *plan.biases, *plan.norms)
+    for name in plan.left_out:
+        if not name or name not in modules:
+            raise damaged_plan(f"the model has no module `{name}`")
+        inside = [other for other in (*touched, *plan.left_out) if other.startswith(f"{name}.")]
+        if inside or name in touched or plan.left_out.count(name) > 1:
+            raise damaged_plan(f"`{name}` is left out, and changed besides")
 
 
 def _check_norms(modules: Mapping[str, nn.Module], plan: CompactionPlan) -> None:

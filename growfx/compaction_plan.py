@@ -15,6 +15,8 @@ Spans = tuple[tuple[int, int], ...]
 # A stored plan lists no more spans than this; a model of a million units needs fewer.
 _MAX_SPANS = 1 << 22
 
+_OPTIONAL = ("blocks", "norms", "left_out")
+
 
 @dataclass(frozen=True)
 class CompactionPlan:
@@ -27,6 +29,7 @@ class CompactionPlan:
         blocks: weight of a grouped convolution -> the channels that stay along its second axis (inputs, or outputs of
             a transposed convolution), numbered over all groups: each group may keep others, of equal number.
         norms: batch norms that the layers before them took over; what else is in them stays, in their place.
+        left_out: modules that evaluation never runs; the model has None in their places.
     """
 
     tensors: Mapping[str, Mapping[int, Spans]] = field(default_factory=dict)
@@ -34,9 +37,10 @@ class CompactionPlan:
     biases: tuple[str, ...] = ()
     blocks: Mapping[str, Spans] = field(default_factory=dict)
     norms: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.tensors or self.modules or self.biases or self.blocks or self.norms)
+        return bool(self.tensors or self.modules or self.biases or self.blocks or self.norms or self.left_out)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -44,6 +48,7 @@ class CompactionPlan:
         return {
             **({"blocks": blocks} if blocks else {}),
             **({"norms": list(self.norms)} if self.norms else {}),
+            **({"left_out": list(self.left_out)} if self.left_out else {}),
             "biases": list(self.biases),
             "modules": {name: dict(sizes) for name, sizes in self.modules.items()},
             "tensors": {
@@ -59,9 +64,10 @@ class CompactionPlan:
         Raises:
             ArtifactError: it has another form.
         """
-        if not isinstance(value, dict) or value.keys() - {"blocks", "norms"} != {"biases", "modules", "tensors"}:
-            raise damaged_plan("a plan has the fields `biases`, `modules`, `tensors`, and at most `blocks` and `norms`")
-        biases, norms = (_names(key, value.get(key, [])) for key in ("biases", "norms"))
+        if not isinstance(value, dict) or value.keys() - {*_OPTIONAL} != {"biases", "modules", "tensors"}:
+            more = ", ".join(f"`{field}`" for field in _OPTIONAL)
+            raise damaged_plan(f"a plan has the fields `biases`, `modules`, `tensors`, and at most {more} beside them")
+        biases, norms, left_out = (_names(key, value.get(key, [])) for key in ("biases", "norms", "left_out"))
         modules, tensors, blocks = value["modules"], value["tensors"], value.get("blocks", {})
         for part in (modules, tensors):
             if not isinstance(part, dict) or not all(isinstance(inner, dict) for inner in part.values()):
@@ -79,7 +85,7 @@ class CompactionPlan:
         every = [kept for axes in read.values() for kept in axes.values()]
         if sum(map(len, (*every, *grouped.values()))) > _MAX_SPANS:
             raise damaged_plan(f"it has more than {_MAX_SPANS} spans")
-        return cls(read, {name: dict(sizes) for name, sizes in modules.items()}, biases, grouped, norms)
+        return cls(read, {name: dict(sizes) for name, sizes in modules.items()}, biases, grouped, norms, left_out)
 
 
 def damaged_plan(what: str) -> ArtifactError:

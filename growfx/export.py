@@ -58,6 +58,8 @@ class SmallNetwork:
             "parameters": list(self.units.parameters),
             "largest_error": max(self.units.largest_error, self.folding_error),
             "left_whole": self.units.refusal,
+            "modules_left_out": list(self.units.left_out),
+            "unused_modules_kept": dict(self.units.unread),
             "dead_units_kept": {layer: list(reasons) for layer, reasons in self.units.kept.items()},
             "norms_folded": dict(self.folded),
             "norms_kept": dict(self.kept),
@@ -99,7 +101,8 @@ def _with_norms(plan: CompactionPlan, net: MaskedGraph, folded: Mapping[str, str
 
 def _masked(net: MaskedGraph, model: nn.Module, masks: Mapping[str, Tensor]) -> MaskedGraph:
     """A masked network of a smaller model; layers of `net` without a mask have none."""
-    without = [name for name in net.trace_report.unmasked if _is_layer(net, name)]
+    there = dict(model.named_modules())
+    without = [name for name in net.trace_report.unmasked if name in there and _is_layer(net, name)]
     result = wrap(model, net.example_inputs(), exclude=without)
     result.set_masks({name: mask for name, mask in masks.items() if name in result.layers})
     return result

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +31,7 @@ from growfx.passes.compact_liveness import find_liveness
 from growfx.passes.compact_precision import outputs_of
 from growfx.passes.compact_report import CompactionReport, LayerChange
 from growfx.passes.compact_trials import Trial, difference, example_of, trials_of, working_copy
+from growfx.passes.compact_unused import find_unused
 from growfx.passes.connect import connect
 from growfx.passes.mask import unwrap
 from growfx.passes.record import meta_copy
@@ -47,7 +48,8 @@ class Compacted:
 
     Attributes:
         model: a plain model of the original class in evaluation mode, with smaller modules.
-        masks: masked layer -> its mask in the smaller shape; `growfx.wrap(model)` and `set_masks` make a net of it.
+        masks: masked layer that is still there -> its mask in the smaller shape; `growfx.wrap(model)` and `set_masks`
+            make a net of it.
         plan: what was left out; makes another instance of the original class as small.
         report: per layer the units before and after and why dead ones stayed; prints as a table.
     """
@@ -86,6 +88,8 @@ def compact(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None =
     groups, problems = _fitting(chooser, trials)
     removal, back = chooser.removal(groups)
     plan, folds = make_plan(chooser, removal)
+    left_out, unread = find_unused(work, graph, found, net.trace_report.opaque, trials)
+    plan = replace(plan, left_out=left_out)
     reasons = {**chooser.refused, **problems, **back}
     result = _built(model, plan, folds)
     trials = trials_of(model, [trial.inputs for trial in trials])
@@ -97,8 +101,10 @@ def compact(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None =
         parameters=(_numel(model), _numel(result)),
         largest_error=error,
         checked=tuple(_shape(trial.inputs) for trial in trials),
+        left_out=left_out,
+        unread=unread,
     )
-    return Compacted(result, _masks(net, removal, result), plan, report)
+    return Compacted(result, _masks(net, removal, result, left_out), plan, report)
 
 
 def _whole(net: MaskedGraph, model: nn.Module, reason: str) -> Compacted:
@@ -181,10 +187,12 @@ def _built(model: nn.Module, plan: CompactionPlan, folds: dict[str, Tensor]) -> 
     return small
 
 
-def _masks(net: MaskedGraph, removal: Removal, model: nn.Module) -> dict[str, Tensor]:
+def _masks(net: MaskedGraph, removal: Removal, model: nn.Module, left_out: Sequence[str]) -> dict[str, Tensor]:
     """The masks of the layers in their smaller shapes."""
     masks = {}
     for name, layer in net.layers.items():
+        if any(name == other or name.startswith(f"{other}.") for other in left_out):
+            continue
         mask = layer.mask.detach().clone()
         if name in removal.outputs and mask.shape != _weight(model, name, layer).shape:
             rows, columns = removal.outputs[name].to(mask.device), removal.columns[name].to(mask.device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 __all__ = ["CompactionReport", "LayerChange"]
 
@@ -29,6 +30,8 @@ class CompactionReport:
         parameters: number of parameters of the dense model before and after.
         largest_error: of the outputs, over the largest output, in the model's own precision.
         checked: shapes of the inputs that outputs were compared on.
+        left_out: modules that evaluation never runs, and that are gone.
+        unread: module that evaluation never runs, and that stayed -> why.
         refusal: why the network was left whole; "" when it was worked on.
     """
 
@@ -37,6 +40,8 @@ class CompactionReport:
     largest_error: float
     checked: tuple[tuple[int, ...], ...]
     refusal: str = ""
+    left_out: tuple[str, ...] = ()
+    unread: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def removed(self) -> int:
@@ -58,6 +63,11 @@ class CompactionReport:
             f"{self.parameters[1]} after; largest error {self.largest_error:.1e} of the outputs on inputs of "
             f"{', '.join('x'.join(map(str, shape)) for shape in dict.fromkeys(self.checked))}"
         )
+        notes = [f"`{name}` is left out: evaluation never runs it" for name in self.left_out]
+        notes += [f"`{name}` stays, though evaluation did not run it: {why}" for name, why in self.unread.items()]
+        last = "\n".join([*notes, last])
+        if not shown and self.left_out:
+            return last
         if not shown:
             return f"nothing to leave out: every unit is on a path from input to output\n{last}"
         rows = [("layer", "units", "after", "dead, kept", "because"), *map(_row, shown)]

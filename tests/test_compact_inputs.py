@@ -1,4 +1,4 @@
-"""Compaction where layers see something else than a batch of real features: vectors, complex numbers, tuples, nothing."""
+"""Compaction where layers see something else than batches of real features: vectors, complex numbers, tuples."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_complex_inputs() -> None:
 class PairConv(nn.Conv2d):
     """A convolution that takes and returns a pair."""
 
-    def forward(self, pair: Any) -> Any:
+    def forward(self, pair: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, other = pair
         return super().forward(x), other
 
@@ -104,7 +104,7 @@ class PairConv(nn.Conv2d):
 class KeywordConv(nn.Conv2d):
     """A convolution that takes a keyword and returns a dict."""
 
-    def forward(self, *, x: Tensor) -> Any:
+    def forward(self, *, x: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return {"y": super().forward(x)}
 
 
