@@ -341,7 +341,11 @@ def methods_command(as_json: bool) -> None:
 
 @commands.command("zoo")
 @click.argument("pattern", default="*", metavar="[GLOB]")
-@click.option("--library", type=click.Choice(["timm", "torchvision"]), help="only models of this library")
+@click.option(
+    "--library",
+    type=click.Choice(["timm", "torchvision", "guests"]),
+    help="only models of this library; guests: of other packages, where they are installed",
+)
 @click.option("--json", "file", type=click.Path(path_type=Path), help="keep all facts here; a later run continues it")
 @click.option("--overwrite", is_flag=True, help="check again what FILE has; replace a file of other versions")
 @click.option("--jobs", type=int, help="models checked at once  [default: number of cores]")
@@ -372,17 +376,26 @@ def zoo_command(
 ) -> int:
     """Check the architectures that GLOB matches (default: all of timm and torchvision): recorded, faithful to the
     model, no weight missed, path products, growth, artifact. GLOB may also be package.module:callable.
+
+    `--library guests` checks small models of some thirty other packages (transformers, diffusers, ...) instead, with
+    random weights; nothing is downloaded. Packages that are not installed are listed.
     """
     from growfx.zoo import Results, check_zoo
+    from growfx.zoo_guests import GUESTS, go_offline, guest_names, guest_versions, missing_packages
     from growfx.zoo_inputs import model_names
     from growfx.zoo_pool import Limits
     from growfx.zoo_table import census_text, coverage_text, summary_markdown
 
     limits = Limits(limit_seconds, limit_memory, jobs)
-    names = model_names(pattern, library)
+    with_guests = library == GUESTS
+    if with_guests:
+        go_offline()
+    names = guest_names(pattern) if with_guests else model_names(pattern, library)
+    missing = f"not installed: {', '.join(missing_packages()) or 'none'}" if with_guests else ""
     if not names:
-        raise ConfigError(f"no model of {library or 'timm or torchvision'} is named like `{pattern}`")
-    results = Results(file, overwrite=overwrite)
+        where = f"the installed packages ({missing})" if missing else library or "timm or torchvision"
+        raise ConfigError(f"no model of {where} is named like `{pattern}`")
+    results = Results(file, overwrite=overwrite, packages=guest_versions() if with_guests else None)
     try:
         found = check_zoo(names, results, limits, real_below=1e6 * real_below, again=overwrite, progress=not quiet)
     except KeyboardInterrupt:
@@ -392,6 +405,8 @@ def zoo_command(
     click.echo(summary_markdown(found) if markdown else coverage_text(found))
     if with_census:
         click.echo(f"\n{census_text(found)}")
+    if missing:
+        click.echo(f"\n{missing}")
     if file is not None:
         click.echo(f"\nwritten to {file}")
     return 0

@@ -23,7 +23,8 @@ from growfx.zoo_table import census
 
 __all__ = ["Results", "check_zoo"]
 
-_FORMAT = "growfx zoo 1"
+_FORMATS = "growfx zoo "
+_FORMAT = f"{_FORMATS}2"
 _SAVE_EVERY = 5.0  # seconds
 
 
@@ -33,23 +34,29 @@ class Results:
     The file holds `format`, `versions`, `census` (operator -> number of models) and `models` (see `Facts`), one line a
     model in order of names.
 
+    Args:
+        file: where to keep them.
+        overwrite: start anew what other versions have written.
+        packages: name -> version of further packages that the results depend on.
+
     Raises:
         ConfigError: the file is none of ours, or of other versions (without `overwrite`).
     """
 
-    def __init__(self, file: Path | None, *, overwrite: bool = False):
+    def __init__(self, file: Path | None, *, overwrite: bool = False, packages: Mapping[str, str] | None = None):
         self.file, self.facts = file, dict[str, Facts]()
+        self.versions = {**versions(), **(packages or {})}
         self._saved_at = 0.0
         if file is None or not file.exists():
             if file is not None and not file.absolute().parent.is_dir():
                 raise ConfigError(f"`{file}` cannot be written: there is no folder `{file.absolute().parent}`")
             return
         content = _read(file)
-        if content["versions"] == versions():
+        if content["format"] == _FORMAT and content["versions"] == self.versions:
             self.facts = {values["model"]: Facts.from_json(values) for values in content["models"]}
         elif not overwrite:
             raise ConfigError(
-                f"`{file}` is of other versions ({_listed(content['versions'])}; installed: {_listed(versions())}); "
+                f"`{file}` is of other versions ({_told_apart(content, self.versions)}); "
                 "give another file, or --overwrite to start it anew"
             )
 
@@ -70,7 +77,7 @@ class Results:
         if self.file is None:
             return
         lines = [json.dumps(dataclasses.asdict(self.facts[name])) for name in sorted(self.facts)]
-        head = {"format": _FORMAT, "versions": versions(), "census": census(self.facts.values())}
+        head = {"format": _FORMAT, "versions": self.versions, "census": census(self.facts.values())}
         text = json.dumps(head, indent=1)[:-2] + ',\n "models": [\n' + ",\n".join(lines) + "\n ]\n}\n"
         stage = self.file.with_name(f".{self.file.name}.{os.getpid()}.tmp")
         try:
@@ -120,12 +127,16 @@ def versions() -> dict[str, str]:
 def _read(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if content["format"] == _FORMAT:
+        if content["format"].startswith(_FORMATS):
             return content
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"`{file}` holds no results of `growfx zoo` ({type(error).__name__})") from error
     raise ConfigError(f"`{file}` holds results in another format ({content['format']!r}); this is {_FORMAT!r}")
 
 
-def _listed(found: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in found.items())
+def _told_apart(content: Mapping[str, Any], installed: Mapping[str, str]) -> str:
+    """What of a file is not as it would be now."""
+    there = content["versions"]
+    names = [name for name in {**there, **installed} if there.get(name) != installed.get(name)]
+    parts = [f"{name} {there.get(name, 'missing')}, installed: {installed.get(name, 'missing')}" for name in names]
+    return "; ".join(parts or [f"{content['format']!r}, this is {_FORMAT!r}"])

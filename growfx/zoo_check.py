@@ -32,14 +32,21 @@ from growfx.models import blueprint, create_model
 from growfx.passes.path_products import check_path_rules
 from growfx.paths import PathProducts
 from growfx.selection import draw
-from growfx.zoo_compare import difference, enliven, run_seeded, weight_layers
+from growfx.zoo_compare import difference, enliven, run_seeded, split, weight_layers
 from growfx.zoo_facts import REAL_BELOW, Facts, one_line, scrubbed
-from growfx.zoo_inputs import Form, arguments_of, family_of, forms, identity_of, library_of
+from growfx.zoo_gradients import Step, reached_matrices, step, step_difference
+from growfx.zoo_guest import GuestForm, Package
+from growfx.zoo_guests import GUESTS, guest, is_guest
+from growfx.zoo_inputs import arguments_of, family_of, forms, identity_of, library_of
 from growfx.zoo_reference import CALLS, Reference, observe
 
 __all__ = ["DENSITY", "check_model"]
 
 DENSITY = 0.1
+# Seeds of torch, numpy and `random` that steps of a model and its graph are compared under. Layer drop and the like
+# need several to show; no model of timm or torchvision decides by chance what it runs.
+_SEEDS = {GUESTS: (1, 2, 3)}
+_ROWS = 2  # of the inputs of such a step: batch norm needs more than one
 _GAMMA, _VARIANCE = 10.0, 1e-3
 
 
@@ -51,17 +58,23 @@ def check_model(spec: str, tell: Callable[[Facts], None] = lambda _: None, real_
         tell: called with the facts so far before each stage, so that they outlive a killed process.
         real_below: number of parameters from which on a model is checked without values.
     """
-    facts = Facts(spec, library=library_of(spec))
+    facts = Facts(spec, library=GUESTS if is_guest(spec) else library_of(spec))
     begun = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             check = _Check(facts, tell, real_below)
-            check.build()
+            if facts.library == GUESTS:
+                check.build_guest(*guest(spec))
+            else:
+                check.build()
             check.wrap()
+            if facts.device == "real":
+                check.graph_steps()
             check.graph()
             if facts.device == "real":
-                check.faithful()
+                check.own_forward()
+                check.gradients()
                 check.extremes()
                 check.sparse()
                 check.artifact()
@@ -85,6 +98,8 @@ class _Check:
 
     def __init__(self, facts: Facts, tell: Callable[[Facts], None], real_below: float):
         self.facts, self.tell, self.real_below = facts, tell, real_below
+        self.rebuild: Callable[[], nn.Module] | None = None  # of guests: the same model, never called before
+        self.steps: list[Step] = []  # of the model itself
 
     @contextmanager
     def _stage(self, name: str, *checks: str, fatal: bool = False) -> Generator[None]:
@@ -131,11 +146,38 @@ class _Check:
             facts.input = self.reference.form.to_json()
             facts.other_input = self.reference.other.to_json() if self.reference.other else []
 
+    def build_guest(self, package: Package, name: str) -> None:
+        """Build a model of another package: one to look at, later one to wrap and others to compare with."""
+        facts = self.facts
+        with self._stage("build", "recorded", fatal=True):
+            facts.family, facts.device = package.module, "real"
+
+            def rebuild() -> nn.Module:
+                model = package.build(name)
+                enliven(model)
+                return model
+
+            probe = rebuild()
+            facts.parameters = sum(p.numel() for p in probe.parameters())
+        with self._stage("eager", "recorded", fatal=True):
+            self.reference = observe(probe, [GuestForm(package.models[name])], "cpu")
+            facts.input = self.reference.form.to_json()
+            facts.other_input = self.reference.other.to_json() if self.reference.other else []
+            self.rebuild, self.model = rebuild, rebuild()
+
+    def original(self) -> nn.Module:
+        """The model itself, of guests one that nothing was done to: some keep state between calls."""
+        return self.rebuild() if self.rebuild else self.model
+
     def wrap(self) -> None:
-        """Wrap at the model's own input size."""
+        """Wrap at the model's own input size, which must leave the model as it is."""
         facts = self.facts
         with self._stage("wrap", "recorded", fatal=True):
+            before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
             self.net = growfx.wrap(self.model, self._inputs(self.reference.form, 1))
+        with self._stage("wrap", "untouched"):
+            if facts.device == "real":
+                self._verdict("untouched", _changed(before, self.model.state_dict(), "by wrap"))
         report = self.net.trace_report
         self._verdict("recorded", report.opaque.get("", ""))
         facts.notes = [scrubbed(note) for note in report.notes]
@@ -154,7 +196,8 @@ class _Check:
             missed = facts.missed = self._missed()
             self._verdict("weights found", f"{len(missed)} missed, the first is `{missed[0]}`" if missed else "")
         with self._stage("graph"):
-            graph = self.net.graph_at(*self._inputs(self.reference.form, 1))
+            args, kwargs = split(self._inputs(self.reference.form, 1))
+            graph = self.net.graph_at(*args, **kwargs)
             facts.operators = sorted({_operator(node, self.net.shell) for node in graph.nodes} - {""})
         if facts.device == "meta":
             with self._stage("path products", "path rules"):
@@ -162,16 +205,41 @@ class _Check:
                 facts.layers["off_path"] = {name: scrubbed(reason) for name, reason in off_path.items()}
                 self._verdict("path rules", "")
 
-    def faithful(self) -> None:
-        """Outputs of the net against the model's own, with the model's values."""
+    def graph_steps(self) -> None:
+        """Outputs and gradients of the recorded graphs against the model's own."""
+        for mode in ("eval", "train"):
+            check = f"graph {mode}"
+            if mode in self.reference.refusals:
+                self.facts.checks[check] = self._refused(mode)
+                continue
+            with self._stage(check, check):
+                self._verdict(check, self._graph_differs(training=mode == "train"))
+
+    def own_forward(self) -> None:
+        """Outputs of the net against the model's own, with the model's values, call after call."""
+        original = self.original()
         for check in CALLS:
             with self._stage(check, check):
-                self.facts.checks[check] = self._compared(check)
+                self.facts.checks[check] = self._compared(check, original)
+
+    def gradients(self) -> None:
+        """Outputs and gradients of the net in training against the model's own."""
+        if "train" in self.reference.refusals:
+            self.facts.checks["gradients"] = self._refused("train")
+            return
+        with self._stage("gradients", "gradients"):
+            original, parameters = self.original(), dict(self.net.named_parameters())
+            problems: list[str] = []
+            for seed in self._seeds():
+                expected = self._own_step(original, _ROWS, seed, training=True)
+                got = step(self.net, parameters, self._inputs(self.reference.form, _ROWS), seed, training=True)
+                problems.append(step_difference(expected, got))
+            self._verdict("gradients", next(filter(None, problems), ""))
 
     def extremes(self) -> None:
         """Path products of the dense network with norm scales of 10 and running variances of 0.001."""
         with self._stage("path products", "extreme paths"), _extreme_norms(self.model):
-            paths = growfx.path_products(self.net.eval(), example_inputs=self._inputs(self.reference.smaller(), 1))
+            paths = growfx.path_products(self.net.eval(), example_inputs=self._path_inputs())
             self._verdict("extreme paths", _not_finite(paths))
 
     def sparse(self) -> None:
@@ -179,7 +247,7 @@ class _Check:
         net, facts = self.net.eval(), self.facts
         with self._stage("path products", "paths", "growth"):
             net.set_masks(random_masks({n: tuple(m.mask.shape) for n, m in net.layers.items()}, DENSITY, seed=0))
-            paths = growfx.path_products(net, example_inputs=self._inputs(self.reference.smaller(), 1))
+            paths = growfx.path_products(net, example_inputs=self._path_inputs())
             self._verdict("paths", _not_finite(paths))
             alive = list(paths.alive_out.values())
             facts.dead_units = [sum(int((~units).sum()) for units in alive), sum(units.numel() for units in alive)]
@@ -192,8 +260,11 @@ class _Check:
         with self._stage("artifact", "artifact"), tempfile.TemporaryDirectory() as folder:
             growfx.save(self.net, folder)
             own = create_model(self.facts.model) if self.facts.library == "python" else None
+            own = self.rebuild() if self.rebuild else own
             loaded = growfx.load(folder, model=own)
-            problem = _changed(self.net.state_dict(), loaded.state_dict())
+            state, own_names = self.net.state_dict(), self.model.state_dict().keys()
+            tensors = {name: value for name, value in state.items() if name in own_names or not name.endswith("mask")}
+            problem = _changed(tensors, loaded.state_dict(), "after loading")
             if not problem:
                 # Kernels may be chosen by where tensors lie in memory, so bits of outputs say nothing of the file.
                 inputs = self._inputs(self.reference.smaller(), 1)
@@ -203,21 +274,62 @@ class _Check:
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
-    def _inputs(self, form: Form, batch: int) -> tuple[Any, ...]:
-        return form.inputs(batch, seed=batch, device="cpu" if self.facts.device == "real" else "meta")
+    def _inputs(self, form: Any, batch: int, seed: int | None = None) -> Any:
+        device = "cpu" if self.facts.device == "real" else "meta"
+        return form.inputs(batch, seed=batch if seed is None else seed, device=device)
 
-    def _compared(self, check: str) -> str:
+    def _path_inputs(self) -> Any:
+        """Example inputs of path products: as few pixels as the model takes; of guests those it was wrapped with."""
+        return None if self.rebuild else self._inputs(self.reference.smaller(), 1)
+
+    def _seeds(self) -> tuple[int, ...]:
+        return _SEEDS.get(self.facts.library, (1,))
+
+    def _refused(self, check: str) -> str:
+        return f"n/a: the model itself refuses: {self.reference.refusals[check]}"
+
+    def _own_step(self, original: nn.Module, batch: int, seed: int, training: bool, values: int | None = None) -> Step:
+        given = self._inputs(self.reference.form, batch, values)
+        self.steps.append(step(original, dict(original.named_parameters()), given, seed, training))
+        return self.steps[-1]
+
+    def _graph_differs(self, training: bool) -> str:
+        """How steps of the graph differ from the model's: under several seeds, then with other values."""
+        form, net = self.reference.form, self.net
+        # Before anything else runs: what the model does is known even where there is no graph.
+        seeds = self._seeds()
+        own = [self._own_step(self.original(), _ROWS, seed, training) for seed in seeds]
+        args, kwargs = split(self._inputs(form, _ROWS))
+        net.train(training)
+        graph = fx.GraphModule(net.shell, net.graph_at(*args, training=training, **kwargs))
+        parameters = dict(net.named_parameters())
+        for seed, expected in zip(seeds, own, strict=True):
+            problem = step_difference(expected, step(graph, parameters, self._inputs(form, _ROWS), seed))
+            if problem:
+                return f"{problem}; the report says {'' if net.trace_report.faithful else 'not '}faithful"
+        if net.trace_report.opaque:
+            return ""  # such a graph holds for the values it was recorded with
+        expected = self._own_step(self.original(), _ROWS, 1, training, values=9)
+        problem = step_difference(expected, step(graph, parameters, self._inputs(form, _ROWS, seed=9), 1))
+        return f"with other values, {problem}" if problem else ""
+
+    def _compared(self, check: str, original: nn.Module) -> str:
         """The verdict on the net's outputs."""
         reference, (batch, training) = self.reference, CALLS[check]
         if check in reference.refusals:
-            return f"n/a: the model itself refuses: {reference.refusals[check]}"
+            return self._refused(check)
+        if check == "other size" and reference.other is None:
+            return "n/a: the inputs have one size"
         if check not in reference.outputs:
             check = "other size"  # three images of another size were compared already
         form = reference.other if check == "other size" else reference.form
         assert form is not None
         got = self.facts.checks.get(check)
         if got is None:
-            problem = difference(reference.outputs[check], run_seeded(self.net, self._inputs(form, batch), training))
+            expected = reference.outputs[check]
+            if self.rebuild:
+                expected = run_seeded(original, self._inputs(form, batch), training)
+            problem = difference(expected, run_seeded(self.net, self._inputs(form, batch), training))
             got = f"no: {scrubbed(problem)}" if problem else "yes"
         return got
 
@@ -227,9 +339,10 @@ class _Check:
         reported = {*net.layers, *report.tied, *report.unmasked}
         missed = [name for name in weight_layers(self.model) if name not in reported]
         masked = {id(layer.parameter) for layer in net.layers.values()}
-        for name in sorted(self.reference.used):
+        for name in sorted(self.reference.used | reached_matrices(self.model, self.steps)):
             # A report names layers, and parameters that belong to none.
-            named = {name, name.rpartition(".")[0]} & set(report.unmasked)
+            layer = name.partition(".parametrizations.")[0]
+            named = {name, name.rpartition(".")[0], layer, layer.rpartition(".")[0]} & set(report.unmasked)
             if not named and id(self.model.get_parameter(name)) not in masked:
                 missed.append(name)
         return missed
@@ -277,14 +390,13 @@ def _extreme_norms(model: nn.Module) -> Generator[None]:
                 tensor.copy_(value)
 
 
-def _changed(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> str:
-    """Which tensor of a net's state dict, masks aside, is not the same bit for bit."""
-    expected = {name: tensor for name, tensor in own.items() if not name.endswith(".mask")}
-    if expected.keys() != loaded.keys():
-        return f"other tensors: {sorted(expected.keys() ^ loaded.keys())[:3]}"
+def _changed(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], when: str) -> str:
+    """Which tensor of a state dict is not the same bit for bit."""
+    if expected.keys() != got.keys():
+        return f"other tensors {when}: {sorted(expected.keys() ^ got.keys())[:3]}"
     for name, tensor in expected.items():
-        if tensor.dtype != loaded[name].dtype or not torch.equal(*(_bits(t) for t in (tensor, loaded[name]))):
-            return f"`{name}` is another after loading"
+        if tensor.dtype != got[name].dtype or not torch.equal(*(_bits(t) for t in (tensor, got[name]))):
+            return f"`{name}` is another {when}"
     return ""
 
 

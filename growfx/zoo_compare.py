@@ -5,13 +5,16 @@ Nothing here asks growfx what it recorded, so that a mistake of the recorder can
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
+import random
 import weakref
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
+from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,7 +22,18 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-__all__ = ["difference", "enliven", "run_followed", "run_seeded", "weight_layers"]
+__all__ = [
+    "call",
+    "difference",
+    "enliven",
+    "leaves",
+    "restored_buffers",
+    "run_followed",
+    "run_seeded",
+    "seeded",
+    "split",
+    "weight_layers",
+]
 
 _TOLERANCE = 1e-5  # relative to the largest value of an output: kernels may order their sums differently
 _SMALLEST_SCALE = 0.1
@@ -51,16 +65,45 @@ def enliven(model: nn.Module, seed: int = 0) -> None:
                 buffer.uniform_(0.5, 2, generator=generator)
 
 
-def run_seeded(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> list[Any]:
+def split(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of example inputs: a tuple, a dict of keyword arguments, or `(args, kwargs)`."""
+    if isinstance(given, Mapping):
+        return (), dict(given)
+    if len(given) == 2 and isinstance(given[0], tuple) and isinstance(given[1], dict):
+        return given
+    return tuple(given), {}
+
+
+def call(model: nn.Module, given: Any) -> Any:
+    """What the model returns for example inputs."""
+    args, kwargs = split(given)
+    return model(*args, **kwargs)
+
+
+def run_seeded(model: nn.Module, given: Any, training: bool, seed: int = 1) -> list[Any]:
     """The outputs of a seeded forward, flattened; buffers that it changes are put back."""
     model.train(training)
-    with _restored_buffers(model), torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(1)
-        return list(_leaves(model(*inputs)))
+    with restored_buffers(model), seeded(seed), torch.no_grad():
+        return list(leaves(call(model, given)))
 
 
 @contextmanager
-def _restored_buffers(model: nn.Module) -> Generator[None]:
+def seeded(seed: int) -> Generator[None]:
+    """Seed torch, numpy and `random`; their states are put back at the end."""
+    numpys, pythons = np.random.get_state(), random.getstate()  # noqa: NPY002
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpys)  # noqa: NPY002
+            random.setstate(pythons)
+
+
+@contextmanager
+def restored_buffers(model: nn.Module) -> Generator[None]:
     """Put back the buffers that a forward in train mode changes."""
     saved = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta] if model.training else []
     try:
@@ -104,15 +147,15 @@ def weight_layers(model: nn.Module) -> Iterator[str]:
             yield name
 
 
-def run_followed(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> tuple[list[Any], set[str]]:
+def run_followed(model: nn.Module, given: Any, training: bool) -> tuple[list[Any], set[str]]:
     """`run_seeded`, and the names of parameters that weights of convolutions, linear maps and attentions come from.
 
     Only weights that do not depend on the data count, and of those only matrices: a gain per unit is none. Whatever the
     model does is followed: modules, functions, layers of its own.
     """
-    uses = _WeightUses(model, inputs)
+    uses = _WeightUses(model, given)
     with uses:
-        outputs = run_seeded(model, inputs, training)
+        outputs = run_seeded(model, given, training)
     return outputs, {name for name in uses.found if sum(size > 1 for size in model.get_parameter(name).shape) >= 2}
 
 
@@ -124,15 +167,16 @@ _LINEAR_MAPS = {
 class _WeightUses(TorchFunctionMode):
     """Follows which tensors come from the data and which from parameters alone."""
 
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...]):
+    def __init__(self, model: nn.Module, given: Any):
         super().__init__()
         self.found: set[str] = set()
         # By id, with a reference that says whether the id still is that tensor's; None: it depends on the data.
         self.origins: dict[int, tuple[weakref.ref[Tensor], frozenset[str] | None]] = {}
         for name, parameter in model.named_parameters():
             self._note(parameter, frozenset({name}))
-        for tensor in _tensors(inputs):
-            self._note(tensor, None)
+        for value in leaves(given):
+            if isinstance(value, Tensor):
+                self._note(value, None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -171,17 +215,25 @@ def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    """What a nest of containers holds, in order."""
+# Known as a whole, whatever they hold.
+_ATOMS = (Tensor, nn.Module, Enum, str, type, weakref.ref, FunctionType, torch.device, torch.dtype)
+
+
+def leaves(value: Any, within: frozenset[int] = frozenset()) -> Iterator[Any]:
+    """What a nest of containers and objects (dataclasses, caches, graphs) holds, in order."""
+    if id(value) in within:
+        return
     if isinstance(value, Mapping):
-        value = list(value.values())
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = list(vars(value).values())
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _leaves(item)
+        items = list(value.values())
+    elif isinstance(value, (list, tuple)):
+        items = list(value)
+    elif not isinstance(value, _ATOMS) and hasattr(value, "__dict__"):
+        items = list(vars(value).values())
     else:
         yield value
+        return
+    for item in items:
+        yield from leaves(item, within | {id(value)})
 
 
 def _short(value: Any) -> str:

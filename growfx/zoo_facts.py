@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,12 +16,16 @@ __all__ = ["CHECKS", "CUT_SHORT", "REAL_BELOW", "Facts", "one_line", "scrubbed"]
 # In the order in which they are made. Verdicts are texts: "yes", "no: why", or "n/a: why".
 CHECKS = (
     "recorded",
+    "untouched",
+    "graph eval",
+    "graph train",
     "weights found",
     "path rules",
     "eval",
     "batch 3",
     "train",
     "other size",
+    "gradients",
     "extreme paths",
     "paths",
     "growth",
@@ -36,14 +42,17 @@ class Facts:
     """What is known of one model; JSON values only.
 
     Attributes:
-        model: as `growfx.create_model` takes it; `arguments`: keyword arguments it was built with.
-        library: "timm", "torchvision" or "python"; `family`: the module that defines the model.
+        model: as `growfx.create_model` takes it, or `guests/PACKAGE/MODEL`; `arguments`: keyword arguments it was built
+            with.
+        library: "timm", "torchvision", "guests" or "python"; `family`: the module that defines the model, of guests
+            their package.
         parameters: how many numbers are learned.
         device: "real", or "meta" for models checked without values.
         input: shapes of the example inputs at batch 1; `other_input`: of those of another height and width.
         checks: name of a check (`CHECKS`) -> verdict; one that was not reached is missing.
         layers: numbers of `masked` and `tied` layers; `opaque`, `unmasked`, `off_path`: name -> reason.
-        missed: weights of convolutions, linear maps or attentions that are neither masked nor reported as unmasked.
+        missed: matrices and kernels that the model uses, embeddings and norms aside, that are neither masked nor
+            reported as unmasked.
         dead_units: [dead, all] output units at random masks of density 0.1.
         operators: kinds of operators in the recorded evaluation graph.
         notes: of the trace report.
@@ -84,12 +93,11 @@ class Facts:
             found["ended"] = f"{self.ended} in stage `{self.stage}`: {self.cause}"
         return found
 
-    @property
-    def faithful(self) -> str:
-        """One verdict over the four comparisons of outputs with the model's own."""
-        verdicts = [self.checks.get(name, "") for name in ("eval", "batch 3", "train", "other size")]
+    def verdict(self, *checks: str) -> str:
+        """One verdict over several checks: the first that failed, else the first that was made."""
+        verdicts = [self.checks.get(name, "") for name in checks]
         bad = [verdict for verdict in verdicts if verdict.startswith("no")]
-        return bad[0] if bad else verdicts[0]
+        return bad[0] if bad else next((verdict for verdict in verdicts if verdict), "")
 
 
 def one_line(error: BaseException) -> str:
@@ -100,6 +108,7 @@ def one_line(error: BaseException) -> str:
 def scrubbed(text: str) -> str:
     """`text` in one line of bounded length, files named from their package on."""
     text = re.sub(r"[^\s'\"`(]*[/\\](?:site|dist)-packages[/\\]", "", " ".join(text.split()))
-    text = text.replace(f"{Path(__file__).resolve().parent.parent}/", "")
+    for folder in {str(Path(__file__).resolve().parent.parent), *filter(os.path.isabs, sys.path)}:
+        text = text.replace(f"{folder}{os.sep}", "")
     text = re.sub(rf"{re.escape(tempfile.gettempdir())}[/\\][^\s'\"`:]+", "(a temporary folder)", text)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."

@@ -16,7 +16,7 @@ from torch import nn
 
 from growfx.models import ModelIdentity, create_model, default_input_shape
 
-__all__ = ["Form", "arguments_of", "family_of", "forms", "identity_of", "library_of", "model_names", "other_forms"]
+__all__ = ["Form", "arguments_of", "family_of", "forms", "identity_of", "library_of", "model_names"]
 
 Shape = tuple[int, ...]
 
@@ -46,6 +46,17 @@ class Form:
     def sized(self, height: int, width: int) -> Form:
         """The same with another height and width."""
         return Form((*self.shape[:-2], height, width), self.count, self.listed)
+
+    def others(self) -> list[Form]:
+        """The same input at other heights and widths: small ones first, sides that differ before a square."""
+        height, width = self.shape[-2:]
+        half, wider = max(height // 64 * 32, 32), max(width * 3 // 128 * 32, 64)
+        sizes = [(64, 96), (half, wider), (wider, wider), (height + 32, width + 64)]
+        return [self.sized(*size) for size in sizes if size != (height, width)]
+
+    def smaller_than(self, other: Form) -> bool:
+        """Whether a call with this form takes less time than one with the other."""
+        return self.shape[-1] < other.shape[-1]
 
     def to_json(self) -> list[list[int]]:
         """Shapes of the tensors at batch 1."""
@@ -146,14 +157,6 @@ def forms(spec: str, model: nn.Module) -> list[Form]:
     form = _TASKS[_task(name)].form
     size = _published_size(name)
     return [form] if size is None or size == form.shape[-2:] else [form, form.sized(*size)]
-
-
-def other_forms(form: Form) -> list[Form]:
-    """The same input at other heights and widths: small ones first, sides that differ before a square."""
-    height, width = form.shape[-2:]
-    half, wider = max(height // 64 * 32, 32), max(width * 3 // 128 * 32, 64)
-    sizes = [(64, 96), (half, wider), (wider, wider), (height + 32, width + 64)]
-    return [form.sized(*size) for size in sizes if size != (height, width)]
 
 
 def _task(name: str) -> str:

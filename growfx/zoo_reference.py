@@ -12,7 +12,8 @@ from torch import nn
 from growfx.meta_shapes import short_shapes
 from growfx.zoo_compare import run_followed
 from growfx.zoo_facts import one_line
-from growfx.zoo_inputs import Form, other_forms
+from growfx.zoo_guest import GuestForm
+from growfx.zoo_inputs import Form
 
 __all__ = ["CALLS", "Reference", "observe"]
 
@@ -25,7 +26,7 @@ class Reference:
     """The model's own behaviour.
 
     Attributes:
-        form: of its inputs.
+        form: of its inputs, a `Form` or `GuestForm`.
         other: the same at another height and width; None where the model refuses.
         outputs: check -> outputs of the model for that call, flattened. "batch 3" is called only where three images of
             another size were not: one forward serves both.
@@ -33,18 +34,17 @@ class Reference:
         used: names of the weights that its convolutions, linear maps and attentions use, in eval and in train mode.
     """
 
-    form: Form
-    other: Form | None = None
+    form: Any
+    other: Any = None
     outputs: dict[str, list[Any]] = field(default_factory=dict)
     refusals: dict[str, str] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
 
-    def smaller(self) -> Form:
+    def smaller(self) -> Any:
         """The other form where it is smaller, for speed; else the model's own."""
-        fits = self.other is not None and self.other.shape[-1] < self.form.shape[-1]
-        return self.other if fits and self.other is not None else self.form
+        return self.other if self.other is not None and self.other.smaller_than(self.form) else self.form
 
-    def call(self, model: nn.Module, check: str, form: Form, device: str) -> bool:
+    def call(self, model: nn.Module, check: str, form: Any, device: str) -> bool:
         """Call the model for a check; False when it refuses."""
         batch, training = CALLS[check]
         try:
@@ -59,7 +59,7 @@ class Reference:
         return True
 
 
-def observe(model: nn.Module, forms: Sequence[Form], device: str) -> Reference:
+def observe(model: nn.Module, forms: Sequence[Form] | Sequence[GuestForm], device: str) -> Reference:
     """Call the model on the first of `forms` that it takes in both modes, else in eval mode alone.
 
     A real one is also called at another size, and with three images; on the meta device eval mode is all.
@@ -79,7 +79,7 @@ def observe(model: nn.Module, forms: Sequence[Form], device: str) -> Reference:
             raise ValueError(f"the model itself refuses: {found.refusals['eval']}")
     if device == "meta":
         return found
-    for other in other_forms(found.form):
+    for other in found.form.others():
         if found.call(model, "other size", other, device):
             found.other = other
             break

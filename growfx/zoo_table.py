@@ -11,7 +11,15 @@ from growfx.zoo_facts import CHECKS, Facts
 __all__ = ["census", "census_text", "coverage_text", "summary_markdown"]
 
 _EXAMPLES = 3
-_COLUMNS = ("recorded", "faithful", "weights found", "paths", "growth", "artifact")
+# Column -> the checks it is made of.
+_COLUMNS = {
+    "net(x)": ("eval", "batch 3", "train", "other size", "gradients", "untouched"),
+    "recorded": ("recorded",),
+    "faithful": ("graph eval", "graph train"),
+    "paths": ("paths", "extreme paths", "path rules"),
+    "growth": ("growth",),
+    "artifact": ("artifact",),
+}
 
 
 def coverage_text(results: Sequence[Facts]) -> str:
@@ -80,31 +88,22 @@ def _row(library: str, family: str, group: Sequence[Facts]) -> dict[str, str]:
         "masked layers": f"{sum(entry['masked'] for entry in layers):,}",
         "missed": str(sum(len(f.missed) for f in group)),
         "off path": str(sum(len(entry.get("off_path", {})) for entry in layers)),
-        **{name: _share(group, name) for name in _COLUMNS if name != "weights found"},
+        **{name: _share(group, checks) for name, checks in _COLUMNS.items()},
         "dead units": f"{dead / units:.1%}" if units else "-",
         "median wrap": f"{statistics.median(wraps):.2f} s" if wraps else "-",
-        "slowest": f"{slowest.seconds.get('whole', 0.0):.0f} s {slowest.model.removeprefix('torchvision/')}",
+        "slowest": f"{slowest.seconds.get('whole', 0.0):.0f} s {slowest.model.rpartition('/')[2]}",
     }
 
 
-def _share(group: Sequence[Facts], check: str) -> str:
-    """How many models passed of those the check applies to; "-" where it applies to none."""
-    verdicts = [_verdict(facts, check) for facts in group]
-    applies = [v for v in verdicts if v and not v.startswith("n/a")]
+def _share(group: Sequence[Facts], checks: tuple[str, ...]) -> str:
+    """How many models passed of those the checks apply to; "-" where they apply to none.
+
+    A check that was not reached is not passed, unless it needs the values that a model was checked without.
+    """
+    verdicts = [facts.verdict(*checks) for facts in group if facts.device != "meta" or facts.verdict(*checks)]
+    applies = [v for v in verdicts if not v.startswith("n/a")]
     passed = sum(v == "yes" for v in applies)
     return f"{passed}/{len(applies)}" if applies else "-"
-
-
-def _verdict(facts: Facts, check: str) -> str:
-    if check == "faithful":
-        return facts.faithful
-    verdicts = [facts.checks.get(name, "") for name in _parts(check)]
-    bad = [v for v in verdicts if v.startswith("no")]
-    return bad[0] if bad else next((v for v in verdicts if v), "")
-
-
-def _parts(check: str) -> tuple[str, ...]:
-    return ("paths", "extreme paths", "path rules") if check == "paths" else (check,)
 
 
 def _left_out(results: Sequence[Facts]) -> str:
