@@ -23,6 +23,7 @@ from torch.optim import SGD
 import growfx
 from growfx.density import random_masks
 from growfx.edge_keys import EdgeKeys
+from growfx.errors import GrowfxError
 from growfx.graph import MaskedGraph
 from growfx.layers import MaskedLayer
 from growfx.methods.base import change_masks
@@ -73,8 +74,9 @@ def check_model(spec: str, tell: Callable[[Facts], None] = lambda _: None, real_
                 check.graph_steps()
             check.graph()
             if facts.device == "real":
-                check.own_forward()
-                check.gradients()
+                original = check.original()
+                check.own_forward(original)
+                check.gradients(original)
                 check.extremes()
                 check.sparse()
                 check.artifact()
@@ -174,7 +176,11 @@ class _Check:
         facts = self.facts
         with self._stage("wrap", "recorded", fatal=True):
             before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-            self.net = growfx.wrap(self.model, self._inputs(self.reference.form, 1))
+            try:
+                self.net = growfx.wrap(self.model, self._inputs(self.reference.form, 1))
+            except GrowfxError as refusal:
+                facts.checks["eval"] = f"n/a: growfx refuses: {one_line(refusal)}"  # and so computes nothing wrong
+                raise
         with self._stage("wrap", "untouched"):
             if facts.device == "real":
                 self._verdict("untouched", _changed(before, self.model.state_dict(), "by wrap"))
@@ -215,23 +221,28 @@ class _Check:
             with self._stage(check, check):
                 self._verdict(check, self._graph_differs(training=mode == "train"))
 
-    def own_forward(self) -> None:
+    def own_forward(self, original: nn.Module) -> None:
         """Outputs of the net against the model's own, with the model's values, call after call."""
-        original = self.original()
         for check in CALLS:
             with self._stage(check, check):
                 self.facts.checks[check] = self._compared(check, original)
 
-    def gradients(self) -> None:
-        """Outputs and gradients of the net in training against the model's own."""
+    def gradients(self, original: nn.Module) -> None:
+        """Outputs and gradients of the net in training against the model's own, which was called as often."""
         if "train" in self.reference.refusals:
             self.facts.checks["gradients"] = self._refused("train")
             return
         with self._stage("gradients", "gradients"):
-            original, parameters = self.original(), dict(self.net.named_parameters())
+            parameters = dict(self.net.named_parameters())
             problems: list[str] = []
             for seed in self._seeds():
-                expected = self._own_step(original, _ROWS, seed, training=True)
+                try:
+                    expected = self._own_step(original, _ROWS, seed, training=True)
+                except RuntimeError as error:
+                    if not problems:
+                        self.facts.checks["gradients"] = f"n/a: the model itself refuses: {one_line(error)}"
+                        return
+                    break  # what it keeps from one call to the next holds the graph of the one before
                 got = step(self.net, parameters, self._inputs(self.reference.form, _ROWS), seed, training=True)
                 problems.append(step_difference(expected, got))
             self._verdict("gradients", next(filter(None, problems), ""))

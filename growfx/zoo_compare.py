@@ -117,8 +117,8 @@ def restored_buffers(model: nn.Module) -> Generator[None]:
 def difference(expected: list[Any], got: list[Any], *, exact: bool = False) -> str:
     """How outputs differ from the expected ones; "" if they do not.
 
-    Floats may differ by 1e-5 of the largest expected value unless `exact`. Outputs that are empty, or the same number
-    everywhere, prove nothing: that is a difference, too.
+    Floats may differ by 1e-5 of the largest expected value unless `exact`. Outputs that are empty, zero, or several
+    times the same number prove nothing: that is a difference, too.
     """
     if len(expected) != len(got):
         return f"{len(got)} outputs instead of {len(expected)}"
@@ -130,7 +130,7 @@ def difference(expected: list[Any], got: list[Any], *, exact: bool = False) -> s
             continue
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"output {index} is {b.dtype} {tuple(b.shape)} instead of {a.dtype} {tuple(a.shape)}"
-        telling = telling or (a.numel() > 1 and bool(torch.isfinite(a).all()) and bool((a != a.flatten()[0]).any()))
+        telling = telling or _tells(a)
         if torch.equal(a, b):
             continue
         error = float((a.double() - b.double()).abs().nan_to_num(torch.inf, torch.inf).max())
@@ -138,6 +138,14 @@ def difference(expected: list[Any], got: list[Any], *, exact: bool = False) -> s
         if exact or not a.is_floating_point() or not error <= _TOLERANCE * scale:
             return f"output {index} differs by {error:.2g} (largest value {scale:.2g})"
     return "" if telling else "the outputs are empty, constant or not finite, so that nothing was compared"
+
+
+def _tells(output: Tensor) -> bool:
+    """Whether an output depends on anything, as far as one can see."""
+    if not output.numel() or not bool(torch.isfinite(output).all()):
+        return False
+    first = output.flatten()[0]
+    return bool((output != first).any()) or (output.numel() == 1 and bool(first != 0))
 
 
 def weight_layers(model: nn.Module) -> Iterator[str]:

@@ -52,6 +52,19 @@ _ULTRALYTICS: Final = {
 
 _CLIP_TEXT: Final = {"context_length": 12, "vocab_size": 99, "width": 32, "heads": 2, "layers": 2}
 _CLIP_VISION: Final = {"layers": 2, "width": 64, "head_width": 16, "patch_size": 8, "image_size": 32}
+
+
+def _coca(clip: Any) -> nn.Module:
+    model = clip.CoCa(
+        32,
+        multimodal_cfg={**_CLIP_TEXT, "attn_pooler_heads": 2, "dim_head": 16},
+        text_cfg={**_CLIP_TEXT, "embed_cls": True, "output_tokens": True},
+        vision_cfg={**_CLIP_VISION, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
+    )
+    nn.init.normal_(model.text_decoder.text_projection, std=0.1)  # made by torch.empty, for a checkpoint to fill
+    return model
+
+
 _OPEN_CLIP: Final = {
     "vit": Guest(
         lambda clip: clip.CLIP(32, _CLIP_VISION, _CLIP_TEXT),
@@ -66,12 +79,7 @@ _OPEN_CLIP: Final = {
         lambda draw: (draw.normal(3, 64, 64), draw.integers(99, 12)),
     ),
     "coca": Guest(
-        lambda clip: clip.CoCa(
-            32,
-            multimodal_cfg={**_CLIP_TEXT, "attn_pooler_heads": 2, "dim_head": 16},
-            text_cfg={**_CLIP_TEXT, "embed_cls": True, "output_tokens": True},
-            vision_cfg={**_CLIP_VISION, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
-        ),
+        _coca,
         lambda draw: (draw.normal(3, 32, 32), draw.integers(99, 12, low=1)),
     ),
 }
@@ -212,6 +220,8 @@ def _loftr(kornia: Any) -> nn.Module:
     configuration = kornia.feature.loftr.loftr.default_cfg
     small = {
         **configuration,
+        # Random weights match nothing well: take every mutual match.
+        "match_coarse": {**configuration["match_coarse"], "thr": 0.0, "border_rm": 0},
         "backbone_type": "ResNetFPN",
         "resnetfpn": {"initial_dim": 16, "block_dims": [16, 24, 32]},
         "coarse": {**configuration["coarse"], "d_model": 32, "d_ffn": 32, "nhead": 2, "layer_names": ["self", "cross"]},

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import torch
 
 import growfx
 from growfx.cli import main
-from growfx.errors import ConfigError
+from growfx.errors import ConfigError, TraceError
 from growfx.zoo import Results, check_zoo, versions
 from growfx.zoo_check import check_model
 from growfx.zoo_facts import CHECKS, Facts, scrubbed
@@ -130,6 +131,37 @@ def test_a_model_that_refuses_its_own_inputs_ends_with_its_error():
     facts = check_model("zoo_nets:refusing")
     assert facts.problems == {"recorded": "ValueError: the model itself refuses: ValueError: not today"}
     assert facts.ended == "done"
+
+
+def test_a_model_that_growfx_refuses_to_wrap_computes_nothing_wrong(monkeypatch):
+    def refuse(*args):
+        raise TraceError("not this one")
+
+    monkeypatch.setattr(growfx, "wrap", refuse)
+    facts = check_model("zoo_nets:good")
+    assert facts.problems == {"recorded": "TraceError: not this one"}
+    assert facts.verdict("eval", "train") == "n/a: growfx refuses: TraceError: not this one"
+
+
+def test_a_graph_that_computes_something_else_is_found(monkeypatch):
+    from torch.nn import functional
+
+    from growfx.graph import MaskedGraph
+
+    graph_at = MaskedGraph.graph_at
+
+    def wrong(self, *args, **kwargs):
+        graph = copy.deepcopy(graph_at(self, *args, **kwargs))
+        for node in graph.nodes:
+            if "relu" in str(node.target):
+                node.target, node.op = functional.silu, "call_function"
+                node.kwargs = {}
+        return graph
+
+    monkeypatch.setattr(MaskedGraph, "graph_at", wrong)
+    facts = check_model("zoo_nets:good")
+    assert {"graph eval", "graph train"} & set(facts.problems)
+    assert not {"eval", "train", "gradients"} & set(facts.problems)
 
 
 def test_large_models_are_recorded_without_values():

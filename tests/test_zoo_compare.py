@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from growfx.zoo_compare import difference, enliven, run_followed, run_seeded, weight_layers
+from growfx.zoo_compare import difference, enliven, leaves, run_followed, run_seeded, weight_layers
 
 
 def test_equal_outputs_do_not_differ_and_rounding_is_allowed_unless_exact():
@@ -112,3 +112,17 @@ def test_used_weights_are_followed_through_functions_and_transformations():
 def test_weight_layers_are_convolutions_linear_layers_and_attentions():
     model = nn.Sequential(nn.ConvTranspose1d(2, 2, 1), nn.BatchNorm1d(2), nn.Linear(2, 2), nn.MultiheadAttention(2, 1))
     assert list(weight_layers(model)) == ["0", "2", "3", "3.out_proj"]
+
+
+def test_a_single_number_tells_something_unless_it_is_zero():
+    assert difference([torch.tensor([3.0])], [torch.tensor([3.0])]) == ""
+    assert "nothing was compared" in difference([torch.tensor([0.0])], [torch.tensor([0.0])])
+
+
+def test_tensors_inside_objects_are_leaves_and_cycles_end():
+    class Box:
+        def __init__(self):
+            self.items = {"a": torch.zeros(1), "b": [torch.ones(1)]}
+            self.itself = self
+
+    assert [int(t) for t in leaves((Box(), torch.tensor(2)))] == [0, 1, 2]
