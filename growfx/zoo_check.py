@@ -280,7 +280,8 @@ class _Check:
                 # Kernels may be chosen by where tensors lie in memory, so bits of outputs say nothing of the file.
                 inputs = self._inputs(self.reference.smaller(), 1)
                 expected = run_seeded(self.net, inputs, training=False)
-                problem = difference(expected, run_seeded(loaded, inputs, training=False))
+                # At a tenth of their weights some networks are silent: spiking ones, detectors of extrema.
+                problem = difference(expected, run_seeded(loaded, inputs, training=False), blank=True)
             self._verdict("artifact", problem)
 
     # -- steps ------------------------------------------------------------------------------------------------------

@@ -114,11 +114,11 @@ def restored_buffers(model: nn.Module) -> Generator[None]:
                 buffer.copy_(value)
 
 
-def difference(expected: list[Any], got: list[Any], *, exact: bool = False) -> str:
+def difference(expected: list[Any], got: list[Any], *, exact: bool = False, blank: bool = False) -> str:
     """How outputs differ from the expected ones; "" if they do not.
 
     Floats may differ by 1e-5 of the largest expected value unless `exact`. Outputs that are empty, zero, or several
-    times the same number prove nothing: that is a difference, too.
+    times the same number prove nothing: that is a difference, too, unless `blank` ones may come.
     """
     if len(expected) != len(got):
         return f"{len(got)} outputs instead of {len(expected)}"
@@ -137,7 +137,7 @@ def difference(expected: list[Any], got: list[Any], *, exact: bool = False) -> s
         scale = float(a.double().abs().nan_to_num().max())
         if exact or not a.is_floating_point() or not error <= _TOLERANCE * scale:
             return f"output {index} differs by {error:.2g} (largest value {scale:.2g})"
-    return "" if telling else "the outputs are empty, constant or not finite, so that nothing was compared"
+    return "" if telling or blank else "the outputs are empty, constant or not finite, so that nothing was compared"
 
 
 def _tells(output: Tensor) -> bool:

@@ -114,6 +114,11 @@ def test_weight_layers_are_convolutions_linear_layers_and_attentions():
     assert list(weight_layers(model)) == ["0", "2", "3", "3.out_proj"]
 
 
+def test_blank_outputs_may_be_allowed_but_still_have_to_be_equal():
+    assert difference([torch.zeros(3)], [torch.zeros(3)], blank=True) == ""
+    assert "differs by" in difference([torch.zeros(3)], [torch.ones(3)], blank=True)
+
+
 def test_a_single_number_tells_something_unless_it_is_zero():
     assert difference([torch.tensor([3.0])], [torch.tensor([3.0])]) == ""
     assert "nothing was compared" in difference([torch.tensor([0.0])], [torch.tensor([0.0])])
