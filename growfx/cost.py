@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from growfx.errors import CheckpointError
+from growfx.inputs import Inputs
 from growfx.layers import MaskedLayer
 
 if TYPE_CHECKING:
@@ -64,16 +65,13 @@ def forward_cost(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | N
     used functionally (`F.linear(x, weight)`, attention) count for their layer. A network whose recording is
     not faithful is counted by running its modules; weights it uses outside their module then count as `rest`.
     """
-    if example_inputs is None:
-        inputs: tuple[Any, ...] = tuple(net.example_inputs(batch=1))
-    else:
-        inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    batch = next((value.shape[0] for value in inputs if isinstance(value, Tensor) and value.ndim), 1)
+    inputs = net.example(batch=1) if example_inputs is None else net.inputs_like(example_inputs)
+    batch = next((value.shape[0] for value in inputs.values if isinstance(value, Tensor) and value.ndim), 1)
     macs = dict.fromkeys(net.layers, 0.0)
     with _counting(net) as counter:
         if net.trace_report.faithful:
-            graph = net.graph_at(*inputs, training=False)
-            _GraphCounter(net, graph, counter, macs).run(*inputs)
+            graph = net.graph_for(inputs)
+            _GraphCounter(net, graph, counter, macs).run(*inputs.values)
         else:
             _run_modules(net, inputs, counter, macs)
         total = counter.get_total_flops() / 2
@@ -181,6 +179,7 @@ class _GraphCounter(fx.Interpreter):
         super().__init__(net.shell, graph=graph)
         self._counter, self._macs = counter, macs
         self._names = {id(layer): name for name, layer in net.layers.items()}
+        self._parameters = {id(layer.parameter): name for name, layer in net.layers.items()}
         self._weight_of: dict[fx.Node, str] = {}  # nodes that are a layer's weight, or computed from it alone
 
     def run_node(self, n: fx.Node) -> Any:
@@ -200,8 +199,9 @@ class _GraphCounter(fx.Interpreter):
     def _owner(self, n: fx.Node) -> str | None:
         if n.op == "get_attr":
             target = str(n.target)
-            layer = self.fetch_attr(target.removesuffix(_WEIGHT_SUFFIX)) if target.endswith(_WEIGHT_SUFFIX) else None
-            return self._names.get(id(layer))
+            if target.endswith(_WEIGHT_SUFFIX):
+                return self._names.get(id(self.fetch_attr(target.removesuffix(_WEIGHT_SUFFIX))))
+            return self._parameters.get(id(self.fetch_attr(target)))
         if n.op == "call_module":
             return self._names.get(id(self.fetch_attr(str(n.target))))
         owners = [self._weight_of[arg] for arg in n.all_input_nodes if arg in self._weight_of]
@@ -220,7 +220,7 @@ class _GraphCounter(fx.Interpreter):
                 self._macs[self._names[id(part)]] += macs
 
 
-def _run_modules(net: MaskedGraph, inputs: Sequence[Any], counter: FlopCounterMode, macs: dict[str, float]) -> None:
+def _run_modules(net: MaskedGraph, inputs: Inputs, counter: FlopCounterMode, macs: dict[str, float]) -> None:
     """Run the model itself and book what happens inside each masked module."""
     started: list[int] = []
 
@@ -236,7 +236,7 @@ def _run_modules(net: MaskedGraph, inputs: Sequence[Any], counter: FlopCounterMo
         handles.append(layer.register_forward_pre_hook(lambda *_: started.append(counter.get_total_flops())))
         handles.append(layer.register_forward_hook(leave(name)))
     try:
-        net(*inputs)
+        net(*inputs.args, **inputs.kwargs)
     finally:
         for handle in handles:
             handle.remove()

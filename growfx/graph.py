@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from growfx import graph_ops, ranks
 from growfx.errors import MaskError, TraceError
-from growfx.inputs import Inputs
+from growfx.inputs import Inputs, as_inputs
 from growfx.layers import MaskedLayer, MaskedParameter, check_mask
 from growfx.masked_uses import MaskedUses
 from growfx.module_copy import copy_modules
@@ -305,6 +305,23 @@ class MaskedGraph(fx.GraphModule):
         device = next(chain_tensors(self), torch.empty(0)).device
         example = self._example.with_batch(batch) if self.batch_is_free else self._example
         return example.copied(lambda tensor: tensor.to(device))
+
+    def inputs_like(self, example_inputs: Any = None, *, batch: int | None = None) -> Inputs:
+        """What a pass works on: the call that `example_inputs` stand for, on the net's device; default: as recorded.
+
+        Args:
+            example_inputs: as of `growfx.wrap`; a list stands for a tuple.
+            batch: rows to have, where the first dimension is a batch.
+
+        Raises:
+            TraceError: nothing that a model can be called with.
+        """
+        if example_inputs is None:
+            return self.example(1 if batch is None else batch)
+        given = as_inputs(tuple(example_inputs) if isinstance(example_inputs, list) else example_inputs)
+        device = next(chain_tensors(self), torch.empty(0)).device
+        given = given.copied(lambda tensor: tensor.to(device))
+        return given if batch is None or not self.batch_is_free else given.with_batch(batch)
 
     @property
     def batch_is_free(self) -> bool:

@@ -76,7 +76,7 @@ class Inputs:
 
         return Inputs(tuple(map(resize, self.args)), {k: resize(v) for k, v in self.kwargs.items()})
 
-    def copied(self, convert: Callable[[Tensor], Tensor] = torch.clone) -> Inputs:
+    def copied(self, convert: Callable[[Tensor], Any] = torch.clone) -> Inputs:
         """A copy that a forward may write into, its tensors replaced by what `convert` makes of them.
 
         What cannot be copied (a lock, an open file) is shared.

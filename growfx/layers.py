@@ -346,6 +346,7 @@ class MaskedParameter(MaskedLayer):
     """
 
     read_directly = True
+    twin_of = nn.Module
 
     def __init__(self, owner: nn.Module, weight_name: str, mask: Tensor | None = None) -> None:
         super().__init__()

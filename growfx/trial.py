@@ -42,7 +42,8 @@ def unused_parameters(net: MaskedGraph) -> list[str]:
     By one forward in training mode, on inputs as recorded.
     """
     with undisturbed(net), torch.enable_grad():
-        found = pytree.tree_leaves(net(*net.example_inputs(2)))
+        example = net.example(2)
+        found = pytree.tree_leaves(net(*example.args, **example.kwargs))
     outputs = [value for value in found if isinstance(value, torch.Tensor)]
     reached = _leaves(outputs[0]) if outputs else set[int]()
     return [name for name, value in net.named_parameters() if value.requires_grad and id(value) not in reached]

@@ -78,8 +78,8 @@ def compact(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None =
         raise TraceError("the network is on the meta device, so nothing is known of its values; load them first")
     example = example_of(net, example_inputs)
     try:
-        graph = net.graph_at(*example.args, training=False)
-        found = connect(net, example.args)
+        graph = net.graph_for(example)
+        found = connect(net, example)
     except TraceError as refusal:
         return _whole(net, model, f"the network could not be followed: {refusal}")
     work, trials = working_copy(model, example)

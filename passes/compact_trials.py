@@ -42,9 +42,7 @@ class Trial(NamedTuple):
 
 def example_of(net: MaskedGraph, example_inputs: Any) -> Inputs:
     """The inputs given, or those recorded."""
-    if example_inputs is None:
-        return Inputs(net.example_inputs(), {})
-    return Inputs((example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs), {})
+    return net.inputs_like(example_inputs)
 
 
 def with_rows(inputs: Inputs, rows: int) -> Inputs:

@@ -73,13 +73,10 @@ def connect(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None =
     Raises:
         TraceError: the network was not recorded faithfully, or an operator fails on shapes alone.
     """
-    if example_inputs is None:
-        inputs = net.example_inputs()
-    else:
-        inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    run = UnitGraph(net, net.graph_at(*inputs, training=False))
+    inputs = net.inputs_like(example_inputs)
+    run = UnitGraph(net, net.graph_for(inputs))
     with torch.no_grad():
-        run.run(inputs)
+        run.run(inputs.values)
     slots = {name: named.ids for name, _, named in run.parameters.values() if named.ids is not None}
     return found(run.signals, run.layers, run.inputs, slots, run.frames.values())
 

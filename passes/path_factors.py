@@ -69,6 +69,10 @@ class PathFactors:
         """The name under which the module's weight is a masked layer (tied weights: once); None when unmasked."""
         return self._layer_names.get(id(module.parameter)) if isinstance(module, MaskedLayer) else None
 
+    def layer_at(self, value: object) -> str | None:
+        """The name of the masked layer whose weight a parameter is."""
+        return self._layer_names.get(id(value))
+
     def learned(self, parameter: Tensor) -> Tensor:
         """What a learned factor counts for: its magnitude to the given power, or one."""
         if self.unit_scales:

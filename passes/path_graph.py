@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from growfx import graph_ops
 from growfx.errors import TraceError, UnsupportedOperatorError
+from growfx.inputs import Inputs, tensors_in
 from growfx.layers import MaskedLayer
 from growfx.passes.path_constants import evaluating_copy, execute, writes_in_place
 from growfx.passes.path_endings import ended_by, is_selection, placeholder, without_ends
@@ -139,7 +140,10 @@ class PathGraph(PathFactors):
         return ending
 
     def _input(self, node: fx.Node, waiting: Iterator[Any]) -> Any:
-        return map_leaves(self._start, next(waiting, node.args[0] if node.args else None))
+        value = next(waiting, node.args[0] if node.args else None)
+        if isinstance(value, (Tensor, list, tuple, dict)) or not any(True for _ in tensors_in(value)):
+            return map_leaves(self._start, value)
+        return Inputs((value,), {}).copied(self._start).args[0]  # an object that holds tensors
 
     def _start(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -158,6 +162,8 @@ class PathGraph(PathFactors):
             return self._attribute(str(node.target))
         args = map_leaves_of(node.args, self._environment)
         kwargs = map_leaves_of(node.kwargs, self._environment)
+        if node.target is getattr and not is_tensor(args[0]):
+            return getattr(raw(args[0]), args[1])  # of an object among the inputs
         try:
             if is_selection(node, args, kwargs):
                 return self._select(node, args, kwargs)
@@ -234,6 +240,9 @@ class PathGraph(PathFactors):
             if name is not None:
                 return Weight(name, self.signed(owner))
         value = getattr(owner, last)
+        name = self.layer_at(value)
+        if name is not None:
+            return Weight(name, self.signed(self.layers[name]))
         if self._writes and isinstance(value, Tensor):
             copied = value.detach().clone()  # the graph writes into tensors; the network's own stay as they are
             return Learned(copied) if isinstance(value, nn.Parameter) else copied

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, fx
 
 from growfx.errors import ConfigError, MaskError, TraceError
-from growfx.inputs import Inputs
+from growfx.inputs import Inputs, tensors_in
 from growfx.notices import warn_once
 from growfx.passes.path_graph import PathGraph
-from growfx.passes.path_values import leaves, map_leaves
 from growfx.passes.path_zeros import zero_factors
 from growfx.paths import PathProducts
 from growfx.shards import require_whole
@@ -100,8 +99,8 @@ def path_gradients(
     _check_network(net)
     _check_values(net)
     chosen = _checked_magnitudes(net, magnitudes or {})
-    inputs = _inputs(net, example_inputs)
-    graph = net.graph_at(*inputs, training=False)
+    given = _inputs(net, example_inputs)
+    inputs, graph = given.values, net.graph_for(given)
     run = PathGraph(
         net, graph, norm=norm, power=power, magnitudes=chosen, unit_scales=unit_scales, zeros_as_one=zeros_as_one
     )
@@ -124,8 +123,8 @@ def check_path_rules(net: MaskedGraph, example_inputs: Tensor | Sequence[Any] | 
         TraceError: as in `path_products`, values aside.
     """
     _check_network(net)
-    inputs = _inputs(net, example_inputs)
-    return _layers(PathGraph(net, net.graph_at(*inputs, training=False)), inputs)[1]
+    given = _inputs(net, example_inputs)
+    return _layers(PathGraph(net, net.graph_for(given)), given.values)[1]
 
 
 def _layers(run: PathGraph, inputs: Sequence[Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -176,20 +175,19 @@ def _checked_magnitudes(net: MaskedGraph, magnitudes: Mapping[str, Tensor]) -> d
     return dict(magnitudes)
 
 
-def _inputs(net: MaskedGraph, example_inputs: Any) -> tuple[Any, ...]:
+def _inputs(net: MaskedGraph, example_inputs: Any) -> Inputs:
     """Inputs at batch 1; where they have no common batch (images in a list) as they are."""
     if example_inputs is None:
-        return tuple(net.example_inputs(batch=1))
-    given = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
-    if not isinstance(given, (tuple, list)):
-        raise ConfigError(f"`example_inputs` is a {type(given).__name__}; give a tensor or a tuple of the arguments")
-    tensors = [item for item in leaves(given) if isinstance(item, Tensor)]
+        return net.example(batch=1)
+    try:
+        given = net.inputs_like(example_inputs, batch=1)
+    except TraceError as error:
+        raise ConfigError(str(error)) from None
+    tensors = list(tensors_in(given.values))
     if not tensors or any(item.numel() == 0 for item in tensors):
-        kinds = ", ".join(type(item).__name__ for item in given)
+        kinds = ", ".join(type(item).__name__ for item in given.values)
         raise ConfigError(f"`example_inputs` holds {kinds}; give tensors with at least one sample")
-    device = next(iter(net.layers.values())).parameter.device
-    moved = map_leaves(lambda item: item.to(device) if isinstance(item, Tensor) else item, tuple(given))
-    return Inputs(moved, {}).with_batch(1).args
+    return given
 
 
 def _scored(run: PathGraph, inputs: Sequence[Any]) -> tuple[dict[str, Tensor], frozenset[str]]:
