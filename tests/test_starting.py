@@ -9,12 +9,13 @@ import torch
 from method_nets import OPTIMIZERS, small_net, train_steps
 from staged_runs import session, train_stage
 from test_methods import GROWTH, short
+from torch import nn
 from training_nets import QUICK, fresh_net, loaders
 
 import growfx
 from growfx import methods
 from growfx.density import layer_counts
-from growfx.errors import ConfigError, GrowfxWarning
+from growfx.errors import ConfigError, GrowfxWarning, TraceError
 from growfx.foreign_loop import ForeignLoop
 
 
@@ -117,6 +118,27 @@ def test_magnitude_of_a_sparse_network_never_counts_what_is_stored_outside_its_m
     before = {n: x.mask.clone() for n, x in net.layers.items()}
     begun("pwmpr", net, masks="magnitude", seed_density=0.1)
     assert all(not (x.mask & ~before[n]).any() for n, x in net.layers.items())
+
+
+class WithoutRule(nn.Module):
+    """An operator between input and output that has no path rule."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.last(torch.digamma(self.first(x).abs() + 1))
+
+
+@pytest.mark.parametrize("masks", ["drawn", "given", "magnitude"])
+def test_growth_refuses_a_network_without_paths_at_once_whatever_it_starts_from(masks):
+    net = growfx.wrap(WithoutRule(), torch.randn(2, 6))
+    net.layers["first"].mask[1:] = False
+    digest = net.mask_digest()
+    with pytest.raises(TraceError, match="digamma"):
+        begun("pwmpr", net, masks=masks)
+    assert net.mask_digest() == digest
 
 
 @pytest.mark.parametrize("name", ["gmp", "acdc", "granet"])

@@ -16,7 +16,7 @@ from growfx.mask_bits import pack, unpack
 from growfx.methods.scope import Scope, is_frozen, listed
 from growfx.methods.starting import given_masks, is_resuming, start_density
 from growfx.notices import warn_once
-from growfx.passes.path_products import path_gradients
+from growfx.passes.path_products import check_path_rules, path_gradients
 from growfx.passes.seed import seed_masks
 from growfx.paths import PathProducts
 from growfx.shards import own_part, part_of
@@ -43,7 +43,8 @@ def seeded(scope: Scope, masks: str, density: float | None, largest: float, seed
     """Return the masks that growth starts from: "drawn", "given" or of "magnitude".
 
     `density`: of the seed, `largest`: where growth ends, both over the layers that a density counts for `scope`.
-    Raises `ConfigError` where the layers off every path, or the given masks, have another density or a larger one.
+    Raises `ConfigError` where the layers off every path, or the given masks, have another density or a larger one, and
+    `TraceError` for a network without path products.
     """
     if masks != "given":
         frozen = [name for name in scope.net.layers if name not in scope.budget]
@@ -55,6 +56,7 @@ def seeded(scope: Scope, masks: str, density: float | None, largest: float, seed
             f"the given masks have density {own:.4g}, above `max_density` {largest}; growth starts at the one and ends "
             "at the other"
         )
+    check_path_rules(scope.net)  # a network without paths is refused now, not after the first round
     return given_masks(scope.layers)
 
 
