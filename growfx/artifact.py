@@ -45,7 +45,7 @@ from growfx.manifest import (
 from growfx.model_card import model_card
 from growfx.models import ModelIdentity
 from growfx.notices import warn_once
-from growfx.remembered_inputs import example_of, specs_of
+from growfx.remembered_inputs import specs_of
 from growfx.shards import HOW_TO_GATHER, require_whole
 from growfx.staging import staged_folder
 from growfx.weights_file import MAX_HEADER
@@ -179,7 +179,7 @@ def _encode(
         model=found.recipe,
         provenance=provenance,
         compaction=plan or None,
-        inputs=specs_of(example_of(net)),
+        inputs=specs_of(net.example()),
         identity_checked=found.checked,
         notes=found.notes,
     )

@@ -6,6 +6,7 @@ would build, and compares settings and, on the example inputs, outputs with the 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import random
@@ -27,7 +28,7 @@ from growfx.inputs import Inputs
 from growfx.layers import MaskedLayer, to_plain
 from growfx.manifest import canonical
 from growfx.models import ModelIdentity, blueprint, build_unfilled, has_builder, likely_identity
-from growfx.module_copy import copy_modules
+from growfx.module_copy import copy_modules, separate_hooks
 from growfx.module_settings import setting_differences
 from growfx.recorded_call import RECORDED_CONSTANT
 
@@ -105,6 +106,9 @@ def _plain_copy(net: MaskedGraph) -> nn.Module:
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in net.shell.parameters()}
     memo |= {id(b): b.detach().clone() for b in net.shell.buffers()}
     model = copy_modules(net.shell, memo)
+    separate_hooks(model)
+    for layer in net.masked_parameters.values():
+        copy.deepcopy(layer, memo).remove()
     for module in list(model.modules()):
         if isinstance(module, MaskedLayer):
             to_plain(module)
@@ -117,7 +121,7 @@ def _plain_copy(net: MaskedGraph) -> nn.Module:
     return model
 
 
-_TWIN_ATTRIBUTES = {"_collecting", "_settled", "dense_gradient", "sharded"}
+_TWIN_ATTRIBUTES = {"_collecting", "dense_gradient", "gate", "sharded"}
 
 
 def _compared(identity: ModelIdentity, ours: nn.Module, net: MaskedGraph) -> tuple[list[str], bool]:
@@ -137,7 +141,7 @@ def _compared(identity: ModelIdentity, ours: nn.Module, net: MaskedGraph) -> tup
     if decisive:
         return decisive, False
     _share_tensors(ours, theirs)
-    example = Inputs(net.example_inputs(2), net._example.with_batch(2).kwargs)
+    example = net.example(2)
     verdicts: list[str | None] = []
     for training in (False, True) if found else (False,):
         verdicts.append(_output_difference(ours, theirs, example, training))

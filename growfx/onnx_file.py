@@ -95,14 +95,14 @@ def _prepared(source: str | Path | nn.Module, example: Any) -> tuple[nn.Module, 
     from growfx.artifact import load
     from growfx.models import default_input_shape
     from growfx.passes.mask import unwrap
-    from growfx.remembered_inputs import default_inputs, example_of
+    from growfx.remembered_inputs import default_inputs
 
     known = None
     if isinstance(source, str | Path):
         model: nn.Module = load(source)
     elif is_masked_graph(source):
         net = as_masked_graph(source, "growfx.export_onnx")
-        known = example_of(net)
+        known = net.example()
         model = unwrap(net).eval()
     elif isinstance(source, nn.Module):
         model = copy.deepcopy(source).eval()

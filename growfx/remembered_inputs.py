@@ -9,17 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from growfx.dtypes import DTYPE_NAMES, TORCH_DTYPES
-from growfx.graph import MaskedGraph
 from growfx.input_specs import MOST_INPUTS, InputSpec, input_complaint
 from growfx.inputs import Inputs
 from growfx.models import INPUTS_ATTRIBUTE
 
-__all__ = ["as_example", "default_inputs", "example_of", "inputs_from", "remember_inputs", "specs_of"]
-
-
-def example_of(net: MaskedGraph) -> Inputs:
-    """The example inputs of a net as it was wrapped, with one row where they have rows."""
-    return Inputs(net.example_inputs(), net._example.with_batch(1).kwargs)
+__all__ = ["as_example", "default_inputs", "inputs_from", "remember_inputs", "specs_of"]
 
 
 def specs_of(inputs: Inputs) -> tuple[InputSpec, ...] | None:
