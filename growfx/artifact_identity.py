@@ -115,6 +115,8 @@ def _plain_copy(net: MaskedGraph) -> nn.Module:
             for key in _TWIN_ATTRIBUTES & vars(module).keys():
                 if key not in getattr(type(module), "__annotations__", {}):
                     del module.__dict__[key]
+    for key in _OF_THE_GRAPH:
+        model.__dict__.pop(key, None)
     for name in [n for n in model._buffers if n.startswith(RECORDED_CONSTANT)]:
         del model._buffers[name]
         model._non_persistent_buffers_set.discard(name)
@@ -122,6 +124,8 @@ def _plain_copy(net: MaskedGraph) -> nn.Module:
 
 
 _TWIN_ATTRIBUTES = {"_collecting", "dense_gradient", "gate", "sharded"}
+# What the net keeps of the graph it shows: names it has not had before are set on the shell.
+_OF_THE_GRAPH = ("_lineno_map", "_prologue_start")
 
 
 def _compared(identity: ModelIdentity, ours: nn.Module, net: MaskedGraph) -> tuple[list[str], bool]:
