@@ -76,6 +76,17 @@ def test_a_compiled_network_is_saved_as_what_it_was_compiled_from(tmp_path: Path
     assert not is_masked_graph(torch.compile(Tied(), backend="eager"))
 
 
+@pytest.mark.parametrize("name", ["rigl", "random-growth"])
+def test_a_method_attaches_to_the_network_that_was_compiled(name: str) -> None:
+    net = make_net(1.0)
+    method: Any = growfx.methods.create(name)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    method.attach(torch.compile(net, backend="eager"), optimizer, total_steps=10, steps_per_epoch=5)
+    assert net.density < 1
+    with pytest.raises(ConfigError, match=rf"method `{name}` expects a growfx.MaskedGraph, got `Tied`"):
+        method.attach(Tied(), optimizer, total_steps=10, steps_per_epoch=5)
+
+
 def test_each_door_has_its_own_class_of_error() -> None:
     for door, kind in (("growfx.save", ArtifactError), ("growfx.unwrap", TraceError), ("growfx.train", ConfigError)):
         with pytest.raises(kind, match=f"{door} expects"):

@@ -153,15 +153,14 @@ def check_clock(total_steps: int, steps_per_epoch: int) -> tuple[int, int]:
     return as_count("total_steps", total_steps), as_count("steps_per_epoch", steps_per_epoch)
 
 
-def check_net(method: Method, net: object) -> None:
-    """Raise `ConfigError` unless `net` is a masked network."""
-    from growfx.graph import MaskedGraph
+def check_net(method: Method, net: object) -> MaskedGraph:
+    """Return the masked network that `net` is, or that was compiled or wrapped in `DistributedDataParallel`.
 
-    if not isinstance(net, MaskedGraph):
-        raise ConfigError(
-            f"method `{method.name}` expected a growfx.MaskedGraph (from growfx.wrap), got {type(net).__name__}; wrap "
-            "the model first"
-        )
+    Raises `ConfigError` for anything else.
+    """
+    from growfx.doors import as_masked_graph
+
+    return as_masked_graph(net, f"method `{method.name}`")
 
 
 def check_state(state: Mapping[str, Any], name: str) -> None:

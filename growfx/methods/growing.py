@@ -163,7 +163,7 @@ class Growing(Method):
         Raises `ConfigError` where layers off path alone are denser than the seed, and `TraceError` for a
         network without path products.
         """
-        check_net(self, net)
+        net = check_net(self, net)
         _, steps_per_epoch = check_clock(total_steps, steps_per_epoch)
         find_shards(self, net)
         scope = find_scope(self, net)

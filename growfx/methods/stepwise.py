@@ -170,7 +170,7 @@ class Stepwise(Method):
     def _open(
         self, net: MaskedGraph, optimizer: Optimizer, total_steps: int, steps_per_epoch: int, session: Session | None
     ) -> Course:
-        check_net(self, net)
+        net = check_net(self, net)
         total_steps, steps_per_epoch = check_clock(total_steps, steps_per_epoch)
         find_shards(self, net)
         scope = find_scope(self, net, self._least_density)
