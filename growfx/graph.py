@@ -248,6 +248,7 @@ class MaskedGraph(fx.GraphModule):
         self._read_directly[0].extend(m for m in self.masked_parameters.values() if id(m) not in known)
         self._tied[0].extend(tied)
         self._places = None
+        hide_masks(self.shell, list(self._mask_names()))
 
     @property
     def masked_parameters(self) -> dict[str, MaskedParameter]:
@@ -416,7 +417,7 @@ class MaskedGraph(fx.GraphModule):
     def _show(self, recording: RecordedGraph) -> None:
         self._graph, code = recording.graph, recording.code
         # torch.compile reads these of every GraphModule.
-        self._code, self._lineno_map, self._prologue_start = code.src, code._lineno_map, code._prologue_start
+        self.__dict__.update(_code=code.src, _lineno_map=code._lineno_map, _prologue_start=code._prologue_start)
 
     def recompile(self) -> Any:
         """Print the shown graph anew after it was edited; what runs is the model's own forward."""
@@ -644,6 +645,23 @@ def _masked_attributes(shell: nn.Module, layers: list[MaskedLayer]) -> Generator
         for layer in layers:
             stack.enter_context(layer._effective_parameters())
         yield
+
+
+def hide_masks(shell: nn.Module, names: Sequence[str] = ()) -> None:
+    """Leave the named buffers out of the shell's own state dict; none: no longer.
+
+    A method of the model that writes a checkpoint (`save_pretrained`) then writes the plain model's, zeros in place.
+    """
+    hooks = shell._state_dict_hooks
+    for key in [key for key, hook in hooks.items() if getattr(hook, "func", None) is _without_masks]:
+        del hooks[key]
+    if names:
+        shell._register_state_dict_hook(functools.partial(_without_masks, tuple(names)))
+
+
+def _without_masks(names: Sequence[str], module: nn.Module, state: Any, prefix: str, _: Any) -> None:
+    for name in names:
+        state.pop(f"{prefix}{name}", None)
 
 
 def plain_graph_module(

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from growfx.density import random_masks
+from growfx.doors import as_masked_graph
 from growfx.errors import ConfigError, TraceError
-from growfx.graph import MaskedGraph, chain_tensors
+from growfx.graph import MaskedGraph, chain_tensors, hide_masks
 from growfx.inputs import Inputs, as_inputs
 from growfx.layers import (
     MaskedLayer,
@@ -32,6 +33,7 @@ from growfx.module_copy import copy_modules
 from growfx.notices import warn_once
 from growfx.passes.check_recording import record_checked
 from growfx.recorded_call import RECORDED_CONSTANT
+from growfx.remembered_inputs import default_inputs
 from growfx.shards import HOW_TO_GATHER, require_whole
 from growfx.trace_report import TraceReport
 
@@ -189,7 +191,7 @@ def unwrap(net: MaskedGraph) -> nn.Module:
         ConfigError: the weights are spread over processes (`fully_shard`).
         MaskError: a masked layer was replaced since the model was wrapped.
     """
-    net = _original_net(net)
+    net = as_masked_graph(net, "growfx.unwrap")
     for parameter in net.parameters():
         require_whole(parameter, f"a plain model has whole ones; {HOW_TO_GATHER}")
     _ = net.layers  # checks that all are there
@@ -201,6 +203,7 @@ def unwrap(net: MaskedGraph) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, MaskedLayer):
             to_plain(module)
+    hide_masks(model)
     for name in [n for n in model._buffers if n.startswith(RECORDED_CONSTANT)]:
         del model._buffers[name]
         model._non_persistent_buffers_set.discard(name)
@@ -209,16 +212,12 @@ def unwrap(net: MaskedGraph) -> nn.Module:
     return model
 
 
-def _original_net(net: Any) -> MaskedGraph:
-    inner = getattr(net, "_orig_mod", net) if isinstance(net, nn.Module) else net
-    if not isinstance(inner, MaskedGraph):
-        raise TraceError(f"growfx.unwrap expects a MaskedGraph (from growfx.wrap), got {type(net).__name__}")
-    return inner
-
-
 def _example(model: nn.Module, example_inputs: Any) -> Inputs:
     if example_inputs is not None:
         return as_inputs(example_inputs)
+    known = default_inputs(model)
+    if known is not None:
+        return known
     tensor = next(chain_tensors(model), torch.empty(0))
     dtype = tensor.dtype if tensor.is_floating_point() else torch.float32
     generator = torch.Generator().manual_seed(0)

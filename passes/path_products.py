@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from growfx.doors import as_masked_graph
 from growfx.errors import ConfigError, MaskError, TraceError
 from growfx.inputs import Inputs, tensors_in
 from growfx.notices import warn_once
@@ -96,6 +97,7 @@ def path_gradients(
         MaskError: an unknown layer name, or magnitudes of another shape or outside [0, inf).
     """
     _check_options(norm, power)
+    net = as_masked_graph(net, "growfx.path_products")
     _check_network(net)
     _check_values(net)
     chosen = _checked_magnitudes(net, magnitudes or {})
@@ -122,6 +124,7 @@ def check_path_rules(net: MaskedGraph, example_inputs: Tensor | Sequence[Any] | 
         UnsupportedOperatorError: an operator between input and output has no path rule.
         TraceError: as in `path_products`, values aside.
     """
+    net = as_masked_graph(net, "growfx.path_products")
     _check_network(net)
     given = _inputs(net, example_inputs)
     return _layers(PathGraph(net, net.graph_for(given)), given.values)[1]

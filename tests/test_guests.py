@@ -946,3 +946,21 @@ def test_transforms_of_torch_func_see_the_masks(training):
     foreign = {k: torch.ones_like(v) for k, v in ours.items()}
     torch.func.functional_call(net, foreign, (x,))
     assert all(bool((v == 1).all()) for v in foreign.values())  # nothing of the caller's is written to
+
+
+def test_a_method_of_the_model_that_writes_a_checkpoint_writes_the_plain_models(tmp_path):
+    class Saves(Surgical):
+        def save_pretrained(self, path):
+            torch.save(self.state_dict(), path)
+
+    for masked in ((), ["fc.bias"]):
+        net = growfx.wrap(Saves(), torch.randn(2, 4), density=0.5, masked=masked)
+        net.layers["fc"].mask.copy_(torch.rand(2, 8) < 0.3)
+        net.save_pretrained(tmp_path / "weights.pt")
+        plain = Saves()
+        plain.load_state_dict(torch.load(tmp_path / "weights.pt"))
+        x = torch.randn(3, 4)
+        assert gap(plain(x), net(x)) == 0
+        assert "fc.mask" in net.state_dict()
+        assert "fc.mask" in copy.deepcopy(net).state_dict()
+        assert not growfx.unwrap(net)._state_dict_hooks
