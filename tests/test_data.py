@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from error_facts import facts
 from PIL import Image
 from torch import nn
 
@@ -141,13 +142,13 @@ def test_the_size_is_that_of_the_images_up_to_the_models(native, model, size):
 def test_a_model_of_one_size_gets_that_size_and_refuses_another(digits):
     model = create_model("test_vit", num_classes=10, img_size=32)
     assert fit_input(digits, model, DataOptions()).input_size == (3, 32, 32)
-    with pytest.raises(ConfigError, match=r"`img_size` = 64, but the model was built for 32x32"):
+    with pytest.raises(ConfigError, match=facts("`img_size`", 64, "32x32")):
         fit_input(digits, model, DataOptions(img_size=64))
 
 
 def test_a_model_of_other_channels_is_refused(digits):
     model = create_model("test_resnet", in_chans=4)
-    with pytest.raises(DataError, match="takes 4 input channels; images have 1"):
+    with pytest.raises(DataError, match=facts("channels", 4, 1)):
         fit_input(digits, model, DataOptions())
 
 
@@ -163,41 +164,41 @@ def test_an_input_format_survives_json():
 
 
 def test_missing_data_names_what_is_allowed(tmp_path):
-    with pytest.raises(DataError, match=r"`.*nothing` is not there; allowed: `digits`, a folder"):
+    with pytest.raises(DataError, match=facts(str(tmp_path / "nothing"), "`digits`", "folder")):
         open_data(str(tmp_path / "nothing"))
 
 
 def test_a_folder_without_train_says_what_it_holds(tmp_path):
-    with pytest.raises(DataError, match=r"holds nothing; it needs `train/`"):
+    with pytest.raises(DataError, match=facts(str(tmp_path), "`train/`")):
         open_data(str(tmp_path))
     (tmp_path / "photos").mkdir()
-    with pytest.raises(DataError, match=r"holds `photos`; it needs `train/` and one of `val/` and `test/`"):
+    with pytest.raises(DataError, match=facts("`photos`", "`train/`", "`val/`", "`test/`")):
         open_data(str(tmp_path))
 
 
 def test_a_train_folder_without_class_folders_is_refused(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "test").mkdir()
-    with pytest.raises(DataError, match="has 0 class folders"):
+    with pytest.raises(DataError, match=facts(0, "class folders")):
         open_data(str(tmp_path))
 
 
 def test_a_class_folder_without_images_is_named(folder):
     (folder / "train" / "yak").mkdir()
-    with pytest.raises(DataError, match="class folders without images: `yak`"):
+    with pytest.raises(DataError, match=facts("images", "`yak`")):
         open_data(str(folder))
 
 
 def test_a_class_only_the_test_split_has_is_named(folder):
     write_images(folder / "test" / "yak", 2)
-    with pytest.raises(DataError, match="1 classes that `train/` does not have: `yak`; `train/` has 3"):
+    with pytest.raises(DataError, match=facts(1, "`yak`", "`train/`", 3)):
         open_data(str(folder))
 
 
 def test_unreadable_images_are_counted_and_named(folder):
     (folder / "train" / "cat" / "3.png").write_bytes(b"no image")
     (folder / "train" / "dog" / "5.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"2 of 60 images .* cannot be read: `.*3\.png`, `.*5\.png`"):
+    with pytest.raises(DataError, match=facts(2, 60, "3.png", "5.png")):
         open_data(str(folder))
 
 
@@ -208,7 +209,7 @@ def test_an_image_cut_short_is_named_when_it_is_read(folder):
     path.write_bytes(path.read_bytes()[:2000])
     source = open_data(str(folder))
     form = InputFormat((3, 16, 16), (0.5,) * 3, (0.5,) * 3)
-    with pytest.raises(DataError, match=r"0\.png` cannot be decoded"):
+    with pytest.raises(DataError, match=facts(str(path))):
         list(make_loader(source, "test", form, DataOptions()))
 
 
@@ -216,14 +217,14 @@ def test_a_class_of_one_image_cannot_be_held_out(tmp_path):
     for split in ("train", "test"):
         write_images(tmp_path / split / "a", 5)
         write_images(tmp_path / split / "b", 1)
-    with pytest.raises(DataError, match="class number 1 has one training image"):
+    with pytest.raises(DataError, match=facts("class", 1)):
         open_data(str(tmp_path))
 
 
 def test_a_split_that_is_not_there_is_named(folder):
     write_images(folder / "val" / "cat", 1)
     source = open_data(str(folder))
-    with pytest.raises(DataError, match="has no `extra` split; it has `train`, `val`, `test`"):
+    with pytest.raises(DataError, match=facts("`extra`", "`train`", "`val`", "`test`")):
         source.split("extra")
 
 
@@ -250,12 +251,12 @@ def test_a_timm_spec_reads_the_files_torchvision_keeps(tmp_path):
 
 
 def test_a_timm_spec_without_its_files_says_how_to_get_them(tmp_path):
-    with pytest.raises(DataError, match=r"`torch/cifar10` was not found in `.*`.*`download=true`"):
+    with pytest.raises(DataError, match=facts("`torch/cifar10`", str(tmp_path), "`download=true`")):
         open_data("torch/cifar10", DataOptions(data_dir=str(tmp_path)))
 
 
 def test_an_unknown_timm_spec_names_the_known_ones():
-    with pytest.raises(DataError, match="`torch/cifar12` is unknown; allowed: `torch/cifar10`"):
+    with pytest.raises(DataError, match=facts("`torch/cifar12`", "`torch/cifar10`")):
         open_data("torch/cifar12")
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from error_facts import facts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -119,12 +120,12 @@ def test_density_one_is_all_ones():
 
 @pytest.mark.parametrize("density", [0.0, -0.1, 1.01, float("nan"), float("inf"), True, "0.1"])
 def test_a_density_outside_its_range_is_refused_by_name(density):
-    with pytest.raises(ConfigError, match=r"`max_density` is .*; allowed is a number in \(0, 1\]"):
+    with pytest.raises(ConfigError, match=facts("`max_density`", repr(density), "(0, 1]")):
         check_density(density, "max_density")
     with pytest.raises(ConfigError, match="`density`"):
         layer_counts({"w": (2, 2)}, density)
 
 
 def test_an_unknown_distribution_names_the_allowed_ones():
-    with pytest.raises(ConfigError, match="`distribution` is 'erdos'; allowed are `erk`, `er`, `uniform`"):
+    with pytest.raises(ConfigError, match=facts("`distribution`", "erdos", "`erk`", "`er`", "`uniform`")):
         layer_densities({"w": (2, 2)}, 0.5, "erdos")

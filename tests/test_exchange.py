@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from error_facts import facts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,10 +107,10 @@ def test_a_choice_depends_on_seed_names_and_scores_alone(grow):
 def test_counts_a_layer_cannot_have_are_refused():
     mask = {"w": torch.tensor([True, False, False])}
     for count in (-1, 2):
-        with pytest.raises(ValueError, match=f"layer `w` has 1 edges; it cannot drop to {count}"):
+        with pytest.raises(ValueError, match=facts("`w`", 1, count)):
             drop_to(mask, {"w": count}, mask, EdgeKeys(0, ""))
     for count in (0, 4):
-        with pytest.raises(ValueError, match=f"layer `w` has 1 of 3 edges; it cannot grow to {count}"):
+        with pytest.raises(ValueError, match=facts("`w`", 1, 3, count)):
             grow_to(mask, {"w": count}, None, EdgeKeys(0, ""))
 
 
@@ -144,7 +145,7 @@ def test_growth_that_overflows_a_layer_goes_to_the_others_by_their_shares():
     assert apportion(60, {"a": 10.0, "b": 3.0, "c": 2.0}, {"a": 20, "b": 100, "c": 100}) == {"a": 20, "b": 24, "c": 16}
     assert apportion(7, {"a": 1.0, "b": 1.0}, {"a": 9, "b": 9}) == {"a": 4, "b": 3}
     assert apportion(6, {"a": 0.0, "b": 0.0}, {"a": 10, "b": 20}) == {"a": 2, "b": 4}
-    with pytest.raises(ValueError, match="8 edges do not fit into layers with room for 7"):
+    with pytest.raises(ValueError, match=facts(8, 7)):
         apportion(8, {"a": 1.0, "b": 1.0}, {"a": 3, "b": 4})
 
 
@@ -183,7 +184,7 @@ def test_a_layers_importance_is_the_mean_magnitude_of_its_edges():
 def test_values_that_are_not_finite_are_seen(bad):
     values = {"a": torch.tensor([-1.0, 2.0]), "b": torch.tensor([0.0, bad])}
     assert finite_magnitudes(values) is None
-    with pytest.raises(ConfigError, match="weights of layer `b` are not finite; lower the learning rate"):
+    with pytest.raises(ConfigError, match=facts("weights", "`b`", "finite", "learning rate")):
         finite_magnitudes(values, "weights")
     assert finite_magnitudes({"a": values["a"]})["a"].tolist() == [1.0, 2.0]
 

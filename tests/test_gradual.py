@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from error_facts import facts
 from method_nets import OPTIMIZERS, small_net, train_steps
 from torch.nn import functional as F
 
@@ -288,17 +289,17 @@ def test_a_dense_phase_after_one_too_short_for_a_step_changes_nothing():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("gmp", {"start": 0.5, "end": 0.5}, "`start` = 0.5 is not before `end` = 0.5"),
-        ("gmp", {"scope": "local"}, "`scope` = 'local' is unknown; allowed: `global`, `erk`"),
-        ("gmp", {"end": 0.0}, "`end` = 0.0 is out of range"),
+        ("gmp", {"start": 0.5, "end": 0.5}, facts("`start`", "`end`", 0.5)),
+        ("gmp", {"scope": "local"}, facts("`scope`", "local", "`global`", "`erk`")),
+        ("gmp", {"end": 0.0}, facts("`end`", 0.0)),
         (
             "granet",
             {"density": 0.6, "initial_density": 0.5},
-            "`initial_density` = 0.5 is below `density` = 0.6; allowed is at least that",
+            facts("`initial_density`", 0.5, "`density`", 0.6),
         ),
-        ("granet", {"drop_fraction": 0.001}, "`last_drop_fraction` = 0.005 is above `drop_fraction` = 0.001"),
-        ("acdc", {"warmup": 0.8}, r"`warmup` \+ `last_dense` \+ `last_sparse` = 1.05; allowed are sums below 1"),
-        ("acdc", {"cycles": 0}, "`cycles` = 0 is out of range"),
+        ("granet", {"drop_fraction": 0.001}, facts("`last_drop_fraction`", 0.005, "`drop_fraction`", 0.001)),
+        ("acdc", {"warmup": 0.8}, facts("`warmup`", "`last_dense`", "`last_sparse`", 1.05)),
+        ("acdc", {"cycles": 0}, facts("`cycles`", 0)),
     ],
 )
 def test_options_that_cannot_be_are_refused_with_the_reason(name, options, message):
@@ -318,11 +319,11 @@ def test_weights_that_are_not_finite_are_an_error_that_names_the_layer(name):
     with torch.no_grad():
         layer = net.layers["wide"]
         layer.parameter[layer.mask] = math.nan
-    with pytest.raises(ConfigError, match=r"weights of layer `[a-z]+` are not finite"):
+    with pytest.raises(ConfigError, match=r"weights .*`[a-z]+`.* finite"):
         train_steps(net, optimizer, method, 10)
 
 
 def test_granet_refuses_an_init_that_would_do_nothing():
-    with pytest.raises(ConfigError, match="`init` = `sparse-aware` has no effect at `initial_density` = 1"):
+    with pytest.raises(ConfigError, match=facts("`init`", "`sparse-aware`", "`initial_density`", 1)):
         methods.create("granet", init="sparse-aware")
     methods.create("granet", init="sparse-aware", initial_density=0.5)

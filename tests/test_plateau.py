@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from error_facts import facts
 
 from growfx.errors import ConfigError
 from growfx.plateau import LogisticFit, PlateauRule, Point, fit_logistic
@@ -150,10 +151,10 @@ def test_curves_that_still_rise_at_full_density_have_no_plateau():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ((0.0, 0.5, None), r"`density` is 0\.0"),
-        ((0.5, 87.5, None), r"`accuracy` is 87\.5; allowed is a fraction in \[0, 1\]"),
-        ((0.5, math.nan, None), "`accuracy` is nan"),
-        ((0.5, 0.5, -0.1), r"`noise` is -0\.1"),
+        ((0.0, 0.5, None), facts("`density`", 0.0)),
+        ((0.5, 87.5, None), facts("`accuracy`", 87.5, "[0, 1]")),
+        ((0.5, math.nan, None), facts("`accuracy`", "nan")),
+        ((0.5, 0.5, -0.1), facts("`noise`", -0.1)),
     ],
 )
 def test_impossible_measurements_are_refused(values, message):
@@ -162,7 +163,7 @@ def test_impossible_measurements_are_refused(values, message):
 
 
 def test_impossible_rules_are_refused():
-    with pytest.raises(ConfigError, match=r"`tolerance` is 0\.0"):
+    with pytest.raises(ConfigError, match=facts("`tolerance`", 0.0)):
         PlateauRule(tolerance=0.0)
-    with pytest.raises(ConfigError, match="`min_points` is 4"):
+    with pytest.raises(ConfigError, match=facts("`min_points`", 4)):
         PlateauRule(min_points=4)

@@ -6,6 +6,7 @@ import tempfile
 import pytest
 import torch
 import torch.distributed as dist
+from error_facts import facts
 from rank_processes import run_ranks, same
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -208,10 +209,10 @@ def small_facts() -> dict:
         with pytest.raises((ZeroDivisionError, GrowfxError)) as caught:
             ranks.on_first(work)
         errors.append(caught.type.__name__)
-    with pytest.raises(ConfigError, match=r"gives each of the 2 ranks all images; share them out with `sampler="):
+    with pytest.raises(ConfigError, match=facts(2, "`sampler=")):
         steps_of(loaders()[0])
     some, images = range(40), loaders()[0].dataset
-    with pytest.raises(ConfigError, match="or give each rank a `Subset` of its own"):
+    with pytest.raises(ConfigError, match=facts("`Subset`")):
         steps_of(DataLoader(Subset(images, some)))
     assert steps_of(DataLoader(Subset(images, some[ranks.rank() :: 2]), shuffle=True)) == 20
     lengths = steps_of([0] * (3 + ranks.rank()))

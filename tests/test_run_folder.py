@@ -1,6 +1,8 @@
+import re
 from pathlib import Path
 
 import pytest
+from error_facts import facts
 
 from growfx.errors import CheckpointError, ConfigError
 from growfx.run_folder import RunFolder, refuse_existing
@@ -19,7 +21,7 @@ def config(**train) -> dict:
 def test_an_existing_run_needs_resume_or_overwrite(tmp_path):
     path = tmp_path / "run"
     RunFolder.start(path, config()).close()
-    with pytest.raises(CheckpointError, match=r"exists; continue it with `--resume`, replace it with `--overwrite`"):
+    with pytest.raises(CheckpointError, match=facts(str(path), "`--resume`", "`--overwrite`")):
         RunFolder.start(path, config())
     RunFolder.start(path, config(), resume=True).close()
     RunFolder.start(path, config(), overwrite=True).close()
@@ -32,7 +34,7 @@ def test_resume_starts_a_run_that_is_not_there_yet(tmp_path):
 
 
 def test_resume_and_overwrite_exclude_each_other(tmp_path):
-    with pytest.raises(ConfigError, match="`resume` and `overwrite` exclude each other"):
+    with pytest.raises(ConfigError, match=facts("`resume`", "`overwrite`")):
         RunFolder.start(tmp_path, config(), resume=True, overwrite=True)
 
 
@@ -56,7 +58,7 @@ def started(path):
 @pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
 def test_a_folder_of_something_else_is_never_touched(tmp_path, flags):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"is not a run folder \(it holds `thesis.tex`"):
+    with pytest.raises(CheckpointError, match=facts(str(tmp_path), "`thesis.tex`")):
         RunFolder.start(tmp_path, config(), **flags)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -70,10 +72,10 @@ def test_another_model_or_option_is_refused_by_name_on_resume(tmp_path, key, val
     with pytest.raises(CheckpointError) as caught:
         RunFolder.start(path, {**config(), key: value}, resume=True)
     expected = {
-        "model": "`model.name` = 'resnet18', now it is 'resnet50'",
-        "train": "`train.lr` = 0.1, now it is 0.2",
+        "model": facts("`model.name`", "resnet18", "resnet50"),
+        "train": facts("`train.lr`", 0.1, 0.2),
     }
-    assert expected[key] in str(caught.value)
+    assert re.search(expected[key], str(caught.value))
 
 
 def test_device_workers_place_of_the_data_and_versions_may_change_on_resume(tmp_path):
@@ -91,9 +93,9 @@ def test_checking_a_place_leaves_nothing_behind(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_refused_before_training(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot be"):
+    with pytest.raises(CheckpointError, match=facts(str(tmp_path / "file" / "run"))):
         refuse_existing(tmp_path / "file" / "run", resume=False, overwrite=False)
-    with pytest.raises(CheckpointError, match="cannot be used"):
+    with pytest.raises(CheckpointError, match=facts(str(tmp_path / "file"))):
         refuse_existing(tmp_path / "file", resume=False, overwrite=False)
 
 
@@ -115,15 +117,15 @@ def test_json_is_read_back_and_missing_or_damaged_is_told_apart(tmp_path):
     folder.write_json("result.json", {"a": 1})
     assert folder.read_json("result.json") == {"a": 1}
     (folder.path / "result.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"result\.json` cannot be read"):
+    with pytest.raises(CheckpointError, match=facts(str(folder.path / "result.json"))):
         folder.read_json("result.json")
 
 
 def test_a_folder_without_a_run_or_with_a_damaged_one_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"is not a run folder: it has no `config\.json`"):
+    with pytest.raises(CheckpointError, match=facts(str(tmp_path), "`config.json`")):
         RunFolder.open(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"cannot be read .it does not describe a run"):
+    with pytest.raises(CheckpointError, match=facts(str(tmp_path / "config.json"))):
         RunFolder.open(tmp_path)
 
 
@@ -131,7 +133,7 @@ def test_the_artifact_of_a_run_names_the_run(tmp_path):
     run = RunFolder.start(tmp_path / "run", config())
     (run.path / "artifact").mkdir()
     (run.path / "artifact" / "config.json").write_text('{"architecture": "resnet18"}')
-    with pytest.raises(CheckpointError, match=r"it does not describe a run; the run is `.*/run`"):
+    with pytest.raises(CheckpointError, match=facts(str(run.path / "artifact"), f"`{run.path}`")):
         RunFolder.open(run.path / "artifact")
 
 

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from error_facts import facts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
@@ -161,7 +162,7 @@ def test_half_precision_scores_are_chosen_by_their_exact_values():
 
 @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
 def test_scores_that_are_no_weights_are_refused_by_layer_name(bad):
-    with pytest.raises(ConfigError, match="layer `conv`"):
+    with pytest.raises(ConfigError, match=facts("conv")):
         draw({"conv": torch.tensor([1.0, bad, 2.0])}, 1, EdgeKeys(0, "s"))
 
 
@@ -183,9 +184,9 @@ def test_of_no_layers_nothing_is_chosen_and_wrong_types_are_refused_by_class(cho
 
 def test_bad_arguments_of_a_selection_are_refused():
     layers = {"conv": torch.ones(3)}
-    with pytest.raises(ConfigError, match="is -1; allowed is 0 or more"):
+    with pytest.raises(ConfigError, match=facts(-1, "0")):
         draw(layers, -1, EdgeKeys(0, "s"))
     with pytest.raises(ConfigError, match="NaN"):
         top({"conv": torch.tensor([1.0, math.nan])}, 1, EdgeKeys(0, "s"))
-    with pytest.raises(ConfigError, match="`allowed` of layer `conv`"):
+    with pytest.raises(ConfigError, match=facts("`allowed`", "conv", "(3,)")):
         top(layers, 1, EdgeKeys(0, "s"), {"conv": torch.ones(4, dtype=torch.bool)})

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from error_facts import facts
 from torch import Tensor
 
 from growfx import selection, shard_selection
@@ -125,10 +126,10 @@ def test_equal_keys_are_chosen_by_layer_and_index(monkeypatch):
 @pytest.mark.parametrize(
     ("choose", "value", "message"),
     [
-        (shard_selection.choose_top, torch.nan, "a score is NaN; scores must be numbers"),
-        (shard_selection.choose_drawn, torch.nan, "scores of layer `b` are negative or not finite on 1 of the ranks"),
-        (shard_selection.choose_drawn, -1.0, "scores of layer `b` are negative or not finite on 1 of the ranks"),
-        (shard_selection.choose_drawn, torch.inf, "scores of layer `b` are negative or not finite on 1 of the ranks"),
+        (shard_selection.choose_top, torch.nan, facts("NaN")),
+        (shard_selection.choose_drawn, torch.nan, facts("`b`", 1)),
+        (shard_selection.choose_drawn, -1.0, facts("`b`", 1)),
+        (shard_selection.choose_drawn, torch.inf, facts("`b`", 1)),
     ],
 )
 def test_what_is_no_score_on_one_rank_is_an_error_on_every_rank(choose, value, message):
@@ -141,7 +142,7 @@ def test_what_is_no_score_on_one_rank_is_an_error_on_every_rank(choose, value, m
         return True
 
     assert Ranks(3).run(refused) == [True] * 3
-    with pytest.raises(ConfigError, match="the number of edges to choose is -1; allowed is 0 or more"):
+    with pytest.raises(ConfigError, match=facts(-1, "0")):
         choose([], -1, KEYS, Rank(Ranks(1), 0))
 
 
