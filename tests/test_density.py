@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from error_facts import facts
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from growfx.density import DISTRIBUTIONS, check_density, layer_counts, layer_densities, random_masks
+from growfx.edge_keys import EdgeKeys
 from growfx.errors import ConfigError
 
 
@@ -129,3 +131,14 @@ def test_a_density_outside_its_range_is_refused_by_name(density):
 def test_an_unknown_distribution_names_the_allowed_ones():
     with pytest.raises(ConfigError, match=facts("`distribution`", "erdos", "`erk`", "`er`", "`uniform`")):
         layer_densities({"w": (2, 2)}, 0.5, "erdos")
+
+
+@pytest.mark.parametrize("size", [7, 64, 1000])
+def test_masks_of_one_seed_are_nested_and_those_of_the_smallest_keys(size):
+    order = np.argsort(EdgeKeys(3, "random mask").uniform("w", 0, size))
+    before = torch.zeros(size, dtype=torch.bool)
+    for count in sorted({1, 2, 3, size // 2, size - 1, size}):
+        mask = random_masks({"w": (size,)}, count / size, "uniform", 3)["w"]
+        assert set(mask.nonzero().flatten().tolist()) == set(order[:count].tolist())
+        assert not (before & ~mask).any()
+        before = mask

@@ -90,3 +90,53 @@ def test_the_file_that_refers_to_the_others_is_replaced_last(tmp_path: Path, mon
     with staged_folder(tmp_path, last="a") as stage:
         write(stage, a="1", b="2", z="3")
     assert order == ["b", "z", "a"]
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_files_are_on_disk_before_they_move_and_the_move_before_the_block_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+):
+    target = tmp_path / "out"
+    if exists:
+        target.mkdir()
+        write(target, a="old")
+    events: list[str] = []
+    sync, replace, rename = os.fsync, os.replace, os.rename
+
+    def noted_sync(handle: int) -> None:
+        facts = os.fstat(handle)
+        names = [target, target.parent, *target.parent.rglob("*")]
+        (path,) = {p for p in names if p.exists() and os.path.samestat(p.stat(), facts)}
+        events.append("stage" if path.name.endswith(".tmp") else str(path.relative_to(tmp_path)).rpartition("/")[2])
+        sync(handle)
+
+    def noted_move(move: Any) -> Any:
+        return lambda source, into: (events.append("move"), move(source, into))
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(os, "replace", noted_move(replace))
+    monkeypatch.setattr(os, "rename", noted_move(rename))
+    with staged_folder(target, last="c") as stage:
+        write(stage, a="1", c="2")
+    moves = [i for i, event in enumerate(events) if event == "move"]
+    assert sorted(events[: moves[0]]) == ["a", "c", "stage"]
+    assert events[moves[-1] + 1 :] == ["out" if exists else "."]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are read from /proc")
+def test_no_file_stays_open(tmp_path: Path):
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with staged_folder(tmp_path / "out", last="c") as stage:
+            write(stage, a="1", c="2")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_folder_that_appears_meanwhile_is_filled_as_one_that_was_there(tmp_path: Path):
+    target = tmp_path / "out"
+    with staged_folder(target, last="c", stale=["gone"]) as stage:
+        write(stage, a="1", c="2")
+        with staged_folder(target, last="c") as other:
+            write(other, a="3", c="4", gone="5", kept="6")
+    assert read(target) == {"a": "1", "c": "2", "kept": "6"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
