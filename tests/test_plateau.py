@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from error_facts import facts
+from scipy.optimize import minimize
 
 from growfx.errors import ConfigError
 from growfx.plateau import LogisticFit, PlateauRule, Point, fit_logistic
@@ -167,3 +168,27 @@ def test_impossible_rules_are_refused():
         PlateauRule(tolerance=0.0)
     with pytest.raises(ConfigError, match=facts("`min_points`", 4)):
         PlateauRule(min_points=4)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_fit_is_the_minimum_of_its_squares_and_weak_terms_found_from_many_starts(seed):
+    draw = np.random.default_rng(seed)
+    densities = 0.02 * 1.35 ** np.arange(8)
+    truth = 0.3 + 0.4 / (1 + np.exp(-1.7 * (np.log(densities) - math.log(0.04))))
+    noise = draw.uniform(0.004, 0.01, 8)
+    measured = truth + noise * draw.standard_normal(8)
+
+    def cost(p):  # (A0, Ainf - A0, ln k, ln x0), each with its weak term
+        a0, rise, log_k, log_x0 = p
+        curve = a0 + rise / (1 + (densities / math.exp(log_x0)) ** -math.exp(log_k))
+        weak = [a0 - 0.5, rise - 0.3, (log_k - math.log(2)) / 0.5, log_x0 - math.log(0.03)]
+        return float(np.sum(((curve - measured) / noise) ** 2) + np.sum(np.square(weak)))
+
+    options = {"xatol": 1e-9, "fatol": 1e-12, "maxiter": 20000, "maxfev": 20000}
+    starts = [(0.3, 0.4, math.log(k), math.log(x)) for k in (1, 2, 4) for x in (0.02, 0.05, 0.1)]
+    found = [minimize(cost, start, method="Nelder-Mead", options=options) for start in starts]
+    best = min(found, key=lambda result: result.fun)
+    points = [Point(float(d), float(a), float(n)) for d, a, n in zip(densities, measured, noise, strict=True)]
+    fit = fit_logistic(points)
+    assert cost(fit.parameters) == pytest.approx(best.fun, rel=1e-6)
+    assert fit.parameters == pytest.approx(best.x, abs=1e-3)

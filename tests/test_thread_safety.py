@@ -17,7 +17,7 @@ from growfx import choice_cache, kernel_build
 from growfx.quiet import ignored_warnings
 from growfx.sparse_kernel import kernel_status
 
-THREADS, ROUNDS = 4, 3
+THREADS, ROUNDS = 4, 2
 PATIENCE = 120.0  # seconds: a hang is a failure, a busy machine is none
 T = TypeVar("T")
 
