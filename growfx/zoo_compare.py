@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import random
 import weakref
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from types import FunctionType
@@ -227,9 +227,12 @@ def _tensors(value: Any) -> list[Tensor]:
 _ATOMS = (Tensor, nn.Module, Enum, str, type, weakref.ref, FunctionType, torch.device, torch.dtype)
 
 
-def leaves(value: Any, within: frozenset[int] = frozenset()) -> Iterator[Any]:
-    """What a nest of containers and objects (dataclasses, caches, graphs) holds, in order."""
-    if id(value) in within:
+def leaves(value: Any, without: Collection[str] = (), within: frozenset[int] = frozenset()) -> Iterator[Any]:
+    """What a nest of containers and objects (dataclasses, caches, graphs) holds, in order.
+
+    Objects of the classes named in `without` are passed over; `within` are the ids of what holds `value`.
+    """
+    if id(value) in within or type(value).__name__ in without:
         return
     if isinstance(value, Mapping):
         items = list(value.values())
@@ -241,7 +244,7 @@ def leaves(value: Any, within: frozenset[int] = frozenset()) -> Iterator[Any]:
         yield value
         return
     for item in items:
-        yield from leaves(item, within | {id(value)})
+        yield from leaves(item, without, within | {id(value)})
 
 
 def _short(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,12 @@ class Step:
 
 
 def step(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], given: Any, seed: int, training: bool | None = None
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    given: Any,
+    seed: int,
+    training: bool | None = None,
+    without: Collection[str] = (),
 ) -> Step:
     """Call a model and run backward from a fixed random projection of all its outputs.
 
@@ -36,13 +41,14 @@ def step(
         given: example inputs (see `zoo_compare.split`).
         seed: of torch, numpy and `random` during the call.
         training: mode to switch the model to; None leaves its modes alone.
+        without: names of classes whose objects in the output are passed over.
     """
     if training is not None:
         model.train(training)
     for parameter in parameters.values():
         parameter.grad = None
     with restored_buffers(model), seeded(seed):
-        outputs = list(leaves(call(model, given)))
+        outputs = list(leaves(call(model, given), without))
         loss = _projected(outputs)
         if loss is not None:
             loss.backward()

@@ -131,3 +131,13 @@ def test_tensors_inside_objects_are_leaves_and_cycles_end():
             self.itself = self
 
     assert [int(t) for t in leaves((Box(), torch.tensor(2)))] == [0, 1, 2]
+
+
+def test_objects_of_named_classes_are_passed_over():
+    class Cache:
+        def __init__(self):
+            self.keys = torch.ones(1)
+
+    value = {"logits": torch.zeros(1), "cache": [Cache()]}
+    assert [int(t) for t in leaves(value)] == [0, 1]
+    assert [int(t) for t in leaves(value, without={"Cache"})] == [0]
