@@ -82,7 +82,7 @@ class PathFactors:
 
     def size_of(self, parameter: Tensor) -> Tensor:
         """Magnitude of a learned factor, in float64."""
-        magnitude = parameter.detach().to(self.device, torch.float64).abs()
+        magnitude = parameter.detach().abs().to(self.device, torch.float64)
         return torch.ones_like(magnitude) if self.zeros_as_one and not bool(magnitude.any()) else magnitude
 
     def magnitude(self, value: Any) -> float | Tensor:
@@ -99,9 +99,10 @@ class PathFactors:
         if isinstance(value, (Token, Judged)):
             value = value.tensor
         if isinstance(value, Tensor):
-            return value.detach().to(self.device, torch.float64).abs()
-        if isinstance(value, (int, float)):
-            return abs(float(value))
+            value = value.detach().abs() if value.is_complex() else value.detach()
+            return value.to(self.device, torch.float64).abs()
+        if isinstance(value, (int, float, complex)):
+            return float(abs(value))
         raise NoPathRuleError(f"a factor of type `{type(value).__name__}` has no path rule")
 
     def matrix(self, value: Any) -> Tensor:

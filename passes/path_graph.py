@@ -51,6 +51,7 @@ __all__ = ["PathGraph", "describe"]
 # Live values are rescaled when one passes e^30; float64 ends at e^709, far enough for what one node can do.
 _RESCALE_AT = 2.0**43
 _SWITCHES = (torch._C._set_grad_enabled, graph_ops.swap_grad_enabled)
+_LAYERS = (F.linear, torch.conv1d, torch.conv2d, torch.conv3d)
 _EMBEDDINGS = (F.embedding, torch.embedding)
 
 
@@ -164,6 +165,8 @@ class PathGraph(PathFactors):
         kwargs = map_leaves_of(node.kwargs, self._environment)
         if node.target is getattr and not is_tensor(args[0]):
             return getattr(raw(args[0]), args[1])  # of an object among the inputs
+        if node.op == "call_module" or node.target in _LAYERS:
+            args, kwargs = self._stepped(args), self._stepped(kwargs)
         try:
             if is_selection(node, args, kwargs):
                 return self._select(node, args, kwargs)
@@ -180,6 +183,22 @@ class PathGraph(PathFactors):
             raise
         except Exception as problem:
             raise TraceError(f"the path rule of {describe(node)} failed: {problem}") from problem
+
+    def _stepped(self, nest: Any) -> Any:
+        """Steps that go on as data: spikes, signs. What a layer reads of them carries the paths of what was judged.
+
+        Elsewhere a judgement decides, and paths end there.
+        """
+
+        def carried(item: Any) -> Any:
+            if not isinstance(item, Judged) or not item.tensor.is_floating_point():
+                return item
+            source = item.sources[0]
+            if len(item.sources) == 1 and source.tensor.shape == item.tensor.shape:
+                return source.same()
+            return Judged(item.tensor.to(self.model_dtype), item.sources)
+
+        return map_leaves(carried, nest)
 
     def _apply(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if node.op == "call_module":

@@ -26,8 +26,10 @@ from growfx.passes import (
     path_rules_recurrent,
     path_rules_reduce,
     path_rules_sampling,
+    path_rules_scatter,
     path_rules_selection,
     path_rules_shape,
+    path_rules_spectral,
 )
 
 __all__ = [
@@ -58,14 +60,33 @@ def _merged(name: str, *sources: Any) -> dict[Any, Any]:
     return table
 
 
-_FILES = (path_rules_arithmetic, path_rules_products, path_rules_reduce, path_rules_shape, path_rules_selection)
+_FILES = (
+    path_rules_arithmetic,
+    path_rules_products,
+    path_rules_reduce,
+    path_rules_scatter,
+    path_rules_selection,
+    path_rules_shape,
+    path_rules_spectral,
+)
 FUNCTIONS: dict[Any, Rule] = _merged("FUNCTIONS", *_FILES, path_rules_norm, path_rules_attention, path_rules_sampling)
 METHODS: dict[str, Rule] = _merged("METHODS", *_FILES)
 MODULES: dict[Any, Rule] = _merged(
-    "MODULES", path_rules_layers, path_rules_norm, path_rules_attention, path_rules_recurrent, path_rules_sampling
+    "MODULES",
+    path_rules_products,
+    path_rules_layers,
+    path_rules_norm,
+    path_rules_attention,
+    path_rules_recurrent,
+    path_rules_sampling,
 )
 APPLIED = path_rules_layers.APPLIED
-_SEES_ENDS = path_rules_selection.SEES_ENDS | path_rules_sampling.SEES_ENDS
+_SEES_ENDS = (
+    path_rules_selection.SEES_ENDS
+    | path_rules_sampling.SEES_ENDS
+    | path_rules_scatter.SEES_ENDS
+    | path_rules_products.SEES_ENDS
+)
 
 _CONTAINERS = (dict, list, tuple, collections.OrderedDict)
 _CASTS = {"to", "type_as", "float", "double", "contiguous", "clone", "detach", "type"}

@@ -180,6 +180,18 @@ def maximum(run: PathGraph, left: Any, right: Any) -> Any:
     return add(run, left, right)
 
 
+def interpolated(run: PathGraph, start: Any, end: Any, weight: Any) -> Any:
+    """`lerp`: start times (1 - weight), end times weight."""
+    if isinstance(weight, PathValue):
+        raise NoPathRuleError("a mixture by data has no path rule; write it as a sum of products")
+    share = raw(weight)
+    parts = [
+        multiply(run, item, factor) if isinstance(item, PathValue) else item
+        for item, factor in ((start, 1 - share), (end, share))
+    ]
+    return add(run, *parts)
+
+
 def clamp(run: PathGraph, value: Any, min: Any = None, max: Any = None) -> Any:  # noqa: A002 - torch's names
     """Clamping by constants; limits that carry paths themselves have no rule."""
     if isinstance(min, PathValue) or isinstance(max, PathValue) or not isinstance(value, PathValue):
@@ -199,9 +211,16 @@ _IDENTITY_FUNCTIONS = (
     F.mish, F.hardswish, F.softplus, F.softsign, F.celu, F.selu, F.prelu, F.rrelu, F.hardtanh, F.threshold,
     F.logsigmoid, F.log_softmax, F.hardshrink, F.softshrink, F.tanhshrink, F.dropout, F.dropout1d, F.dropout2d,
     F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+    torch.selu_, torch.celu_, torch.rrelu_, torch.threshold_, F.elu_, F.leaky_relu_, F.hardtanh_, torch.exp_,
+    torch.abs_, torch.sqrt_, torch.neg_, torch.square_, torch.log_, torch.sin, torch.sin_, torch.cos, torch.cos_,
+    torch.tan, torch.asin, torch.acos, torch.atan, torch.sinh, torch.cosh, torch.asinh, torch.acosh, torch.atanh,
+    torch.sinc, torch.erfc, torch.erfinv, torch.exp2, torch.logit, torch.frac, torch.deg2rad, torch.rad2deg,
+    torch.positive, torch.absolute, torch.i0, torch.lgamma, torch.digamma, torch.fmod, torch.remainder, operator.mod,
+    torch.fake_quantize_per_tensor_affine, torch.fake_quantize_per_channel_affine,
 )  # fmt: skip
 _BOUNDED_FUNCTIONS = (
     torch.sigmoid, torch.tanh, torch.softmax, F.sigmoid, F.tanh, F.softmax, F.softmin, F.hardsigmoid, F.normalize,
+    torch.sigmoid_, torch.tanh_, torch.special.expit, F.gumbel_softmax,
 )  # fmt: skip
 _IDENTITY_METHODS = [
     "neg",
@@ -243,6 +262,9 @@ _IDENTITY_METHODS = [
     "__pos__",
     "prelu",
     "hardshrink",
+    *("sin", "sin_", "cos", "cos_", "tan", "asin", "acos", "atan", "arctan", "sinh", "cosh", "asinh", "acosh"),
+    *("atanh", "sinc", "erfc", "erfinv", "exp2", "expm1", "log10", "logit", "frac", "deg2rad", "rad2deg", "absolute"),
+    *("positive", "negative", "fmod", "remainder", "__mod__", "floor_", "ceil_", "round_", "trunc_", "nan_to_num_"),
 ]
 _BOUNDED_METHODS = ["sigmoid", "sigmoid_", "tanh", "tanh_", "softmax"]
 
@@ -255,7 +277,8 @@ FUNCTIONS: dict[Any, Any] = {
     **dict.fromkeys((torch.clamp, torch.clip, torch.clamp_min, torch.clamp_max), clamp),
     **dict.fromkeys((operator.pow, operator.ipow, torch.pow, torch.float_power), power),
     **dict.fromkeys((torch.rsqrt, torch.reciprocal), reciprocal),
-    **dict.fromkeys((torch.maximum, torch.minimum), maximum),
+    **dict.fromkeys((torch.maximum, torch.minimum, torch.fmax, torch.fmin, torch.logaddexp, torch.hypot), maximum),
+    torch.lerp: interpolated,
     torch.rsub: reverse_add,
     torch.addcmul: addcmul,
     F.glu: gated,
@@ -274,7 +297,8 @@ METHODS: dict[str, Any] = {
     **dict.fromkeys(["pow", "pow_", "__pow__", "float_power"], power),
     "__rpow__": reverse_power,
     **dict.fromkeys(["rsqrt", "rsqrt_", "reciprocal", "reciprocal_"], reciprocal),
-    **dict.fromkeys(["maximum", "minimum"], maximum),
+    **dict.fromkeys(["maximum", "minimum", "fmax", "fmin", "logaddexp", "hypot"], maximum),
+    **dict.fromkeys(["lerp", "lerp_"], interpolated),
     "addcmul": addcmul,
     "addcmul_": addcmul,
 }  # fmt: skip

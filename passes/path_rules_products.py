@@ -7,16 +7,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from growfx.passes.path_rules_arithmetic import add, balanced
-from growfx.passes.path_values import NoPathRuleError, PathValue, move, paths_in, raw
+from growfx.passes.path_values import Ended, Judged, Learned, NoPathRuleError, PathValue, move, paths_in, raw
 
 if TYPE_CHECKING:
     from growfx.passes.path_graph import PathGraph
 
-__all__ = ["FUNCTIONS", "METHODS", "carrying", "matmul"]
+__all__ = ["FUNCTIONS", "METHODS", "MODULES", "SEES_ENDS", "carrying", "matmul"]
 
 
 def carrying(value: Any) -> Tensor:
@@ -148,6 +148,30 @@ def convolving(function: Callable[..., Tensor], spatial: int, contracted: int) -
     return rule
 
 
+def bilinear(run: PathGraph, input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
+    """`F.bilinear`: the product of both inputs, contracted with the magnitude of the weight (out, in, in)."""
+    return einsum(run, "...i,oij,...j->...o", input1, weight, input2)
+
+
+def bilinear_module(run: PathGraph, module: Any, input1: Any, input2: Any) -> Any:
+    """The same as a module."""
+    return bilinear(run, input1, input2, Learned(run.signed(module)))
+
+
+def grouped_matmul(run: PathGraph, left: Any, right: Any, offs: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Rows (rows, in) through matrices (groups, in, out), which end at `offs`; chosen by data: the mean over groups."""
+    if raw(left).ndim == 3 or offs is None:
+        return matmul(run, left, right)
+    if raw(right).ndim != 3 or isinstance(right, PathValue):
+        raise NoPathRuleError("a grouped product needs rows of activations and a stack of matrices")
+    rows, matrices = carrying(left), run.matrix(right)
+    if isinstance(offs, (Judged, Ended)):
+        return PathValue(rows @ matrices.mean(0))
+    starts = [0, *raw(offs).tolist()]
+    groups = [rows[start:end] @ matrix for start, end, matrix in zip(starts, starts[1:], matrices, strict=False)]
+    return PathValue(torch.cat([*groups, rows[starts[-1] :] @ torch.zeros_like(matrices[0])]))
+
+
 _CONVOLUTIONS = (
     (torch.conv1d, 1), (torch.conv2d, 2), (torch.conv3d, 3), (F.conv1d, 1), (F.conv2d, 2), (F.conv3d, 3),
 )  # fmt: skip
@@ -156,6 +180,8 @@ _TRANSPOSED = (
     (F.conv_transpose1d, 1), (F.conv_transpose2d, 2), (F.conv_transpose3d, 3),
 )  # fmt: skip
 
+_GROUPED = [vars(owner)[name] for owner, name in ((torch, "_grouped_mm"), (F, "grouped_mm")) if name in vars(owner)]
+
 FUNCTIONS: dict[Any, Any] = {
     **dict.fromkeys((torch.matmul, torch.bmm, torch.mm, operator.matmul), matmul),
     **dict.fromkeys((torch.addmm, torch.baddbmm), add_matmul),
@@ -163,6 +189,8 @@ FUNCTIONS: dict[Any, Any] = {
     **{function: convolving(function, spatial, 1) for function, spatial in _CONVOLUTIONS},
     **{function: convolving(function, spatial, 0) for function, spatial in _TRANSPOSED},
     F.linear: linear,
+    **dict.fromkeys((F.bilinear, torch.bilinear), bilinear),
+    **dict.fromkeys(_GROUPED, grouped_matmul),
 }
 
 METHODS: dict[str, Any] = {
@@ -170,3 +198,8 @@ METHODS: dict[str, Any] = {
     "__rmatmul__": reverse_matmul,
     **dict.fromkeys(["addmm", "baddbmm"], add_matmul),
 }
+
+MODULES: dict[Any, Any] = {nn.Bilinear: bilinear_module}
+
+# Rules that tell what data chose from constants.
+SEES_ENDS: frozenset[Callable[..., Any]] = frozenset({grouped_matmul})

@@ -142,7 +142,19 @@ _JUDGING_METHODS = [
     *("size", "dim", "numel", "nelement", "ndimension", "stride", "storage_offset", "element_size", "get_device"),
     *("is_floating_point", "is_complex", "is_contiguous", "__len__", "__bool__", "item", "tolist"),
     *("eq", "ne", "lt", "le", "gt", "ge", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "isclose"),
-    *("isnan", "isinf", "isfinite", "sign", "sgn", "argmax", "argmin", "argsort", "count_nonzero"),
+    *(
+        "isnan",
+        "isinf",
+        "isfinite",
+        "sign",
+        "sgn",
+        "heaviside",
+        "aminmax",
+        "argmax",
+        "argmin",
+        "argsort",
+        "count_nonzero",
+    ),
     *("long", "int", "short", "byte", "bool", "any", "all", "logical_not", "__invert__"),
 ]
 _JUDGING_FUNCTIONS = (
@@ -151,8 +163,15 @@ _JUDGING_FUNCTIONS = (
     torch.isinf, torch.isfinite, torch.isclose, torch.argmax, torch.argmin, torch.argsort, torch.any, torch.all,
     torch.count_nonzero, F.one_hot, torch.numel, torch.is_tensor, torch.is_floating_point, torch.is_complex,
     torch.logical_not, torch.logical_and, torch.logical_or, torch.logical_xor, torch.sign, torch._assert, len, bool,
-    builtins.isinstance, builtins.type, torch.is_grad_enabled,
+    builtins.isinstance, builtins.type, torch.is_grad_enabled, torch.aminmax,
 )  # fmt: skip
+
+
+def _step(value: Tensor, values: Tensor) -> Tensor:
+    """`heaviside`, whatever the types."""
+    return (value > 0).to(value.dtype)
+
+
 _LIKE_METHODS = ["new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"]
 _LIKE_FUNCTIONS = (
     torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, torch.rand_like, torch.randn_like,
@@ -161,6 +180,7 @@ _LIKE_FUNCTIONS = (
 FUNCTIONS: dict[Any, Any] = {
     **{function: judging(function) for function in _JUDGING_FUNCTIONS},
     **{function: new_tensor_like(function) for function in _LIKE_FUNCTIONS},
+    torch.heaviside: judging(_step),
     operator.getitem: get_item,
     set_item: write_item,
     torch.masked_fill: fill,
@@ -170,6 +190,7 @@ FUNCTIONS: dict[Any, Any] = {
 METHODS: dict[str, Any] = {
     **{name: judging(getattr(Tensor, name)) for name in _JUDGING_METHODS},
     **{name: new_tensor_like(getattr(Tensor, name)) for name in _LIKE_METHODS},
+    "heaviside": judging(_step),
     "__getitem__": get_item,
     "masked_fill": fill,
     "masked_fill_": fill,

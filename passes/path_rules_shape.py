@@ -68,6 +68,8 @@ def attribute(run: PathGraph, value: Any, name: str, *default: Any) -> Any:
         return getattr(value, name, *default)
     if name == "dtype":
         return run.model_dtype
+    if name in ("real", "imag"):  # one magnitude stands for both
+        return value.same(bounded=False)
     if name in ("T", "mT", "H", "mH"):
         return move(getattr, value, name)
     if name in (
@@ -136,6 +138,7 @@ MOVING_METHODS: dict[str, Callable[..., Any]] = {
         "cumsum",
         "nansum",
         "ravel",
+        "diag_embed",
     ]
 }
 MOVING_METHODS["view"] = Tensor.reshape
@@ -149,7 +152,7 @@ MOVING_FUNCTIONS: tuple[Callable[..., Any], ...] = (
     torch.flip, torch.fliplr, torch.flipud, torch.rot90, torch.gather, torch.take, torch.take_along_dim,
     torch.broadcast_to, torch.diagonal, torch.t, torch.sum, torch.cumsum, torch.tril, torch.triu, torch.adjoint,
     torch.ravel, torch.channel_shuffle, torch.pixel_shuffle, torch.pixel_unshuffle, F.unfold, F.fold, F.pixel_shuffle,
-    F.pixel_unshuffle, F.channel_shuffle, torch.repeat_interleave, torch.masked_select,
+    F.pixel_unshuffle, F.channel_shuffle, torch.repeat_interleave, torch.masked_select, torch.diag_embed,
 )  # fmt: skip
 
 _CHANGES_SUM = {"sum", "cumsum", "nansum"}
@@ -171,7 +174,16 @@ def _unknown_peak(item: Any) -> Any:
 
 
 _SUMMING = (torch.sum, torch.cumsum, F.fold)
-_JOINING = (torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack, torch.dstack)
+_JOINING = (
+    torch.cat,
+    torch.concat,
+    torch.concatenate,
+    torch.stack,
+    torch.hstack,
+    torch.vstack,
+    torch.dstack,
+    torch.column_stack,
+)
 
 FUNCTIONS: dict[Any, Any] = {
     **{function: moving(function) for function in MOVING_FUNCTIONS},
