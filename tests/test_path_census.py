@@ -61,11 +61,11 @@ LIBRARY_OPERATORS = ["torchvision.roi_align", "torchvision.deform_conv2d"]
 # Only ever on sizes, positions, tables and masks: constants are executed, so these need no rule, and without one they
 # are an error where they meet an activation.
 _ON_CONSTANTS = """
-operator.floordiv operator.mod torch.arange torch.functional.meshgrid math.ceil torch.zeros torch.ones torch.tensor
+operator.floordiv torch.arange torch.functional.meshgrid math.ceil torch.zeros torch.ones torch.tensor
 torch.device torch.linspace torch.eye torch._assert_async
 """
 ON_CONSTANTS = _ON_CONSTANTS.split()
-METHODS_ON_CONSTANTS = ["sin", "cos", "remainder", "__floordiv__"]
+METHODS_ON_CONSTANTS = ["__floordiv__"]
 
 
 def named(dotted: str) -> Any:
