@@ -23,12 +23,12 @@ GATE = torch.tensor([[1.0, 0.0], [0.5, -2.0], [1.0, 1.0], [0.0, 1.0]]).repeat(1,
 
 
 class Scaled(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return F.linear(x, 0.5 * self.weight, self.bias)
 
 
 class Gated(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return F.linear(x, self.weight * GATE.to(x.device), self.bias)
 
 
@@ -37,26 +37,26 @@ class Gained(nn.Linear):
         super().__init__(*sizes)
         self.gain = nn.Parameter(torch.randn(sizes[1], 1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return F.linear(x, self.weight / self.gain, self.bias)
 
 
 class Normalised(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return F.linear(x, F.normalize(self.weight), self.bias)
 
 
 class Standardised(nn.Linear):
     """The statistics are computed in another layout than the weight's own."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         columns = self.weight.t().reshape(-1, self.out_features)
         columns = (columns - columns.mean(0)) / (columns.std(0) + 1e-3)
         return x @ columns + self.bias
 
 
 class Turned(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().forward(x.flip(-1)).flip(-1)
 
 
@@ -120,7 +120,7 @@ def test_a_forward_replaced_on_one_layer_is_followed() -> None:
 
 
 class SameConv(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride)
 
 
@@ -132,7 +132,7 @@ class OtherConv(nn.Conv2d):
 
 
 class FirstNorm(nn.LayerNorm):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -140,9 +140,9 @@ class FirstNorm(nn.LayerNorm):
 def test_convolutions_and_norms_with_a_forward_of_their_own_are_looked_into(kind: type[nn.Conv2d]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(kind(3, 4, 3, stride=2), FirstNorm(4), nn.Conv2d(4, 2, 1)).eval()
-    nn.init.uniform_(model[1].weight, 0.5, 1.5)  # type: ignore[arg-type]
+    nn.init.uniform_(model[1].weight, 0.5, 1.5)
     net = with_random_masks(growfx.wrap(model, torch.randn(2, 3, 8, 8)))
-    gain = model[1].weight.detach().double().reshape(4, 1, 1)  # type: ignore[union-attr, operator]
+    gain = model[1].weight.detach().double().reshape(4, 1, 1)
     ones = F.pad(torch.ones(1, 3, 8, 8, dtype=torch.float64), (0, 1, 0, 1))
     assert list(net.layers) == ["0", "2"]
     assert not net.trace_report.unmasked

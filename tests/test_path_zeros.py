@@ -32,9 +32,9 @@ def network(zero: str) -> nn.Module:
     block = Block(0.0 if "gain" in zero else 1.0, zero == "gain beside a shortcut")
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), block, nn.Linear(4, 2)).eval()
     if zero == "head":
-        nn.init.zeros_(model[3].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(model[3].weight)
     if zero == "norm":
-        nn.init.zeros_(model[1].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(model[1].weight)
     return model
 
 
