@@ -35,7 +35,8 @@ def draw_growth(path: Path, title: str, rounds: Sequence[Mapping[str, Any]], sto
     axes = _axes()
     if axes is None:
         return False
-    density = [100 * r["density"] for r in rounds]
+    # with frozen layers the fit is about the others
+    density = [100 * r.get("budget_density", r["density"]) for r in rounds]
     accuracy = np.array([100 * r["val_accuracy"] for r in rounds])
     noise = np.array([100 * (r.get("noise") or 0.0) for r in rounds])
     axes.errorbar(density, accuracy, yerr=noise, fmt="o", color=_POINT, capsize=3, label="rounds (one sigma)")

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from method_nets import small_net, train_steps
-from staged_runs import session, train_stage
+from staged_runs import session, train_stage, train_step
 from test_methods import GROWTH, NOT_STEPWISE, STEPWISE, short
 from torch import nn
 from torch.nn import functional as F
@@ -124,6 +124,72 @@ def test_a_layer_frozen_in_the_middle_keeps_its_mask_from_then_on(name, source):
         "rigl-sm",
     )
     net.verify()
+
+
+@pytest.mark.parametrize("name", sorted(NOT_STEPWISE))
+def test_whole_runs_leave_a_layer_alone_that_is_frozen_in_the_middle(name, source):
+    net = small_net()
+    run = session(net, epochs=6)
+    method = short(name, source, density=0.3, rewind_epochs=0.0)
+    method.begin(run)
+    stage = method.next_stage()
+    assert stage is not None
+    for number in range(9):
+        train_step(run, method, number)
+    net.layers["wide"].parameter.requires_grad_(False)
+    mask, weight = net.layers["wide"].mask.clone(), net.layers["wide"].parameter.clone()
+    for number in range(9, stage.epochs * 4):
+        train_step(run, method, number)
+    method.report(0.5)
+    method.end_stage(stage)
+    while method.next_stage() is not None:
+        method.end_stage(train_stage(run, method))
+    assert torch.equal(net.layers["wide"].mask, mask)
+    assert torch.equal(net.layers["wide"].parameter, weight)
+    assert all(layer.gate is None for layer in net.layers.values())
+    others = trained(net)
+    assert name == "grasp" or sum(layer.nnz for layer in others) == round(0.3 * sum(layer.numel for layer in others))
+    net.verify()
+
+
+def test_the_search_for_soft_masks_is_resumed_with_a_layer_frozen_since():
+    digests = []
+    for cut in (False, True):
+        net = small_net()
+        run = session(net, epochs=3)
+        method = methods.create("continuous", density=0.3, rounds=1, rewind_epochs=0.0)
+        method.begin(run)
+        for number in range(12):
+            if number == 5:
+                net.layers["wide"].parameter.requires_grad_(False)
+            if cut and number == 8:
+                state, weights = method.state_dict(), {k: v.clone() for k, v in net.state_dict().items()}
+                progress = run.optimizer.state_dict()
+                method = methods.create("continuous", density=0.3, rounds=1, rewind_epochs=0.0)
+                method.begin(run)
+                net.load_state_dict(weights)
+                run.optimizer.load_state_dict(progress)
+                method.load_state_dict(state)
+            train_step(run, method, number)
+        method.report(0.5)
+        method.end_stage(method.next_stage())
+        digests.append(net.mask_digest())
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("name", ["gmp", "mest", "acdc"])
+def test_what_is_left_to_train_keeps_an_edge_where_most_layers_are_frozen_in_the_middle(name, source):
+    net = small_net()
+    method, optimizer = attached(name, net, source, density=0.005)
+    train_steps(net, optimizer, method, 4)
+    for layer in ("stem", "block", "wide"):
+        net.layers[layer].parameter.requires_grad_(False)
+    train_steps(net, optimizer, method, 20, start=4)
+    assert net.layers["head"].nnz >= 1
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    net.head.bias.requires_grad_(True)
+    train_steps(net, optimizer, method, 4, start=24)
 
 
 @pytest.mark.parametrize("name", ["pwmpr", "gradient-growth", "random-growth", "grow-prune"])

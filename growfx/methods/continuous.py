@@ -185,7 +185,7 @@ class Continuous(Staged):
     def _open(self, course: Campaign, search: _Search) -> None:
         course.memory["search"] = search
         for name, layer in _users(course):
-            layer.gate = search.gates[name]
+            layer.gate = search.gates.get(name)  # none for one that was frozen for a while
         self._set_temperature(course)
 
     def _set_temperature(self, course: Campaign) -> None:
@@ -204,6 +204,7 @@ class Continuous(Staged):
     def _after_step(self, course: Campaign) -> bool:
         search: _Search | None = course.memory.get("search")
         if search is not None:
+            _free_frozen(course, search)
             share = course.optimizer.param_groups[0]["lr"] / course.run.options.lr
             search.step(self.mask_lr * share, self.penalty, ranks.is_shared(course.net))
             self._set_temperature(course)
@@ -240,8 +241,8 @@ class Continuous(Staged):
         else:
             scale = 1.0 / _sigmoid(self.initial_mask)
             with torch.no_grad():
-                for layer in course.layers.values():
-                    layer.parameter.mul_(scale)
+                for name in masks:
+                    course.net.layers[name].parameter.mul_(scale)
         self._close(course)
         change_masks(course.net, course.optimizer, masks)
 
@@ -268,13 +269,27 @@ class Continuous(Staged):
         course.memory = {} if memory["rewind"] is None else {"rewind": memory["rewind"]}
         if memory["scores"] is None:
             return
-        gates = {name: SoftMask(layer.parameter, self.initial_mask) for name, layer in course.layers.items()}
+        layers = {name: course.net.layers[name] for name in memory["scores"]}
+        gates = {name: SoftMask(layer.parameter, self.initial_mask) for name, layer in layers.items()}
         search = _Search.over(gates)
         with torch.no_grad():
             for name, gate in gates.items():
                 gate.scores.copy_(memory["scores"][name])
         search.optimizer.load_state_dict(memory["optimizer"])
         self._open(course, search)
+
+
+def _free_frozen(course: Campaign, search: _Search) -> None:
+    """Take the gates off layers that were frozen since: they keep the mask they have, all edges, and their weights."""
+    layers = course.layers
+    gone = [search.gates.pop(name) for name in list(search.gates) if name not in layers]
+    for gate in gone:
+        group = search.optimizer.param_groups[0]
+        group["params"] = [scores for scores in group["params"] if scores is not gate.scores]
+        search.optimizer.state.pop(gate.scores, None)
+        for module in course.net.modules():
+            if isinstance(module, MaskedLayer) and module.gate is gate:
+                module.__dict__.pop("gate", None)
 
 
 def _users(course: Campaign) -> Iterator[tuple[str, MaskedLayer]]:

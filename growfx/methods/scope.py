@@ -80,13 +80,15 @@ class Scope:
     def edges_at(self, density: float) -> int:
         """Return how many edges `layers` have where all that count have `density` together.
 
-        Raises `ConfigError` where that leaves none.
+        Raises `ConfigError` where that leaves none. Where layers were frozen since, it is at least one: training that
+        goes well is not to end for that.
         """
         alone = sum(layer.nnz for layer in _trained(self.net, self.left).values())
         edges = round(density * self.numel) - alone
-        if edges < 1:
+        layers = self.layers
+        if edges < 1 and len(layers) == len(self.names):
             raise ConfigError(self._no_room(density, alone))
-        return min(edges, sum(layer.numel for layer in self.layers.values()))
+        return min(max(edges, 1), sum(layer.numel for layer in layers.values()))
 
     def _no_room(self, density: float, alone: int) -> str:
         total = self.numel
