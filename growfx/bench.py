@@ -22,6 +22,7 @@ from tqdm import tqdm
 from growfx.bench_report import BenchReport, Measurement, Row
 from growfx.bench_subject import opened_subject
 from growfx.bench_variants import DENSE, VARIANTS, Built, Setting, Workshop
+from growfx.choice_cache import ignored_choices
 from growfx.errors import ConfigError, GrowfxError
 from growfx.inputs import Inputs
 from growfx.machine import machine_facts, versions
@@ -47,6 +48,7 @@ def bench(
     repeats: int | None = None,
     variants: Sequence[str] = tuple(VARIANTS),
     progress: bool = False,
+    fresh: bool = False,
     **options: Any,
 ) -> BenchReport:
     """Time a network on the CPU, once for every batch size and number of threads.
@@ -61,6 +63,7 @@ def bench(
         repeats: how many times each variant is timed; default: as often as fits into about ten seconds, 5 to 100.
         variants: some of `growfx.bench_variants.VARIANTS`; dense torch always runs.
         progress: show a bar on standard error.
+        fresh: time the choices of the sparse runtime anew, and keep them in place of those of earlier runs.
         options: `model`, `example_inputs`, `img_size`, `density`, `model_kwargs` as of
             `growfx.bench_subject.opened_subject`.
 
@@ -72,7 +75,12 @@ def bench(
     names = [name for name in VARIANTS if name == DENSE or name in variants]
     kinds = [(batch, count) for batch in batches for count in threads or (torch.get_num_threads(),)]
     bar = tqdm(total=len(kinds) * (len(names) + 1), desc="bench", disable=not progress, file=sys.stderr, leave=False)
-    with opened_subject(path, **options) as subject, tempfile.TemporaryDirectory() as folder, bar:
+    with (
+        opened_subject(path, **options) as subject,
+        tempfile.TemporaryDirectory() as folder,
+        bar,
+        ignored_choices(fresh),
+    ):
         work = Workshop(subject, _DTYPES[dtype], Path(folder))
         found = [_measured(work, names, repeats, kind, bar) for kind in kinds]
         shapes = tuple(tuple(x.shape[1:]) for x in subject.example.args if isinstance(x, Tensor))

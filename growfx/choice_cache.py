@@ -10,14 +10,26 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cache_folder", "read_choices", "write_choices"]
+__all__ = ["cache_folder", "ignored_choices", "read_choices", "write_choices"]
 
 _LARGEST = 1 << 24
+_IGNORED: ContextVar[bool] = ContextVar("growfx_ignored_choices", default=False)
+
+
+@contextmanager
+def ignored_choices(ignored: bool = True) -> Generator[None]:
+    """In this block nothing is read, so that all is timed anew and written over what was there."""
+    token = _IGNORED.set(ignored)
+    try:
+        yield
+    finally:
+        _IGNORED.reset(token)
 
 
 def cache_folder() -> Path:
@@ -32,7 +44,9 @@ def cache_folder() -> Path:
 
 
 def read_choices(key: Mapping[str, Any]) -> Any:
-    """The JSON value that was written under this key; None if there is none."""
+    """The JSON value that was written under this key; None if there is none, and in `ignored_choices`."""
+    if _IGNORED.get():
+        return None
     file = _file(key)
     try:
         if file.stat().st_size > _LARGEST:

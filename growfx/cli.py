@@ -287,6 +287,7 @@ def compare_command(
 @click.option("--repeats", type=click.IntRange(min=1), help="times a row is timed  [default: about 10 s a table]")
 @click.option("--compile/--no-compile", "with_compile", default=True, help="time torch.compile")
 @click.option("--density", type=float, help="of random masks, when PATH is a model's name")
+@click.option("--fresh", is_flag=True, help="time the sparse runtime's choices anew, whatever was kept")
 @click.option("--set", "assignments", multiple=True, metavar="model.KEY=VALUE", help="argument of a named model")
 @click.option("--json", "as_json", is_flag=True, help="print all figures as JSON")
 @click.option("--quiet", is_flag=True, help="no progress bar")

@@ -76,7 +76,11 @@ def in_turn(
 
 
 def interleaved_minima(
-    calls: Mapping[str, Callable[[], object]], *, least_rounds: int, seconds: float
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    least_rounds: int,
+    seconds: float,
+    spreads: list[float] | None = None,
 ) -> dict[str, float]:
     """The least time of each call in microseconds.
 
@@ -88,23 +92,27 @@ def interleaved_minima(
         calls: name -> what to time; called once before any time is taken.
         least_rounds: at least so many turns.
         seconds: further turns until so much time is spent.
+        spreads: gets, for each call that ran to the end, how far its median is above its least time, over the least:
+            near 0 on a quiet machine, and large where something else was running.
     """
     if len(calls) < 2:
         least_rounds = min(least_rounds, 3)
     for call in calls.values():
         call()
-    least = dict.fromkeys(calls, float("inf"))
+    taken: dict[str, list[float]] = {name: [] for name in calls}
     running, rounds, end = dict(calls), 0, time.perf_counter() + seconds
     while rounds < least_rounds or (len(running) > 1 and time.perf_counter() < end):
         for name, call in running.items():
             start = time.perf_counter()
             call()
-            least[name] = min(least[name], time.perf_counter() - start)
+            taken[name].append(time.perf_counter() - start)
         rounds += 1
         if rounds == 2:
-            limit = _HOPELESS * min(least.values())
-            running = {name: call for name, call in running.items() if least[name] <= limit}
-    return {name: value * 1e6 for name, value in least.items()}
+            limit = _HOPELESS * min(map(min, taken.values()))
+            running = {name: call for name, call in running.items() if min(taken[name]) <= limit}
+    if spreads is not None:
+        spreads += [statistics.median(taken[name]) / min(taken[name]) - 1 for name in running]
+    return {name: min(values) * 1e6 for name, values in taken.items()}
 
 
 @contextmanager

@@ -62,9 +62,10 @@ def widened_model(model: nn.Module) -> nn.Module:
 
 
 def outputs_of(model: nn.Module, inputs: Inputs, wide: bool = False) -> list[Tensor]:
-    """All tensors that the model returns; `wide`: computed in float64 throughout."""
+    """All tensors that the model returns, which may write into its inputs; `wide`: in float64 throughout."""
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (inputs.args, dict(inputs.kwargs)))
     with torch.no_grad(), widened(wide):
-        result = model(*inputs.args, **inputs.kwargs)
+        result = model(*args, **kwargs)
     return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
 

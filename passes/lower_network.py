@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -38,6 +39,10 @@ __all__ = ["lower_network"]
 # Of the largest output; sums in another order, through many layers.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 _ROUNDS, _SECONDS = 10, 1.0
+# Times whose median is further above the least than this were taken while the machine did something else as well.
+_NOISY = 0.25
+# The least of so many noisy runs is as good as one on a quiet machine.
+_RUNS = 5
 
 
 @dataclass
@@ -152,8 +157,18 @@ def _tensors_of(model: nn.Module) -> dict[int, Any]:
 
 def _decide(work: _Work, dtype: torch.dtype) -> tuple[nn.Module, LoweringReport]:
     expected = outputs_of(work.plain, work.inputs)
-    kept = _kept(work)
-    found = kept[0] if kept else time_layers(work.network, work.layers, work.masks, work.folded, work.inputs)
+    known = _kept(work)
+    kept = known if known is not None and known.settled else None
+    spreads: list[float] = []
+    found = (
+        kept.layers
+        if kept
+        else time_layers(
+            *(work.network, work.layers, work.masks, work.folded, work.inputs),
+            before=known.layers if known else None,
+            spreads=spreads,
+        )
+    )
     dense = copy.deepcopy(work.network, _tensors_of(work.network))
     for name, facts in found.items():
         if facts.choice != "dense":
@@ -165,22 +180,28 @@ def _decide(work: _Work, dtype: torch.dtype) -> tuple[nn.Module, LoweringReport]
         return work.plain, _finished(work, found, "plain", dtype)
     work.notes.append(f"outputs differ from the plain network's by {error:.1e} of the largest")
     networks = {"lowered": work.network, "dense": dense, "plain": work.plain}
-    times = kept[1] if kept else _time_networks(networks, work.inputs)
+    of_network: list[float] = []
+    times = kept.network if kept else _time_networks(networks, work.inputs, of_network)
     if not kept:
-        value = {"layers": [asdict(facts) for facts in found.values()], "network": times}
+        value = {
+            "layers": [asdict(facts) for facts in found.values()],
+            "network": times,
+            "runs": 1 + (known.runs if known else 0),
+            "spread": max(statistics.median(part) if part else 0.0 for part in (spreads, of_network)),
+        }
         refusal = write_choices(work.key, value)
         work.notes += [refusal] if refusal else []
     taken = min(times, key=lambda name: times[name])
     return networks[taken], _finished(work, found, taken, dtype, times, cached=bool(kept))
 
 
-def _time_networks(networks: Mapping[str, nn.Module], inputs: Inputs) -> dict[str, float]:
+def _time_networks(networks: Mapping[str, nn.Module], inputs: Inputs, spreads: list[float]) -> dict[str, float]:
     def bound(model: nn.Module) -> Any:
-        return lambda: model(*inputs.args, **inputs.kwargs)
+        return lambda: outputs_of(model, inputs)
 
-    with torch.inference_mode():
-        calls = {name: bound(model) for name, model in networks.items()}
-        return interleaved_minima(calls, least_rounds=_ROUNDS, seconds=_SECONDS)
+    # No inference mode: what a model keeps from a run (anchors, masks) it may write into later.
+    calls = {name: bound(model) for name, model in networks.items()}
+    return interleaved_minima(calls, least_rounds=_ROUNDS, seconds=_SECONDS, spreads=spreads)
 
 
 def _error(got: list[Tensor], expected: list[Tensor]) -> float:
@@ -268,8 +289,22 @@ def _key(
     }
 
 
-def _kept(work: _Work) -> tuple[dict[str, LayerLowering], dict[str, float]] | None:
-    """What was chosen and timed before; None where it does not fit these layers."""
+class _Kept(NamedTuple):
+    """What was chosen and timed before: `spread` as of `interleaved_minima`, the least of so many `runs`."""
+
+    layers: dict[str, LayerLowering]
+    network: dict[str, float]
+    runs: int
+    spread: float
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing else ran meanwhile, or it was tried so often that it makes no difference."""
+        return self.spread <= _NOISY or self.runs >= _RUNS
+
+
+def _kept(work: _Work) -> _Kept | None:
+    """What was chosen and timed before; None where it does not fit these layers, or does not say how noisy it was."""
     value = read_choices(work.key)
     if not isinstance(value, dict) or not isinstance(value.get("layers"), list):
         return None
@@ -283,4 +318,7 @@ def _kept(work: _Work) -> tuple[dict[str, LayerLowering], dict[str, float]] | No
         source: Any = work.folded.get_submodule(name)
         if facts.choice not in CHOICES or sparse_choices(source).get(facts.choice):
             return None
-    return {name: found[name] for name in work.layers}, times
+    runs, spread = value.get("runs"), value.get("spread")
+    if not is_time_table({"spread": spread}) or not isinstance(runs, int) or isinstance(runs, bool) or runs < 1:
+        return None
+    return _Kept({name: found[name] for name in work.layers}, times, runs, float(spread))  # type: ignore[arg-type]

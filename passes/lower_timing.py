@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from growfx.inputs import Inputs
 from growfx.layer_kernels import KernelRefusedError, make_kernel, sparse_choices
@@ -31,6 +32,8 @@ def time_layers(
     masks: Mapping[str, Tensor],
     plain: nn.Module,
     inputs: Inputs,
+    before: Mapping[str, LayerLowering] | None = None,
+    spreads: list[float] | None = None,
 ) -> dict[str, LayerLowering]:
     """Time every kernel that each layer can have, on the inputs it gets in one run.
 
@@ -40,20 +43,37 @@ def time_layers(
         masks: layer -> its mask; one that has none stays dense.
         plain: the model that the layers come from, for their weights.
         inputs: of the network.
+        before: what an earlier run took, under the same conditions: the least of both counts.
+        spreads: gets those of every call timed, as of `growfx.timing.interleaved_minima`.
     """
     found: dict[str, LayerLowering] = {}
-    with ExitStack() as stack, torch.inference_mode():
-        run(*inputs.args, **inputs.kwargs)  # a network that is not recorded yet runs its layers on other inputs, too
+    # No inference mode: what a model keeps from a run (anchors, masks) it may write into later.
+    with ExitStack() as stack, torch.no_grad():
+        _run(run, inputs)  # a network that is not recorded yet runs its layers on other inputs, too
         for name, layer in layers.items():
             source: Any = plain.get_submodule(name)
             mask = masks.get(name)
             density = 1.0 if mask is None else float(mask.sum()) / max(mask.numel(), 1)
             found[name] = LayerLowering(name, tuple(source.weight.shape), density, reason=_untried(mask, density))
             if not found[name].reason and mask is not None:
-                trial = _Trial(layer.kernel, source, mask, found, name)
+                trial = _Trial(layer.kernel, source, mask, found, name, spreads)
                 stack.callback(layer.register_forward_pre_hook(trial, with_kwargs=True).remove)
-        run(*inputs.args, **inputs.kwargs)
-    return {name: _decided(facts) for name, facts in found.items()}
+        _run(run, inputs)
+    return {name: _decided(_least(facts, (before or {}).get(name))) for name, facts in found.items()}
+
+
+def _least(facts: LayerLowering, before: LayerLowering | None) -> LayerLowering:
+    """The least times of two runs; those of the second alone where they timed something else."""
+    if before is None or before.microseconds.keys() != facts.microseconds.keys():
+        return facts
+    times = {choice: min(time, before.microseconds[choice]) for choice, time in facts.microseconds.items()}
+    return replace(facts, microseconds=times)
+
+
+def _run(run: Callable[..., Any], inputs: Inputs) -> None:
+    """Run on a copy: models may write into what they are given."""
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (inputs.args, dict(inputs.kwargs)))
+    run(*args, **kwargs)
 
 
 def _untried(mask: Tensor | None, density: float) -> str:
@@ -66,9 +86,16 @@ class _Trial:
     """Times the kernels of one layer whenever it is called; kernels are made for that and forgotten."""
 
     def __init__(
-        self, dense: Kernel, source: nn.Conv2d | nn.Linear, mask: Tensor, found: dict[str, LayerLowering], name: str
+        self,
+        dense: Kernel,
+        source: nn.Conv2d | nn.Linear,
+        mask: Tensor,
+        found: dict[str, LayerLowering],
+        name: str,
+        spreads: list[float] | None,
     ) -> None:
         self.dense, self.source, self.mask, self.found, self.name = dense, source, mask, found, name
+        self.spreads = spreads
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kernels, reasons = {"dense": self.dense}, []
@@ -80,7 +107,7 @@ class _Trial:
             except KernelRefusedError as why:
                 reasons.append(f"no {choice}: {why}")
         calls = {choice: _bound(kernel, args, kwargs) for choice, kernel in kernels.items()}
-        times = interleaved_minima(calls, least_rounds=_ROUNDS, seconds=_SECONDS)
+        times = interleaved_minima(calls, least_rounds=_ROUNDS, seconds=_SECONDS, spreads=self.spreads)
         facts = self.found[self.name]
         before = facts.microseconds
         self.found[self.name] = replace(

@@ -130,6 +130,29 @@ def test_the_sparse_runtime_is_timed_for_the_setting(artifact: Path, tmp_path: P
     assert "no direct kernel: " in str(measurement)
 
 
+def test_fresh_times_the_choices_anew(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GROWFX_CACHE", str(tmp_path))
+    monkeypatch.setattr("growfx.passes.lower_network._NOISY", float("inf"))  # this machine may be busy
+    cached = []
+    for fresh in (False, False, True, False):
+        report = run(artifact, variants=["sparse runtime"], fresh=fresh)
+        cached.append(report.measurements[0].lowering.cached)
+    assert cached == [False, True, False, True]
+
+
+def test_the_command_passes_fresh_on(monkeypatch: pytest.MonkeyPatch):
+    given: list[Any] = []
+
+    def noted(*_: Any, **options: Any) -> Any:
+        given.append(options["fresh"])
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("growfx.bench.bench", noted)
+    assert call("bench", "somewhere", "--fresh") == 1
+    assert call("bench", "somewhere") == 1
+    assert given == [True, False]
+
+
 def test_a_variant_that_cannot_be_had_is_a_row_that_says_why(artifact: Path, monkeypatch: pytest.MonkeyPatch):
     def none(*_: object, **__: object) -> None:
         raise RuntimeError("no C++ compiler\nand a long story")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import growfx
 from growfx import sparse_kernel
-from growfx.choice_cache import cache_folder
+from growfx.choice_cache import cache_folder, ignored_choices
 from growfx.errors import ArtifactError, ConfigError
 from growfx.lowering_report import LayerLowering
 from growfx.passes import lower_network, lower_timing
@@ -438,3 +438,115 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
         growfx.load(tmp_path / "nothing", runtime="sparse")
     with pytest.raises(growfx.TraceError, match="fails on inputs of shape"):
         load(folder, example_inputs=X[:, :2])
+
+
+def noisy(monkeypatch: pytest.MonkeyPatch, choice: str, spread: float, times: float = 1.0) -> None:
+    """As `prefer`, with a spread, and all but the best so many times as slow."""
+
+    def minima(calls: Any, *, spreads: list[float] | None = None, **_: Any) -> dict[str, float]:
+        if spreads is not None:
+            spreads += [spread] * len(calls)
+        return {name: times if name in (choice, "lowered") else 2.0 * times for name in calls}
+
+    monkeypatch.setattr(lower_timing, "interleaved_minima", minima)
+    monkeypatch.setattr(lower_network, "interleaved_minima", minima)
+
+
+def test_what_was_timed_on_a_busy_machine_is_timed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = saved("residual", tmp_path / "net")
+    noisy(monkeypatch, "dense", spread=2.0, times=10.0)
+    assert set(load(folder).lowering.choices.values()) == {"dense"}
+    noisy(monkeypatch, "csr", spread=0.01)
+    again = load(folder).lowering
+    assert not again.cached
+    assert "csr" in again.choices.values()
+    noisy(monkeypatch, "dense", spread=0.01)
+    kept = load(folder).lowering
+    assert kept.cached
+    assert kept.choices == again.choices
+    assert json.loads(cached_files()[0].read_text())["value"]["spread"] == 0.01
+
+
+def test_the_least_of_noisy_runs_counts_and_there_is_an_end_to_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = saved("residual", tmp_path / "net")
+    noisy(monkeypatch, "csr", spread=1.0, times=1.0)
+    load(folder)
+    noisy(monkeypatch, "dense", spread=1.0, times=50.0)
+    cached = [load(folder).lowering for _ in range(6)]
+    assert [report.cached for report in cached] == [False] * 4 + [True] * 2
+    timed = [layer for layer in cached[-1].layers if layer.microseconds]
+    assert timed
+    assert all(layer.microseconds["csr"] == 1.0 and layer.choice == "csr" for layer in timed)
+
+
+@pytest.mark.parametrize("field", ["runs", "spread"])
+def test_a_cache_that_does_not_say_how_noisy_it_was_is_timed_anew(
+    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefer(monkeypatch, "csr")
+    folder, _ = saved("residual", tmp_path / "net")
+    load(folder)
+    (file,) = cached_files()
+    value = json.loads(file.read_text())
+    for wrong in (None, "much", -1, True):
+        value["value"].pop(field, None)
+        if wrong is not None:
+            value["value"][field] = wrong
+        if wrong is True and field == "spread":
+            continue  # a number as good as 1
+        file.write_text(json.dumps(value))
+        assert not load(folder).lowering.cached
+
+
+def test_fresh_ignores_what_was_kept_and_writes_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefer(monkeypatch, "csr")
+    folder, _ = saved("residual", tmp_path / "net")
+    load(folder)
+    prefer(monkeypatch, "dense")
+    with ignored_choices():
+        assert not load(folder).lowering.cached
+    after = load(folder).lowering
+    assert after.cached
+    assert set(after.choices.values()) == {"dense"}
+
+
+# -- models that write into tensors ------------------------------------------------------------------------------------
+
+
+class Writing(nn.Module):
+    """Writes into its input, into what a layer returned, and into what it keeps from an earlier call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 4, 1)
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(0.5)
+        y = self.a(x)
+        y += 1
+        if self.kept is None:
+            self.kept = torch.zeros(1)
+        self.kept.fill_(2.0)
+        return self.b(y.clamp_(min=0)) * self.kept
+
+
+@pytest.mark.parametrize("choice", ["dense", "csr", "direct"])
+def test_a_model_may_write_into_what_it_was_given_and_what_layers_return(
+    choice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    net = growfx.wrap(Writing().eval(), X.clone(), density=0.3)
+    growfx.save(net, tmp_path / "net")
+    prefer(monkeypatch, choice)
+    given = X[:1].clone()
+    runtime = growfx.load(tmp_path / "net", model=Writing(), runtime="sparse", example_inputs=given)
+    assert torch.equal(given, X[:1])
+    dense = growfx.load(tmp_path / "net", model=Writing())
+    with torch.no_grad():
+        for _ in range(2):
+            same(runtime(X.clone()), dense(X.clone()))
+    with torch.inference_mode():
+        same(runtime(X.clone()), dense(X.clone()))
