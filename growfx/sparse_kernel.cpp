@@ -315,7 +315,8 @@ struct Call {
 
 at::Tensor sparse_conv2d(const at::Tensor& x, const at::Tensor& plan, const at::Tensor& start, const at::Tensor& offset,
                          const at::Tensor& value, const at::Tensor& planes, const std::optional<at::Tensor>& bias,
-                         const std::optional<at::Tensor>& residual, bool relu) {
+                         const std::optional<at::Tensor>& residual, bool relu,
+                         at::IntArrayRef /* of the result, for those who only trace */) {
   Plan p;
   TORCH_CHECK(plan.nbytes() == sizeof(Plan), "a plan has ", sizeof(Plan), " bytes, got ", plan.nbytes());
   std::memcpy(&p, plan.const_data_ptr<int64_t>(), sizeof(Plan));
@@ -345,6 +346,6 @@ at::Tensor sparse_conv2d(const at::Tensor& x, const at::Tensor& plan, const at::
 TORCH_LIBRARY(growfx, library) {
   library.def(
       "sparse_conv2d(Tensor x, Tensor plan, Tensor start, Tensor offset, Tensor value, Tensor planes, Tensor? bias, "
-      "Tensor? residual, bool relu) -> Tensor");
+      "Tensor? residual, bool relu, int[] shape) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(growfx, CPU, library) { library.impl("sparse_conv2d", &sparse_conv2d); }

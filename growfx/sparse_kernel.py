@@ -7,8 +7,10 @@ threads does not change a bit of the result.
 
 from __future__ import annotations
 
+import functools
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -112,6 +114,7 @@ class SparseWeight:
             ConfigError: another dtype, device, shape or geometry, or more than 2**31 - 1 weights.
         """
         _check_weight(weight, mask)
+        _status()  # what traces a network later cannot load anything
         geometry = [_pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)]
         if weight.dim() == 2 and geometry != [(1, 1), (0, 0), (1, 1)]:
             raise ConfigError("a linear weight (O, I) has no `stride`, `padding` or `dilation`; leave them out")
@@ -157,7 +160,11 @@ class SparseWeight:
             layout = _layout(self, tuple(shape))
             _check_offsets(layout, self.planes.shape[0])
             out_shape = (layout.images, layout.out_channels, layout.out_height, layout.out_width)
-            found = Plan(out_shape, torch.tensor(layout, dtype=torch.int64), _offsets(self, layout))
+            from torch._subclasses.fake_tensor import unset_fake_temporarily  # slow to import
+
+            # What is kept has values, whether or not somebody traces the network without any.
+            with nullcontext() if torch.compiler.is_dynamo_compiling() else unset_fake_temporarily():
+                found = Plan(out_shape, torch.tensor(layout, dtype=torch.int64), _offsets(self, layout))
             while len(self._plans) >= _REMEMBERED:
                 self._plans.pop(next(iter(self._plans)), None)
             self._plans[shape] = found
@@ -212,7 +219,7 @@ def linear(x: Tensor, weight: SparseWeight, bias: Tensor | None = None, *, relu:
 
 
 def _run(x: Tensor, weight: SparseWeight, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
-    if reason := kernel_status():
+    if not torch.compiler.is_dynamo_compiling() and (reason := _status()):
         raise ConfigError(f"the sparse kernel is not available: {reason}; run the layer dense")
     plan = weight.plan(x.shape)
     out_shape, dtype = plan.out_shape, weight.dtype
@@ -226,9 +233,40 @@ def _run(x: Tensor, weight: SparseWeight, bias: Tensor | None, residual: Tensor 
     if x.numel() == 0 or 0 in out_shape:
         return x.new_empty(out_shape)
     run = torch.ops.growfx.sparse_conv2d.default
-    return run(
-        x.contiguous(), plan.layout, weight.start, plan.offset, weight.value, weight.planes, bias, residual, relu
-    )
+    tables = plan.layout, weight.start, plan.offset, weight.value, weight.planes
+    return run(x.contiguous(), *tables, bias, residual, relu, out_shape)
+
+
+def _status() -> str:
+    reason = kernel_status()
+    if not reason:
+        _register()
+    return reason
+
+
+@functools.cache
+def _register() -> None:
+    """Tell torch what the kernel returns without running it, so that networks can be exported and compiled."""
+    torch.library.register_fake("growfx::sparse_conv2d", _shaped)
+    torch.library.register_vmap("growfx::sparse_conv2d", _mapped)
+
+
+def _shaped(x: Tensor, *tables: Any) -> Tensor:
+    return x.new_empty(tables[-1])
+
+
+def _mapped(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+    """One after the other: a layout is made for a number of images."""
+    run = torch.ops.growfx.sparse_conv2d.default
+
+    def part(item: Any, axis: int | None, index: int) -> Any:
+        return item if axis is None else item.select(axis, index).contiguous()
+
+    results = [
+        run(*(part(item, axis if isinstance(item, Tensor) else None, i) for item, axis in zip(args, in_dims)))  # noqa: B905
+        for i in range(info.batch_size)
+    ]
+    return torch.stack(results), 0
 
 
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from error_facts import facts
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from growfx import kernel_build
 from growfx.errors import ConfigError
@@ -353,3 +354,39 @@ def test_the_source_is_part_of_the_package() -> None:
     for file in sources:
         assert file.parent == Path(kernel_build.__file__).parent
         assert file.read_text().count("\n") <= 450
+
+
+class Traced(torch.nn.Module):
+    """A convolution by the kernel, for those who trace it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(8, 6, 3, 3, generator=generator)
+        mask = torch.rand(weight.shape, generator=generator) < 0.3
+        self.packed = SparseWeight.pack(weight, mask, padding=(1, 1))
+        self.dense = torch.where(mask, weight, 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d(x, self.packed, relu=True) + 1
+
+
+@built
+@pytest.mark.filterwarnings("ignore")  # torch's own, about its compiler
+@pytest.mark.parametrize("how", ["export", "compile", "vmap", "fake"])
+def test_the_kernel_can_be_traced(how: str) -> None:
+    module, x = Traced(), torch.randn(2, 6, 9, 9)
+    expected = torch.nn.functional.conv2d(x, module.dense, padding=1).relu() + 1
+    with torch.no_grad():
+        if how == "export":
+            got = torch.export.export(module, (x,)).module()(x)
+        elif how == "compile":
+            got = torch.compile(module, backend="aot_eager")(x)
+        elif how == "vmap":
+            got = torch.vmap(module, in_dims=1, out_dims=1)(torch.stack([x, x], 1))[:, 1]
+        else:
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                assert module(mode.from_tensor(x)).shape == expected.shape
+            got = module(x)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(module(x), expected)
