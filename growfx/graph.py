@@ -6,64 +6,33 @@ import copy
 import functools
 import hashlib
 import inspect
-import linecache
 import sys
-import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from growfx import graph_ops, ranks
+from growfx import ranks
 from growfx.errors import MaskError, TraceError
 from growfx.inputs import Inputs, as_inputs
 from growfx.layers import MaskedLayer, MaskedParameter, check_mask
 from growfx.masked_uses import MaskedUses
 from growfx.module_copy import copy_modules
+from growfx.placement import Places
+from growfx.recording import RecordedGraph, RecordFunction, plain_graph_module
 from growfx.shards import check_recordable, fsdp_modules, is_sharded, own_part, part_of
 from growfx.trace_report import TraceReport
 
 __all__ = ["MaskedGraph", "RecordFunction", "RecordedGraph"]
 
 
-@dataclass(frozen=True)
-class RecordedGraph:
-    """A recording in use.
-
-    Attributes:
-        graph: what was recorded.
-        called: the modules it calls, in order.
-        faithful: whether it computes what the model computes.
-        run: its compiled function.
-        code: the function's source, as fx prints it.
-        batch_is_free: whether it holds for any batch size.
-        holds_for_values: whether it holds for the values it was made with only.
-        own_gradient: whether the model does something whose gradient the operators do not tell.
-        used: the parameters it reads that no mask, embedding or norm accounts for, in order.
-    """
-
-    graph: fx.Graph
-    called: list[str]
-    faithful: bool
-    run: Callable[..., Any]
-    code: Any
-    batch_is_free: bool = True
-    holds_for_values: bool = False
-    own_gradient: bool = False
-    used: tuple[str, ...] = ()
-
-
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 # Recordings kept for passes; the oldest goes first.
 _MOST_RECORDINGS = 32
-
-# Records the net's shell for these inputs in a mode and checks the graph against the model; with `holds_for_values` on
-# these very values only.
-RecordFunction = Callable[..., RecordedGraph]
 
 
 class MaskedGraph(fx.GraphModule):
@@ -109,7 +78,7 @@ class MaskedGraph(fx.GraphModule):
         self._named_layers: tuple[dict[str, MaskedLayer]] = ({},)
         self._tied: tuple[list[list[MaskedLayer]]] = ([],)
         self._read_directly: tuple[list[MaskedLayer]] = ([],)
-        self._places: list[tuple[dict[str, Any], str, nn.Module]] | None = None
+        self._places: Places | None = None
         self._complete = True
 
     def _adopt(self, shell: nn.Module) -> None:
@@ -244,8 +213,9 @@ class MaskedGraph(fx.GraphModule):
         """Name the masked layers, in data-flow order, and those that share a weight; of `growfx.wrap`."""
         self._named_layers[0].clear()
         self._named_layers[0].update(layers)
-        known = {id(layer) for layer in self._read_directly[0]}
-        self._read_directly[0].extend(m for m in self.masked_parameters.values() if id(m) not in known)
+        masked = [*layers.values(), *(layer for group in tied for layer in group)]
+        read = [*self._read_directly[0], *self.masked_parameters.values()]
+        self._read_directly[0][:] = {id(m): m for m in read if any(m is layer for layer in masked)}.values()
         self._tied[0].extend(tied)
         self._places = None
         hide_masks(self.shell, list(self._mask_names()))
@@ -265,39 +235,8 @@ class MaskedGraph(fx.GraphModule):
     def _check_places(self) -> None:
         """Check that every masked layer is still where it was, with its weight."""
         if self._places is None:
-            self._places = _edges(self.shell, self._module_names())
-        for registry, key, child in self._places:
-            if registry.get(key) is not child:
-                self._refuse_surgery()
-        for layer in self._named_layers[0].values():
-            if layer._parameters.get(layer.weight_name) is None:
-                self._refuse_surgery()
-
-    def _module_names(self) -> dict[str, nn.Module]:
-        """The module of every masked layer, by its name."""
-        names = {id(module): name for name, module in self.shell.named_modules()}
-        found: dict[str, nn.Module] = {}
-        for name, layer in self._named_layers[0].items():
-            if isinstance(layer, MaskedParameter):
-                owner = layer.__dict__["owner"]
-                found[names.get(id(owner), name)] = owner
-            else:
-                found[name] = layer
-        return found
-
-    def _refuse_surgery(self) -> None:
-        modules = {id(module) for module in self.shell.modules()}
-        for name, layer in self._named_layers[0].items():
-            if id(layer.__dict__.get("owner", layer)) not in modules:
-                raise MaskError(
-                    f"the masked layer `{name}` was replaced since the model was wrapped, so its mask is of no use; "
-                    "change the model first, then wrap it (growfx.unwrap(net) gives the plain model)"
-                )
-            if layer._parameters.get(layer.weight_name) is None:
-                raise MaskError(
-                    f"`{name}.{layer.weight_name}` was taken away since the model was wrapped (a parametrization, "
-                    "torch.nn.utils.prune or spectral_norm?); change the model first, then wrap it"
-                )
+            self._places = Places(self.shell, self._named_layers[0])
+        self._places.check()
 
     # -- graphs -------------------------------------------------------------------------------------------------------
 
@@ -347,8 +286,12 @@ class MaskedGraph(fx.GraphModule):
         """
         return self.graph_for(Inputs(inputs, named), training=training)
 
-    def graph_for(self, given: Inputs, *, training: bool = False) -> fx.Graph:
-        """`graph_at` for one call of the model, its keyword arguments included."""
+    def graph_for(self, given: Inputs, *, training: bool = False, look_inside: bool = False) -> fx.Graph:
+        """`graph_at` for one call of the model, its keyword arguments included.
+
+        `look_inside`: for passes that follow values, with what autograd functions compute in eval mode instead of their
+        application, whose gradient is its author's.
+        """
         recording = self.recording(given, training)
         if self.trace_report.opaque or not recording.faithful:
             key = (training, given.keyed(batch_is_free=False))
@@ -358,12 +301,22 @@ class MaskedGraph(fx.GraphModule):
                     found = self._recorder(self, given, training, holds_for_values=True)
                 self._looks_inside[key] = found
             recording = found
+        elif look_inside and recording.own_gradient and not training:
+            recording = self._inside(given, recording.batch_is_free)
         if not recording.faithful:
             raise TraceError(
                 "the recording is not faithful, so there is no graph to work on: "
                 f"{self.trace_report.opaque.get('', '')} {' '.join(self.trace_report.notes)}"
             )
         return recording.graph
+
+    def _inside(self, given: Inputs, batch_is_free: bool) -> RecordedGraph:
+        key = (False, ("inside", given.keyed(batch_is_free=batch_is_free)))
+        found = self._looks_inside.get(key)
+        if found is None or key[1][1] is None:
+            with _without_compiler(), torch.inference_mode(False):
+                found = self._looks_inside[key] = self._recorder(self, given, False, look_inside=True)
+        return found
 
     def graph_module(self, *, training: bool | None = None) -> fx.GraphModule:
         """The recorded program as a plain `torch.fx.GraphModule` over the same masked layers, to run or transform.
@@ -624,20 +577,6 @@ _UNWRAP_FIRST = (
 )
 
 
-def _edges(shell: nn.Module, layers: Mapping[str, nn.Module]) -> list[tuple[dict[str, Any], str, nn.Module]]:
-    """(registry, key, module) of every step from the root to a masked layer."""
-    found: dict[str, tuple[dict[str, Any], str, nn.Module]] = {}
-    for name in layers:
-        part, path = shell, ""
-        for key in name.split(".") if name else ():
-            path = f"{path}.{key}"
-            child = part._modules[key]
-            assert child is not None
-            found.setdefault(path, (part._modules, key, child))
-            part = child
-    return list(found.values())
-
-
 @contextmanager
 def _masked_attributes(shell: nn.Module, layers: list[MaskedLayer]) -> Generator[None]:
     """Let compiled code find effective weights under the names of the parameters, for one call."""
@@ -645,6 +584,11 @@ def _masked_attributes(shell: nn.Module, layers: list[MaskedLayer]) -> Generator
         for layer in layers:
             stack.enter_context(layer._effective_parameters())
         yield
+
+
+def _without_compiler() -> AbstractContextManager[Any]:
+    """A recording started from compiled code runs as plain Python."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def hide_masks(shell: nn.Module, names: Sequence[str] = ()) -> None:
@@ -662,65 +606,6 @@ def hide_masks(shell: nn.Module, names: Sequence[str] = ()) -> None:
 def _without_masks(names: Sequence[str], module: nn.Module, state: Any, prefix: str, _: Any) -> None:
     for name in names:
         state.pop(f"{prefix}{name}", None)
-
-
-def plain_graph_module(
-    shell: nn.Module, graph: fx.Graph, training: bool, shapes_are_fixed: bool = False
-) -> fx.GraphModule:
-    """A `torch.fx.GraphModule` that runs `graph` over the modules of `shell`."""
-    taken = sorted(name for name in shell._modules if hasattr(fx.GraphModule, name))
-    if taken:
-        raise TraceError(
-            f"the model has a submodule `{taken[0]}`, a name that torch.fx.GraphModule takes for itself; rename it to "
-            "have a graph module"
-        )
-    root: dict[str, Any] = {}
-    copied = copy.deepcopy(graph)
-    for node in copied.nodes:
-        target = str(node.target)
-        if node.op == "get_attr" and target.endswith(".effective_weight"):
-            layer = target.removesuffix(".effective_weight")
-            node.op, node.target = "call_module", f"effective_weights.{layer.replace('.', '_')}"
-            root[node.target] = EffectiveWeight(shell.get_submodule(layer))
-        elif node.op == "call_module":
-            root[target] = shell.get_submodule(target)
-        elif node.op == "get_attr":
-            root[target] = functools.reduce(getattr, target.split("."), shell)
-    inputs = [node for node in copied.nodes if node.op == "placeholder"] if shapes_are_fixed else []
-    for node in inputs:
-        if node.meta.get("shape") is not None:
-            with copied.inserting_after(inputs[-1]):
-                copied.call_function(graph_ops.require_shape, (node, tuple(node.meta["shape"])))
-    module = fx.GraphModule(root, copied, type(shell).__name__)
-    module.training = training
-    return module
-
-
-class EffectiveWeight(nn.Module):
-    """Gives the effective weight of a masked layer that a recorded program reads without calling the layer."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.layer = (layer,)  # in a tuple, or it would be registered as a submodule
-
-    def forward(self) -> Tensor:
-        return self.layer[0].effective_weight
-
-
-def compiled(graph: fx.Graph) -> tuple[Callable[..., Any], Any]:
-    """The Python function of a graph; its source can be read in a traceback for as long as the function lives."""
-    code = graph.python_code("self")
-    file = f"<growfx graph {hashlib.sha256(code.src.encode()).hexdigest()[:12]}>"
-    scope = dict(code.globals)
-    exec(compile(code.src, file, "exec"), scope)
-    linecache.cache[file] = (len(code.src), None, code.src.splitlines(keepends=True), file)
-    weakref.finalize(scope["forward"], linecache.cache.pop, file, None)
-    return scope["forward"], code
-
-
-def _without_compiler() -> AbstractContextManager[Any]:
-    """A recording started from compiled code runs as plain Python."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

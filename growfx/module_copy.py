@@ -69,6 +69,8 @@ def copy_modules(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
+    if kind is types.FunctionType and value.__closure__ is not None:
+        return _rebound(value, memo)
     if kind in _SHARED or (kind is tuple and all(isinstance(item, _ATOMS) for item in value)):
         return value
     if kind in (dict, OrderedDict, list, set) and not value:
@@ -77,6 +79,26 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(value, memo)
     except Exception:  # whatever a class of the model's raises when it is copied
         return value
+
+
+def _rebound(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
+    """A function over the copies of the modules and tensors that it closes over; the same where it holds none."""
+    cells = [_rebound_cell(cell, memo) for cell in function.__closure__ or ()]
+    if all(a is b for a, b in zip(cells, function.__closure__ or (), strict=True)):
+        return function
+    own = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+    )
+    own.__kwdefaults__, own.__dict__ = function.__kwdefaults__, dict(function.__dict__)
+    return own
+
+
+def _rebound_cell(cell: types.CellType, memo: dict[int, Any]) -> types.CellType:
+    try:
+        found = memo.get(id(cell.cell_contents))
+    except ValueError:  # empty
+        return cell
+    return cell if found is None else types.CellType(found)
 
 
 def _copy_by_itself(part: nn.Module, memo: dict[int, Any]) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from growfx.graph import RecordedGraph, RecordFunction
 from growfx.inputs import Inputs
+from growfx.recording import RecordedGraph, RecordFunction
 from growfx.trace_report import TraceReport
 
 __all__ = ["Program"]

@@ -105,6 +105,7 @@ class Recorder(TorchFunctionMode):
         allow_data: bake values that Python takes out of data.
         home: the module the graph is for, where `root` is a copy of it.
         without_values: `root` is on the meta device though `home` is not.
+        look_inside: record what autograd functions compute, not their application, in eval mode.
 
     Attributes:
         graph: what was recorded.
@@ -124,12 +125,14 @@ class Recorder(TorchFunctionMode):
         allow_data: bool,
         home: nn.Module | None = None,
         without_values: bool = False,
+        look_inside: bool = False,
     ):
         super().__init__()
         self.root, self.opaque, self.allow_data = root, opaque, allow_data
         self.home = root if home is None else home
         self.device = next((t.device for t in chain(self.home.parameters(), self.home.buffers())), None)
         self.without_values = without_values
+        self.look_inside = look_inside and not root.training
         self.shapes_alone = without_values or (self.device is not None and self.device.type == "meta")
         self.thread = threading.get_ident()
         self.read: dict[str, None] = {}
@@ -269,7 +272,10 @@ class Recorder(TorchFunctionMode):
         """Remember that a parameter was used, and whether by another module than its own layer."""
         owner_name, _, leaf = name.rpartition(".")
         owner = self.root.get_submodule(owner_name)
-        by_itself = bool(self.running) and self.running[-1] is owner
+        running = self.running[-1] if self.running else None
+        # Attention reads its output projection, and gives it its mask.
+        attends = isinstance(running, MaskedLayer) and isinstance(running, nn.MultiheadAttention)
+        by_itself = running is owner or (attends and running.out_proj is owner)
         if isinstance(owner, MaskedLayer) and leaf == owner.weight_name:
             if not by_itself:
                 self.read.setdefault(owner_name)

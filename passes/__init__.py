@@ -9,6 +9,8 @@ __all__ = ["PASSES"]
 
 PASSES: Final = {
     "record": "record",
+    "free_batch": "free_batch",
+    "check_recording": "record_checked",
     "mask": "wrap",
     "list_unmasked": "list_unmasked",
     "path_products": "path_products",

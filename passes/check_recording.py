@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from growfx.errors import TraceError
-from growfx.graph import RecordedGraph, chain_tensors, compiled
+from growfx.graph import chain_tensors
 from growfx.inputs import Inputs
 from growfx.isolation import caches_bypassed, generators_restored, python_randomness, tables_restored
 from growfx.layers import MaskedLayer
@@ -35,6 +35,7 @@ from growfx.passes.record import (
     working_copy,
 )
 from growfx.recorded_call import RECORDED_CONSTANT, can_be_written
+from growfx.recording import RecordedGraph, compiled
 from growfx.trace_report import TraceReport
 
 __all__ = ["Recorded", "record_checked"]
@@ -69,6 +70,7 @@ def record_checked(
     training: bool,
     model: nn.Module | None = None,
     holds_for_values: bool = False,
+    look_inside: bool = False,
 ) -> RecordedGraph:
     """Record the net's shell in the given mode and compare the graph with the model's own forward.
 
@@ -79,11 +81,12 @@ def record_checked(
         model: the model that came in; later recordings are compared with the net's own shell.
         holds_for_values: record what the model does on these very values, whatever it takes out of them, and compare
             on them alone.
+        look_inside: in eval mode, record what autograd functions compute; gradients are not compared then.
 
     Raises:
         TraceError: the model fails on the inputs.
     """
-    work = _Work(net, training, model or net.shell)
+    work = _Work(net, training, model or net.shell, look_inside)
     if holds_for_values:
         made = dataclasses.replace(work.finished(work.with_values(inputs), batch_is_free=False), holds_for_values=True)
         difference = work.difference(made, [inputs]) or work.unseen(made, inputs)
@@ -97,8 +100,9 @@ def record_checked(
 class _Work:
     """One recording of a net's shell in one mode."""
 
-    def __init__(self, net: Recorded, training: bool, model: nn.Module) -> None:
+    def __init__(self, net: Recorded, training: bool, model: nn.Module, look_inside: bool = False) -> None:
         self.net, self.training, self.model = net, training, model
+        self.look_inside = look_inside and not training
         self.shell, self.report = net.shell, net.trace_report
         self.flags = _flags(self.shell, training)
         self.on_meta = _on_meta(self.shell)
@@ -155,7 +159,7 @@ class _Work:
                 given = inputs.copied()
                 copied(*given.args, **given.kwargs)
         except Exception:
-            raise refusal from None
+            raise refusal from refusal.__cause__
         self.report.opaque.setdefault("", f"it cannot be recorded: {refusal}")
         graph = fx.Graph()
         graph.output(None)
@@ -192,16 +196,21 @@ class _Work:
     def _record(self, inputs: Inputs, *, without_values: bool) -> Recording:
         run_on = meta_copy(self.shell) if without_values else working_copy(self.shell)
         _set_flags(run_on, self.flags)
-        opaque = self.report.opaque
         return record(
-            self.shell, inputs.args, inputs.kwargs, opaque=opaque, run_on=run_on, without_values=without_values
+            self.shell,
+            inputs.args,
+            inputs.kwargs,
+            opaque=self.report.opaque,
+            run_on=run_on,
+            without_values=without_values,
+            look_inside=self.look_inside,
         )
 
     def with_values(self, inputs: Inputs) -> Recording:
         """Record what the shell does on these very values, whatever it takes out of them."""
         run_on = working_copy(self.shell)
         _set_flags(run_on, self.flags)
-        return record(self.shell, inputs.args, inputs.kwargs, allow_data=True, run_on=run_on)
+        return record(self.shell, inputs.args, inputs.kwargs, allow_data=True, run_on=run_on, look_inside=True)
 
     def unseen(self, made: RecordedGraph, inputs: Inputs) -> str:
         """Whether the graph holds a constant that other inputs make another one: what no operator computed."""
@@ -310,8 +319,8 @@ class _Work:
     def _outcome(
         self, module: nn.Module, run: Callable[..., Any] | None, given: Inputs, seed: int, gradients: bool
     ) -> list[Any]:
-        """Outputs, and gradients of a sum over them in train mode."""
-        gradients = gradients and self.training and not self.on_meta and self._obeys()
+        """Outputs, and gradients of a sum over them."""
+        gradients = gradients and not self.look_inside and not self.on_meta and self._obeys()
         copied = working_copy(module, trained=gradients)
         _set_flags(copied, self.flags)
         function = copied if run is None else functools.partial(run, copied)

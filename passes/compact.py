@@ -78,7 +78,7 @@ def compact(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None =
         raise TraceError("the network is on the meta device, so nothing is known of its values; load them first")
     example = example_of(net, example_inputs)
     try:
-        graph = net.graph_for(example)
+        graph = net.graph_for(example, look_inside=True)
         found = connect(net, example)
     except TraceError as refusal:
         return _whole(net, model, f"the network could not be followed: {refusal}")

@@ -74,7 +74,7 @@ def connect(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None =
         TraceError: the network was not recorded faithfully, or an operator fails on shapes alone.
     """
     inputs = net.inputs_like(example_inputs)
-    run = UnitGraph(net, net.graph_for(inputs))
+    run = UnitGraph(net, net.graph_for(inputs, look_inside=True))
     with torch.no_grad():
         run.run(inputs.values)
     slots = {name: named.ids for name, _, named in run.parameters.values() if named.ids is not None}

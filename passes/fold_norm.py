@@ -71,7 +71,7 @@ def fold_norm(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None
     if any(tensor.is_meta for tensor in model.parameters()):
         raise TraceError("the network is on the meta device, so its norms have no values to fold; load them first")
     example = example_of(net, example_inputs)
-    graph = net.graph_for(example)
+    graph = net.graph_for(example, look_inside=True)
     work, trials = working_copy(model, example)
     pairs, kept = _pairs(work, graph, trials)
     for norm, layer in list(pairs.items()):

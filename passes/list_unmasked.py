@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import fx, nn
 
-from growfx.layers import MaskedLayer, is_maskable
+from growfx.layers import MaskedLayer, is_maskable, weight_name_of
 from growfx.passes.record import Recording
 
 __all__ = ["list_unmasked"]
@@ -44,7 +44,9 @@ def list_unmasked(module: nn.Module, made: Recording, others: Iterable[MaskedLay
         parameter = module.get_parameter(name)
         if name in found or id(parameter) in masked or not _is_matrix(parameter):
             continue
-        if is_maskable(module.get_submodule(name.rpartition(".")[0])):  # listed as a layer
+        owner_name, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        if is_maskable(owner) and leaf == weight_name_of(owner):  # listed as a layer
             continue
         by = operator or readers.get(name, "")
         found[name] = (

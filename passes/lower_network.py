@@ -17,7 +17,7 @@ import growfx
 from growfx import sparse_kernel
 from growfx.choice_cache import read_choices, write_choices
 from growfx.errors import TraceError
-from growfx.graph import MaskedGraph, RecordedGraph, chain_tensors, compiled
+from growfx.graph import MaskedGraph, chain_tensors
 from growfx.inputs import Inputs
 from growfx.layer_kernels import CHOICES, make_kernel, sparse_choices
 from growfx.layers import MaskedLayer
@@ -32,6 +32,7 @@ from growfx.passes.lower import lower, lowerable, swap_layers
 from growfx.passes.lower_timing import time_layers
 from growfx.passes.mask import unwrap, wrap
 from growfx.program import Program
+from growfx.recording import RecordedGraph, compiled
 from growfx.timing import interleaved_minima
 
 __all__ = ["lower_network"]

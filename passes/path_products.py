@@ -102,7 +102,7 @@ def path_gradients(
     _check_values(net)
     chosen = _checked_magnitudes(net, magnitudes or {})
     given = _inputs(net, example_inputs)
-    inputs, graph = given.values, net.graph_for(given)
+    inputs, graph = given.values, net.graph_for(given, look_inside=True)
     run = PathGraph(
         net, graph, norm=norm, power=power, magnitudes=chosen, unit_scales=unit_scales, zeros_as_one=zeros_as_one
     )
@@ -127,7 +127,7 @@ def check_path_rules(net: MaskedGraph, example_inputs: Tensor | Sequence[Any] | 
     net = as_masked_graph(net, "growfx.path_products")
     _check_network(net)
     given = _inputs(net, example_inputs)
-    return _layers(PathGraph(net, net.graph_for(given)), given.values)[1]
+    return _layers(PathGraph(net, net.graph_for(given, look_inside=True)), given.values)[1]
 
 
 def _layers(run: PathGraph, inputs: Sequence[Any]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -76,6 +76,7 @@ def record(
     allow_data: bool = False,
     run_on: nn.Module | None = None,
     without_values: bool = False,
+    look_inside: bool = False,
 ) -> Recording:
     """Run ``module(*args, **kwargs)`` once and return what it did as a graph.
 
@@ -90,6 +91,7 @@ def record(
         allow_data: bake values that Python takes out of data instead of raising `DataDependentError`.
         run_on: the copy to run; made when not given.
         without_values: it is a `meta_copy`: shapes alone are computed, which costs a fraction.
+        look_inside: in eval mode, record what autograd functions compute instead of their application.
 
     Raises:
         TraceError: the forward itself failed; names the module and the source line.
@@ -97,21 +99,13 @@ def record(
         NeedsValuesError: the run on the meta copy failed; the module itself may well run.
     """
     with _ONE_AT_A_TIME:
-        return _recorded(
-            module, Inputs(args, dict(kwargs or {})), frozenset(opaque), allow_data, run_on, without_values
-        )
+        root = working_copy(module) if run_on is None else run_on
+        recorder = Recorder(root, frozenset(opaque), allow_data, module, without_values, look_inside)
+        return _recorded(recorder, Inputs(args, dict(kwargs or {})))
 
 
-def _recorded(
-    module: nn.Module,
-    given: Inputs,
-    opaque: frozenset[str],
-    allow_data: bool,
-    run_on: nn.Module | None,
-    without_values: bool,
-) -> Recording:
-    root = working_copy(module) if run_on is None else run_on
-    recorder = Recorder(root, opaque, allow_data, module, without_values)
+def _recorded(recorder: Recorder, given: Inputs) -> Recording:
+    root, without_values = recorder.root, recorder.without_values
     given = given.copied(_to_meta if without_values else torch.clone)
     inputs = recorder.placeholders(given.args, dict(given.kwargs))
     before = _attributes(root), _contents(inputs)
@@ -127,7 +121,7 @@ def _recorded(
         source = _source_of_error(error)
         shapes = [tuple(a.shape) for a in given.values if isinstance(a, Tensor)]
         raise TraceError(
-            f"`{type(module).__name__}` fails on inputs of shape {shapes}{where} ({source}): "
+            f"`{type(recorder.home).__name__}` fails on inputs of shape {shapes}{where} ({source}): "
             f"{type(error).__name__}: {error}. Pass inputs that the model accepts (`example_inputs` of `growfx.wrap`)."
         ) from error
     recorder.graph.output(recorder.as_argument(output, build=True))
@@ -303,10 +297,10 @@ def _intercepted_calls(recorder: Recorder) -> Generator[None]:
 
 @contextmanager
 def _intercepted_functions(recorder: Recorder) -> Generator[None]:
-    """In train mode an autograd function is one operator, or the gradient its author wrote would be lost.
+    """An autograd function is one operator, or the gradient its author wrote would be lost.
 
-    In eval mode it is looked into, for path products to follow what it computes; and wherever it takes functions, or
-    what a graph cannot hold. `f = MyFunction.apply`, bound when its module was imported, passes by the class's `apply`
+    Where passes are to follow what it computes it is looked into; and wherever it takes functions, or what a graph
+    cannot hold. `f = MyFunction.apply`, bound when its module was imported, passes by the class's `apply`
     but not by its `forward`.
     """
     original = torch.autograd.Function.__dict__["apply"]
@@ -316,7 +310,7 @@ def _intercepted_functions(recorder: Recorder) -> Generator[None]:
             return False
         recorder.own_gradient = True
         whole = all_can_be_written((args, kwargs)) and not any(map(callable, pytree.tree_leaves(args)))
-        return whole and recorder.root.training
+        return whole and not recorder.look_inside
 
     def apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
         function = original.__get__(None, kind)
