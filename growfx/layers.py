@@ -196,6 +196,10 @@ class MaskedLayer(nn.Module):
             if self.training:
                 return compiled_weight(weight, mask, self._collects)
             return torch.where(mask, weight, 0)
+        with torch._C.DisableTorchFunction():  # no use of the model's, nothing to be recorded
+            return self._eager_weight(weight, mask, own)
+
+    def _eager_weight(self, weight: nn.Parameter, mask: Tensor, own: bool) -> Tensor:
         if self.sharded:
             require_whole(weight, _OUTSIDE)
         if mask.is_meta:  # no values to mask, and torch's shape function of `where` is slow
@@ -208,23 +212,24 @@ class MaskedLayer(nn.Module):
             return torch.where(mask, weight, 0)
         if not (torch.is_grad_enabled() and weight.requires_grad) or self._collecting:
             return weight
-        with torch._C.DisableTorchFunction():  # no use of the model's, nothing to be recorded
-            return self._with_masked_gradient(weight, mask, own)
+        return self._with_masked_gradient(weight, mask, own)
 
     def _store_obeys(self, weight: Tensor, mask: Tensor) -> bool:
         """Whether the parameter can be used as stored; in training it is made so, elsewhere nothing is written."""
-        with torch._C.DisableTorchFunction():
-            if self.training and torch.is_grad_enabled() and weight.requires_grad:
-                self._settle_whole()
-                return True
-            return obeys(weight.detach(), mask)
+        if self.training and torch.is_grad_enabled() and weight.requires_grad:
+            self._settle_whole()
+            return True
+        return obeys(weight.detach(), mask)
 
     def can_be_read(self) -> bool:
         """Whether code that reads the parameter itself finds the effective weight, with its gradient masked.
 
         Asked before the forward of a model that reads the weight without calling the layer.
         """
-        weight, mask = self.parameter, self.mask
+        with torch._C.DisableTorchFunction():
+            return self._can_be_read(self.parameter, self.mask)
+
+    def _can_be_read(self, weight: nn.Parameter, mask: Tensor) -> bool:
         if self.gate is not None or self.sharded or self._stored.parameter is not weight or _is_watched():
             return False
         if mask.is_meta:

@@ -274,8 +274,10 @@ class Recorder(TorchFunctionMode):
         owner = self.root.get_submodule(owner_name)
         running = self.running[-1] if self.running else None
         # Attention reads its output projection, and gives it its mask.
-        attends = isinstance(running, MaskedLayer) and isinstance(running, nn.MultiheadAttention)
-        by_itself = running is owner or (attends and running.out_proj is owner)
+        attends = isinstance(running, nn.MultiheadAttention) and isinstance(running, MaskedLayer)
+        by_itself = running is owner or (
+            attends and self.module_names.get(id(running)) == owner_name[: -len(".out_proj")]
+        )
         if isinstance(owner, MaskedLayer) and leaf == owner.weight_name:
             if not by_itself:
                 self.read.setdefault(owner_name)

@@ -61,7 +61,7 @@ _OF_WEIGHTS = (*connect_products.OPERATORS.values(), connect_layers.OPERATORS["c
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
 
 
-def connect(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None = None) -> Connectivity:
+def connect(net: MaskedGraph, example_inputs: Any = None) -> Connectivity:
     """Find which units feed which, and which are coupled.
 
     Args:

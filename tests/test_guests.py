@@ -1,5 +1,6 @@
 """Models as other packages write them: whatever a forward does, the net does it, and the graph is right or refused."""
 
+# pyright: reportIncompatibleMethodOverride=false
 import collections
 import copy
 import dataclasses
@@ -7,7 +8,7 @@ import functools
 import random
 import threading
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -36,6 +37,10 @@ class Plain:
         self.x = x
 
 
+class Pair(NamedTuple):
+    x: torch.Tensor
+
+
 class ReadsObject(nn.Module):
     def __init__(self):
         super().__init__()
@@ -45,7 +50,7 @@ class ReadsObject(nn.Module):
         return self.fc(batch.x)
 
 
-@pytest.mark.parametrize("kind", [Batch, Plain, lambda x: collections.namedtuple("Pair", "x")(x)])
+@pytest.mark.parametrize("kind", [Batch, Plain, Pair])
 def test_tensors_inside_objects_are_inputs(kind):
     model = ReadsObject().eval()
     net = growfx.wrap(model, (kind(torch.randn(3, 4)),), density=0.5).eval()
@@ -357,7 +362,7 @@ def test_hooks_fire_as_on_the_model_and_not_by_recordings(before):
 
 def test_a_hook_that_changes_the_output_is_part_of_the_graph():
     model = blocks().eval()
-    model[1].register_forward_hook(lambda module, args, output: 2 * output)
+    model[1].register_forward_hook(lambda module, args, output: output.mul(2))
     net = growfx.wrap(model, torch.randn(2, 4))
     assert net.trace_report.faithful
     x = torch.randn(3, 4)
@@ -435,9 +440,9 @@ class OwnNames(nn.Linear):
 
     def forward(self, x):
         if self.name == "mask":
-            return F.linear(x, self.weight * self.mask, self.bias)
+            return F.linear(x, torch.mul(self.weight, self.mask), self.bias)
         if self.name == "gate":
-            return F.linear(x, self.weight, self.bias) * self.gate(x).sigmoid()
+            return torch.mul(F.linear(x, self.weight, self.bias), torch.sigmoid(self.gate(x)))
         return F.linear(x, self.weight, self.bias) * getattr(self, self.name)
 
 
