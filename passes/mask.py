@@ -168,7 +168,8 @@ def _note_direct_reads(net: MaskedGraph) -> None:
     """Layers whose weight is read without their call: seen in a recording, or possible where nobody looked.
 
     A weight that another kind of module shares (an embedding) is read by that module. What a module reads that was
-    recorded whole may depend on data.
+    recorded whole may depend on data. torch's encoder layer hands its weights to one fused operator where nothing
+    watches, and calls its layers while it is recorded.
     """
     owners: dict[int, str] = {}
     for name, layer in net.layers.items():
@@ -177,6 +178,11 @@ def _note_direct_reads(net: MaskedGraph) -> None:
         if whole and not layer.read_directly:
             net.note_direct_read(name)
     for part in net.shell.modules():
+        if isinstance(part, nn.TransformerEncoderLayer):
+            for layer in part.modules():
+                name = owners.get(id(layer.parameter)) if isinstance(layer, MaskedLayer) else None
+                if name is not None and not net.layers[name].read_directly:
+                    net.note_direct_read(name)
         if not isinstance(part, MaskedLayer):
             for parameter in part._parameters.values():
                 if id(parameter) in owners and not net.layers[owners[id(parameter)]].read_directly:

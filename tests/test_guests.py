@@ -969,3 +969,21 @@ def test_a_method_of_the_model_that_writes_a_checkpoint_writes_the_plain_models(
         assert "fc.mask" in net.state_dict()
         assert "fc.mask" in copy.deepcopy(net).state_dict()
         assert not growfx.unwrap(net)._state_dict_hooks
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_fused_path_of_torchs_encoder_sees_the_masks(training):
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 2)
+    net = growfx.wrap(nn.Sequential(encoder, nn.Linear(8, 2)), torch.randn(2, 5, 8)).train(training)
+    x = torch.randn(3, 5, 8)
+    for layer in net.layers.values():
+        layer.mask.copy_(torch.rand(layer.mask.shape) < 0.5)
+    plain = growfx.unwrap(net)
+    with torch.no_grad():
+        assert gap(net(x), plain(x)) < 1e-6
+    net(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    for name, layer in net.layers.items():
+        gradient = plain.get_submodule(name).get_parameter(layer.weight_name).grad
+        assert gap(layer.parameter.grad, torch.where(layer.mask, gradient, 0)) < 1e-5
