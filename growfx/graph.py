@@ -25,6 +25,7 @@ from growfx.module_copy import copy_modules
 from growfx.placement import Places
 from growfx.recording import RecordedGraph, RecordFunction, plain_graph_module
 from growfx.shards import check_recordable, fsdp_modules, is_sharded, own_part, part_of
+from growfx.torch_pruning import translated
 from growfx.trace_report import TraceReport
 
 __all__ = ["MaskedGraph", "RecordFunction", "RecordedGraph"]
@@ -468,10 +469,15 @@ class MaskedGraph(fx.GraphModule):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the net's own state dict, or the plain model's: then the masks stay as they are.
 
+        One of a model that `torch.nn.utils.prune` pruned brings its masks.
+
         Raises:
             MaskError: some masks are missing, or have another shape or dtype; names them.
         """
         names = self._mask_names()
+        modules = list(self.named_modules(remove_duplicate=False))
+        masked = [(name, m.weight_name, m.mask_name) for name, m in modules if isinstance(m, MaskedLayer)]
+        state_dict = translated(state_dict, masked)
         given = [name for name in names if name in state_dict]
         if given and len(given) < len(names):
             missing = [f"`{n}`" for n in names if n not in state_dict]

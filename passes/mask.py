@@ -35,6 +35,7 @@ from growfx.passes.check_recording import record_checked
 from growfx.recorded_call import RECORDED_CONSTANT
 from growfx.remembered_inputs import default_inputs
 from growfx.shards import HOW_TO_GATHER, require_whole
+from growfx.torch_pruning import take_over
 from growfx.trace_report import TraceReport
 
 __all__ = ["unwrap", "wrap"]
@@ -55,6 +56,7 @@ def wrap(
 
     Args:
         model: any module. Its parameters and buffers are shared with the result; the model's modules are not changed.
+            Masks that `torch.nn.utils.prune` put on layers become the network's, and `<weight>_orig` its weight.
         example_inputs: what the model is called with: a tensor, a tuple of arguments, a dict of keyword arguments, or
             a pair (args, kwargs). Default: one input of the size in the model's `pretrained_cfg` (timm), else of
             shape (1, 3, 224, 224).
@@ -85,6 +87,7 @@ def wrap(
     shared: dict[int, Any] = {id(t): t for t in chain_tensors(model)}
     shell = copy_modules(model, shared)
     report = TraceReport(notes=notes)
+    pruned = take_over(shell)
     handles = {**_swap_in(shell, exclude, report), **_masked_parameters(shell, masked)}
     _declare_opaque(shell, opaque, report)
     first = functools.partial(record_checked, model=model)
@@ -108,6 +111,9 @@ def wrap(
     _note_direct_reads(net)
     if density < 1:
         _draw(net, density, seed)
+    elif pruned:
+        net.set_masks({name: mask for name, mask in pruned.items() if name in net.layers})
+        warn_once("the masks of torch.nn.utils.prune were taken over as the network's own", notes)
     return net
 
 

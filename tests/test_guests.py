@@ -987,3 +987,26 @@ def test_the_fused_path_of_torchs_encoder_sees_the_masks(training):
     for name, layer in net.layers.items():
         gradient = plain.get_submodule(name).get_parameter(layer.weight_name).grad
         assert gap(layer.parameter.grad, torch.where(layer.mask, gradient, 0)) < 1e-5
+
+
+def test_masks_of_torchs_pruning_are_taken_over_and_its_checkpoints_load():
+    model = Surgical()
+    for layer in (model.fc, model.body[0]):
+        prune.l1_unstructured(layer, "weight", 0.5)
+    x = torch.randn(3, 4)
+    expected = model(x)
+    with pytest.warns(growfx.GrowfxWarning, match="taken over"):
+        net = growfx.wrap(model, torch.randn(2, 4))
+    assert list(net.layers) == ["body.0", "fc"]
+    assert torch.equal(net.masks["fc"], model.fc.weight_mask.bool())
+    assert net.density == 0.5
+    assert net.layers["fc"].parameter is model.fc.weight_orig
+    assert gap(net(x), expected) == 0
+    assert gap(model(x), expected) == 0
+    plain = growfx.unwrap(net)
+    assert set(plain.state_dict()) == set(Surgical().state_dict())
+    assert gap(plain(x), expected) == 0
+    other = growfx.wrap(Surgical(), torch.randn(2, 4))
+    other.load_state_dict(model.state_dict())
+    assert other.mask_digest() == net.mask_digest()
+    assert gap(other(x), expected) == 0
