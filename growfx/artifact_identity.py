@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import json
 import random
-import warnings
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,11 +24,13 @@ from growfx.error_text import one_line
 from growfx.errors import ArtifactError, ConfigError
 from growfx.graph import MaskedGraph
 from growfx.inputs import Inputs
+from growfx.isolation import generators_restored
 from growfx.layers import MaskedLayer, to_plain
 from growfx.manifest import canonical
 from growfx.models import ModelIdentity, blueprint, build_unfilled, has_builder, likely_identity
 from growfx.module_copy import copy_modules, separate_hooks
 from growfx.module_settings import setting_differences
+from growfx.quiet import ignored_warnings
 from growfx.recorded_call import RECORDED_CONSTANT
 
 __all__ = ["FoundRecipe", "find_recipe"]
@@ -90,15 +91,9 @@ def find_recipe(net: MaskedGraph) -> FoundRecipe:
 @contextmanager
 def _undisturbed(net: MaskedGraph) -> Generator[None]:
     """Leave the global generators as they are, and let foreign builders say nothing."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = {t.device.index or 0 for t in net.parameters() if t.device.type == "cuda"}
-    with torch.random.fork_rng(sorted(devices)), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
+    with generators_restored(sorted(devices)), torch.no_grad(), ignored_warnings():
+        yield
 
 
 def _plain_copy(net: MaskedGraph) -> nn.Module:

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import inspect
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -22,7 +22,9 @@ from growfx.inputs import Inputs, as_inputs
 from growfx.layers import MaskedLayer, MaskedParameter, check_mask
 from growfx.masked_uses import MaskedUses
 from growfx.module_copy import copy_modules
+from growfx.modules import chain_tensors
 from growfx.placement import Places
+from growfx.plain_state import hide_masks
 from growfx.recording import RecordedGraph, RecordFunction, plain_graph_module
 from growfx.shards import check_recordable, fsdp_modules, is_sharded, own_part, part_of
 from growfx.torch_pruning import translated
@@ -566,12 +568,6 @@ class MaskedGraph(fx.GraphModule):
         return f"MaskedGraph of {kind}: {len(self.layers)} masked layers, density {self.density:.4g}\n{self._code}"
 
 
-def chain_tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters, then buffers."""
-    yield from module.parameters()
-    yield from module.buffers()
-
-
 def _names(layers: Mapping[str, Any], limit: int = 6) -> str:
     shown = ", ".join(f"`{name}`" for name in list(layers)[:limit])
     return f"the masked layers are {shown}{f' and {len(layers) - limit} more' if len(layers) > limit else ''}"
@@ -595,33 +591,3 @@ def _masked_attributes(shell: nn.Module, layers: list[MaskedLayer]) -> Generator
 def _without_compiler() -> AbstractContextManager[Any]:
     """A recording started from compiled code runs as plain Python."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
-def hide_masks(shell: nn.Module, names: Sequence[str] = ()) -> None:
-    """Leave the named buffers out of the shell's own state dict; none: no longer.
-
-    A method of the model that writes a checkpoint (`save_pretrained`) then writes the plain model's, zeros in place.
-    """
-    hooks = shell._state_dict_hooks
-    for key in [key for key, hook in hooks.items() if getattr(hook, "func", None) is _without_masks]:
-        del hooks[key]
-    if names:
-        shell._register_state_dict_hook(functools.partial(_without_masks, tuple(names)))
-
-
-def _without_masks(names: Sequence[str], module: nn.Module, state: Any, prefix: str, _: Any) -> None:
-    for name in names:
-        state.pop(f"{prefix}{name}", None)
-
-
-@contextmanager
-def in_mode(module: nn.Module, training: bool) -> Generator[None]:
-    """`module` in train or eval mode; afterwards every submodule is in the mode it was in."""
-    before = [(m, m.training) for m in module.modules()]
-    if module.training != training:
-        module.train(training)
-    try:
-        yield
-    finally:
-        for m, flag in before:
-            m.training = flag

@@ -331,14 +331,17 @@ class MaskedLayer(nn.Module):
         """The original class's line with the layer's density."""
         return f"{super().extra_repr()}, density={self.density:.4g}"
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        anew = {
+    def state_of_a_copy(self) -> dict[str, Any]:
+        """Attributes that begin anew in a copy: it is not spread over ranks, and collects nothing."""
+        return {
             "sharded": False,
             "dense_gradient": None,
             "_collecting": False,
             "_collects": torch.zeros_like(self._collects),
         }
-        return _empty_twin, (self.twin_of,), {**self.__dict__, **anew}
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _empty_twin, (self.twin_of,), {**self.__dict__, **self.state_of_a_copy()}
 
 
 class MaskedParameter(MaskedLayer):

@@ -63,6 +63,8 @@ def copy_modules(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
                 state[name] = OrderedDict((key, _copied(hook, memo)) for key, hook in value.items())
             else:
                 state[name] = _copied(value, memo)
+        if isinstance(part, MaskedLayer):
+            state.update(memo[id(part)].state_of_a_copy())
     memo.setdefault(id(memo), []).append(parts)  # as deepcopy does: an id is good while its object lives
     return memo[id(module)]
 

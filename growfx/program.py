@@ -51,6 +51,13 @@ class Program(nn.Module):
         """None: there are no masks."""
         return {}
 
+    def __getattr__(self, name: str) -> Any:
+        # What the program has not is the model's.
+        modules = self.__dict__.get("_modules", {})
+        if name == "shell" or "shell" not in modules:
+            raise AttributeError(name)
+        return getattr(modules["shell"], name)
+
     def note_direct_read(self, name: str) -> None:
         """Nothing to do: there are no masks."""
 

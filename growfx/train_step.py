@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from growfx import ranks
 from growfx.errors import GrowfxError
 from growfx.evaluation import logits_of
-from growfx.graph import MaskedGraph, chain_tensors
+from growfx.graph import MaskedGraph
+from growfx.modules import chain_tensors
 from growfx.options import TrainOptions
 from growfx.randomness import randomness_of, set_randomness
 

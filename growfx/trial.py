@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from growfx.graph import MaskedGraph, in_mode
+from growfx.graph import MaskedGraph
+from growfx.modules import in_mode
 
 __all__ = ["undisturbed", "unused_parameters"]
 

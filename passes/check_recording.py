@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from growfx.errors import TraceError
-from growfx.graph import chain_tensors
 from growfx.inputs import Inputs
 from growfx.isolation import caches_bypassed, generators_restored, python_randomness, tables_restored
 from growfx.layers import MaskedLayer
 from growfx.meta_shapes import short_shapes
+from growfx.modules import chain_tensors
 from growfx.passes.free_batch import free_batch
 from growfx.passes.list_unmasked import list_unmasked
 from growfx.passes.record import (

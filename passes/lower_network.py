@@ -17,7 +17,7 @@ import growfx
 from growfx import sparse_kernel
 from growfx.choice_cache import read_choices, write_choices
 from growfx.errors import TraceError
-from growfx.graph import MaskedGraph, chain_tensors
+from growfx.graph import MaskedGraph
 from growfx.inputs import Inputs
 from growfx.layer_kernels import CHOICES, make_kernel, sparse_choices
 from growfx.layers import MaskedLayer
@@ -25,6 +25,7 @@ from growfx.lowered_layer import LoweredLayer
 from growfx.lowering_report import LayerLowering, LoweringReport, is_time_table
 from growfx.machine import processor
 from growfx.module_copy import copy_modules
+from growfx.modules import chain_tensors
 from growfx.passes.check_recording import record_checked
 from growfx.passes.compact_precision import outputs_of
 from growfx.passes.fold_norm import fold_norm

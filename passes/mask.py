@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from growfx.density import random_masks
 from growfx.doors import as_masked_graph
 from growfx.errors import ConfigError, TraceError
-from growfx.graph import MaskedGraph, chain_tensors, hide_masks
+from growfx.graph import MaskedGraph
 from growfx.inputs import Inputs, as_inputs
 from growfx.layers import (
     MaskedLayer,
@@ -30,8 +30,10 @@ from growfx.layers import (
 )
 from growfx.models import default_input_shape, identity_of, remember
 from growfx.module_copy import copy_modules
+from growfx.modules import chain_tensors
 from growfx.notices import warn_once
 from growfx.passes.check_recording import record_checked
+from growfx.plain_state import hide_masks
 from growfx.recorded_call import RECORDED_CONSTANT
 from growfx.remembered_inputs import default_inputs
 from growfx.shards import HOW_TO_GATHER, require_whole

@@ -63,7 +63,10 @@ def path_products(
             is not finite.
         ConfigError: an unknown `norm` or a `power` that is not positive.
     """
-    return path_gradients(net, norm=norm, power=power, example_inputs=example_inputs)
+    paths = path_gradients(net, norm=norm, power=power, example_inputs=example_inputs)
+    if paths.notes and paths.log_total == -math.inf:
+        warn_once(f"every path product is zero. {'; '.join(paths.notes)}", as_masked_graph(net, "").trace_report.notes)
+    return paths
 
 
 def path_gradients(
@@ -257,8 +260,6 @@ def _facts(run: PathGraph, scores: dict[str, Tensor], off_path: dict[str, str]) 
         alive_out[name] = targets
     log_total = math.log(total) + log_scale if total > 0 else -math.inf
     zeros = zero_factors(run.net, run.silent) if run.silent else ()
-    if zeros and total == 0:
-        warn_once(f"every path product is zero. {'; '.join(zeros)}", [])
     return PathProducts(scores, log_scale, log_total, off_path, alive_in, alive_out, zeros)
 
 

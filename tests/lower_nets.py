@@ -125,7 +125,7 @@ def saved(kind: str, folder: Path, density: float = 0.3) -> tuple[Path, nn.Modul
 
 def recorded(net: MaskedGraph, x: Tensor) -> tuple[fx.GraphModule, dict[str, Tensor]]:
     """The plain model of a net as a graph module, and its masks."""
-    recording = net._recording(Inputs((x,), {}), training=False)
+    recording = net.recording(Inputs((x,), {}), training=False)
     masks: dict[str, Any] = {name: layer.mask for name, layer in net.layers.items()}
     return fx.GraphModule(growfx.unwrap(net).eval(), recording.graph), masks
 

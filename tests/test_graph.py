@@ -261,7 +261,7 @@ def test_what_cannot_be_wrapped_says_so() -> None:
         growfx.wrap(net)
     with pytest.raises(growfx.TraceError, match=r"expects an nn\.Module, got str"):
         growfx.wrap("resnet18")
-    with pytest.raises(growfx.TraceError, match=r"expects a MaskedGraph .*got Named"):
+    with pytest.raises(growfx.TraceError, match=r"expects a growfx.MaskedGraph, got `Named`"):
         growfx.unwrap(model())
     with pytest.raises(growfx.TraceError, match=r"example_inputs .* got list"):
         growfx.wrap(model(), [EXAMPLE])

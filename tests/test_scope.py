@@ -378,7 +378,7 @@ def test_weights_of_a_second_optimizer_take_part():
 def test_what_is_no_network_or_no_optimizer_is_refused_by_its_class(source):
     net = small_net()
     for name in STEPWISE:
-        with pytest.raises(ConfigError, match=r"MaskedGraph.*got Linear"):
+        with pytest.raises(ConfigError, match=r"MaskedGraph.*got `Linear`"):
             short(name, source).attach(nn.Linear(2, 2), sgd(net), total_steps=8, steps_per_epoch=2)
         with pytest.raises(ConfigError, match=r"optimizer.*got str"):
             short(name, source).attach(net, "sgd", total_steps=8, steps_per_epoch=2)

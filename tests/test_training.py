@@ -336,7 +336,7 @@ def test_a_plain_model_and_an_empty_loader_are_refused():
     train_loader, val_loader = loaders()
     with pytest.raises(ConfigError, match=r"expects a growfx\.MaskedGraph, got `Tiny`; make one with growfx\.wrap"):
         train(Tiny(), train_loader, val_loader)
-    with pytest.raises(ConfigError, match=r"`method`.*got str; try `growfx\.methods\.create\('rigl'\)`"):
+    with pytest.raises(ConfigError, match=r"`method`.*got 'rigl'.*growfx\.methods\.create"):
         train(fresh_net(), train_loader, val_loader, method="rigl")
     with pytest.raises(ConfigError, match=r"`options`.*got dict"):
         train(fresh_net(), train_loader, val_loader, options={"epochs": 1})

@@ -60,17 +60,19 @@ def tensors(output: Any) -> list[Tensor]:
 
 
 def results(module: nn.Module, model: nn.Module, arguments: tuple[Any, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Outputs, gradients and buffers of one step; the buffers are put back."""
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    """Outputs, gradients and buffers of one step; the buffers are put back, those that the forward assigns anew too."""
+    parts = list(module.modules())
+    before = [(part, key, b, b.clone()) for part in parts for key, b in part._buffers.items() if b is not None]
     model.zero_grad()
     torch.manual_seed(7)
     outputs = tensors(module(*arguments))
     torch.stack([output.square().sum() for output in outputs if output.requires_grad]).sum().backward()
     yield from ((f"output {i}", output.detach()) for i, output in enumerate(outputs))
     yield from ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
-    yield from ((name, buffer.clone()) for name, buffer in model.named_buffers())
-    for name, buffer in model.named_buffers():
-        buffer.copy_(before[name])
+    names = {name for name, _ in model.named_buffers()}
+    yield from ((name, buffer.clone()) for name, buffer in module.named_buffers() if name in names)
+    for part, key, buffer, value in before:
+        part._buffers[key] = buffer.copy_(value)
 
 
 def test_it_is_recorded_faithfully_with_every_layer_masked(wrapped: Wrapped) -> None:

@@ -14,7 +14,7 @@ from growfx.layers import MaskedLayer
 from growfx.methods.growing import Growing, Growth
 from growfx.methods.growth import DRAWS
 from growfx.options import option
-from growfx.passes.path_products import path_products
+from growfx.passes.path_products import path_gradients
 from growfx.paths import PathProducts
 from growfx.selection import draw, top
 
@@ -45,7 +45,7 @@ class GradientGrowth(Growing):
     draw: str = option("top", choices=DRAWS)
 
     def _paths(self, net: MaskedGraph) -> PathProducts:
-        return path_products(net)
+        return path_gradients(net)
 
     def _grown(self, growth: Growth, paths: PathProducts, count: int, keys: EdgeKeys) -> Mapping[str, Tensor]:
         masks = {name: growth.net.layers[name].mask for name in paths.scores}

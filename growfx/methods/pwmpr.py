@@ -21,7 +21,7 @@ from growfx.edge_keys import EdgeKeys
 from growfx.methods.growing import Growing, Growth
 from growfx.methods.growth import DRAWS, counted_where_zero
 from growfx.options import option
-from growfx.passes.path_products import path_products
+from growfx.passes.path_products import path_gradients
 from growfx.paths import PathProducts
 from growfx.selection import Selection, draw, top
 
@@ -51,7 +51,7 @@ class PathGrowth(Growing):
     draw: str = option("sampled", choices=DRAWS)
 
     def _paths(self, net: MaskedGraph) -> PathProducts:
-        return counted_where_zero(net, path_products(net, norm=self.norm, power=self.power))
+        return counted_where_zero(net, path_gradients(net, norm=self.norm, power=self.power))
 
     def _by_score(self, paths: PathProducts, count: int, keys: EdgeKeys, absent: Mapping[str, Tensor]) -> Selection:
         """Return `count` of the absent edges by score, or as many as some path reaches."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from growfx.edge_keys import EdgeKeys
 from growfx.methods.growing import Growing, Growth
-from growfx.passes.path_products import path_products
+from growfx.passes.path_products import path_gradients
 from growfx.paths import PathProducts
 from growfx.selection import draw
 
@@ -33,7 +33,7 @@ class RandomGrowth(Growing):
     reads_gradient: ClassVar[bool] = False
 
     def _paths(self, net: MaskedGraph) -> PathProducts:
-        return path_products(net)
+        return path_gradients(net)
 
     def _grown(self, growth: Growth, paths: PathProducts, count: int, keys: EdgeKeys) -> Mapping[str, Tensor]:
         alike = {name: torch.ones(score.shape) for name, score in paths.scores.items()}
