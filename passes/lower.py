@@ -83,7 +83,15 @@ def lowerable(model: nn.Module, graph: fx.Graph) -> dict[str, str]:
             layer = model.get_submodule(str(node.target))
             if isinstance(layer, (_ConvNd, nn.Linear)):
                 found[str(node.target)] = _refusal(layer) or _read(str(node.target), reads)
+        elif node.op == "get_attr":  # a layer with a forward of its own is recorded through
+            name = str(node.target).rpartition(".")[0]
+            layer = model.get_submodule(name)
+            if isinstance(layer, (_ConvNd, nn.Linear)) and type(layer).forward not in _FORWARDS:
+                found.setdefault(name, f"a `{type(layer).__name__}` computes in a way of its own")
     return found
+
+
+_FORWARDS = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
 
 def _read(name: str, reads: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,11 @@ def recorded(net: MaskedGraph, x: Tensor) -> tuple[fx.GraphModule, dict[str, Ten
     """The plain model of a net as a graph module, and its masks."""
     recording = net.recording(Inputs((x,), {}), training=False)
     masks: dict[str, Any] = {name: layer.mask for name, layer in net.layers.items()}
-    return fx.GraphModule(growfx.unwrap(net).eval(), recording.graph), masks
+    graph = copy.deepcopy(recording.graph)
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            node.target = str(node.target).replace(".effective_weight", ".weight")
+    return fx.GraphModule(growfx.unwrap(net).eval(), graph), masks
 
 
 def same(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:

@@ -12,6 +12,7 @@ import torch
 from artifact_nets import forge
 from compact_nets import awake, sparse_net
 from safetensors.torch import load_file, save_file
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 import growfx
@@ -23,22 +24,16 @@ from growfx.passes.fold_norm import fold_norm
 GOLDEN = Path(__file__).parent / "golden" / "artifact-1.1-folded"
 
 
-class Act(nn.BatchNorm2d):
-    """A norm that contains an activation with a parameter, as timm's do."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
-        self.drop, self.act = nn.Identity(), nn.PReLU()
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of torch
-        return self.act(self.drop(super().forward(input)))
+def act(channels: int) -> nn.Module:
+    """A norm that contains an activation with a parameter."""
+    return BatchNormAct2d(channels, act_layer=nn.PReLU, inplace=False)
 
 
 def small() -> nn.Module:
     """Norms behind a convolution without a bias, behind one with one, and behind no layer."""
     return nn.Sequential(
         nn.Conv2d(3, 6, 3, bias=False),
-        Act(6),
+        act(6),
         nn.Conv2d(6, 6, 1),
         nn.BatchNorm2d(6),
         nn.ReLU(),
