@@ -125,8 +125,9 @@ def test_layers_that_compute_in_their_own_way_stay() -> None:
             x = self.hooked(self.read(self.line(x.flatten(2)).mean(-1)))
             return F.linear(self.good(x), self.read.weight)
 
-    module, _ = recorded(growfx.wrap(Odd().eval(), X).eval(), X)
-    reasons = lowerable(module, module.graph)
+    net = growfx.wrap(Odd().eval(), X).eval()
+    module, _ = recorded(net, X)
+    reasons = lowerable(growfx.unwrap(net).eval(), module.graph)
     assert reasons.pop("good") == ""
     assert reasons == {
         "doubled": "a `Doubled` computes in a way of its own",
