@@ -280,6 +280,7 @@ class Recorder(TorchFunctionMode):
         )
         if isinstance(owner, MaskedLayer) and leaf == owner.weight_name:
             if not by_itself:
+                self.called.setdefault(owner_name)
                 self.read.setdefault(owner_name)
         elif isinstance(tensor, nn.Parameter) and not (by_itself and isinstance(owner, (*_EMBEDDINGS, *_NORMS))):
             self.used.setdefault(name, operator_name)
