@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from growfx.compaction_plan import CompactionPlan, Spans, damaged_plan
+from growfx.compaction_widths import check_widths, state_widths
 from growfx.folded_norm import folding_refusal, without_norm
 from growfx.module_copy import copy_modules
 
@@ -180,6 +181,7 @@ def _apply(model: nn.Module, plan: CompactionPlan) -> nn.Module:
     for name, sizes in plan.modules.items():
         for attribute, size in sizes.items():
             setattr(model.get_submodule(name), attribute, size)
+    state_widths(model, plan.widths)
     for name in plan.norms:
         model.set_submodule(name, without_norm(model.get_submodule(name)))
     for name in plan.left_out:
@@ -235,7 +237,8 @@ def _check_names(model: nn.Module, plan: CompactionPlan) -> None:
         if not isinstance(module, (_ConvNd, nn.Linear)) or module.bias is not None:
             raise damaged_plan(f"`{name}` is no layer without a bias")
     _check_norms(modules, plan)
-    touched = (*plan.tensors, *plan.blocks, *plan.modules, *plan.biases, *plan.norms)
+    check_widths(modules, plan.widths)
+    touched = (*plan.tensors, *plan.blocks, *plan.modules, *plan.biases, *plan.norms, *plan.widths)
     for name in plan.left_out:
         if not name or name not in modules:
             raise damaged_plan(f"the model has no module `{name}`")
@@ -245,7 +248,7 @@ def _check_names(model: nn.Module, plan: CompactionPlan) -> None:
 
 
 def _check_norms(modules: Mapping[str, nn.Module], plan: CompactionPlan) -> None:
-    touched = {name.rpartition(".")[0] for name in plan.tensors} | plan.modules.keys()
+    touched = {name.rpartition(".")[0] for name in plan.tensors} | plan.modules.keys() | plan.widths.keys()
     for name in plan.norms:
         if not name or name not in modules:
             raise damaged_plan(f"the model has no module `{name}`")

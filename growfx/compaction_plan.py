@@ -8,14 +8,15 @@ from typing import Any
 
 from growfx.errors import ArtifactError
 
-__all__ = ["CompactionPlan", "Spans", "damaged_plan"]
+__all__ = ["CompactionPlan", "Spans", "Widths", "damaged_plan"]
 
 Spans = tuple[tuple[int, int], ...]
+Widths = Mapping[str, Mapping[str, int]]
 
 # A stored plan lists no more spans than this; a model of a million units needs fewer.
 _MAX_SPANS = 1 << 22
 
-_OPTIONAL = ("blocks", "norms", "left_out")
+_OPTIONAL = ("blocks", "norms", "left_out", "widths")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class CompactionPlan:
             a transposed convolution), numbered over all groups: each group may keep others, of equal number.
         norms: batch norms that the layers before them took over; what else is in them stays, in their place.
         left_out: modules that evaluation never runs; the model has None in their places.
+        widths: module -> where it states a width of its own (`num_features`, `feature_info.0.num_chs`) -> the new one.
     """
 
     tensors: Mapping[str, Mapping[int, Spans]] = field(default_factory=dict)
@@ -38,9 +40,11 @@ class CompactionPlan:
     blocks: Mapping[str, Spans] = field(default_factory=dict)
     norms: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    widths: Widths = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.tensors or self.modules or self.biases or self.blocks or self.norms or self.left_out)
+        sizes = self.tensors or self.modules or self.blocks or self.widths
+        return bool(sizes or self.biases or self.norms or self.left_out)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -49,6 +53,7 @@ class CompactionPlan:
             **({"blocks": blocks} if blocks else {}),
             **({"norms": list(self.norms)} if self.norms else {}),
             **({"left_out": list(self.left_out)} if self.left_out else {}),
+            **({"widths": {name: dict(numbers) for name, numbers in self.widths.items()}} if self.widths else {}),
             "biases": list(self.biases),
             "modules": {name: dict(sizes) for name, sizes in self.modules.items()},
             "tensors": {
@@ -69,12 +74,13 @@ class CompactionPlan:
             raise damaged_plan(f"a plan has the fields `biases`, `modules`, `tensors`, and at most {more} beside them")
         biases, norms, left_out = (_names(key, value.get(key, [])) for key in ("biases", "norms", "left_out"))
         modules, tensors, blocks = value["modules"], value["tensors"], value.get("blocks", {})
-        for part in (modules, tensors):
+        widths = value.get("widths", {})
+        for key, part in (("modules", modules), ("tensors", tensors), ("widths", widths)):
             if not isinstance(part, dict) or not all(isinstance(inner, dict) for inner in part.values()):
-                raise damaged_plan("`modules` or `tensors` is no object of objects")
+                raise damaged_plan(f"`{key}` is no object of objects")
         if not isinstance(blocks, dict):
             raise damaged_plan("`blocks` is no object")
-        for name, sizes in modules.items():
+        for name, sizes in (*modules.items(), *widths.items()):
             if not all(_is_count(size) for size in sizes.values()):
                 raise damaged_plan(f"`{name}` has a size that is no positive integer")
         read = {
@@ -85,7 +91,8 @@ class CompactionPlan:
         every = [kept for axes in read.values() for kept in axes.values()]
         if sum(map(len, (*every, *grouped.values()))) > _MAX_SPANS:
             raise damaged_plan(f"it has more than {_MAX_SPANS} spans")
-        return cls(read, {name: dict(sizes) for name, sizes in modules.items()}, biases, grouped, norms, left_out)
+        sizes, stated = ({name: dict(inner) for name, inner in part.items()} for part in (modules, widths))
+        return cls(read, sizes, biases, grouped, norms, left_out, stated)
 
 
 def damaged_plan(what: str) -> ArtifactError:

@@ -96,6 +96,7 @@ def _with_norms(plan: CompactionPlan, net: MaskedGraph, folded: Mapping[str, str
         modules={name: sizes for name, sizes in plan.modules.items() if name not in folded},
         biases=(*plan.biases, *gains),
         norms=tuple(folded),
+        widths={name: numbers for name, numbers in plan.widths.items() if name not in folded},
     )
 
 

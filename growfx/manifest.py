@@ -36,7 +36,7 @@ FORMAT = "growfx.sparse"
 # 1.1: `compaction` and `requires`. 1.2: `inputs`, `identity_checked`, `notes`, complex tensors.
 VERSION = "1.2"
 # What a reader must know beyond version 1.0 to load an artifact that lists it in `requires`.
-FEATURES = ("compaction", "complex", "grouped-compaction", "folded-norms", "left-out-modules")
+FEATURES = ("compaction", "complex", "grouped-compaction", "folded-norms", "left-out-modules", "stated-widths")
 # No model comes near it; beyond it sizes would not fit the integers of other readers.
 _MAX_NUMEL = 1 << 34
 _MAX_RANK = 64
@@ -126,6 +126,7 @@ def _features(plan: CompactionPlan | None, tensors: Mapping[str, DenseEntry | Sp
         "grouped-compaction": bool(plan and plan.blocks),
         "folded-norms": bool(plan and plan.norms),
         "left-out-modules": bool(plan and plan.left_out),
+        "stated-widths": bool(plan and plan.widths),
     }
     return [name for name in FEATURES if needed[name]]
 

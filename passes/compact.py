@@ -13,7 +13,7 @@ model takes one, in float64 where the model runs in it. A removal that the model
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from growfx.compaction import apply_plan, columns_axis, select_blocks, sharing_copy
 from growfx.compaction_plan import CompactionPlan
+from growfx.compaction_widths import state_widths
 from growfx.connectivity import Connectivity
 from growfx.errors import TraceError
 from growfx.inputs import Inputs
@@ -32,6 +33,7 @@ from growfx.passes.compact_precision import outputs_of
 from growfx.passes.compact_report import CompactionReport, LayerChange
 from growfx.passes.compact_trials import Trial, difference, example_of, trials_of, working_copy
 from growfx.passes.compact_unused import find_unused
+from growfx.passes.compact_widths import find_widths
 from growfx.passes.connect import connect
 from growfx.passes.mask import unwrap
 from growfx.passes.record import meta_copy
@@ -96,6 +98,8 @@ def compact(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None =
     error, problem = difference(result, trials)
     if problem:
         return _whole(net, model, problem)
+    plan = replace(plan, widths=_widths(model, result, trials))
+    state_widths(result, plan.widths)
     report = CompactionReport(
         layers=tuple(_changes(net, found, chooser, removal, reasons)),
         parameters=(_numel(model), _numel(result)),
@@ -185,6 +189,23 @@ def _built(model: nn.Module, plan: CompactionPlan, folds: dict[str, Tensor]) -> 
     apply_plan(small, plan)
     fold_constants(small, folds)
     return small
+
+
+def _widths(model: nn.Module, result: nn.Module, trials: Sequence[Trial]) -> dict[str, dict[str, int]]:
+    """The widths that the smaller model must state anew; those stay that its code computes other outputs with."""
+    found = list(find_widths(model, result, trials[0].inputs).items())
+
+    def chosen(indices: Iterable[int]) -> dict[str, dict[str, int]]:
+        widths: dict[str, dict[str, int]] = {}
+        for (name, where), number in (found[index] for index in indices):
+            widths.setdefault(name, {})[where] = number
+        return widths
+
+    def problem(indices: list[int]) -> str:
+        return difference(state_widths(sharing_copy(result), chosen(indices)), trials)[1]
+
+    good, _ = _largest([[index] for index in range(len(found))], problem)
+    return chosen(sorted(index for part in good for index in part))
 
 
 def _masks(net: MaskedGraph, removal: Removal, model: nn.Module, left_out: Sequence[str]) -> dict[str, Tensor]:
