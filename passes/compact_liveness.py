@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from growfx.compaction import columns_axis
 from growfx.connectivity import Connectivity
 from growfx.inputs import Inputs
-from growfx.passes.compact_precision import widened
+from growfx.passes.compact_precision import largest_result, widened
 from growfx.passes.compact_trials import with_rows
 from growfx.signal_graph import Origin, Reach
 
@@ -36,6 +36,8 @@ _SCALES = (1e6, 1.0, 1e3)
 _ROWS = 8
 # Fewer rows where they are large: more elements than these are not put in at once.
 _ELEMENTS = 1 << 21
+# The same of the largest of all activations; for inputs with fewer elements than `_SMALL` it is not looked for.
+_MADE, _SMALL = 1 << 23, 1 << 14
 
 
 @dataclass(frozen=True)
@@ -207,18 +209,26 @@ class _Watch:
         """Observe the model on noise of the shapes of `trials`."""
         tensors = [leaf for trial in trials for leaf in pytree.tree_leaves((trial.args, dict(trial.kwargs)))]
         self.floating = all(leaf.is_floating_point() for leaf in tensors if isinstance(leaf, Tensor))
+        sizes = {trial.signature: trial for trial in trials}
+        rows = {signature: self._rows(trial) for signature, trial in sizes.items()}
         with ExitStack() as stack, torch.no_grad(), widened(self.wide):
             for name, module in self.modules.items():
                 stack.callback(module.register_forward_pre_hook(self._seeing(name, module)).remove)
                 stack.callback(module.register_forward_hook(self._replacing(name, module)).remove)
-            sizes = {trial.signature: trial for trial in trials}
             ascending = sorted(sizes.values(), key=_elements)  # the smallest is the quickest, and used most
             for i in range(max(len(sizes), len(_SCALES))):
                 self.scale, trial = _SCALES[i % len(_SCALES)], ascending[i % len(sizes)]
-                rows = min(_ROWS, max(2, _ELEMENTS * (trial.batch or 1) // max(_elements(trial), 1)))
-                many = with_rows(trial, rows)
+                many = with_rows(trial, rows[trial.signature])
                 args, kwargs = pytree.tree_map(self._noise_input, (many.args, dict(many.kwargs)))
                 self.model(*args, **kwargs)
+
+    def _rows(self, trial: Inputs) -> int:
+        """As many rows as make neither the inputs nor what is computed of them too large, and two at least."""
+        elements, batch = max(_elements(trial), 1), trial.batch or 1
+        rows = _ELEMENTS * batch // elements
+        if elements >= _SMALL:
+            rows = min(rows, _MADE * batch // largest_result(self.model, trial, self.wide))
+        return min(_ROWS, max(2, rows))
 
     def _noise_input(self, value: Any) -> Any:
         """Noise in the place of an input; about one number for each row (a time) there is no more than a little."""

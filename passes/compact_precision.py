@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from growfx.compaction import sharing_copy
 from growfx.inputs import Inputs
+from growfx.passes.compact_convolution import is_large, piecewise
 
-__all__ = ["outputs_of", "relative_error", "rounded_away", "tolerance_of", "widened", "widened_model"]
+__all__ = ["largest_result", "outputs_of", "relative_error", "rounded_away", "tolerance_of", "widened", "widened_model"]
 
 _WIDE = {
     torch.float32: torch.float64,
@@ -42,7 +43,26 @@ class _Widened(TorchDispatchMode):
         if func.is_view or func._schema.is_mutable:  # what shares memory stays what it is
             return func(*given[0], **given[1])
         inputs, options = pytree.tree_map(_wide, given)
+        if not options and is_large(func, inputs):
+            return piecewise(func, inputs)
         return pytree.tree_map_only(Tensor, _wide, func(*inputs, **options))
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that an operator makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 1
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            sizes = [leaf.numel() for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+            self.elements = max(self.elements, *sizes, 0)
+        return result
 
 
 def _wide(value: Any) -> Any:
@@ -67,6 +87,17 @@ def outputs_of(model: nn.Module, inputs: Inputs, wide: bool = False) -> list[Ten
     with torch.no_grad(), widened(wide):
         result = model(*args, **kwargs)
     return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def largest_result(model: nn.Module, inputs: Inputs, wide: bool = False) -> int:
+    """Elements of the largest tensor that the model makes on its way; 1 where it does not run under observation."""
+    largest = _Largest()
+    try:
+        with largest:
+            outputs_of(model, inputs, wide)
+    except Exception:  # an operator that knows of no modes
+        return 1
+    return largest.elements
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
