@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from growfx.onnx_file import export_onnx
 from growfx.onnx_session import OnnxSession
 from growfx.passes.fold_norm import fold_norm
 from growfx.passes.mask import unwrap
+from growfx.quiet import ignored_warnings
 from growfx.runtime import SparseRuntime
 
 __all__ = ["COMPILED", "DENSE", "VARIANTS", "Built", "Setting", "Workshop", "bytes_of"]
@@ -163,8 +163,7 @@ class _Quiet(nn.Module):
         """The model's outputs; the first call compiles."""
         if self.compiled:
             return self.module(*inputs)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with ignored_warnings():
             result = self.module(*inputs)
         self.compiled = True
         return result

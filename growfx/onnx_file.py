@@ -7,7 +7,6 @@ import copy
 import importlib.util
 import os
 import uuid
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from growfx.doors import as_masked_graph, is_masked_graph
 from growfx.errors import ArtifactError, ConfigError
 from growfx.file_paths import as_path
+from growfx.quiet import ignored_warnings
 
 __all__ = ["export_onnx", "onnx_target", "require_onnx"]
 
@@ -132,9 +132,8 @@ def _export(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], fi
     names = [f"input_{i}" for i, x in enumerate(values) if isinstance(x, Tensor)]
     keywords = dict(zip(named, values[len(inputs) :], strict=True))
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            # torch announces changes of its own exporter: nothing to act on here.
-            warnings.simplefilter("ignore")
+        # torch announces changes of its own exporter: nothing to act on here.
+        with ignored_warnings(), torch.no_grad():
             torch.onnx.export(
                 model,
                 tuple(values[: len(inputs)]),

@@ -11,7 +11,6 @@ import math
 import re
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +32,7 @@ from growfx.methods.pwmpr import PWMPR
 from growfx.models import blueprint, create_model
 from growfx.passes.path_products import check_path_rules
 from growfx.paths import PathProducts
+from growfx.quiet import ignored_warnings
 from growfx.selection import draw
 from growfx.zoo_compare import difference, enliven, run_seeded, split, weight_layers
 from growfx.zoo_facts import REAL_BELOW, Facts, one_line, scrubbed
@@ -62,8 +62,7 @@ def check_model(spec: str, tell: Callable[[Facts], None] = lambda _: None, real_
     """
     facts = Facts(spec, library=GUESTS if is_guest(spec) else library_of(spec))
     begun = time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with ignored_warnings():
         try:
             check = _Check(facts, tell, real_below)
             if facts.library == GUESTS:
