@@ -1,5 +1,6 @@
 """What `config.json` says of a run: enough to make it again, and to refuse continuing another one."""
 
+import dataclasses
 import platform
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from growfx.options import TrainOptions, as_json
 if TYPE_CHECKING:
     from growfx.methods.base import Method
 
-__all__ = ["describe_run", "model_name"]
+__all__ = ["default_options", "describe_run", "model_name"]
 
 
 def describe_run(net: MaskedGraph, method: "Method | None", options: TrainOptions) -> dict[str, Any]:
@@ -42,6 +43,14 @@ def describe_run(net: MaskedGraph, method: "Method | None", options: TrainOption
         "seed": options.seed,
         "ranks": ranks.world_size(),
     }
+
+
+def default_options(method: "Method | None") -> dict[str, Any]:
+    """The defaults of the method's options, where they stand in `describe_run`: nothing of an option without one."""
+    fields = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
+    made = {f.name: f.default_factory() for f in fields if f.init and f.default_factory is not dataclasses.MISSING}
+    given = {f.name: f.default for f in fields if f.init and f.default is not dataclasses.MISSING}
+    return {"method": made | given} if fields else {}
 
 
 def model_name(net: MaskedGraph) -> str:

@@ -91,30 +91,40 @@ class RunFolder:
     Attributes:
         path: the folder.
         config: what `config.json` holds.
+        defaults: nested as `config`: what an option stood for before it existed, beside those of training and data.
         checkpoints: the run's checkpoints.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
         self.path = path
         self.config = dict(config)
+        self.defaults = dict(defaults or {})
         self.checkpoints = Checkpoints(path / "checkpoint", config.get("train", {}).get("keep_checkpoints", 2))
         self._lock = RunLock(path)
 
     @classmethod
     def start(
-        cls, path: Path, config: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
+        cls,
+        path: Path,
+        config: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        defaults: Mapping[str, Any] | None = None,
     ) -> "RunFolder":
         """Create the folder, or open it again, for this process alone until `close`.
 
         Args:
             config: nested dictionaries of JSON values that say what the run is.
+            defaults: nested in the same way, the defaults of options that a run started earlier may not know; those of
+                training and data need not be given.
 
         Raises:
             CheckpointError: as `refuse_existing`, another process works on the run, or with `resume` the run there was
                 made with other options.
         """
         refuse_existing(path, resume=resume, overwrite=overwrite)
-        folder = cls(path, config)
+        folder = cls(path, config, defaults)
         path.mkdir(parents=True, exist_ok=True)
         folder._lock.acquire()
         try:
@@ -212,7 +222,8 @@ class RunFolder:
         """
         one = {"ranks": 1}
         before, now = one | _flat(recorded), one | _flat(json.loads(json.dumps(self.config)))
-        before = {**{k: v for k, v in _defaults().items() if k in now}, **before}
+        defaults = _defaults() | _flat(json.loads(json.dumps(self.defaults)))
+        before = {**{k: v for k, v in defaults.items() if k in now}, **before}
         for key in sorted(before.keys() | now.keys(), key=_importance):
             if key in _FREE or key.startswith("versions."):
                 continue

@@ -25,7 +25,7 @@ from growfx.methods.fixed import Fixed
 from growfx.methods.starting import resuming
 from growfx.options import TrainOptions
 from growfx.recipe import private_randomness
-from growfx.run_config import describe_run
+from growfx.run_config import default_options, describe_run
 from growfx.run_folder import RunFolder, refuse_existing
 from growfx.run_result import Result
 from growfx.scalars import Scalars
@@ -105,8 +105,8 @@ def train(
             with resuming() if resume and out is not None and _has_checkpoint(Path(out)) else nullcontext():
                 run.set_up()
             if out is not None:
-                start = partial(RunFolder.start, Path(out), config, resume=resume, overwrite=overwrite)
-                run.folder = ranks.on_first(start)
+                start = partial(RunFolder.start, Path(out), config, defaults=default_options(method))
+                run.folder = ranks.on_first(partial(start, resume=resume, overwrite=overwrite))
             with run.interrupts if out is not None else nullcontext():
                 return run.all()
         except BaseException:

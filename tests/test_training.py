@@ -13,6 +13,7 @@ from growfx.checkpoint import content_digest, read
 from growfx.density import random_masks
 from growfx.errors import CheckpointError, ConfigError, DataError, GrowfxError
 from growfx.progress import Progress
+from growfx.run_config import describe_run
 from growfx.session import Stage
 from growfx.training import train
 
@@ -265,6 +266,39 @@ def test_resuming_with_another_method_option_or_network_is_refused_by_name(tmp_p
     other = growfx.wrap(Tiny(classes=5), torch.randn(1, 1, 8, 8))
     with pytest.raises(CheckpointError, match=r"`masks\.\w+` = "):
         train(other, train_loader, val_loader, options=QUICK, out=path, resume=True)
+
+
+@pytest.mark.parametrize("missing", [("masks",), ("masks", "scope"), ("density",)])
+def test_a_run_from_before_an_option_of_its_method_existed_had_the_default(tmp_path, monkeypatch, missing):
+    """`config.json` edited by hand, and then a checkpoint that does not know of the option either."""
+    train_loader, val_loader = loaders()
+    path = tmp_path / "run"
+
+    def gmp(**options: Any) -> growfx.methods.Method:
+        return growfx.methods.create("gmp", **options)
+
+    def without(*args: Any) -> dict[str, Any]:
+        config = describe_run(*args)
+        return {**config, "method": {k: v for k, v in config["method"].items() if k not in missing}}
+
+    def again(method: Any) -> Any:
+        return train(
+            fresh_net(), train_loader, val_loader, method=method, options=QUICK, out=path, resume=True, progress=False
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr("growfx.training.describe_run", without)
+        first = train(fresh_net(), train_loader, val_loader, method=gmp(), options=QUICK, out=path, progress=False)
+    assert not {*missing} & json.loads((path / "config.json").read_text())["method"].keys()
+    assert dataclasses.asdict(again(gmp())) == dataclasses.asdict(first)
+    other = {"masks": "given"} if missing == ("masks",) else {"density": 0.31}
+    with pytest.raises(CheckpointError, match=rf"`method\.{next(iter(other))}` = "):
+        again(gmp(**other))
+    config = json.loads((path / "config.json").read_text())
+    config["method"]["density"] = 0.5
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"`method\.density` = 0\.5, now"):
+        again(gmp())
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path):
