@@ -78,6 +78,35 @@ def test_a_compacted_model_takes_a_new_head_and_so_does_the_one_loaded_from_its_
         check_widths(candidate, x)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("resnet10t", {"global_pool": "catavgmax"}),
+        ("densenet121", {"growth_rate": 8, "block_config": (2, 2, 2, 2)}),
+        ("test_byobnet", {}),
+    ],
+)
+def test_pools_that_widen_and_features_that_are_joined_are_followed(name: str, options: dict[str, Any]) -> None:
+    model = awake(growfx.create_model(name, num_classes=4, **options))
+    width, x = model.num_features, torch.randn(2, 3, 64, 64)
+    small: Any = compact(sparse_net(model, x, 0.2, 0.4)).model
+    assert small.num_features < width
+    check_widths(small, x)
+
+
+def test_channels_that_stand_last_are_followed() -> None:
+    model: Any = awake(growfx.create_model("test_mambaout", num_classes=4))
+    x = torch.randn(2, 3, 64, 64)
+    small: Any = compact(sparse_net(model, x, 0.2, 0.4)).model
+    with torch.no_grad():
+        features = small.forward_features(x)
+        assert features.shape[-1] == small.num_features
+        hidden = small.forward_head(features, pre_logits=True).shape[-1]
+        assert hidden == small.head_hidden_size < model.head_hidden_size
+        small.reset_classifier(7)
+        assert small(x).shape == (2, 7)
+
+
 def test_widths_that_a_norm_over_channels_keeps_are_stated_as_they_were() -> None:
     model = awake(ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_classes=4))
     x = torch.randn(2, 3, 64, 64)
