@@ -22,7 +22,7 @@ from growfx.inputs import Inputs, as_inputs
 from growfx.layers import MaskedLayer, MaskedParameter, check_mask
 from growfx.masked_uses import MaskedUses
 from growfx.module_copy import copy_modules
-from growfx.modules import chain_tensors
+from growfx.modules import chain_tensors, settings_of
 from growfx.placement import Places
 from growfx.plain_state import hide_masks
 from growfx.recording import RecordedGraph, RecordFunction, plain_graph_module
@@ -296,7 +296,10 @@ class MaskedGraph(fx.GraphModule):
         application, whose gradient is its author's.
         """
         recording = self.recording(given, training)
-        if self.trace_report.opaque or not recording.faithful:
+        # What is drawn by chance is drawn anew in a graph that leaves such modules whole.
+        by_chance = all("random number" in why for why in self.trace_report.opaque.values())
+        looks = bool(self.trace_report.opaque) and (look_inside or not (training or by_chance))
+        if looks or not recording.faithful:
             key = (training, given.keyed(batch_is_free=False))
             found = self._looks_inside.get(key)
             if found is None or key[1] is None:
@@ -348,17 +351,21 @@ class MaskedGraph(fx.GraphModule):
             TraceError: the model fails on the inputs.
         """
         for free in (True, False):
-            signature = inputs.keyed(batch_is_free=free)
-            found = None if signature is None else self.recordings.get((training, signature))
+            found = self.recordings.get(self._key(inputs, training, free))
             if found is not None and found.batch_is_free >= free:
                 return found
         return self._record(inputs, training)
+
+    def _key(self, inputs: Inputs, training: bool, batch_is_free: bool) -> tuple[bool, Any]:
+        """What a recording depends on: the mode, the inputs, and the numbers, flags and names that modules hold."""
+        signature = inputs.keyed(batch_is_free=batch_is_free)
+        return training, None if signature is None else (signature, settings_of(self.shell))
 
     def _record(self, inputs: Inputs, training: bool) -> RecordedGraph:
         check_recordable(self.shell)
         with _without_compiler(), torch.inference_mode(False):  # constants may be used in training later
             made = self._recorder(self, inputs, training)
-        key = training, inputs.keyed(batch_is_free=made.batch_is_free)
+        key = self._key(inputs, training, made.batch_is_free)
         if key[1] is not None or not self.recordings:
             while len(self.recordings) >= _MOST_RECORDINGS:
                 del self.recordings[next(iter(self.recordings))]
@@ -463,7 +470,7 @@ class MaskedGraph(fx.GraphModule):
         """Switch the mode and show its graph."""
         self.shell.train(mode)
         self.training, self._searched_as = mode, None
-        recording = self.recordings.get((mode, self._example.signature))
+        recording = self.recordings.get(self._key(self._example, mode, batch_is_free=True))
         if recording is not None:
             self._show(recording)
         return self

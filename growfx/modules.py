@@ -7,13 +7,31 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-__all__ = ["chain_tensors", "in_mode"]
+__all__ = ["chain_tensors", "in_mode", "settings_of"]
 
 
 def chain_tensors(module: nn.Module) -> Iterator[Tensor]:
     """Parameters, then buffers."""
     yield from module.parameters()
     yield from module.buffers()
+
+
+def settings_of(module: nn.Module) -> int:
+    """A number that is another one, as good as certainly, when a flag, number or name that a module holds is another.
+
+    Modes and private attributes aside.
+    """
+    return hash(
+        tuple(
+            (name, key, value)
+            for name, part in module.named_modules()
+            for key, value in vars(part).items()
+            if type(value) in _PLAIN and key[0] != "_" and key != "training"
+        )
+    )
+
+
+_PLAIN = (bool, int, float, str, type(None))
 
 
 @contextmanager

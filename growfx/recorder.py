@@ -84,6 +84,19 @@ _ON_DEVICE = {"is_meta": "meta", "is_cpu": "cpu", "is_cuda": "cuda", "is_mps": "
 _NO_VALUE = {"_assert", "_assert_async", "_log_api_usage_once"}
 
 
+def _has_input(node: fx.Node) -> bool:
+    """Whether a value was computed from an input, and not from random numbers alone."""
+    seen, waiting = set[fx.Node](), [node]
+    while waiting:
+        node = waiting.pop()
+        if node.op == "placeholder":
+            return True
+        if node not in seen:
+            seen.add(node)
+            waiting += node.all_input_nodes
+    return False
+
+
 class DataDependentError(BaseException):
     """Python took a value out of data inside `module`. A BaseException, so that the model's own code lets it pass."""
 
@@ -503,8 +516,10 @@ class Recorder(TorchFunctionMode):
 
     def _to_python(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = [a for a in chain(args, kwargs.values()) if isinstance(a, Tensor)]
-        if any(self._entry(t) and self.node_of(t) in self.from_data for t in tensors):
-            self._refuse_data(-1, f"`{name.strip('_')}` of a tensor computed from the input")
+        read = [self.node_of(t) for t in tensors if self._entry(t)]
+        if any(node in self.from_data for node in read):
+            of = "a tensor computed from the input" if any(map(_has_input, read)) else "a random number"
+            self._refuse_data(-1, f"`{name.strip('_')}` of {of}")
         return func(*args, **kwargs)
 
     def _set_item(self, base: Tensor, index: Any, value: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from typing import Any
 
@@ -15,7 +14,8 @@ _WRITING_FUNCTIONS = (operator.setitem, operator.iadd, operator.isub, operator.i
 
 def evaluating_copy(module: nn.Module) -> nn.Module:
     """A shallow copy in evaluation mode that shares parameters and buffers: the module's own mode stays."""
-    twin = copy.copy(module)
+    twin = type(module).__new__(type(module))
+    twin.__dict__.update(module.__dict__)
     twin.__dict__["_modules"] = {
         name: None if child is None else evaluating_copy(child) for name, child in module._modules.items()
     }
