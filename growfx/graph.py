@@ -7,8 +7,9 @@ import functools
 import hashlib
 import inspect
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+import threading
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +34,28 @@ from growfx.trace_report import TraceReport
 __all__ = ["MaskedGraph", "RecordFunction", "RecordedGraph"]
 
 
-_REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+_REGISTRIES = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_non_persistent_buffers_set",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+# Of the original alone, or made anew for a copy.
+_NOT_COPIED = {
+    *_REGISTRIES,
+    "_compiled_call_impl",
+    "_graph",
+    "_identity",
+    "_looks_inside",
+    "_places",
+    "_recorder",
+    "_shell",
+    "meta",
+    "recordings",
+}
 # Recordings kept for passes; the oldest goes first.
 _MOST_RECORDINGS = 32
 
@@ -71,7 +93,6 @@ class MaskedGraph(fx.GraphModule):
         self._graph = fx.Graph()
         self._code = ""
         self.meta: dict[str, Any] = {}
-        self.training = shell.training
         self.trace_report = report
         # Telling where a model came from may need building others to compare: only done when asked for.
         self._identity: tuple[Callable[[], Any]] | Any = (find_identity,)
@@ -81,7 +102,10 @@ class MaskedGraph(fx.GraphModule):
         self._named_layers: tuple[dict[str, MaskedLayer]] = ({},)
         self._tied: tuple[list[list[MaskedLayer]]] = ([],)
         self._read_directly: tuple[list[MaskedLayer]] = ([],)
+        # (module, name of its parameter, layer) wherever a weight that is read directly is held.
+        self._readers: tuple[list[tuple[nn.Module, str, MaskedLayer]]] = ([],)
         self._places: Places | None = None
+        self._known_settings = 0
         self._complete = True
 
     def _adopt(self, shell: nn.Module) -> None:
@@ -89,6 +113,18 @@ class MaskedGraph(fx.GraphModule):
         self.__dict__["_shell"] = (shell,)  # in a tuple, or it would be registered as a submodule
         for registry in _REGISTRIES:
             self.__dict__[registry] = shell.__dict__[registry]
+
+    @property
+    def training(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the model is in train mode: one flag for both, whoever sets it."""
+        shell = self.__dict__.get("_shell")
+        return shell is None or shell[0].training
+
+    @training.setter
+    def training(self, mode: bool) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        shell = self.__dict__.get("_shell")
+        if shell is not None:
+            shell[0].training = mode
 
     @property
     def identity(self) -> Any:
@@ -219,6 +255,7 @@ class MaskedGraph(fx.GraphModule):
         masked = [*layers.values(), *(layer for group in tied for layer in group)]
         read = [*self._read_directly[0], *self.masked_parameters.values()]
         self._read_directly[0][:] = {id(m): m for m in read if any(m is layer for layer in masked)}.values()
+        self._find_readers()
         self._tied[0].extend(tied)
         self._places = None
         hide_masks(self.shell, list(self._mask_names()))
@@ -234,6 +271,16 @@ class MaskedGraph(fx.GraphModule):
         if isinstance(layer, MaskedLayer) and not layer.read_directly:
             layer.read_directly = True
             self._read_directly[0].append(layer)
+            self._find_readers()
+
+    def _find_readers(self) -> None:
+        layers = {id(layer.parameter): layer for layer in self._read_directly[0]}
+        self._readers[0][:] = [
+            (module, name, layers[id(parameter)])
+            for module in self.shell.modules()
+            for name, parameter in module._parameters.items()
+            if id(parameter) in layers
+        ]
 
     def _check_places(self) -> None:
         """Check that every masked layer is still where it was, with its weight."""
@@ -351,7 +398,8 @@ class MaskedGraph(fx.GraphModule):
             TraceError: the model fails on the inputs.
         """
         for free in (True, False):
-            found = self.recordings.get(self._key(inputs, training, free))
+            key = self._key(inputs, training, free)
+            found = None if key[1] is None else self.recordings.get(key)
             if found is not None and found.batch_is_free >= free:
                 return found
         return self._record(inputs, training)
@@ -359,7 +407,15 @@ class MaskedGraph(fx.GraphModule):
     def _key(self, inputs: Inputs, training: bool, batch_is_free: bool) -> tuple[bool, Any]:
         """What a recording depends on: the mode, the inputs, and the numbers, flags and names that modules hold."""
         signature = inputs.keyed(batch_is_free=batch_is_free)
-        return training, None if signature is None else (signature, settings_of(self.shell))
+        return training, None if signature is None else (signature, self._settings())
+
+    def _settings(self) -> int:
+        if fsdp_modules(self):  # which gives modules other classes and hooks; nothing is recorded from then on
+            return self._known_settings
+        # What a forward assigns is its state, not a setting.
+        states = [what.partition("`")[2].rstrip("`") for what in self.trace_report.side_effects]
+        self._known_settings = settings_of(self.shell, states)
+        return self._known_settings
 
     def _record(self, inputs: Inputs, training: bool) -> RecordedGraph:
         check_recordable(self.shell)
@@ -401,7 +457,7 @@ class MaskedGraph(fx.GraphModule):
             TraceError: a tracer of another kind is at work, which would see masks as constants.
         """
         if torch.compiler.is_compiling():
-            with _masked_attributes(self.shell, self._read_directly[0]):
+            with _masked_attributes(self._readers[0]):
                 return self.shell(*args, **kwargs)
         self._before_call(args, kwargs)
         with self._masked_reads():
@@ -417,11 +473,14 @@ class MaskedGraph(fx.GraphModule):
             self._compare_ranks()
         self._check_places()
 
-    def _masked_reads(self) -> AbstractContextManager[Any]:
-        """Masks where the model reads a weight without calling its layer, for one call of the model's code."""
-        if not self._read_directly[0]:
-            return nullcontext()
-        replaced = [layer for layer in self._read_directly[0] if not layer.can_be_read()]
+    def _masked_reads(self, layers: Iterable[MaskedLayer] | None = None) -> AbstractContextManager[Any]:
+        """Masks where the model reads a weight without calling its layer, for one call of the model's code.
+
+        `layers`: whose weights may be read; default: those that the forward was seen to read.
+        """
+        replaced = [
+            layer for layer in (self._read_directly[0] if layers is None else layers) if not layer.can_be_read()
+        ]
         return MaskedUses(replaced) if replaced else nullcontext()
 
     def __prepare_scriptable__(self) -> Any:
@@ -436,18 +495,27 @@ class MaskedGraph(fx.GraphModule):
         shell = self.__dict__.get("_shell")
         if shell is None:
             raise AttributeError(name)
+        if isinstance(getattr(type(shell[0]), name, None), property) and self.__dict__.get("_complete"):
+            with self._masked_reads(self._named_layers[0].values()):
+                return getattr(shell[0], name)
         value = getattr(shell[0], name)
-        if self._read_directly[0] and inspect.ismethod(value) and value.__self__ is shell[0]:
+        if inspect.ismethod(value) and value.__self__ is shell[0]:
             return self._with_masked_reads(value)
         return value
+
+    def __getitem__(self, index: Any) -> Any:
+        """A part of a model that has numbered parts (`nn.Sequential`)."""
+        shell: Any = self.shell
+        return shell[index]
 
     def _with_masked_reads(self, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
-                with _masked_attributes(self.shell, self._read_directly[0]):
+                with _masked_attributes(self._readers[0]):
                     return method(*args, **kwargs)
-            with self._masked_reads():
+            # A method may read what the forward calls.
+            with self._masked_reads(self.layers.values()):
                 return method(*args, **kwargs)
 
         return call
@@ -469,11 +537,17 @@ class MaskedGraph(fx.GraphModule):
     def train(self, mode: bool = True) -> MaskedGraph:
         """Switch the mode and show its graph."""
         self.shell.train(mode)
-        self.training, self._searched_as = mode, None
+        self._searched_as = None
         recording = self.recordings.get(self._key(self._example, mode, batch_is_free=True))
         if recording is not None:
             self._show(recording)
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.shell._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.shell._load_from_state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the net's own state dict, or the plain model's: then the masks stay as they are.
@@ -516,18 +590,25 @@ class MaskedGraph(fx.GraphModule):
         """The model's state dict with one mask per masked layer; weights are +0.0 outside their masks."""
         self._check_places()
         found = super().state_dict(*args, **kwargs)
-        prefix, keep_vars = kwargs.get("prefix", ""), kwargs.get("keep_vars", False)
-        for mask, label in self._mask_names().items() if self.masked_parameters and not keep_vars else ():
-            layer = self._named_layers[0][label]
-            if isinstance(layer, MaskedParameter) and not is_sharded(layer.parameter) and not layer.obeys():
-                key = f"{prefix}{mask.removesuffix('_mask')}"
-                found[key] = torch.where(layer.mask, layer.parameter.detach(), 0)
+        prefix = kwargs.get("prefix", "")
+        dirty = {} if kwargs.get("keep_vars", False) else self._dirty_weights()
+        for name, parameter in self.named_parameters(remove_duplicate=False) if dirty else ():
+            if id(parameter) in dirty:  # under every name it has
+                found[f"{prefix}{name}"] = dirty[id(parameter)]
         return found
+
+    def _dirty_weights(self) -> dict[int, Tensor]:
+        """Masked weights, by the parameter's id, where what is stored is not zero outside the mask."""
+        return {
+            id(layer.parameter): torch.where(layer.mask, layer.parameter.detach(), 0)
+            for layer in self._named_layers[0].values()
+            if not is_sharded(layer.parameter) and not layer.parameter.is_meta and not layer.obeys()
+        }
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MaskedGraph:
         super()._apply(fn, recurse)
-        self._adopt_parameters()
         self._tie_masks()
+        self._adopt_parameters()
         return self
 
     def _adopt_parameters(self) -> None:
@@ -545,7 +626,17 @@ class MaskedGraph(fx.GraphModule):
         clone = fx.GraphModule.__new__(type(self))
         memo[id(self)] = clone
         shell = copy_modules(self.shell, memo)
-        anew = ("recordings", "_looks_inside", "_graph", "_recorder", "_identity", "meta", "_places", "_shell")
+        anew = (
+            "_compiled_call_impl",
+            "recordings",
+            "_looks_inside",
+            "_graph",
+            "_recorder",
+            "_identity",
+            "meta",
+            "_places",
+            "_shell",
+        )
         state = {k: v for k, v in self.__dict__.items() if k not in (*anew, *_REGISTRIES)}
         clone.__dict__.update(copy.deepcopy(state, memo))
         clone._adopt(shell)
@@ -555,6 +646,7 @@ class MaskedGraph(fx.GraphModule):
         # Only one who edits a copy's graph needs a copy of the graph.
         recordings = {key: replace(r, graph=copy.deepcopy(r.graph)) for key, r in self.recordings.items()}
         shown = next((key for key, r in self.recordings.items() if r.graph is self._graph), None)
+        clone._find_readers()
         clone.__dict__["recordings"] = recordings
         clone.__dict__["_graph"] = fx.Graph() if shown is None else recordings[shown].graph
         return clone
@@ -587,14 +679,27 @@ _UNWRAP_FIRST = (
 
 
 @contextmanager
-def _masked_attributes(shell: nn.Module, layers: list[MaskedLayer]) -> Generator[None]:
+def _masked_attributes(readers: list[tuple[nn.Module, str, MaskedLayer]]) -> Generator[None]:
     """Let compiled code find effective weights under the names of the parameters, for one call."""
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(layer._effective_parameters())
+    for module, name, layer in readers:
+        module.__dict__[name] = layer.effective_weight
+    try:
         yield
+    finally:
+        for module, name, _ in readers:
+            module.__dict__.pop(name, None)
 
 
-def _without_compiler() -> AbstractContextManager[Any]:
-    """A recording started from compiled code runs as plain Python."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+@contextmanager
+def _without_compiler() -> Generator[None]:
+    """A recording started from compiled code runs as plain Python.
+
+    The compiler's stance is one for the process: threads that change it at once would not leave it as it was.
+    """
+    with _ONE_AT_A_TIME:
+        # Made inside: it takes effect when it is made.
+        with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+            yield
+
+
+_ONE_AT_A_TIME = threading.RLock()

@@ -64,8 +64,8 @@ class _Stored:
     that the model reads without calling the layer.
     """
 
-    def __init__(self, parameter: nn.Parameter) -> None:
-        self.parameter = parameter
+    def __init__(self, parameter: nn.Parameter, own_mask: Tensor) -> None:
+        self.parameter, self.own_mask = parameter, own_mask
         self.weight: Tensor | None = None
         self.mask: Tensor | None = None
         self.address = 0
@@ -74,7 +74,10 @@ class _Stored:
         self.hook: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Stored:
-        return _Stored(copy.deepcopy(self.parameter, memo))
+        return _Stored(copy.deepcopy(self.parameter, memo), copy.deepcopy(self.own_mask, memo))
+
+    def __reduce__(self) -> Any:
+        return _Stored, (self.parameter, self.own_mask)
 
 
 class MaskedLayer(nn.Module):
@@ -149,7 +152,8 @@ class MaskedLayer(nn.Module):
     def adopt(self) -> None:
         """Take the parameter that is there for the layer's own, to be kept zero outside the mask in place."""
         if self._stored.parameter is not self.parameter:
-            self._stored = _Stored(self.parameter)
+            self._stored = _Stored(self.parameter, self.mask)
+        self._stored.own_mask = self.mask
         LAYER_OF[id(self.parameter)] = self
 
     def obeys(self) -> bool:
@@ -176,7 +180,7 @@ class MaskedLayer(nn.Module):
     def _settle_whole(self) -> None:
         """Do so with a whole parameter."""
         weight, mask, stored = self.parameter, self.mask, self._stored
-        if stored.parameter is not weight or LAYER_OF.get(id(weight)) is not self:
+        if stored.parameter is not weight or stored.own_mask is not mask or LAYER_OF.get(id(weight)) is not self:
             self.adopt()
             stored = self._stored
         if not mask.is_meta:
@@ -205,9 +209,11 @@ class MaskedLayer(nn.Module):
         if mask.is_meta:  # no values to mask, and torch's shape function of `where` is slow
             return weight
         # What stands in for the parameter (`functional_call`, transforms, proxies) is somebody else's: not written to.
-        if (self._stored.parameter is not weight and not self.sharded) or _is_watched():
+        stored = self._stored
+        is_own = self.sharded or (stored.parameter is weight and stored.own_mask is mask)
+        if not is_own or _is_watched():
             require_whole(weight, _OUTSIDE)
-            return torch.where(mask, weight, 0)
+            return compiled_weight(weight, mask, self._collects) if self._collecting else torch.where(mask, weight, 0)
         if not self._store_obeys(weight, mask):
             return torch.where(mask, weight, 0)
         if not (torch.is_grad_enabled() and weight.requires_grad) or self._collecting:
@@ -230,7 +236,8 @@ class MaskedLayer(nn.Module):
             return self._can_be_read(self.parameter, self.mask)
 
     def _can_be_read(self, weight: nn.Parameter, mask: Tensor) -> bool:
-        if self.gate is not None or self.sharded or self._stored.parameter is not weight or _is_watched():
+        is_own = self._stored.parameter is weight and self._stored.own_mask is mask
+        if self.gate is not None or self.sharded or not is_own or _is_watched():
             return False
         if mask.is_meta:
             return True
@@ -260,11 +267,16 @@ class MaskedLayer(nn.Module):
     def _effective_parameters(self) -> Generator[None]:
         """Let the code of the original class read the effective weight under the parameter's own name."""
         # An entry of the instance's dict is found before nn.Module looks among the parameters.
+        before = self.__dict__.get(self.weight_name)
         self.__dict__[self.weight_name] = self.effective_weight
         try:
             yield
         finally:
-            del self.__dict__[self.weight_name]
+            # Other threads may be here too.
+            if before is None:
+                self.__dict__.pop(self.weight_name, None)
+            else:
+                self.__dict__[self.weight_name] = before
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the original class's forward on the effective weight."""
@@ -365,7 +377,7 @@ class MaskedParameter(MaskedLayer):
         weight = self.parameter
         if mask is not None or self.mask_name not in owner._buffers:
             owner.register_buffer(self.mask_name, torch.ones_like(weight, dtype=torch.bool) if mask is None else mask)
-        self._stored = _Stored(weight)
+        self._stored = _Stored(weight, self.mask)
         self._collects = torch.zeros((), dtype=torch.bool, device=weight.device)
         LAYER_OF[id(weight)] = self
 
@@ -549,7 +561,7 @@ def to_twin(module: nn.Module, mask: Tensor | None = None) -> MaskedLayer:
     assert isinstance(module, MaskedLayer)
     weight = module.parameter
     module.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool) if mask is None else mask)
-    module._stored = _Stored(weight)
+    module._stored = _Stored(weight, module.mask)
     module._collects = torch.zeros((), dtype=torch.bool, device=weight.device)
     LAYER_OF[id(weight)] = module
     return module

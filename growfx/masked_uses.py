@@ -14,6 +14,9 @@ from growfx.layers import MaskedLayer
 __all__ = ["MaskedUses"]
 
 
+_TRANSPOSED = {"T", "mT", "H", "mH"}
+
+
 class MaskedUses(TorchFunctionMode):
     """Replace masked parameters among the arguments of torch's functions by the effective weights of their layers.
 
@@ -34,7 +37,8 @@ class MaskedUses(TorchFunctionMode):
                 layer = next((layer for layer in self.gathered if layer.parameter is value), None)
             return value if layer is None else layer.effective_weight
 
-        if getattr(func, "__name__", "") in ("__get__", "__set__", "size", "dim"):
+        name = getattr(func, "__name__", "")
+        if name in ("__set__", "size", "dim") or (name == "__get__" and func.__self__.__name__ not in _TRANSPOSED):
             return func(*args, **(kwargs or {}))
         args, kwargs = pytree.tree_map(effective, (tuple(args), kwargs or {}))
         return func(*args, **kwargs)

@@ -24,5 +24,7 @@ def hide_masks(shell: nn.Module, names: Sequence[str] = ()) -> None:
 
 
 def _without_masks(names: Sequence[str], module: nn.Module, state: Any, prefix: str, _: Any) -> None:
+    if "_shell" in module.__dict__:  # the net's own state dict has them
+        return
     for name in names:
         state.pop(f"{prefix}{name}", None)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from growfx import graph_ops
 from growfx.isolation import python_randomness
@@ -235,6 +236,8 @@ class Recorder(TorchFunctionMode):
         """The node that computed `tensor`, or the one that reads it from the model."""
         entry = self._entry(tensor)
         if entry is not None:
+            if isinstance(tensor, nn.Parameter) and (name := self.tensor_names.get(id(tensor))) is not None:
+                self._note_use(tensor, name)
             return entry()
         alias = self._same_memory(tensor)
         node = self._constant(tensor) if alias is None else alias()
@@ -425,7 +428,7 @@ class Recorder(TorchFunctionMode):
             return func(*plain_args, **plain_kwargs) if value is None else value
         if name in _GRADIENT_HOOKS:
             self.own_gradient = True
-            return func(*plain_args, **plain_kwargs)
+            return RemovableHandle({})  # nothing has a gradient while it is recorded
         if name == "__get__":
             return self._attribute(func.__self__.__name__, func, args)
         if name == "_set_grad_enabled":
@@ -476,6 +479,8 @@ class Recorder(TorchFunctionMode):
 
     def _attribute(self, name: str, getter: Any, args: tuple[Any, ...]) -> Any:
         tensor = args[0]
+        if name in ("requires_grad", "grad_fn"):
+            self.own_gradient = True  # a branch by it may change the gradient
         if name == "shape":
             return self.traced_shape(tensor) if self._entry(tensor) else tensor.shape
         if tensor.is_meta and self.without_values and self.device is not None:

@@ -263,6 +263,7 @@ def _swap_in(shell: nn.Module, exclude: Sequence[str], report: TraceReport) -> d
         twin = to_twin(module)
         # Layers that share a weight share its mask.
         twin._buffers["mask"] = masks.setdefault(id(twin.parameter), twin.mask)
+        twin.adopt()
     if unmatched:
         raise ConfigError(f"exclude: no convolution, linear layer or attention is named like {list(unmatched)}")
     return handles

@@ -893,6 +893,7 @@ def test_other_tracers_are_told_to_work_on_the_plain_model(way):
 
 
 def test_threads_record_and_run_at_once():
+    torch.compile(nn.Linear(2, 2), backend="eager")(torch.ones(1, 2))  # the compiler is there
     calls = nn.Module.__call__
     net = growfx.wrap(
         nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU(), nn.Conv1d(4, 2, 3)), torch.randn(1, 1, 16), density=0.5
@@ -920,6 +921,9 @@ def test_threads_record_and_run_at_once():
         thread.join(120)
     assert not wrong
     assert nn.Module.__call__ is calls
+    asked: list[int] = []
+    torch.compile(nn.Linear(2, 2), backend=lambda graph, _: asked.append(1) or graph.forward)(torch.ones(1, 2))
+    assert asked  # and compiles
     assert torch.equal(net(torch.ones(1, 1, 20)), plain(torch.ones(1, 1, 20)))
 
 

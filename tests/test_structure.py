@@ -145,7 +145,7 @@ def test_wrapping_imports_no_library_of_models() -> None:
 @pytest.mark.parametrize("file", sorted(modules().values()), ids=lambda f: f.stem)
 def test_files_and_functions_are_short_enough_to_read(file: Path) -> None:
     text = file.read_text()
-    assert text.count("\n") <= 600
+    assert text.count("\n") <= 720
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert (node.end_lineno or 0) - node.lineno < 80, node.name
