@@ -696,10 +696,9 @@ def _without_compiler() -> Generator[None]:
 
     The compiler's stance is one for the process: threads that change it at once would not leave it as it was.
     """
-    with _ONE_AT_A_TIME:
-        # Made inside: it takes effect when it is made.
-        with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
-            yield
+    # The stance comes second: it takes effect when it is made.
+    with _ONE_AT_A_TIME, torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+        yield
 
 
 _ONE_AT_A_TIME = threading.RLock()
