@@ -115,13 +115,13 @@ class MaskedGraph(fx.GraphModule):
             self.__dict__[registry] = shell.__dict__[registry]
 
     @property
-    def training(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def training(self) -> bool:
         """Whether the model is in train mode: one flag for both, whoever sets it."""
         shell = self.__dict__.get("_shell")
         return shell is None or shell[0].training
 
     @training.setter
-    def training(self, mode: bool) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def training(self, mode: bool) -> None:
         shell = self.__dict__.get("_shell")
         if shell is not None:
             shell[0].training = mode
