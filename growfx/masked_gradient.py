@@ -122,7 +122,7 @@ class MaskGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor, mark: GradientMark) -> Tensor:  # noqa: D102 - of autograd
         ctx.mask, ctx.mark = mask, mark
-        return weight.view_as(weight)
+        return weight.detach()  # not a view: autograd would refuse it once the parameter was masked in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # noqa: D102 - of autograd
@@ -134,13 +134,8 @@ class MaskGradient(torch.autograd.Function):
 
 class MaskOwnGradient(MaskGradient):
     """The same for a convolution's or linear layer's own use: its gradient belongs to nobody else, so it is masked in
-    place; and the output is no view, so that one output serves all steps.
+    place. One output serves all steps.
     """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, mark: GradientMark) -> Tensor:  # noqa: D102 - of autograd
-        ctx.mask, ctx.mark = mask, mark
-        return weight.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # noqa: D102 - of autograd

@@ -203,6 +203,7 @@ _ADD = (operator.add, operator.iadd, operator.sub, operator.isub, torch.add, tor
 _MULTIPLY = (operator.mul, operator.imul, torch.mul, torch.multiply)
 _DIVIDE = (operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide)
 _IDENTITY_FUNCTIONS = (
+    torch.as_tensor,
     operator.neg, operator.pos, abs, torch.neg, torch.negative, torch.abs, torch.exp, torch.expm1, torch.log,
     torch.log1p, torch.log2, torch.sqrt, torch.square, torch.clone, torch.detach, torch.relu, torch.relu_,
     torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.celu, torch.selu, torch.prelu, torch.rrelu,
