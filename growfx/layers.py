@@ -575,7 +575,8 @@ def to_plain(module: MaskedLayer) -> nn.Module:
     if module._stored.hook is not None:
         module._stored.hook.remove()
     del module._buffers["mask"], module._stored, module._collects
-    module.__dict__.pop("read_directly", None)
+    for name in ("read_directly", "sharded", "dense_gradient", "gate", "_collecting"):
+        module.__dict__.pop(name, None)
     original: Any = module.twin_of
     module.__class__ = original
     return module

@@ -1014,3 +1014,11 @@ def test_masks_of_torchs_pruning_are_taken_over_and_its_checkpoints_load():
     other.load_state_dict(model.state_dict())
     assert other.mask_digest() == net.mask_digest()
     assert gap(other(x), expected) == 0
+
+
+def test_a_model_that_was_unwrapped_has_no_trace_and_wraps_again():
+    net = growfx.wrap(Surgical(), torch.randn(2, 4), density=0.5)
+    plain = growfx.unwrap(net)
+    assert vars(plain.fc).keys() == vars(Surgical().fc).keys()
+    again = growfx.wrap(plain, torch.randn(2, 4))
+    assert type(again.get_submodule("fc")) is type(net.get_submodule("fc"))
