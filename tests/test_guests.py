@@ -487,7 +487,7 @@ def test_named_parameters_are_masked():
     )
     report = growfx.wrap(model, torch.randn(2, 4)).trace_report
     assert "c_attn.weight" in report.unmasked
-    net = growfx.wrap(model, torch.randn(2, 4), masked=["*.weight"] and ["c_attn.w*"], density=0.4)
+    net = growfx.wrap(model, torch.randn(2, 4), masked=["c_attn.w*"], density=0.4)
     assert list(net.layers) == ["fc", "c_attn.weight", "out"]
     assert "c_attn.weight" not in net.trace_report.unmasked
     assert "c_attn.weight_mask" in net.state_dict()
