@@ -32,8 +32,8 @@ from machine import describe
 from tabulate import tabulate
 
 from growfx import methods
-from growfx.compare import compare
-from growfx.compare_report import comparison_rows
+from growfx.commands.compare.comparison import compare
+from growfx.commands.compare.report import comparison_rows
 
 GROWTH = ("pwmpr", "grow-prune", "gradient-growth", "random-growth")
 

@@ -21,9 +21,9 @@ from tabulate import tabulate
 from torch import nn
 
 import growfx
-from growfx.edge_keys import EdgeKeys
-from growfx.optimizer_hooks import clear_state
-from growfx.selection import draw
+from growfx.masked.optimizers import clear_state
+from growfx.selection.edge_keys import EdgeKeys
+from growfx.selection.whole import draw
 
 GROWTH = 1.3
 

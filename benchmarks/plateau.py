@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from growfx.plateau import PlateauRule, Point
+from growfx.methods.growth.plateau import PlateauRule, Point
 
 SEED_DENSITY, GROWTH_RATIO, TOLERANCE = 0.03, 1.3, 0.003
 LEVELS = (0.0, 0.2, 0.5, 1.0, 2.0)  # standard deviation of a round's accuracy, points

@@ -73,7 +73,7 @@ def one_method(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     from torch.nn.parallel import DistributedDataParallel
 
     import growfx
-    from growfx import ranks
+    from growfx.distributed import ranks
 
     torch.manual_seed(0)
     net = growfx.wrap(timm.create_model(arguments.model), torch.randn(1, 3, arguments.size, arguments.size))
@@ -122,7 +122,7 @@ def one_method(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def resting(net: Any, optimizer: Any) -> dict[str, int]:
     """Bytes of what a rank keeps between steps."""
-    from growfx.shards import own_part
+    from growfx.distributed.sharded import own_part
 
     layers = net.layers.values()
     state = [value for entry in optimizer.state.values() for value in entry.values() if value is not None]

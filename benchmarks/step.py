@@ -41,7 +41,7 @@ from torch.nn.utils import parametrize, prune
 from tqdm import tqdm
 
 import growfx
-import growfx.layers
+import growfx.masked.layers
 
 VARIANTS = ("dense", "again", "masked", "unchecked", "prune", "parametrize")
 CPU_CASES = ("resnet50:32:64", "vit_small_patch16_224:32:64", "convnext_tiny:32:64")

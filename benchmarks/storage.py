@@ -38,7 +38,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import growfx
-from growfx.artifact import load_state
+from growfx.artifact.writer import load_state
 
 WITH_NORMS = "growfx artifact, with norms"
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)

@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from growfx import methods as methods
     from growfx import passes as passes
-    from growfx.artifact import inspect as inspect
+    from growfx.artifact.arrays import to_numpy as to_numpy
+    from growfx.artifact.arrays import to_scipy as to_scipy
+    from growfx.artifact.reader import inspect as inspect
+    from growfx.deploy.loading import load as load
+    from growfx.deploy.onnx import export_onnx as export_onnx
+    from growfx.deploy.saving import save as save
     from growfx.errors import ArtifactError as ArtifactError
     from growfx.errors import CheckpointError as CheckpointError
     from growfx.errors import ConfigError as ConfigError
@@ -22,17 +27,12 @@ if TYPE_CHECKING:
     from growfx.errors import MaskError as MaskError
     from growfx.errors import TraceError as TraceError
     from growfx.errors import UnsupportedOperatorError as UnsupportedOperatorError
-    from growfx.export import save as save
-    from growfx.graph import MaskedGraph as MaskedGraph
-    from growfx.models import create_model as create_model
-    from growfx.onnx_file import export_onnx as export_onnx
-    from growfx.passes.mask import unwrap as unwrap
-    from growfx.passes.mask import wrap as wrap
-    from growfx.passes.path_products import path_products as path_products
-    from growfx.runtime import load as load
-    from growfx.sparse_arrays import to_numpy as to_numpy
-    from growfx.sparse_arrays import to_scipy as to_scipy
-    from growfx.training import train as train
+    from growfx.masked.graph import MaskedGraph as MaskedGraph
+    from growfx.models.build import create_model as create_model
+    from growfx.passes.mask.swap import unwrap as unwrap
+    from growfx.passes.mask.swap import wrap as wrap
+    from growfx.passes.path_products.products import path_products as path_products
+    from growfx.training.start import train as train
 
 __version__ = "0.1.0"
 
@@ -44,20 +44,20 @@ _HOME = {
     "GrowfxError": "growfx.errors",
     "GrowfxWarning": "growfx.errors",
     "MaskError": "growfx.errors",
-    "MaskedGraph": "growfx.graph",
+    "MaskedGraph": "growfx.masked.graph",
     "TraceError": "growfx.errors",
     "UnsupportedOperatorError": "growfx.errors",
-    "create_model": "growfx.models",
-    "export_onnx": "growfx.onnx_file",
-    "inspect": "growfx.artifact",
-    "load": "growfx.runtime",
-    "path_products": "growfx.passes.path_products",
-    "save": "growfx.export",
-    "to_numpy": "growfx.sparse_arrays",
-    "to_scipy": "growfx.sparse_arrays",
-    "train": "growfx.training",
-    "unwrap": "growfx.passes.mask",
-    "wrap": "growfx.passes.mask",
+    "create_model": "growfx.models.build",
+    "export_onnx": "growfx.deploy.onnx",
+    "inspect": "growfx.artifact.reader",
+    "load": "growfx.deploy.loading",
+    "path_products": "growfx.passes.path_products.products",
+    "save": "growfx.deploy.saving",
+    "to_numpy": "growfx.artifact.arrays",
+    "to_scipy": "growfx.artifact.arrays",
+    "train": "growfx.training.start",
+    "unwrap": "growfx.passes.mask.swap",
+    "wrap": "growfx.passes.mask.swap",
 }
 _MODULES = ("methods", "passes")
 

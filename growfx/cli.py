@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-import growfx
+from growfx.distributed.launch import RankError, process_group, speaks
 from growfx.error_text import one_line
 from growfx.errors import ConfigError, GrowfxError, GrowfxWarning
-from growfx.launch import RankError, process_group, speaks
+from growfx.version import __version__
 
 __all__ = ["main"]
 
@@ -78,7 +78,7 @@ class _Commands(click.Group):
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(growfx.__version__, prog_name="growfx")
+@click.version_option(__version__, prog_name="growfx")
 def commands() -> None:
     """Grow sparse networks: any timm, torchvision or own model, from a sparse seed to its plateau.
 
@@ -165,10 +165,10 @@ def train(method: str, density: float | None, **given: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="print the facts as JSON")
 def export(run: Path, out: Path, dense: bool, compact: bool, onnx: Path | None, best: bool, as_json: bool) -> None:
     """Write the artifact of a run from its checkpoint."""
-    from growfx.export import check_options, save, save_small, small_network
-    from growfx.job import reopen
-    from growfx.onnx_file import export_onnx, onnx_target, require_onnx
-    from growfx.report import percent, provenance
+    from growfx.commands.job import reopen
+    from growfx.deploy.onnx import export_onnx, onnx_target, require_onnx
+    from growfx.deploy.saving import check_options, save, save_small, small_network
+    from growfx.reporting.run import percent, provenance
 
     check_options(out, dense=dense, compact=compact)
     if onnx is not None:
@@ -202,9 +202,9 @@ def export(run: Path, out: Path, dense: bool, compact: bool, onnx: Path | None, 
 @click.option("--json", "as_json", is_flag=True, help="print the facts as JSON")
 def inspect_command(path: str, assignments: tuple[str, ...], as_json: bool) -> None:
     """Show the layers of an artifact, a run or a model by name: shape, nnz, density, bytes, alive units."""
-    from growfx.inspection import facts_of
+    from growfx.commands.inspection import facts_of
     from growfx.options import parse_assignments
-    from growfx.report import layer_rows, percent, table
+    from growfx.reporting.run import layer_rows, percent, table
 
     facts = facts_of(path, parse_assignments(assignments, {})["model"])
     size = f", {facts['bytes']:,} bytes" if facts.get("bytes") else ""
@@ -224,8 +224,8 @@ def inspect_command(path: str, assignments: tuple[str, ...], as_json: bool) -> N
 @click.option("--json", "as_json", is_flag=True, help="print the facts as JSON")
 def eval_command(path: Path, data: str, split: str, assignments: tuple[str, ...], as_json: bool) -> None:
     """Measure the accuracy of an artifact or a run."""
-    from growfx.inspection import accuracy_of
-    from growfx.report import percent
+    from growfx.commands.inspection import accuracy_of
+    from growfx.reporting.run import percent
 
     facts = accuracy_of(path, data, split, assignments)
     _show(
@@ -260,8 +260,8 @@ def compare_command(
 
     Every run is an ordinary run folder in OUT/runs. A failing run does not stop the others; the status is then 1.
     """
-    from growfx.compare import compare
-    from growfx.compare_report import comparison_text
+    from growfx.commands.compare.comparison import compare
+    from growfx.commands.compare.report import comparison_text
 
     values: dict[str, list[str]] = {}
     for text in sweeps:
@@ -304,8 +304,8 @@ def bench_command(
 
     PATH is an artifact, a run, or a model's name. A row that cannot run says why.
     """
-    from growfx.bench import bench
-    from growfx.bench_variants import COMPILED, VARIANTS
+    from growfx.commands.bench.measure import bench
+    from growfx.commands.bench.variants import COMPILED, VARIANTS
     from growfx.options import parse_assignments
 
     report = bench(
@@ -325,7 +325,7 @@ def methods_command(as_json: bool) -> None:
     """List the methods with the defaults of their options."""
     from growfx import methods
     from growfx.options import as_json as defaults
-    from growfx.report import table
+    from growfx.reporting.run import table
 
     facts = {name: defaults(methods.create(name)) for name in methods.names()}
     rows = [
@@ -381,11 +381,11 @@ def zoo_command(
     `--library guests` checks small models of some thirty other packages (transformers, diffusers, ...) instead, with
     random weights; nothing is downloaded. Packages that are not installed are listed.
     """
-    from growfx.zoo import Results, check_zoo
-    from growfx.zoo_guests import GUESTS, go_offline, guest_names, guest_versions, missing_packages
-    from growfx.zoo_inputs import model_names
-    from growfx.zoo_pool import Limits
-    from growfx.zoo_table import census_text, coverage_text, summary_markdown
+    from growfx.commands.zoo.coverage import Results, check_zoo
+    from growfx.commands.zoo.guests import GUESTS, go_offline, guest_names, guest_versions, missing_packages
+    from growfx.commands.zoo.inputs import model_names
+    from growfx.commands.zoo.pool import Limits
+    from growfx.commands.zoo.table import census_text, coverage_text, summary_markdown
 
     limits = Limits(limit_seconds, limit_memory, jobs)
     with_guests = library == GUESTS
@@ -432,8 +432,8 @@ def _run(
     """Put a run together from the options of `grow` and `train`, and train."""
     import dataclasses
 
-    from growfx.compare_runs import RunSpec
-    from growfx.report import result_rows, table
+    from growfx.commands.compare.pool import RunSpec
+    from growfx.reporting.run import result_rows, table
 
     spec = RunSpec.parse(
         model, data, method_name, assignments, seed=seed, epochs=epochs, method_options=method_options, exclude=exclude

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from growfx.errors import CheckpointError, ConfigError
-from growfx.foreign_loop import ForeignLoop, find_net, find_optimizer
+from growfx.training.foreign_loop import ForeignLoop, find_net, find_optimizer
 
 if TYPE_CHECKING:
-    from growfx.graph import MaskedGraph
+    from growfx.masked.graph import MaskedGraph
     from growfx.methods.base import Method
 
 __all__ = ["STATE_FILE", "SparseTraining"]

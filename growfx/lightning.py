@@ -12,10 +12,10 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from growfx.errors import ConfigError
-from growfx.foreign_loop import ForeignLoop, find_net, find_optimizer
+from growfx.training.foreign_loop import ForeignLoop, find_net, find_optimizer
 
 if TYPE_CHECKING:
-    from growfx.graph import MaskedGraph
+    from growfx.masked.graph import MaskedGraph
     from growfx.methods.base import Method
 
 __all__ = ["SparseTraining"]

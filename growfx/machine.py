@@ -6,7 +6,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import growfx
+from growfx.version import __version__
 
 __all__ = ["machine_facts", "processor", "versions"]
 
@@ -14,7 +14,7 @@ __all__ = ["machine_facts", "processor", "versions"]
 def versions() -> dict[str, str]:
     """Versions that results depend on."""
     others = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy", "scipy")}
-    return {"growfx": growfx.__version__, "python": platform.python_version(), **others}
+    return {"growfx": __version__, "python": platform.python_version(), **others}
 
 
 def machine_facts() -> dict[str, Any]:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from growfx.errors import GrowfxWarning
 
-__all__ = ["LOGGER", "warn_once"]
+__all__ = ["LOGGER", "OWN_FOLDERS", "warn_once"]
 
 # The one logger of the package: a recording fell back, a kernel was not built, a round was refused.
 LOGGER = logging.getLogger("growfx")
-_PACKAGE = (str(Path(__file__).parent), str(Path(__file__).parent.parent / "passes"))
+# Where the code of growfx lies: what runs there is not the user's code.
+OWN_FOLDERS = (str(Path(__file__).parent), str(Path(__file__).parent.parent / "passes"))
 
 
 def warn_once(message: str, notes: list[str]) -> None:
@@ -34,7 +35,7 @@ def _levels_to_caller() -> int:
     """Stack levels from `warn_once` up to the first frame that is not growfx's or torch's own."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and (
-        frame.f_code.co_filename.startswith(_PACKAGE) or frame.f_globals.get("__name__", "").startswith("torch.")
+        frame.f_code.co_filename.startswith(OWN_FOLDERS) or frame.f_globals.get("__name__", "").startswith("torch.")
     ):
         level, frame = level + 1, frame.f_back
     return level

@@ -18,14 +18,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from growfx.errors import TraceError
-from growfx.inputs import Inputs
-from growfx.isolation import caches_bypassed, generators_restored, python_randomness, tables_restored
-from growfx.layers import MaskedLayer
-from growfx.meta_shapes import short_shapes
-from growfx.modules import chain_tensors
+from growfx.masked.inputs import Inputs
+from growfx.masked.isolation import caches_bypassed, generators_restored, python_randomness, tables_restored
+from growfx.masked.layers import MaskedLayer
+from growfx.masked.modules import chain_tensors
+from growfx.masked.recording import RECORDED_CONSTANT, RecordedGraph, compiled
+from growfx.masked.trace_report import TraceReport
 from growfx.passes.free_batch import free_batch
 from growfx.passes.list_unmasked import list_unmasked
-from growfx.passes.record import (
+from growfx.passes.record.call import can_be_written
+from growfx.passes.record.meta_shapes import short_shapes
+from growfx.passes.record.recording import (
     DataDependentError,
     NeedsValuesError,
     Recording,
@@ -34,9 +37,6 @@ from growfx.passes.record import (
     record,
     working_copy,
 )
-from growfx.recorded_call import RECORDED_CONSTANT, can_be_written
-from growfx.recording import RecordedGraph, compiled
-from growfx.trace_report import TraceReport
 
 __all__ = ["Recorded", "record_checked"]
 

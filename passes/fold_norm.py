@@ -18,15 +18,15 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from growfx.compaction.folded_norm import folding_refusal, without_norm
 from growfx.errors import TraceError
-from growfx.folded_norm import folding_refusal, without_norm
-from growfx.passes.compact_precision import outputs_of
-from growfx.passes.compact_trials import Trial, difference, example_of, trials_of, working_copy
-from growfx.passes.mask import unwrap
-from growfx.passes.path_rules import APPLIED, row_of
+from growfx.passes.compact.precision import outputs_of
+from growfx.passes.mask.swap import unwrap
+from growfx.passes.path_products.rules.table import APPLIED, row_of
+from growfx.passes.trials import Trial, difference, example_of, trials_of, working_copy
 
 if TYPE_CHECKING:
-    from growfx.graph import MaskedGraph
+    from growfx.masked.graph import MaskedGraph
 
 __all__ = ["FoldedNorms", "fold_norm"]
 

@@ -28,16 +28,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from growfx.density import check_density
-from growfx.edge_keys import EdgeKeys
 from growfx.errors import ConfigError
-from growfx.layers import MaskedLayer
-from growfx.passes.path_products import path_gradients
-from growfx.selection import draw, top
-from growfx.unit_edges import by_unit, from_units
+from growfx.masked.layers import MaskedLayer
+from growfx.masked.weight_layout import by_unit, from_units
+from growfx.passes.path_products.products import path_gradients
+from growfx.selection.density import check_density
+from growfx.selection.edge_keys import EdgeKeys
+from growfx.selection.whole import draw, top
 
 if TYPE_CHECKING:
-    from growfx.graph import MaskedGraph
+    from growfx.masked.graph import MaskedGraph
 
 __all__ = ["Seed", "dead_units", "expected_visits", "seed_masks"]
 

@@ -36,17 +36,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from growfx.connectivity import Connectivity, LayerUnits
-from growfx.edge_keys import EdgeKeys
+from growfx.analysis.connectivity import Connectivity, LayerUnits
 from growfx.errors import TraceError
-from growfx.layers import MaskedLayer
-from growfx.passes.connect import connect
+from growfx.masked.layers import MaskedLayer
+from growfx.masked.weight_layout import by_unit, canonical
+from growfx.passes.connect.interpreter import connect
 from growfx.passes.seed import expected_visits
-from growfx.selection import draw
-from growfx.unit_edges import by_unit, canonical
+from growfx.selection.edge_keys import EdgeKeys
+from growfx.selection.whole import draw
 
 if TYPE_CHECKING:
-    from growfx.graph import MaskedGraph
+    from growfx.masked.graph import MaskedGraph
 
 __all__ = ["Walks", "walk_masks", "walk_visits"]
 

@@ -27,7 +27,7 @@ from artifact_nets import Tied, forge, make_net, plain, read_header, same_bits, 
 from safetensors.torch import save_file
 
 import growfx
-from growfx.artifact import load_masks
+from growfx.artifact.writer import load_masks
 from growfx.errors import ArtifactError
 
 WEIGHTS, CONFIG = "sparse.safetensors", "config.json"

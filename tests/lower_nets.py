@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import growfx
-from growfx.graph import MaskedGraph
-from growfx.inputs import Inputs
+from growfx.masked.graph import MaskedGraph
+from growfx.masked.inputs import Inputs
 
 
 class Residual(nn.Module):

@@ -17,7 +17,7 @@ def run_ranks(job: Callable[..., Any], count: int, *arguments: Any, launched: bo
     They have a process group, or with `launched` only what torchrun would leave in their environment.
     """
     context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "timm", "growfx.training", "growfx.cli"])
+    context.set_forkserver_preload(["torch", "timm", "growfx.training.start", "growfx.cli"])
     port = _free_port()
     pipes, processes = [], []
     for rank in range(count):

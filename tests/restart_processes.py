@@ -16,7 +16,7 @@ def process_of(job: Callable[..., Any], *arguments: Any) -> Generator[BaseProces
     It is forked from one that has imported everything and done nothing, so that starting it takes no time.
     """
     context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "timm", "growfx.training", "growfx.cli"])
+    context.set_forkserver_preload(["torch", "timm", "growfx.training.start", "growfx.cli"])
     process = context.Process(target=_alone, args=(job, arguments), daemon=True)
     process.start()
     try:

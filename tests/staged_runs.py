@@ -8,8 +8,8 @@ from method_nets import OPTIMIZERS, small_net
 from torch.nn import functional as F
 
 from growfx.methods import Method
+from growfx.methods.session import Session, Stage
 from growfx.options import TrainOptions
-from growfx.session import Session, Stage
 
 STEPS = 4  # of an epoch
 

@@ -12,11 +12,11 @@ from training_nets import QUICK, fresh_net, loaders
 import growfx
 from growfx import methods
 from growfx.errors import ConfigError
-from growfx.methods import dynamic
-from growfx.methods.static import Static
+from growfx.methods.stepwise import dynamic
+from growfx.methods.stepwise.static import Static
 from growfx.options import TrainOptions
-from growfx.train_step import TrainStep, windows
-from growfx.training import train
+from growfx.training.start import train
+from growfx.training.step import TrainStep, windows
 
 
 def plain_net() -> growfx.MaskedGraph:

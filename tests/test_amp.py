@@ -16,9 +16,9 @@ import growfx
 from growfx import methods
 from growfx.errors import GrowfxError
 from growfx.options import TrainOptions
-from growfx.recipe import seed_globally
-from growfx.train_step import TrainStep
-from growfx.training import train
+from growfx.training.recipe import seed_globally
+from growfx.training.start import train
+from growfx.training.step import TrainStep
 
 
 def batch(number: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import growfx
-from growfx.artifact_file import ArtifactFile
-from growfx.codec import ValueStream, decode_index, decode_values, encode_index, encode_values
+from growfx.artifact.codec import ValueStream, decode_index, decode_values, encode_index, encode_values
+from growfx.artifact.file import ArtifactFile
+from growfx.artifact.weights_file import MAX_HEADER
 from growfx.errors import ArtifactError
-from growfx.weights_file import MAX_HEADER
 
 WEIGHTS, CONFIG = "sparse.safetensors", "config.json"
 
@@ -325,7 +325,7 @@ def test_a_plane_that_is_a_deflate_bomb_is_stopped_at_the_stated_size():
 
 
 def test_the_manifest_of_an_open_file_is_that_of_save(folder: Path):
-    from growfx.artifact_file import opened
+    from growfx.artifact.file import opened
 
     with opened(folder, max_bytes=None) as weights:
         assert isinstance(weights, ArtifactFile)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import growfx
-from growfx.artifact import load_masks, load_state
+from growfx.artifact.writer import load_masks, load_state
 from growfx.errors import ArtifactError
 
 WEIGHTS = "sparse.safetensors"

@@ -19,7 +19,7 @@ import growfx
 from growfx import methods
 from growfx.errors import ConfigError, DataError
 from growfx.methods.base import Method
-from growfx.session import Session
+from growfx.methods.session import Session
 
 
 def mlp(*widths: int, bias: bool = True) -> nn.Sequential:

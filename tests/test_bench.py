@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import growfx
-from growfx import bench_variants
-from growfx.bench import bench
-from growfx.bench_subject import opened_subject
-from growfx.bench_variants import VARIANTS, Built, Setting, Workshop
 from growfx.cli import main
+from growfx.commands.bench import variants as bench_variants
+from growfx.commands.bench.measure import bench
+from growfx.commands.bench.subject import opened_subject
+from growfx.commands.bench.variants import VARIANTS, Built, Setting, Workshop
 from growfx.errors import ArtifactError, ConfigError
 
 SHOWN = ["dense", "norms folded", "torch.compile", "onnxruntime", "masked", "compact", "sparse runtime"]
@@ -132,7 +132,7 @@ def test_the_sparse_runtime_is_timed_for_the_setting(artifact: Path, tmp_path: P
 
 def test_fresh_times_the_choices_anew(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("GROWFX_CACHE", str(tmp_path))
-    monkeypatch.setattr("growfx.passes.lower_network._NOISY", float("inf"))  # this machine may be busy
+    monkeypatch.setattr("growfx.passes.lower.network._NOISY", float("inf"))  # this machine may be busy
     cached = []
     for fresh in (False, False, True, False):
         report = run(artifact, variants=["sparse runtime"], fresh=fresh)
@@ -147,7 +147,7 @@ def test_the_command_passes_fresh_on(monkeypatch: pytest.MonkeyPatch):
         given.append(options["fresh"])
         raise ConfigError("enough")
 
-    monkeypatch.setattr("growfx.bench.bench", noted)
+    monkeypatch.setattr("growfx.commands.bench.measure.bench", noted)
     assert call("bench", "somewhere", "--fresh") == 1
     assert call("bench", "somewhere") == 1
     assert given == [True, False]
@@ -169,7 +169,7 @@ def test_a_variant_that_cannot_be_had_is_a_row_that_says_why(artifact: Path, mon
 
 
 def test_what_is_not_installed_is_said(artifact: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("growfx.onnx_file._is_installed", lambda name: False)
+    monkeypatch.setattr("growfx.deploy.onnx._is_installed", lambda name: False)
     row = run(artifact, variants=["onnxruntime"]).measurements[0].rows[1]
     assert "export to ONNX needs onnx and onnxscript: pip install" in row.note
 

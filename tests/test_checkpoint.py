@@ -9,8 +9,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from growfx.checkpoint import Checkpoints, content_digest, read
 from growfx.errors import CheckpointError
+from growfx.runs.checkpoint import Checkpoints, content_digest, read
 
 
 def state(number: int) -> dict:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from growfx.checkpoint import content_digest, read
 from growfx.cli import main
+from growfx.runs.checkpoint import content_digest, read
 
 RUN = ["test_resnet", "--data", "digits", "--quiet", "--set", "img_size=16", "--set", "lr=0.05"]
 
@@ -313,10 +313,10 @@ def test_ctrl_c_leaves_a_checkpoint_that_resume_finishes_as_if_nothing_happened(
 @pytest.mark.parametrize(
     ("command", "inner"),
     [
-        (["eval", "x", "--data", "digits"], "growfx.inspection.accuracy_of"),
-        (["inspect", "x"], "growfx.inspection.facts_of"),
-        (["bench", "x"], "growfx.bench.bench"),
-        (["export", "x", "--out", "y"], "growfx.job.reopen"),
+        (["eval", "x", "--data", "digits"], "growfx.commands.inspection.accuracy_of"),
+        (["inspect", "x"], "growfx.commands.inspection.facts_of"),
+        (["bench", "x"], "growfx.commands.bench.measure.bench"),
+        (["export", "x", "--out", "y"], "growfx.commands.job.reopen"),
     ],
 )
 def test_an_interrupted_command_promises_only_what_it_has(command, inner, monkeypatch, capsys):

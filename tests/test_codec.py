@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from growfx.codec import (
+from growfx.artifact.codec import (
     IndexStream,
     ValueStream,
     decode_index,

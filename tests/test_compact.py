@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growfx
-from growfx.compaction import apply_plan
-from growfx.compaction_plan import CompactionPlan
-from growfx.passes.compact import Compacted, compact
+from growfx.compaction.apply import apply_plan
+from growfx.compaction.plan import CompactionPlan
+from growfx.passes.compact.network import Compacted, compact
 
 
 def units(result: Compacted) -> dict[str, tuple[int, int]]:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growfx
-from growfx.inputs import Inputs
-from growfx.passes.compact import compact
-from growfx.passes.compact_precision import outputs_of, rounded_away, tolerance_of, widened_model
-from growfx.passes.compact_trials import difference, working_copy
+from growfx.masked.inputs import Inputs
+from growfx.passes.compact.network import compact
+from growfx.passes.compact.precision import outputs_of, rounded_away, tolerance_of, widened_model
+from growfx.passes.trials import difference, working_copy
 
-_COMPACT: Any = importlib.import_module("growfx.passes.compact")
+_COMPACT: Any = importlib.import_module("growfx.passes.compact.network")
 
 
 class Casting(nn.Module):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import growfx
-from growfx.compaction import apply_plan
-from growfx.compaction_plan import CompactionPlan
+from growfx.compaction.apply import apply_plan
+from growfx.compaction.plan import CompactionPlan
 from growfx.errors import ArtifactError
-from growfx.passes.compact import Compacted, compact
+from growfx.passes.compact.network import Compacted, compact
 
 
 class Auxiliary(nn.Module):

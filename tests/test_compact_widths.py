@@ -12,10 +12,10 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
 import growfx
-from growfx.compaction import apply_plan
-from growfx.compaction_plan import CompactionPlan
+from growfx.compaction.apply import apply_plan
+from growfx.compaction.plan import CompactionPlan
 from growfx.errors import ArtifactError
-from growfx.passes.compact import compact
+from growfx.passes.compact.network import compact
 
 
 def timm_model(name: str) -> Any:

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import growfx
-from growfx.compaction import apply_plan
-from growfx.compaction_plan import CompactionPlan
+from growfx.compaction.apply import apply_plan
+from growfx.compaction.plan import CompactionPlan
 from growfx.errors import ArtifactError
-from growfx.passes.compact import compact
+from growfx.passes.compact.network import compact
 
 GOLDEN = Path(__file__).parent / "golden" / "artifact-1.1-compacted"
 

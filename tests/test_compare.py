@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from growfx import plots
-from growfx.checkpoint import read
 from growfx.cli import main
-from growfx.compare import Comparison, Known, _open, plan_controls
-from growfx.compare_progress import LogTail, Meter, epochs_logged
-from growfx.compare_report import comparison_rows, comparison_text, summarise
-from growfx.compare_runs import RunSpec, processes, run_all
+from growfx.commands.compare.comparison import Comparison, Known, _open, plan_controls
+from growfx.commands.compare.pool import RunSpec, processes, run_all
+from growfx.commands.compare.progress import LogTail, Meter, epochs_logged
+from growfx.commands.compare.report import comparison_rows, comparison_text, summarise
 from growfx.errors import ConfigError
+from growfx.reporting import plots
+from growfx.runs.checkpoint import read
 
 MODEL = ["test_resnet", "--data", "digits"]
 OPTIONS = ["--epochs", "1", "--set", "img_size=16", "--set", "lr=0.05", "--set", "static.epochs=2"]

@@ -14,7 +14,7 @@ from training_nets import QUICK, final_state, fresh_net, interrupt_at, loaders
 
 import growfx
 from growfx import methods
-from growfx.training import train
+from growfx.training.start import train
 
 
 class Counted:

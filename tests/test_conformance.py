@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import growfx
 from growfx import methods
-from growfx.cost import forward_cost, training_cost
-from growfx.density import layer_densities
+from growfx.analysis.cost import forward_cost, training_cost
+from growfx.selection.density import layer_densities
 
 Shapes = dict[str, tuple[int, ...]]
 EXCHANGING = ("granet", "mest", "rigl", "rigl-sg", "rigl-sm", "set", "snfs")

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growfx
-from growfx.connectivity import Connectivity
-from growfx.passes import path_rules
-from growfx.passes.connect import MODULES, OPERATORS, connect
-from growfx.passes.connect_operations import maker
-from growfx.passes.path_products import path_products
+from growfx.analysis.connectivity import Connectivity
+from growfx.passes.connect.interpreter import MODULES, OPERATORS, connect
+from growfx.passes.connect.operations import maker
+from growfx.passes.path_products.products import path_products
+from growfx.passes.path_products.rules import table as path_rules
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growfx
-from growfx.passes.compact import compact
-from growfx.passes.connect import connect
+from growfx.passes.compact.network import compact
+from growfx.passes.connect.interpreter import connect
 
 Form = Callable[[nn.Linear, Tensor], Tensor]
 

@@ -16,11 +16,11 @@ from training_nets import QUICK, final_state, fresh_net, interrupt_at, loaders
 
 import growfx
 from growfx import methods
-from growfx.checkpoint import content_digest
 from growfx.errors import CheckpointError, ConfigError
-from growfx.layers import MaskedLayer
-from growfx.methods.continuous import SoftMask
-from growfx.training import train
+from growfx.masked.layers import MaskedLayer
+from growfx.methods.staged.continuous import SoftMask
+from growfx.runs.checkpoint import content_digest
+from growfx.training.start import train
 
 
 def begin(epochs: int = 3, net=None, **options):

@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import growfx
-from growfx.cost import CostMeter, forward_cost, forward_flops, layer_flops
-from growfx.density import layer_counts
+from growfx.analysis.cost import CostMeter, forward_cost, forward_flops, layer_flops
 from growfx.errors import CheckpointError
+from growfx.selection.density import layer_counts
 
 
 class Mixed(nn.Module):

@@ -10,10 +10,10 @@ from error_facts import facts
 from PIL import Image
 from torch import nn
 
-from growfx.data import Split, open_data
+from growfx.data.loaders import InputFormat, fit_input, fit_size, make_loader
+from growfx.data.sources import Split, open_data
 from growfx.errors import ConfigError, DataError
-from growfx.loaders import InputFormat, fit_input, fit_size, make_loader
-from growfx.models import create_model
+from growfx.models.build import create_model
 from growfx.options import DataOptions
 
 
@@ -266,7 +266,7 @@ def test_a_split_knows_its_length():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_augmented_epoch_follows_its_seed_whatever_was_loaded_before(folder, workers):
-    from growfx.recipe import seed_globally
+    from growfx.training.recipe import seed_globally
 
     source = open_data(str(folder))
     form = InputFormat((3, 16, 16), (0.5,) * 3, (0.5,) * 3)

@@ -9,9 +9,9 @@ from error_facts import facts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from growfx.density import DISTRIBUTIONS, check_density, layer_counts, layer_densities, random_masks
-from growfx.edge_keys import EdgeKeys
 from growfx.errors import ConfigError
+from growfx.selection.density import DISTRIBUTIONS, check_density, layer_counts, layer_densities, random_masks
+from growfx.selection.edge_keys import EdgeKeys
 
 
 def wide_resnet(depth: int, width: int) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:

@@ -9,10 +9,10 @@ from artifact_nets import Tied, make_net, plain, same_bits
 from torch import nn
 
 import growfx
-from growfx.doors import as_masked_graph, is_masked_graph
-from growfx.edge_keys import EdgeKeys
 from growfx.errors import ArtifactError, ConfigError, GrowfxError, TraceError
-from growfx.selection import draw, top
+from growfx.masked.doors import as_masked_graph, is_masked_graph
+from growfx.selection.edge_keys import EdgeKeys
+from growfx.selection.whole import draw, top
 
 WRONG: dict[str, tuple[Callable[[growfx.MaskedGraph], Any], type[GrowfxError], str]] = {
     "a number as a model's name": (lambda net: growfx.create_model(3), ConfigError, "`int`"),

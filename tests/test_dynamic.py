@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import growfx
 from growfx import methods
-from growfx.density import layer_counts
 from growfx.errors import ConfigError
+from growfx.selection.density import layer_counts
 
 ALL = ("mest", "rigl", "rigl-sg", "rigl-sm", "set", "snfs")
 BY_LAYER = ("rigl", "set")

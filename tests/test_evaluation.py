@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from growfx.errors import ConfigError, DataError
-from growfx.evaluation import Score, evaluate, logits_of, paired_noise
+from growfx.training.evaluation import Score, evaluate, logits_of, paired_noise
 
 
 class Fixed(nn.Module):

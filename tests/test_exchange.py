@@ -9,9 +9,8 @@ from error_facts import facts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from growfx.edge_keys import EdgeKeys
 from growfx.errors import ConfigError
-from growfx.methods.exchange import (
+from growfx.methods.stepwise.exchange import (
     apportion,
     drop_to,
     exchange,
@@ -20,7 +19,8 @@ from growfx.methods.exchange import (
     keep_largest,
     mean_of_active,
 )
-from growfx.methods.schedules import Clock, Ramp, anneal, step_at
+from growfx.methods.stepwise.schedules import Clock, Ramp, anneal, step_at
+from growfx.selection.edge_keys import EdgeKeys
 
 KINDS = ("distinct", "zero", "ties", "infinite")
 

@@ -16,9 +16,10 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 import growfx
-from growfx import artifact_reader, export
+from growfx.artifact import reader as artifact_reader
+from growfx.deploy import saving as export
+from growfx.deploy.saving import save_small, small_network
 from growfx.errors import ArtifactError, TraceError
-from growfx.export import save_small, small_network
 from growfx.passes.fold_norm import fold_norm
 
 GOLDEN = Path(__file__).parent / "golden" / "artifact-1.1-folded"

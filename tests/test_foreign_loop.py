@@ -9,9 +9,9 @@ from loop_nets import BATCH, EPOCHS, STEPS, data, net, optimizer_of, plain_loop,
 from torch import nn
 
 import growfx
-from growfx.checkpoint import content_digest
 from growfx.errors import ConfigError
-from growfx.foreign_loop import ForeignLoop, find_net, find_optimizer
+from growfx.runs.checkpoint import content_digest
+from growfx.training.foreign_loop import ForeignLoop, find_net, find_optimizer
 
 CLOCK = {"total_steps": EPOCHS * STEPS, "steps_per_epoch": STEPS}
 

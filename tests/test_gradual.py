@@ -10,8 +10,8 @@ from method_nets import OPTIMIZERS, small_net, train_steps
 from torch.nn import functional as F
 
 from growfx import methods
-from growfx.density import layer_counts
 from growfx.errors import ConfigError
+from growfx.selection.density import layer_counts
 
 
 def begin(name: str, total_steps: int = 40, optimizer: str = "sgd", **options):

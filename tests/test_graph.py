@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 import growfx
-from growfx.passes.record import record
+from growfx.passes.record.recording import record
 
 
 def model() -> nn.Module:

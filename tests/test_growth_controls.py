@@ -9,12 +9,12 @@ from scipy import stats
 from torch.nn import functional as F
 
 from growfx import methods, path_products
-from growfx.edge_keys import EdgeKeys
 from growfx.errors import CheckpointError, ConfigError, GrowfxWarning
-from growfx.methods.grow_prune import droppable
-from growfx.passes.path_products import path_gradients
+from growfx.masked.weight_layout import joined_units
+from growfx.methods.growth.grow_prune import droppable
+from growfx.passes.path_products.products import path_gradients
 from growfx.passes.seed import dead_units
-from growfx.unit_edges import joined_units
+from growfx.selection.edge_keys import EdgeKeys
 
 GROWTH = ["grow-prune", "gradient-growth", "pwmpr", "random-growth"]
 

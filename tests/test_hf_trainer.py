@@ -10,8 +10,8 @@ import torch
 from loop_nets import BATCH, EPOCHS, STEPS, data, net, optimizer_of, plain_loop, pwmpr, rigl
 from torch import nn
 
-from growfx.checkpoint import content_digest
 from growfx.errors import CheckpointError, ConfigError
+from growfx.runs.checkpoint import content_digest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what its imports announce of one another

@@ -15,8 +15,8 @@ from huggingface_hub import errors
 from torch import nn
 
 import growfx
+from growfx.commands.inspection import accuracy_of, facts_of
 from growfx.errors import ArtifactError, ConfigError, GrowfxError
-from growfx.inspection import accuracy_of, facts_of
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = ("config.json", "sparse.safetensors", "README.md")

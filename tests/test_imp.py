@@ -14,10 +14,10 @@ from training_nets import QUICK, final_state, fresh_net, interrupt_at, loaders
 
 import growfx
 from growfx import methods
-from growfx.checkpoint import content_digest
 from growfx.errors import CheckpointError, ConfigError
-from growfx.session import Stage
-from growfx.training import train
+from growfx.methods.session import Stage
+from growfx.runs.checkpoint import content_digest
+from growfx.training.start import train
 
 
 def begin(epochs: int = 3, net=None, **options):
@@ -218,7 +218,7 @@ def test_the_other_modes_keep_the_weights_and_differ_in_the_schedule(rewind, fir
 
 def test_a_level_starts_with_an_optimizer_that_never_stepped():
     """Also where it counts its steps beside the parameters' state, as timm's Lamb does."""
-    from growfx.recipe import make_optimizer
+    from growfx.training.recipe import make_optimizer
 
     run = session(weight_decay=0.1)
     options = dataclasses.replace(run.options, optimizer="lamb")

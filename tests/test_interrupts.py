@@ -10,10 +10,10 @@ import torch
 from torch.utils.data import DataLoader
 from training_nets import QUICK, final_state, fresh_net, loaders
 
-from growfx import ranks
-from growfx.checkpoint import Checkpoints, content_digest
-from growfx.interrupts import Interrupts, Stopped
-from growfx.training import train
+from growfx.distributed import ranks
+from growfx.runs.checkpoint import Checkpoints, content_digest
+from growfx.training.interrupts import Interrupts, Stopped
+from growfx.training.start import train
 
 BOTH = pytest.mark.parametrize(
     ("number", "ending"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)], ids=["term", "int"]

@@ -16,10 +16,10 @@ from test_restarts import log_of
 from training_nets import QUICK, final_state, fresh_net, loaders
 
 import growfx
-from growfx.checkpoint import Checkpoints, content_digest
 from growfx.errors import CheckpointError
-from growfx.run_folder import RunFolder
-from growfx.training import train
+from growfx.runs.checkpoint import Checkpoints, content_digest
+from growfx.runs.folder import RunFolder
+from growfx.training.start import train
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import growfx
-from growfx.layers import MaskedLayer, masked_class, to_plain, to_twin
-from growfx.masked_gradient import mask_in_place
+from growfx.masked.gradients import mask_in_place
+from growfx.masked.layers import MaskedLayer, masked_class, to_plain, to_twin
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2),

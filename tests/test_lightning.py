@@ -9,8 +9,8 @@ from loop_nets import BATCH, EPOCHS, data, net, optimizer_of, plain_loop, pwmpr,
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from growfx.checkpoint import content_digest
 from growfx.errors import ConfigError
+from growfx.runs.checkpoint import content_digest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what its imports announce of one another

@@ -13,12 +13,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import growfx
-from growfx import sparse_kernel
 from growfx.errors import ConfigError
-from growfx.layer_kernels import CHOICES
-from growfx.lowered_layer import LoweredLayer
-from growfx.max_pool import max_pool2d
-from growfx.passes.lower import lower, lowerable
+from growfx.passes.lower.layers import lower, lowerable
+from growfx.runtime import sparse_kernel
+from growfx.runtime.layer_kernels import CHOICES
+from growfx.runtime.lowered_layer import LoweredLayer
+from growfx.runtime.max_pool import max_pool2d
 
 X = torch.randn(1, 3, 12, 12, generator=torch.Generator().manual_seed(7))
 

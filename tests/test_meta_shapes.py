@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
-from growfx.meta_shapes import function_shapes, module_shapes, short_shapes
+from growfx.passes.record.meta_shapes import function_shapes, module_shapes, short_shapes
 
 
 def meta(nest: Any) -> Any:

@@ -10,8 +10,8 @@ from training_nets import QUICK, Tiny, final_state, fresh_net, interrupt_at, loa
 
 import growfx
 from growfx import methods
-from growfx.checkpoint import content_digest
-from growfx.training import train
+from growfx.runs.checkpoint import content_digest
+from growfx.training.start import train
 
 # Short versions: a few updates, rounds, levels or cycles within four epochs of six steps.
 QUICK_OPTIONS: dict[str, Any] = {

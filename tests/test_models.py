@@ -11,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from growfx.errors import ConfigError
-from growfx.models import (
+from growfx.models.build import (
     ModelIdentity,
     blueprint,
     build_unfilled,

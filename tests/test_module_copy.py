@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from growfx.layers import to_twin
-from growfx.module_copy import copy_modules
+from growfx.masked.layers import to_twin
+from growfx.masked.module_copy import copy_modules
 
 
 class Odd(nn.Module):

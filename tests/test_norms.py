@@ -7,7 +7,7 @@ from torch import nn
 
 import growfx
 from growfx.errors import DataError
-from growfx.norms import reestimate_norms
+from growfx.methods.staged.norm_statistics import reestimate_norms
 
 
 def batches(count: int = 3, size: int = 5):

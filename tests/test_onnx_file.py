@@ -9,7 +9,7 @@ from artifact_nets import Tied, make_net, plain
 from torch import nn
 
 import growfx
-from growfx import onnx_file
+from growfx.deploy import onnx as onnx_file
 from growfx.errors import ArtifactError, ConfigError
 
 
@@ -184,8 +184,8 @@ def test_a_file_that_cannot_be_one_is_refused_first(tmp_path: Path, exporter: Ex
 
 @pytest.mark.usefixtures("exporter")
 def test_arguments_by_keyword_reach_the_exporter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from growfx.input_specs import InputSpec
-    from growfx.remembered_inputs import remember_inputs
+    from growfx.artifact.input_specs import InputSpec
+    from growfx.artifact.remembered_inputs import remember_inputs
 
     class Named(nn.Module):
         def forward(self, x: torch.Tensor, *, scale: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import growfx
 from growfx import methods
+from growfx.masked.optimizers import _KEEPS_ZEROS
 from growfx.methods.base import change_masks
-from growfx.optimizer_hooks import _KEEPS_ZEROS
 
 
 class Holding(optim.Optimizer):

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 import growfx
-from growfx.density import check_density
 from growfx.errors import ConfigError
 from growfx.options import DataOptions, TrainOptions, as_json, parse_assignments
+from growfx.selection.density import check_density
 
 
 @pytest.mark.parametrize(

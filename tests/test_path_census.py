@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from growfx.passes import path_rules
-from growfx.passes.path_endings import is_selection
-from growfx.passes.path_values import Judged, PathValue
-from growfx.passes.record import record
+from growfx.passes.path_products.endings import is_selection
+from growfx.passes.path_products.rules import table as path_rules
+from growfx.passes.path_products.values import Judged, PathValue
+from growfx.passes.record.recording import record
 
 _TORCH = """
 Conv1d Conv2d Conv3d ConvTranspose2d Linear MultiheadAttention LSTM BatchNorm1d BatchNorm2d BatchNorm3d LayerNorm

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torchvision.ops import nms  # also registers the operators of torchvision
 
 import growfx
-from growfx.passes.path_products import path_products
+from growfx.passes.path_products.products import path_products
 
 
 class Heads(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growfx
-from growfx.passes.path_products import path_products
+from growfx.passes.path_products.products import path_products
 
 
 def wrapped(model: nn.Module, *shape: int) -> growfx.MaskedGraph:

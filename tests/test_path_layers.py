@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import growfx
-from growfx.passes.path_graph import PathGraph
-from growfx.passes.path_products import path_products
+from growfx.passes.path_products.interpreter import PathGraph
+from growfx.passes.path_products.products import path_products
 
 
 def size(parameter: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import timm
 import torch
 
 import growfx
-from growfx.passes.path_products import path_products
+from growfx.passes.path_products.products import path_products
 
 
 def shares(net: Any) -> torch.Tensor:

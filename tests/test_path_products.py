@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growfx
-from growfx.passes.path_graph import PathGraph
-from growfx.passes.path_products import check_path_rules, path_gradients, path_products
+from growfx.passes.path_products.interpreter import PathGraph
+from growfx.passes.path_products.products import check_path_rules, path_gradients, path_products
 
 
 def true_scores(paths: Any) -> dict[str, Tensor]:

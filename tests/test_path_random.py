@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growfx
-from growfx.passes.path_products import path_products
+from growfx.passes.path_products.products import path_products
 
 SIDE = 2
 MOST_PATHS = 6_000

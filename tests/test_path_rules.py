@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import growfx
-from growfx.passes import path_rules
-from growfx.passes.path_graph import PathGraph
-from growfx.passes.path_products import path_products
+from growfx.passes.path_products.interpreter import PathGraph
+from growfx.passes.path_products.products import path_products
+from growfx.passes.path_products.rules import table as path_rules
 
 Map = Callable[[Tensor], Tensor]
 CONSTANT = torch.tensor([[0.5, -2.0, 3.0, 1.0]])

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchvision.ops import DeformConv2d, deform_conv2d, roi_align, roi_pool
 
 import growfx
-from growfx.passes.path_products import path_products
+from growfx.passes.path_products.products import path_products
 
 
 class Images(nn.Module):

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growfx
-from growfx.layer_classes import is_known
-from growfx.passes.path_rules import MODULES, row_of
-from growfx.recorder import _LEAF_KINDS
+from growfx.masked.layer_classes import is_known
+from growfx.passes.path_products.rules.table import MODULES, row_of
+from growfx.passes.record.recorder import _LEAF_KINDS
 
 Weights = dict[str, Tensor]
 GATE = torch.tensor([[1.0, 0.0], [0.5, -2.0], [1.0, 1.0], [0.0, 1.0]]).repeat(1, 2)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import growfx
-from growfx.passes.path_products import path_gradients, path_products
+from growfx.passes.path_products.products import path_gradients, path_products
 from growfx.passes.seed import seed_masks
 
 

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 import growfx
 from growfx import methods
 from growfx.errors import ConfigError, TraceError
+from growfx.masked.weight_layout import joined_units
 from growfx.passes import walks as walks_pass
-from growfx.passes.path_products import path_gradients
+from growfx.passes.path_products.products import path_gradients
 from growfx.passes.seed import expected_visits
 from growfx.passes.walks import walk_masks, walk_visits
-from growfx.unit_edges import joined_units
 
 
 def chain(kind: str) -> tuple[nn.Module, torch.Tensor]:

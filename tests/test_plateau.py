@@ -11,7 +11,7 @@ from error_facts import facts
 from scipy.optimize import minimize
 
 from growfx.errors import ConfigError
-from growfx.plateau import LogisticFit, PlateauRule, Point, fit_logistic
+from growfx.methods.growth.plateau import LogisticFit, PlateauRule, Point, fit_logistic
 
 
 def load_benchmark():

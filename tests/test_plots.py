@@ -3,9 +3,9 @@ import sys
 import numpy as np
 import pytest
 
-from growfx import plots
 from growfx.errors import CheckpointError
-from growfx.plateau import PlateauRule, Point
+from growfx.methods.growth.plateau import PlateauRule, Point
+from growfx.reporting import plots
 
 
 def grown(count: int = 14) -> list[dict]:

@@ -6,8 +6,8 @@ from method_nets import OPTIMIZERS, small_net, train_steps
 
 from growfx import methods
 from growfx.errors import CheckpointError, ConfigError
-from growfx.methods.growth import Snapshot, next_nnz
-from growfx.methods.pwmpr import PWMPR
+from growfx.methods.growth.pwmpr import PWMPR
+from growfx.methods.growth.snapshots import Snapshot, next_nnz
 
 
 def attached(optimizer_name: str = "sgd", steps_per_epoch: int = 1, **options):

@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 from training_nets import QUICK, Tiny, final_state, fresh_net, loaders
 
 import growfx
-from growfx import ranks
-from growfx.checkpoint import content_digest, read
+from growfx.distributed import ranks
+from growfx.distributed.launch import RankError, process_group, speaks
 from growfx.errors import CheckpointError, DataError, GrowfxError
-from growfx.launch import RankError, process_group, speaks
-from growfx.train_step import TrainStep
+from growfx.runs.checkpoint import content_digest, read
+from growfx.training.step import TrainStep
 
 METHODS = {
     "rigl": {"density": 0.3, "update_every": 2},

@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 from training_nets import Tiny, loaders
 
 import growfx
-from growfx import ranks
-from growfx.checkpoint import content_digest
+from growfx.distributed import ranks
 from growfx.errors import ConfigError, DataError, GrowfxError, MaskError
-from growfx.evaluation import evaluate
-from growfx.recipe import steps_of
-from growfx.trial import unused_parameters
+from growfx.masked.trial import unused_parameters
+from growfx.runs.checkpoint import content_digest
+from growfx.training.evaluation import evaluate
+from growfx.training.recipe import steps_of
 
 
 def plain_model() -> nn.Module:

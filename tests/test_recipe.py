@@ -9,12 +9,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from training_nets import QUICK, final_state, fresh_net, interrupt_at, loaders
 
-from growfx.checkpoint import content_digest
 from growfx.errors import ConfigError
+from growfx.methods.session import Stage
 from growfx.options import TrainOptions
-from growfx.recipe import make_loss, make_mixup, schedule_of
-from growfx.session import Stage
-from growfx.training import train
+from growfx.runs.checkpoint import content_digest
+from growfx.training.recipe import make_loss, make_mixup, schedule_of
+from growfx.training.start import train
 
 
 def rates(options: TrainOptions, stage: Stage, steps: int = 4) -> list[float]:

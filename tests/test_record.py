@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import growfx
-from growfx.passes.record import DataDependentError, record
+from growfx.passes.record.recording import DataDependentError, record
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 import growfx
-from growfx.bench_subject import opened_subject
+from growfx.artifact.input_specs import InputSpec
+from growfx.artifact.remembered_inputs import default_inputs, inputs_from, specs_of
+from growfx.commands.bench.subject import opened_subject
+from growfx.commands.inspection import facts_of
 from growfx.errors import ArtifactError, ConfigError, TraceError
-from growfx.input_specs import InputSpec
-from growfx.inputs import Inputs
-from growfx.inspection import facts_of
-from growfx.remembered_inputs import default_inputs, inputs_from, specs_of
+from growfx.masked.inputs import Inputs
 
 CACHE = "GROWFX_CACHE"
 
@@ -126,7 +126,7 @@ def test_inspect_counts_alive_units_on_them(tmp_path: Path) -> None:
 
 def test_onnx_files_start_from_them(images: Path, words: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
-    from growfx.onnx_session import OnnxSession
+    from growfx.commands.bench.onnx_session import OnnxSession
 
     model = growfx.load(words, model=Words())
     growfx.export_onnx(model, tmp_path / "words.onnx")
@@ -139,7 +139,7 @@ def test_onnx_files_start_from_them(images: Path, words: Path, tmp_path: Path) -
 
 def test_images_of_another_kind_are_refused_where_images_are_needed(tmp_path: Path) -> None:
     from growfx.errors import DataError
-    from growfx.models import default_image_shape
+    from growfx.models.build import default_image_shape
 
     growfx.save(growfx.wrap(nn.Sequential(nn.Linear(4, 3)), torch.rand(2, 4)), tmp_path / "out")
     model = growfx.load(tmp_path / "out", model=nn.Sequential(nn.Linear(4, 3)))

@@ -1,6 +1,6 @@
 import pytest
 
-from growfx.report import layer_rows, percent, result_rows, summary, table
+from growfx.reporting.run import layer_rows, percent, result_rows, summary, table
 
 RESULT = {
     "method": "pwmpr",

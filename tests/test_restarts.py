@@ -12,10 +12,10 @@ import torch
 from training_nets import QUICK, final_state, fresh_net, loaders
 
 import growfx
-from growfx.checkpoint import Checkpoints, content_digest
-from growfx.train_run import Run
-from growfx.train_step import TrainStep
-from growfx.training import train
+from growfx.runs.checkpoint import Checkpoints, content_digest
+from growfx.training.run import Run
+from growfx.training.start import train
+from growfx.training.step import TrainStep
 
 SHORT = dataclasses.replace(QUICK, epochs=2, checkpoint_minutes=0.0)
 METHODS: dict[str, dict[str, Any]] = {

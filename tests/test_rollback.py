@@ -7,7 +7,7 @@ from contextlib import suppress
 import torch
 from torch import nn
 
-from growfx.rollback import unchanged_on_error
+from growfx.artifact.rollback import unchanged_on_error
 
 
 def meddle(model: nn.Sequential) -> None:

@@ -5,8 +5,8 @@ import pytest
 from error_facts import facts
 
 from growfx.errors import CheckpointError, ConfigError
-from growfx.run_folder import RunFolder, refuse_existing
-from growfx.run_lock import LOCK_NAME
+from growfx.runs.folder import RunFolder, refuse_existing
+from growfx.runs.lock import LOCK_NAME
 
 
 def config(**train) -> dict:

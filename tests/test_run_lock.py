@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 
-from growfx import run_lock
 from growfx.errors import CheckpointError
-from growfx.run_lock import LOCK_NAME, RunLock
+from growfx.runs import lock as run_lock
+from growfx.runs.lock import LOCK_NAME, RunLock
 
 fcntl = pytest.importorskip("fcntl", reason="the system has no such locks")
 
 HOLD = """
 import sys
 from pathlib import Path
-from growfx.run_lock import RunLock
+from growfx.runs.lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 lock.acquire()
 print("held", flush=True)

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 from training_nets import QUICK, Tiny, final_state, fresh_net, interrupt_at, loaders
 
 import growfx
-from growfx.checkpoint import Checkpoints, content_digest
-from growfx.epoch_batches import SampleSeeded
+from growfx.data.batches import SampleSeeded
 from growfx.errors import CheckpointError
-from growfx.training import train
+from growfx.runs.checkpoint import Checkpoints, content_digest
+from growfx.training.start import train
 
 
 def run(out: Path, net: Any = None, **changes: Any) -> None:

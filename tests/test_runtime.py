@@ -15,12 +15,13 @@ from lower_nets import NETS, Picky, Residual, make, same, saved
 from torch import Tensor, nn
 
 import growfx
-from growfx import sparse_kernel
-from growfx.choice_cache import cache_folder, ignored_choices
+from growfx.deploy.loading import SparseRuntime
 from growfx.errors import ArtifactError, ConfigError
-from growfx.lowering_report import LayerLowering
-from growfx.passes import lower_network, lower_timing
-from growfx.runtime import SparseRuntime
+from growfx.passes.lower import network as lower_network
+from growfx.passes.lower import timing as lower_timing
+from growfx.runtime import sparse_kernel
+from growfx.runtime.choice_cache import cache_folder, ignored_choices
+from growfx.runtime.report import LayerLowering
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(7))
 

@@ -7,7 +7,7 @@ from training_nets import QUICK, fresh_net, interrupt_at, loaders
 
 import growfx
 from growfx.errors import ConfigError
-from growfx.training import train
+from growfx.training.start import train
 
 
 def pwmpr():

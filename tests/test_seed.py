@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import growfx
 from growfx.errors import ConfigError
-from growfx.passes.path_products import path_products
+from growfx.passes.path_products.products import path_products
 from growfx.passes.seed import dead_units, expected_visits, seed_masks
 
 

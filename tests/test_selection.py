@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from growfx.edge_keys import EdgeKeys
 from growfx.errors import ConfigError
-from growfx.selection import draw, top
+from growfx.selection.edge_keys import EdgeKeys
+from growfx.selection.whole import draw, top
 
 
 def example_layers(seed: int = 0, spread: float = 2.0) -> dict[str, torch.Tensor]:

@@ -20,9 +20,9 @@ from torch.distributed.tensor import Shard
 from training_nets import loaders
 
 import growfx
-from growfx import ranks
+from growfx.distributed import ranks
+from growfx.distributed.sharded import is_sharded, own_part, part_of
 from growfx.errors import ConfigError, MaskError, TraceError
-from growfx.shards import is_sharded, own_part, part_of
 
 
 def plain_model() -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from growfx.signal_graph import Origin, Reach, SignalGraph
+from growfx.analysis.signal_graph import Origin, Reach, SignalGraph
 
 
 def none() -> np.ndarray:

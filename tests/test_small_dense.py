@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import growfx
 from growfx import methods
 from growfx.errors import ConfigError
-from growfx.passes.connect import connect
+from growfx.passes.connect.interpreter import connect
 
 
 def attached(net, density: float, **options):

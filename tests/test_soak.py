@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import growfx
 from growfx import methods
-from growfx.cost import CostMeter
+from growfx.analysis.cost import CostMeter
 
 UPDATES = 2000
 

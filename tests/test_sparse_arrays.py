@@ -12,9 +12,9 @@ from scipy.sparse import csr_array
 from torch import nn
 
 import growfx
+from growfx.artifact.arrays import _E4M3, _numbers
 from growfx.errors import ArtifactError
-from growfx.layers import MaskedLayer
-from growfx.sparse_arrays import _E4M3, _numbers
+from growfx.masked.layers import MaskedLayer
 
 GOLDEN = Path(__file__).parent / "golden" / "artifact-1.0"
 WIDENED = [torch.float16, torch.bfloat16]

@@ -15,9 +15,9 @@ from error_facts import facts
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from growfx import kernel_build
+from growfx.deploy.loading import kernel_build
 from growfx.errors import ConfigError
-from growfx.sparse_kernel import SparseWeight, conv2d, kernel_status, linear
+from growfx.runtime.sparse_kernel import SparseWeight, conv2d, kernel_status, linear
 
 built = pytest.mark.skipif(bool(kernel_status()), reason=kernel_status() or "the kernel is there")
 

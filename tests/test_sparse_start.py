@@ -7,7 +7,7 @@ from torch import nn
 
 import growfx
 from growfx import methods
-from growfx.methods.sparse_start import scale_to_fan_in
+from growfx.methods.stepwise.sparse_start import scale_to_fan_in
 
 
 def variance_after(layer, x: torch.Tensor) -> float:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from growfx.staging import staged_folder
+from growfx.artifact.staging import staged_folder
 
 
 def write(folder: Path, **files: str) -> None:

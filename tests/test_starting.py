@@ -14,9 +14,9 @@ from training_nets import QUICK, fresh_net, loaders
 
 import growfx
 from growfx import methods
-from growfx.density import layer_counts
 from growfx.errors import ConfigError, GrowfxWarning, TraceError
-from growfx.foreign_loop import ForeignLoop
+from growfx.selection.density import layer_counts
+from growfx.training.foreign_loop import ForeignLoop
 
 
 def options_of(name: str) -> set[str]:

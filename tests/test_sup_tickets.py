@@ -16,12 +16,12 @@ from training_nets import QUICK, final_state, fresh_net, interrupt_at, loaders
 
 import growfx
 from growfx import methods
-from growfx.checkpoint import content_digest
 from growfx.errors import CheckpointError, ConfigError
-from growfx.evaluation import evaluate
-from growfx.methods.sup_tickets import join
-from growfx.norms import reestimate_norms
-from growfx.training import train
+from growfx.methods.staged.norm_statistics import reestimate_norms
+from growfx.methods.staged.sup_tickets import join
+from growfx.runs.checkpoint import content_digest
+from growfx.training.evaluation import evaluate
+from growfx.training.start import train
 
 EXPLORING = ("granet", "mest", "rigl", "rigl-sg", "rigl-sm", "set", "snfs")
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import growfx
-from growfx import choice_cache, kernel_build
+from growfx.deploy.loading import choice_cache, kernel_build
 from growfx.quiet import ignored_warnings
-from growfx.sparse_kernel import kernel_status
+from growfx.runtime.sparse_kernel import kernel_status
 
 THREADS, ROUNDS = 4, 2
 PATIENCE = 120.0  # seconds: a hang is a failure, a busy machine is none

@@ -3,7 +3,7 @@ import random
 import pytest
 import torch
 
-from growfx.timing import Timing, in_turn, thread_count
+from growfx.runtime.timing import Timing, in_turn, thread_count
 
 
 def test_every_round_runs_every_call_twice_in_an_order_of_its_own():

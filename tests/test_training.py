@@ -9,13 +9,13 @@ from torch.utils.data import DataLoader
 from training_nets import QUICK, Tiny, final_state, fresh_net, interrupt_at, loaders
 
 import growfx
-from growfx.checkpoint import content_digest, read
-from growfx.density import random_masks
 from growfx.errors import CheckpointError, ConfigError, DataError, GrowfxError
-from growfx.progress import Progress
-from growfx.run_config import describe_run
-from growfx.session import Stage
-from growfx.training import train
+from growfx.methods.session import Stage
+from growfx.runs.checkpoint import content_digest, read
+from growfx.selection.density import random_masks
+from growfx.training.config import describe_run
+from growfx.training.progress import Progress
+from growfx.training.start import train
 
 
 @dataclass
@@ -287,7 +287,7 @@ def test_a_run_from_before_an_option_of_its_method_existed_had_the_default(tmp_p
         )
 
     with monkeypatch.context() as patch:
-        patch.setattr("growfx.training.describe_run", without)
+        patch.setattr("growfx.training.start.describe_run", without)
         first = train(fresh_net(), train_loader, val_loader, method=gmp(), options=QUICK, out=path, progress=False)
     assert not {*missing} & json.loads((path / "config.json").read_text())["method"].keys()
     assert dataclasses.asdict(again(gmp())) == dataclasses.asdict(first)

@@ -12,13 +12,13 @@ import torch
 
 import growfx
 from growfx.cli import main
+from growfx.commands.zoo.check import check_model
+from growfx.commands.zoo.coverage import Results, check_zoo, versions
+from growfx.commands.zoo.facts import CHECKS, Facts, scrubbed
+from growfx.commands.zoo.inputs import model_names
+from growfx.commands.zoo.pool import Limits, check_all, resident_bytes
+from growfx.commands.zoo.table import census, census_text, coverage_text, summary_markdown
 from growfx.errors import ConfigError, TraceError
-from growfx.zoo import Results, check_zoo, versions
-from growfx.zoo_check import check_model
-from growfx.zoo_facts import CHECKS, Facts, scrubbed
-from growfx.zoo_inputs import model_names
-from growfx.zoo_pool import Limits, check_all, resident_bytes
-from growfx.zoo_table import census, census_text, coverage_text, summary_markdown
 
 
 def call(*arguments) -> int:
@@ -105,7 +105,7 @@ def test_a_net_that_computes_something_else_is_found(monkeypatch):
 
 
 def test_growth_that_misses_its_count_is_found(monkeypatch):
-    import growfx.zoo_check as module
+    import growfx.commands.zoo.check as module
 
     monkeypatch.setattr(module, "next_nnz", lambda nnz, *rest: nnz + 3)
     assert check_model("zoo_nets:good").checks["growth"] == "yes"
@@ -146,7 +146,7 @@ def test_a_model_that_growfx_refuses_to_wrap_computes_nothing_wrong(monkeypatch)
 def test_a_graph_that_computes_something_else_is_found(monkeypatch):
     from torch.nn import functional
 
-    from growfx.graph import MaskedGraph
+    from growfx.masked.graph import MaskedGraph
 
     graph_at = MaskedGraph.graph_at
 
@@ -242,7 +242,7 @@ def checked(monkeypatch) -> list[str]:
             facts.device = "real" if real_below > 100 else "meta"
             yield facts
 
-    monkeypatch.setattr("growfx.zoo.check_all", check)
+    monkeypatch.setattr("growfx.commands.zoo.coverage.check_all", check)
     return asked
 
 

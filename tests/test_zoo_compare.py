@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from growfx.zoo_compare import difference, enliven, leaves, run_followed, run_seeded, weight_layers
+from growfx.commands.zoo.outputs import difference, enliven, leaves, run_followed, run_seeded, weight_layers
 
 
 def test_equal_outputs_do_not_differ_and_rounding_is_allowed_unless_exact():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from growfx.zoo_gradients import reached_matrices, step, step_difference
+from growfx.commands.zoo.gradients import reached_matrices, step, step_difference
 
 
 def steps(model: nn.Module, other: nn.Module, given, seed: int = 1, training: bool = True) -> str:

@@ -10,14 +10,22 @@ import torch
 
 import growfx
 from growfx.cli import main
+from growfx.commands.zoo.check import check_model
+from growfx.commands.zoo.coverage import Results
+from growfx.commands.zoo.facts import CHECKS
+from growfx.commands.zoo.guest import Draw, GuestForm
+from growfx.commands.zoo.guests import (
+    GUESTS,
+    go_offline,
+    guest,
+    guest_names,
+    guest_versions,
+    missing_packages,
+    packages,
+)
+from growfx.commands.zoo.inputs import model_names
+from growfx.commands.zoo.outputs import leaves
 from growfx.errors import ConfigError
-from growfx.zoo import Results
-from growfx.zoo_check import check_model
-from growfx.zoo_compare import leaves
-from growfx.zoo_facts import CHECKS
-from growfx.zoo_guest import Draw, GuestForm
-from growfx.zoo_guests import GUESTS, go_offline, guest, guest_names, guest_versions, missing_packages, packages
-from growfx.zoo_inputs import model_names
 
 SPEC = "guests/efficientnet_pytorch/efficientnet-b0"
 
@@ -215,7 +223,7 @@ def test_the_command_checks_guests_in_processes_and_names_packages_that_are_miss
     stand_in, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    monkeypatch.setattr("growfx.zoo_guests.missing_packages", lambda: ["one", "two"])
+    monkeypatch.setattr("growfx.commands.zoo.guests.missing_packages", lambda: ["one", "two"])
     file = tmp_path / "guests.json"
     command = ("zoo", "efficientnet_pytorch/*b[02]", "--library", "guests", "--json", file, "--quiet", "--jobs", 1)
     assert run(*command) == 0
@@ -240,7 +248,7 @@ def test_results_with_another_version_of_a_guest_are_refused(stand_in, tmp_path)
 
 def test_no_guest_of_that_name_is_an_error_that_names_what_is_missing(capsys, monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    monkeypatch.setattr("growfx.zoo_guests.missing_packages", lambda: ["one"])
+    monkeypatch.setattr("growfx.commands.zoo.guests.missing_packages", lambda: ["one"])
     assert run("zoo", "nonesuch/*", "--library", "guests") == 1
     said = capsys.readouterr().err
     assert "nonesuch/*" in said

@@ -21,7 +21,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from zoo_sample import SAMPLES, Sample
 
 import growfx
-from growfx.density import random_masks
+from growfx.selection.density import random_masks
 
 MASKABLE = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention, CondConv2d)
 WHOLE = [

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import growfx
-from growfx.checkpoint import read
 from growfx.options import TrainOptions
+from growfx.runs.checkpoint import read
 
 
 class Tiny(nn.Module):
@@ -49,8 +49,8 @@ QUICK = TrainOptions(epochs=3, lr=0.1, warmup_epochs=1, device="cpu")
 
 def interrupt_at(monkeypatch, epoch: int, step: int) -> None:
     """Raise in the given step of the given epoch (both counted from the beginning of the run)."""
-    from growfx.train_run import Run
-    from growfx.train_step import TrainStep
+    from growfx.training.run import Run
+    from growfx.training.step import TrainStep
 
     set_up, train_on = Run.set_up, TrainStep.__call__
     started: list[Run] = []

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from growfx import ranks
+from growfx.distributed import ranks
+from growfx.distributed.sharded import is_sharded, own_part, part_of, reshard
 from growfx.error_text import one_line
 from growfx.errors import CheckpointError, ConfigError
-from growfx.layers import MaskedLayer
+from growfx.masked.layers import MaskedLayer
+from growfx.masked.optimizers import clear_state, optimizers_of
 from growfx.methods.scope import as_count
-from growfx.optimizer_hooks import clear_state, optimizers_of
-from growfx.session import Session, Stage
-from growfx.shards import is_sharded, own_part, part_of, reshard
+from growfx.methods.session import Session, Stage
 
 if TYPE_CHECKING:
-    from growfx.graph import MaskedGraph
+    from growfx.masked.graph import MaskedGraph
 
 __all__ = [
     "Method",
@@ -143,7 +143,7 @@ class Method(ABC):
 
 def check_accuracy(accuracy: float, noise: float | None) -> None:
     """Raise `ConfigError` unless `accuracy` is a fraction and `noise` a standard deviation or None."""
-    from growfx.plateau import Point
+    from growfx.methods.growth.plateau import Point
 
     Point(1.0, float(accuracy), None if noise is None else float(noise))
 
@@ -158,7 +158,7 @@ def check_net(method: Method, net: object) -> MaskedGraph:
 
     Raises `ConfigError` for anything else.
     """
-    from growfx.doors import as_masked_graph
+    from growfx.masked.doors import as_masked_graph
 
     return as_masked_graph(net, f"method `{method.name}`")
 

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
+from growfx.distributed.sharded import unsharded
 from growfx.errors import CheckpointError, ConfigError, TraceError
-from growfx.layers import MaskedLayer
-from growfx.passes.path_products import path_gradients
-from growfx.shards import unsharded
+from growfx.masked.layers import MaskedLayer
+from growfx.passes.path_products.products import path_gradients
 
 if TYPE_CHECKING:
-    from growfx.graph import MaskedGraph
+    from growfx.masked.graph import MaskedGraph
     from growfx.methods.base import Method
 
 __all__ = ["Scope", "as_count", "check_optimizer", "find_scope", "is_frozen", "layers_off_path", "listed"]

@@ -1,0 +1,179 @@
+"""The ways to run a network that `growfx bench` compares."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from growfx.commands.bench.onnx_session import OnnxSession
+from growfx.commands.bench.subject import Subject
+from growfx.deploy.loading import SparseRuntime
+from growfx.deploy.onnx import export_onnx
+from growfx.deploy.saving import small_network
+from growfx.errors import ConfigError
+from growfx.masked.graph import MaskedGraph
+from growfx.masked.inputs import Inputs
+from growfx.passes.fold_norm import fold_norm
+from growfx.passes.mask.swap import unwrap
+from growfx.quiet import ignored_warnings
+from growfx.runtime.lowered_layer import Kernel
+from growfx.runtime.report import LoweringReport
+
+__all__ = ["COMPILED", "DENSE", "VARIANTS", "Built", "Setting", "Workshop", "bytes_of"]
+
+DENSE, COMPILED = "dense", "torch.compile"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the times of one table hold for."""
+
+    inputs: Inputs
+    batch: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """One way to run the network.
+
+    Attributes:
+        module: called with the network's inputs.
+        weight_bytes: what its weights take, in memory or, for another runtime, in the file it is given.
+        note: what is worth knowing of it.
+        lowering: the sparse runtime's report of its choices.
+    """
+
+    module: nn.Module
+    weight_bytes: int
+    note: str = ""
+    lowering: LoweringReport | None = None
+
+
+class Workshop:
+    """Builds variants of one network; what does not depend on batch and threads is made once, and so are failures."""
+
+    def __init__(self, subject: Subject, dtype: torch.dtype, folder: Path) -> None:
+        self.subject, self.dtype, self.folder = subject, dtype, folder
+        self._made: dict[Any, Any] = {}
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gave when it was first asked for `key`; its error is raised again."""
+        if key not in self._made:
+            try:
+                self._made[key] = make()
+            except Exception as error:
+                self._made[key] = error
+        if isinstance(self._made[key], Exception):
+            raise self._made[key]
+        return self._made[key]
+
+    def dense(self) -> nn.Module:
+        """The plain model."""
+        return self.once(DENSE, lambda: self.subject.load(dtype=self.dtype))
+
+    def net(self) -> MaskedGraph:
+        """The masked network, in the precision it is stored in."""
+        return self.once("net", self.subject.masked)
+
+
+def _dense(work: Workshop, _: Setting) -> Built:
+    return Built(work.dense(), bytes_of(work.dense()))
+
+
+def _folded(work: Workshop, _: Setting) -> Built:
+    folded = work.once("folded", lambda: fold_norm(work.net()))
+    if not folded.folded:
+        raise ConfigError("no norm can be folded" if folded.kept else "the network has no batch norm to fold")
+    model = work.once("folded model", lambda: folded.model.to(work.dtype))
+    return Built(model, bytes_of(model), f"{len(folded.folded)} norms folded")
+
+
+def _compiled(work: Workshop, _: Setting) -> Built:
+    # Beyond a few compilations of one class torch would silently run it uncompiled.
+    torch.compiler.reset()
+    compiled: Any = torch.compile(work.dense(), dynamic=False)
+    return Built(_Quiet(compiled), bytes_of(work.dense()))
+
+
+def _onnxruntime(work: Workshop, setting: Setting) -> Built:
+    if work.dtype is not torch.float32:
+        raise ConfigError("measured in float32 only")
+    file = work.folder / f"batch{setting.batch}.onnx"
+    inputs = setting.inputs.args
+    work.once(file, lambda: export_onnx(work.dense(), file, example_inputs=inputs, batch=False))
+    return Built(OnnxSession(file, setting.threads), file.stat().st_size, "dense")
+
+
+def _masked(work: Workshop, setting: Setting) -> Built:
+    net: MaskedGraph = work.once("masked", lambda: work.subject.masked().to(work.dtype))
+    with torch.no_grad():
+        net(*setting.inputs.args)  # records it, which inference mode would disturb
+    return Built(net, bytes_of(net))
+
+
+def _compact(work: Workshop, _: Setting) -> Built:
+    small = work.once("compact", lambda: small_network(work.net()))
+    report = small.units
+    if not small.plan:
+        raise ConfigError(f"left whole: {report.refusal}" if report.refusal else "nothing can be left out or folded")
+    model = work.once("compact model", lambda: unwrap(small.net).to(work.dtype))
+    before, after = report.parameters
+    note = f"{report.removed} units left out, {after / before:.1%} of the parameters"
+    return Built(model, bytes_of(model), f"{note}; {len(small.folded)} norms folded")
+
+
+def _sparse(work: Workshop, setting: Setting) -> Built:
+    model = work.subject.load(dtype=work.dtype, runtime="sparse", example_inputs=setting.inputs.args)
+    assert isinstance(model, SparseRuntime)
+    kernels = [module for module in model.modules() if isinstance(module, Kernel)]
+    rest = bytes_of(model) - sum(map(bytes_of, kernels))  # kernels count their packed weights themselves
+    choices = Counter(model.lowering.choices.values())
+    note = ", ".join(f"{count} layers {choice}" for choice, count in sorted(choices.items()))
+    return Built(model, rest + sum(kernel.nbytes for kernel in kernels), note, model.lowering)
+
+
+# In the order they are shown. Each raises where it cannot be had, and says why.
+VARIANTS: dict[str, Callable[[Workshop, Setting], Built]] = {
+    DENSE: _dense,
+    "norms folded": _folded,
+    COMPILED: _compiled,
+    "onnxruntime": _onnxruntime,
+    "masked": _masked,
+    "compact": _compact,
+    "sparse runtime": _sparse,
+}
+
+
+class _Quiet(nn.Module):
+    """A compiled model whose compiler keeps its warnings, about itself, to itself."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.compiled = False
+
+    def forward(self, *inputs: Any) -> Any:
+        """The model's outputs; the first call compiles."""
+        if self.compiled:
+            return self.module(*inputs)
+        with ignored_warnings():
+            result = self.module(*inputs)
+        self.compiled = True
+        return result
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones once."""
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in _tensors(model)}.values())
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()

@@ -1,0 +1,409 @@
+"""Methods side by side: every method at every density and seed, at equal cost where asked for, in one folder.
+
+`DIR/runs/` holds ordinary run folders; `table.txt`, `compare.json` and two plots are made of their results. Finished
+runs are kept, interrupted ones continued.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from growfx import methods
+from growfx.commands.compare.pool import DENSE, RunSpec, field_names, processes, run_all
+from growfx.commands.compare.progress import Meter, finished
+from growfx.commands.compare.report import FORMAT, run_facts, write_comparison
+from growfx.errors import CheckpointError, ConfigError
+from growfx.machine import versions
+from growfx.methods.growth.rounds import Growing
+from growfx.options import DataOptions, TrainOptions, parse_assignments
+from growfx.runs.folder import RunFolder, refuse_existing
+from growfx.training.recipe import private_randomness
+
+__all__ = ["Comparison", "Known", "Planned", "compare", "plan_controls"]
+
+_FRESH = 1000  # added to the seed of a run for weights that are not its own
+_WHERE = {"device", "workers", "data_dir", "download"}  # may change between start and continuation
+_OWN_FLAGS = {"seed": "--seeds", "density": "--densities"}
+_CONTROLS = ("phew", "ticket", DENSE)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of a comparison.
+
+    Attributes:
+        name: of its folder.
+        label, asked: the row of the table it belongs to: what it is, and the density asked for (None: an outcome).
+        control: whether it is there to be compared with another run.
+    """
+
+    name: str
+    spec: RunSpec
+    label: str
+    asked: float | None
+    control: bool = False
+
+
+@dataclass(frozen=True)
+class Known:
+    """What controls are made of: the epochs a run took and the density it ended at."""
+
+    epochs: int
+    density: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared; `compare` says what the fields mean. Raises `ConfigError` where they do not fit together."""
+
+    model: str
+    data: str
+    methods: tuple[str, ...]
+    densities: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    epochs: int | None = None
+    assignments: tuple[str, ...] = ()
+    sweeps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    controls: bool = False
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.methods or not self.seeds:
+            raise ConfigError("nothing to compare; give at least one method and one seed")
+        kinds = self._kinds()  # unknown methods end here
+        if self.densities and not any(_takes_density(kind) for kind in kinds.values()):
+            raise ConfigError(
+                "none of these methods has a density to be given, so `--densities` would do nothing; growth ends at "
+                "`max_density` or before"
+            )
+        general = [text for text in self.assignments if "." not in text.partition("=")[0]]
+        parse_assignments(general, {"data": DataOptions, "train": TrainOptions, **kinds})
+        for key in (text.partition("=")[0] for text in self.assignments):
+            self._check_key(key, "--set")
+        for key, values in self.sweeps.items():
+            self._check_key(key, "--sweep")
+            if not values or key.partition(".")[0] not in self.methods or "." not in key:
+                raise ConfigError(f"`--sweep {key}` is not of a compared method; write `--sweep METHOD.KEY=v1,v2`")
+
+    def _kinds(self) -> dict[str, type]:
+        """Option classes of the compared methods."""
+        allowed = [DENSE, *methods.names()]
+        unknown = next((name for name in self.methods if name not in allowed), None)
+        if unknown is not None:
+            raise ConfigError(f"method `{unknown}` is unknown; allowed: {', '.join(f'`{name}`' for name in allowed)}")
+        return {name: methods.kind_of(name) for name in self.methods if name != DENSE}
+
+    def _check_key(self, key: str, flag: str) -> None:
+        owner, dot, own = key.rpartition(".")
+        allowed = ("model", *self.methods, *(_CONTROLS if self.controls else ()))
+        if dot and owner not in allowed:
+            names = ", ".join(f"`{name}`" for name in dict.fromkeys(allowed))
+            raise ConfigError(
+                f"`{flag} {key}` is for `{owner}`, which is not compared; allowed before the dot: {names}"
+            )
+        outcome = own == "density" and dot and owner not in ("model", DENSE) and not _takes_density(_kind(owner))
+        if own in _OWN_FLAGS and owner != "model" and not outcome:
+            raise ConfigError(f"`{flag} {key}` would be the same for all runs; give it by `{_OWN_FLAGS[own]}`")
+
+    def config(self) -> dict[str, Any]:
+        """Return what the comparison is as JSON values; two are the same comparison when these are."""
+        parts = [text.partition("=") for text in self.assignments]
+        options = {key: value for key, _, value in parts}
+        return {
+            "model": self.model,
+            "epochs": self.epochs,
+            "set": {key: value for key, value in options.items() if key.rpartition(".")[2] not in _WHERE},
+            "methods": list(self.methods),
+            "densities": list(self.densities),
+            "seeds": list(self.seeds),
+            "sweep": {key: list(values) for key, values in self.sweeps.items()},
+            "controls": self.controls,
+            "exclude": list(self.exclude),
+        }
+
+    def runs(self) -> list[Planned]:
+        """Return all runs but the controls."""
+        planned = [run for name in self.methods for run in self._runs_of(name)]
+        names = [run.name for run in planned]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"two runs would share the folder `{twice}`; give every method, density and value once")
+        return planned
+
+    def _runs_of(self, method: str) -> Iterable[Planned]:
+        swept = {key.partition(".")[2]: values for key, values in self.sweeps.items() if key.startswith(f"{method}.")}
+        sized = method != DENSE and _takes_density(_kind(method))
+        densities: Sequence[float | None] = (self.densities or (None,)) if sized else (None,)
+        for values in itertools.product(*swept.values()):
+            chosen = [f"{key}={value}" for key, value in zip(swept, values, strict=True)]
+            for density, seed in itertools.product(densities, self.seeds):
+                spec = self.spec(method, seed, chosen, {} if density is None else {"density": density})
+                parts = [method, *([] if density is None else [f"d{density:g}"]), *chosen, f"s{seed}"]
+                asked = getattr(spec.make_method(), "density", None) if sized else None
+                yield Planned(_file_name("-".join(parts)), spec, " ".join([method, *chosen]), asked)
+
+    def spec(
+        self, method: str, seed: int, chosen: Sequence[str] = (), method_options: Mapping[str, Any] | None = None
+    ) -> RunSpec:
+        """Return a run of one method with what `--set` says of it."""
+        kind = None if method == DENSE else _kind(method)
+        known = field_names(DataOptions) | field_names(TrainOptions) | (field_names(kind) if kind else set[str]())
+        general, own = [], []
+        for text in self.assignments:
+            key = text.partition("=")[0]
+            owner, dot, _ = key.partition(".")
+            if owner == "model" or (not dot and key in known):
+                general.append(text)
+            elif owner == method:
+                own.append(text.removeprefix(f"{method}."))
+        texts = [*general, *own, *chosen]
+        return RunSpec.parse(
+            self.model,
+            self.data,
+            method,
+            texts,
+            seed=seed,
+            epochs=self.epochs,
+            method_options=method_options,
+            exclude=self.exclude,
+        )
+
+    def dense(self, seed: int, epochs: int) -> RunSpec:
+        """Return a dense training of that length."""
+        spec = self.spec(DENSE, seed)
+        return replace(spec, train_options=replace(spec.train_options, epochs=epochs))
+
+
+def plan_controls(
+    comparison: Comparison, runs: Sequence[Planned], known: Mapping[str, Known], folder: Path
+) -> list[Planned]:
+    """Return what makes a comparison one at equal cost, for the `known` ones among `runs`.
+
+    For every row a dense training of as many epochs (rounded mean over its runs); for every growth run a network of
+    its final density made by `phew`, trained by the final schedule; for every sparse run its masks shuffled within the
+    layers, and its masks with other weights, both trained by the final schedule. `folder` holds the folders of `runs`.
+    """
+    planned: dict[str, Planned] = {}
+    lengths = {run.spec.train_options.epochs for run in runs if run.spec.method == DENSE}
+    rows: dict[tuple[str, float | None], list[Planned]] = {}
+    for run in runs:
+        rows.setdefault((run.label, run.asked), []).append(run)
+    for members in rows.values():
+        epochs = [known[run.name].epochs for run in members if run.name in known]
+        mean = round(sum(epochs) / len(epochs)) if epochs else 0
+        if mean and mean not in lengths and members[0].spec.method != DENSE:
+            lengths.add(mean)
+            for seed in comparison.seeds:
+                name = f"dense-e{mean}-s{seed}"
+                planned[name] = Planned(name, comparison.dense(seed, mean), f"dense, {mean} epochs", None, True)
+    for run in runs:
+        if run.name in known and known[run.name].density < 1:
+            planned |= {control.name: control for control in _controls_of(run, known[run.name].density, folder)}
+    return list(planned.values())
+
+
+def _controls_of(run: Planned, density: float, folder: Path) -> Iterable[Planned]:
+    seed = run.spec.train_options.seed
+    if isinstance(run.spec.make_method(), Growing):
+        spec = replace(run.spec, method="phew", method_options={"density": density, "seed": seed})
+        yield Planned(f"phew-of-{run.name}", spec, f"phew as dense as {run.label}", run.asked, True)
+    # the artifact is what the run ended with, whatever its last checkpoint holds
+    source = str((folder / run.name / "artifact").resolve())
+    for kind, shuffle, own in (("shuffled", True, seed), ("fresh", False, seed + _FRESH)):
+        options = {"source": source, "shuffle": shuffle, "seed": own}
+        train = replace(run.spec.train_options, seed=own)
+        spec = replace(run.spec, method="ticket", method_options=options, train_options=train)
+        label = f"{run.label}, {'shuffled masks' if shuffle else 'fresh weights'}"
+        yield Planned(f"ticket-{kind}-of-{run.name}", spec, label, run.asked, True)
+
+
+def compare(
+    model: str,
+    data: str,
+    *,
+    methods: Sequence[str],
+    out: str | Path,
+    densities: Sequence[float] = (),
+    seeds: Sequence[int] = (0,),
+    epochs: int | None = None,
+    assignments: Sequence[str] = (),
+    sweeps: Mapping[str, Sequence[str]] | None = None,
+    controls: bool = False,
+    exclude: Sequence[str] = (),
+    jobs: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train a model by several methods, each in a run folder under `out/runs`, and compare the results.
+
+    Runs go on in processes of their own: call this under ``if __name__ == "__main__":``.
+
+    Args:
+        model, data: specs as on the command line.
+        methods: names, "dense" among the allowed.
+        densities: for methods that are given one; without any, those run at their default. Others (growth) run once
+            for every seed.
+        seeds: one run each.
+        epochs: of the (final) training.
+        assignments: `KEY=VALUE` goes to every option class that has the key, `METHOD.KEY=VALUE` to the runs of one
+            method (its own options, or those of data and training).
+        sweeps: `METHOD.KEY` -> texts; the method runs with every one of them.
+        controls: add those of `plan_controls`.
+        exclude: patterns of names of layers that get no mask, in any run.
+        jobs: runs at the same time; by default one for each core, with one thread each, or 8 on an accelerator.
+        resume: continue in `out`; more methods, densities, seeds and controls may be asked for than before.
+        overwrite: replace the comparison in `out`.
+
+    Returns:
+        what `compare.json` holds: `runs`, `rows` (means over seeds), `failures` (name of a run -> its error), options,
+        versions and hardware.
+
+    Raises:
+        ConfigError: options that are not allowed, or that do nothing.
+        CheckpointError: `out` cannot be used, or holds a comparison of other options.
+        DataError, TraceError: no run could start.
+    """
+    comparison = Comparison(
+        model,
+        data,
+        tuple(dict.fromkeys(methods)),
+        tuple(dict.fromkeys(densities)),
+        tuple(dict.fromkeys(seeds)),
+        epochs,
+        tuple(assignments),
+        {key: tuple(dict.fromkeys(values)) for key, values in (sweeps or {}).items()},
+        controls,
+        tuple(exclude),
+    )
+    planned = comparison.runs()
+    jobs, threads = processes(jobs, planned[0].spec.train_options.device)
+    folder = _open(Path(out), comparison, resume=resume, overwrite=overwrite)
+    work, errors = Path(out) / "runs", dict[str, str]()
+    work.mkdir(exist_ok=True)
+    with closing(Meter(work, progress)) as meter:
+        _expect(meter, planned)
+        if controls:
+            expected = {run.name: Known(_expected_epochs(run.spec), run.asked or 0.5) for run in planned}
+            _expect(meter, plan_controls(comparison, planned, expected, work))
+        _train_all(planned, work, jobs, threads, meter, errors)
+        if controls:
+            ended = {run.name: finished(work / run.name) for run in planned}
+            known = {name: Known(r["epochs"], r["nnz"] / r["numel"]) for name, r in ended.items() if r is not None}
+            more = plan_controls(comparison, planned, known, work)
+            meter.keep(run.name for run in [*planned, *more])
+            _expect(meter, more)
+            _train_all(more, work, jobs, threads, meter, errors)
+            planned += more
+    runs = [_facts_of(run, work, errors.get(run.name)) for run in planned]
+    return write_comparison(folder, {**folder.config, "data": data, "jobs": jobs}, runs)
+
+
+def _facts_of(run: Planned, work: Path, error: str | None) -> dict[str, Any]:
+    return run_facts(
+        work / run.name,
+        label=run.label,
+        method=run.spec.method,
+        asked=run.asked,
+        seed=run.spec.train_options.seed,
+        control=run.control,
+        error=error,
+    )
+
+
+def _train_all(
+    planned: Sequence[Planned], work: Path, jobs: int, threads: int, meter: Meter, errors: dict[str, str]
+) -> None:
+    todo = [(run.name, run.spec, work / run.name) for run in planned if finished(work / run.name) is None]
+    with closing(run_all(todo, work.parent / "logs", jobs=jobs, threads=threads)) as reports:
+        for report in reports:
+            meter.take(report.name, report.epochs, ended=report.ended, failed=report.error is not None)
+            if report.error is not None:
+                errors[report.name] = report.error
+                meter.say(f"{report.name} failed: {report.error}")
+
+
+def _expect(meter: Meter, planned: Iterable[Planned]) -> None:
+    for run in planned:
+        meter.expect(run.name, f"{run.label} {run.asked}", _expected_epochs(run.spec))
+    meter.show()
+
+
+def _open(out: Path, comparison: Comparison, *, resume: bool, overwrite: bool) -> RunFolder:
+    """Open the folder of a comparison once all is sure that can be known before training."""
+    refuse_existing(out, resume=resume, overwrite=overwrite)
+    config = {"format": FORMAT, "versions": versions(), **comparison.config()}
+    folder = RunFolder(out, config)
+    before = folder.read_json("config.json")
+    if before is not None:
+        if before.get("format") != FORMAT:
+            raise CheckpointError(f"`{out}` is not the folder of a comparison; choose another folder")
+        if resume:
+            _require_same(out, before, config)
+    _try_out(comparison)
+    out.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        for name in ("runs", "logs"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        for name in ("table.txt", "compare.json", "accuracy_density.png", "accuracy_cost.png"):
+            (out / name).unlink(missing_ok=True)
+    folder.write_json("config.json", config)
+    return folder
+
+
+def _try_out(comparison: Comparison) -> None:
+    """Build what all runs share: where that fails none of them could start."""
+    from growfx.commands.job import assemble
+
+    spec = comparison.runs()[0].spec
+    with private_randomness():
+        assemble(spec.model, spec.data, spec.data_options, model_kwargs=spec.model_kwargs, exclude=spec.exclude)
+
+
+def _require_same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` unless `now` is the comparison `before`, or has more of methods, densities and such."""
+    for key in ("model", "epochs", "set", "methods", "densities", "seeds", "sweep", "controls", "exclude"):
+        old, new = before.get(key, [] if key == "exclude" else None), now[key]
+        if key in ("methods", "densities", "seeds") and isinstance(old, list):
+            same = set(old) <= set(new)
+        elif key == "controls":
+            same = bool(new) or not old
+        else:
+            same = old == new
+        if not same:
+            raise CheckpointError(
+                f"comparison `{out}` was started with `{key}` = {old!r}, now it is {new!r}; continue with the same "
+                "options (more methods, densities and seeds are allowed), or start a new one in another folder"
+            )
+
+
+def _kind(method: str) -> type:
+    return methods.kind_of(method)
+
+
+def _takes_density(kind: type) -> bool:
+    """Whether a method is told its density. Where the default is None, density is an outcome."""
+    return getattr(kind, "density", None) is not None
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._=+-]", "_", text)
+
+
+def _expected_epochs(spec: RunSpec) -> int:
+    """Return how many epochs a run may take; for growth, if no plateau ends it early."""
+    method, epochs = spec.make_method(), spec.train_options.epochs
+    if not isinstance(method, Growing):
+        return epochs
+    start = method.seed_density or 0.02
+    rounds = math.ceil(math.log(max(method.max_density / start, 1.0)) / math.log(method.growth_ratio)) + 1
+    seed_epochs = method.seed_epochs or method.epochs_per_round
+    return epochs + seed_epochs + (rounds - 1) * method.epochs_per_round

@@ -1,0 +1,1 @@
+"""`growfx zoo`: what works on every model of the zoo."""

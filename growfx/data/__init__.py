@@ -1,0 +1,1 @@
+"""Data sets by name, their loaders and the batches of an epoch."""

@@ -1,0 +1,57 @@
+"""What comes in at public functions: the masked network in what was handed over, or the error that says what to do."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from growfx.errors import ArtifactError, ConfigError, GrowfxError, TraceError
+from growfx.masked.graph import MaskedGraph
+
+__all__ = ["as_masked_graph", "is_masked_graph"]
+
+# Where something else than a network has a class of its own; elsewhere it is a wrong option.
+_KINDS: dict[str, type[GrowfxError]] = {
+    "growfx.save": ArtifactError,
+    "growfx.unwrap": TraceError,
+    "growfx.path_products": TraceError,
+}
+
+
+def as_masked_graph(net: Any, door: str) -> MaskedGraph:
+    """The masked network that `net` is or holds: one that `torch.compile` or a data-parallel class was put around.
+
+    Args:
+        net: what was handed over.
+        door: the public function as the user wrote it ("growfx.save"), for the error.
+
+    Raises:
+        ArtifactError: (`growfx.save`) it is something else.
+        TraceError: (`growfx.unwrap`, `growfx.path_products`) likewise.
+        ConfigError: (all others) likewise.
+    """
+    found = _inner(net)
+    if isinstance(found, MaskedGraph):
+        return found
+    advice = "make one with growfx.wrap(model)" if isinstance(net, nn.Module) else "growfx.wrap makes one of a model"
+    raise _KINDS.get(door, ConfigError)(f"{door} expects a growfx.MaskedGraph, got `{type(net).__name__}`; {advice}")
+
+
+def is_masked_graph(net: Any) -> bool:
+    """Whether `as_masked_graph` finds one."""
+    return isinstance(_inner(net), MaskedGraph)
+
+
+def _inner(net: Any) -> Any:
+    # Asking torch for its compiler would import it; where it was not imported nothing was compiled.
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    while True:
+        if compiler is not None and isinstance(net, compiler.OptimizedModule):
+            net = net._orig_mod
+        elif isinstance(net, (DataParallel, DistributedDataParallel)):
+            net = net.module
+        else:
+            return net

@@ -1,0 +1,704 @@
+"""`MaskedGraph`: a model as a torch.fx graph over masked layers."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from growfx.distributed import ranks
+from growfx.distributed.sharded import check_recordable, fsdp_modules, is_sharded, own_part, part_of
+from growfx.errors import MaskError, TraceError
+from growfx.masked.direct_uses import MaskedUses
+from growfx.masked.inputs import Inputs, as_inputs
+from growfx.masked.layers import MaskedLayer, MaskedParameter, check_mask
+from growfx.masked.module_copy import copy_modules
+from growfx.masked.modules import chain_tensors, settings_of
+from growfx.masked.placement import Places
+from growfx.masked.plain_state import hide_masks
+from growfx.masked.recording import RecordedGraph, RecordFunction, plain_graph_module
+from growfx.masked.torch_pruning import translated
+from growfx.masked.trace_report import TraceReport
+
+__all__ = ["MaskedGraph", "RecordFunction", "RecordedGraph"]
+
+
+_REGISTRIES = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_non_persistent_buffers_set",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+# Of the original alone, or made anew for a copy.
+_NOT_COPIED = {
+    *_REGISTRIES,
+    "_compiled_call_impl",
+    "_graph",
+    "_identity",
+    "_looks_inside",
+    "_places",
+    "_recorder",
+    "_shell",
+    "meta",
+    "recordings",
+}
+# Recordings kept for passes; the oldest goes first.
+_MOST_RECORDINGS = 32
+
+
+class MaskedGraph(fx.GraphModule):
+    """A model over masked layers, with the torch.fx graph that explains it; made by `growfx.wrap`.
+
+    What runs is the model's own forward, whatever it does; it has the model's parameters, buffers and submodules under
+    their own names, with a bool buffer `<layer>.mask` beside each masked weight. Attributes and methods are the
+    model's where the net has none of that name. The recorded graph is for passes: path products, connectivity,
+    compaction. It holds for one mode and for inputs of the same shapes, batch size aside; others are recorded when a
+    pass asks.
+
+    Attributes:
+        trace_report: what was recorded and what was left out.
+        replicated: whether `DistributedDataParallel` holds it, so that all ranks must have the same masks.
+    """
+
+    trace_report: TraceReport
+
+    def __init__(
+        self,
+        shell: nn.Module,
+        example: Inputs,
+        recorder: RecordFunction,
+        report: TraceReport,
+        find_identity: Callable[[], Any] = lambda: None,
+    ):
+        nn.Module.__init__(self)
+        self._adopt(shell)
+        self._example, self._recorder = example, recorder
+        self.recordings: dict[tuple[bool, Any], RecordedGraph] = {}
+        # Recordings that hold for the values they were made with, to work on where the model takes values out of data.
+        self._looks_inside: dict[tuple[bool, Any], RecordedGraph] = {}
+        self._graph = fx.Graph()
+        self._code = ""
+        self.meta: dict[str, Any] = {}
+        self.trace_report = report
+        # Telling where a model came from may need building others to compare: only done when asked for.
+        self._identity: tuple[Callable[[], Any]] | Any = (find_identity,)
+        self.replicated, self._compared = False, False
+        self._searched_as: type | None = None  # `fully_shard` gives what it is called on another class
+        # In plain containers the layers would become submodules of their own.
+        self._named_layers: tuple[dict[str, MaskedLayer]] = ({},)
+        self._tied: tuple[list[list[MaskedLayer]]] = ([],)
+        self._read_directly: tuple[list[MaskedLayer]] = ([],)
+        # (module, name of its parameter, layer) wherever a weight that is read directly is held.
+        self._readers: tuple[list[tuple[nn.Module, str, MaskedLayer]]] = ([],)
+        self._places: Places | None = None
+        self._known_settings = 0
+        self._complete = True
+
+    def _adopt(self, shell: nn.Module) -> None:
+        """Be the shell's root: share its very registries, so that whatever changes one changes the other."""
+        self.__dict__["_shell"] = (shell,)  # in a tuple, or it would be registered as a submodule
+        for registry in _REGISTRIES:
+            self.__dict__[registry] = shell.__dict__[registry]
+
+    @property
+    def training(self) -> bool:
+        """Whether the model is in train mode: one flag for both, whoever sets it."""
+        shell = self.__dict__.get("_shell")
+        return shell is None or shell[0].training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        shell = self.__dict__.get("_shell")
+        if shell is not None:
+            shell[0].training = mode
+
+    @property
+    def identity(self) -> Any:
+        """Where the model came from, for `growfx.save`; None when unknown."""
+        if isinstance(self._identity, tuple):
+            self._identity = self._identity[0]()
+        return self._identity
+
+    # -- masks --------------------------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> dict[str, MaskedLayer]:
+        """Masked layers by name, in data-flow order; layers with tied weights appear once.
+
+        Raises:
+            MaskError: one of them was replaced, or its weight was taken away, since the model was wrapped.
+        """
+        self._check_places()
+        return self._named_layers[0]
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The masks of `layers`, by name."""
+        return {name: layer.mask for name, layer in self.layers.items()}
+
+    @property
+    def nnz(self) -> int:
+        """Active weights of all masked layers."""
+        return sum(layer.nnz for layer in self.layers.values())
+
+    @property
+    def numel(self) -> int:
+        """Weights of all masked layers, active or not."""
+        return sum(layer.numel for layer in self.layers.values())
+
+    @property
+    def density(self) -> float:
+        """Active weights over all weights of the masked layers."""
+        return self.nnz / self.numel if self.numel else 1.0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank has a part of the weights (`fully_shard`)."""
+        return any(layer.sharded for layer in self.layers.values())
+
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Replace the masks of the named layers; weights outside the new masks become +0.0.
+
+        Args:
+            masks: layer name -> bool tensor of the weight's shape. Nothing is changed unless all of them fit.
+
+        Raises:
+            MaskError: unknown layer, wrong shape or dtype.
+        """
+        if not isinstance(masks, Mapping):
+            raise MaskError(f"set_masks expects a mapping of layer name -> bool tensor, got {type(masks).__name__}")
+        layers = self.layers
+        for name, mask in masks.items():
+            if name not in layers:
+                raise MaskError(f"`{name}` is not a masked layer; {_names(layers)}")
+            check_mask(name, layers[name].mask, mask)
+        for name, mask in masks.items():
+            layers[name].mask.copy_(mask)
+            layers[name].settle()
+
+    def mask_digest(self) -> str:
+        """SHA-256, in hex, over the names, shapes and packed masks of all masked layers, in order of their names."""
+        digest = hashlib.sha256()
+        for name in sorted(self.layers):
+            mask = self.layers[name].mask
+            digest.update(f"{name}:{','.join(map(str, mask.shape))};".encode())
+            digest.update(np.packbits(mask.cpu().numpy()).tobytes())
+        return digest.hexdigest()
+
+    def settle(self) -> None:
+        """Make every stored parameter +0.0 outside its mask."""
+        for layer in self.layers.values():
+            layer.settle()
+
+    def verify(self) -> None:
+        """Check that every stored parameter is exactly +0.0 outside its mask.
+
+        Raises:
+            MaskError: names the layers where it is not.
+        """
+        wrong = []
+        for name, layer in self.layers.items():
+            outside = own_part(layer.parameter)[~part_of(layer.mask, layer.parameter)]
+            if bool((outside != 0).any() | torch.signbit(outside).any()):
+                wrong.append(name)
+        if wrong:
+            raise MaskError(f"stored weights outside the mask are not +0.0 in {', '.join(f'`{n}`' for n in wrong)}")
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Buffers that `DistributedDataParallel` need not send before each step; it asks this of what it wraps.
+
+        Masks are chosen alike on every rank and compared; being asked is how the network learns of it.
+        """
+        self.replicated = True
+        return list(self._mask_names())
+
+    def _compare_ranks(self) -> None:
+        """Compare the masks once, in the first forward that all ranks make together."""
+        if ranks.within_ddp():
+            # also where something around this network was wrapped
+            self.replicated = self._compared = True
+            ranks.require_same_masks(self)
+        elif self.sharded:
+            self._compared = True
+            ranks.require_same_masks(self)
+
+    def find_shards(self) -> None:
+        """Find out what `fully_shard` was called on: this network, or modules inside that gather their own weights.
+
+        The first forward after a change of the mode or of this class looks, and a method when it is attached.
+        """
+        self._searched_as = type(self)
+        for layer in self.layers.values() if fsdp_modules(self) else ():
+            layer.sharded = True
+
+    # -- changes of the model ----------------------------------------------------------------------------------------
+
+    def place_layers(self, layers: Mapping[str, MaskedLayer], tied: Sequence[list[MaskedLayer]]) -> None:
+        """Name the masked layers, in data-flow order, and those that share a weight; of `growfx.wrap`."""
+        self._named_layers[0].clear()
+        self._named_layers[0].update(layers)
+        masked = [*layers.values(), *(layer for group in tied for layer in group)]
+        read = [*self._read_directly[0], *self.masked_parameters.values()]
+        self._read_directly[0][:] = {id(m): m for m in read if any(m is layer for layer in masked)}.values()
+        self._find_readers()
+        self._tied[0].extend(tied)
+        self._places = None
+        hide_masks(self.shell, list(self._mask_names()))
+
+    @property
+    def masked_parameters(self) -> dict[str, MaskedParameter]:
+        """Those of `layers` that are masks on parameters of modules that stay what they are."""
+        return {name: layer for name, layer in self._named_layers[0].items() if isinstance(layer, MaskedParameter)}
+
+    def note_direct_read(self, name: str) -> None:
+        """Remember that the model reads the weight of the masked layer `name` without calling the layer."""
+        layer = self.shell.get_submodule(name)
+        if isinstance(layer, MaskedLayer) and not layer.read_directly:
+            layer.read_directly = True
+            self._read_directly[0].append(layer)
+            self._find_readers()
+
+    def _find_readers(self) -> None:
+        layers = {id(layer.parameter): layer for layer in self._read_directly[0]}
+        self._readers[0][:] = [
+            (module, name, layers[id(parameter)])
+            for module in self.shell.modules()
+            for name, parameter in module._parameters.items()
+            if id(parameter) in layers
+        ]
+
+    def _check_places(self) -> None:
+        """Check that every masked layer is still where it was, with its weight."""
+        if self._places is None:
+            self._places = Places(self.shell, self._named_layers[0])
+        self._places.check()
+
+    # -- graphs -------------------------------------------------------------------------------------------------------
+
+    def example(self, batch: int = 1) -> Inputs:
+        """A call that the model accepts: that given to `growfx.wrap`, with `batch` rows, on the net's device."""
+        device = next(chain_tensors(self), torch.empty(0)).device
+        example = self._example.with_batch(batch) if self.batch_is_free else self._example
+        return example.copied(lambda tensor: tensor.to(device))
+
+    def inputs_like(self, example_inputs: Any = None, *, batch: int | None = None) -> Inputs:
+        """What a pass works on: the call that `example_inputs` stand for, on the net's device; default: as recorded.
+
+        Args:
+            example_inputs: as of `growfx.wrap`; a list stands for a tuple.
+            batch: rows to have, where the first dimension is a batch.
+
+        Raises:
+            TraceError: nothing that a model can be called with.
+        """
+        if example_inputs is None:
+            return self.example(1 if batch is None else batch)
+        given = as_inputs(tuple(example_inputs) if isinstance(example_inputs, list) else example_inputs)
+        device = next(chain_tensors(self), torch.empty(0)).device
+        given = given.copied(lambda tensor: tensor.to(device))
+        return given if batch is None or not self.batch_is_free else given.with_batch(batch)
+
+    @property
+    def batch_is_free(self) -> bool:
+        """Whether the first dimension of the inputs is a batch of any size, as far as is known."""
+        return all(recording.batch_is_free or recording.holds_for_values for recording in self.recordings.values())
+
+    def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
+        """Inputs the model accepts: those given to `growfx.wrap`, with `batch` rows, on the net's device.
+
+        The positional ones; `example` has those that are given by keyword too.
+        """
+        return self.example(batch).args
+
+    def graph_at(self, *inputs: Any, training: bool = False, **named: Any) -> fx.Graph:
+        """The recorded graph for inputs like these in the given mode; targets of its nodes are names in this net.
+
+        Where the model takes values out of its data the graph holds for the values of these inputs only, and looks
+        into the modules that `trace_report.opaque` lists: a graph to work on, not to run on others.
+
+        Raises:
+            TraceError: the model cannot be recorded faithfully for these inputs.
+        """
+        return self.graph_for(Inputs(inputs, named), training=training)
+
+    def graph_for(self, given: Inputs, *, training: bool = False, look_inside: bool = False) -> fx.Graph:
+        """`graph_at` for one call of the model, its keyword arguments included.
+
+        `look_inside`: for passes that follow values, with what autograd functions compute in eval mode instead of their
+        application, whose gradient is its author's.
+        """
+        recording = self.recording(given, training)
+        # What is drawn by chance is drawn anew in a graph that leaves such modules whole.
+        by_chance = all("random number" in why for why in self.trace_report.opaque.values())
+        looks = bool(self.trace_report.opaque) and (look_inside or not (training or by_chance))
+        if looks or not recording.faithful:
+            key = (training, given.keyed(batch_is_free=False))
+            found = self._looks_inside.get(key)
+            if found is None or key[1] is None:
+                with _without_compiler(), torch.inference_mode(False):
+                    found = self._recorder(self, given, training, holds_for_values=True)
+                self._looks_inside[key] = found
+            recording = found
+        elif look_inside and recording.own_gradient and not training:
+            recording = self._inside(given, recording.batch_is_free)
+        if not recording.faithful:
+            raise TraceError(
+                "the recording is not faithful, so there is no graph to work on: "
+                f"{self.trace_report.opaque.get('', '')} {' '.join(self.trace_report.notes)}"
+            )
+        return recording.graph
+
+    def _inside(self, given: Inputs, batch_is_free: bool) -> RecordedGraph:
+        key = (False, ("inside", given.keyed(batch_is_free=batch_is_free)))
+        found = self._looks_inside.get(key)
+        if found is None or key[1][1] is None:
+            with _without_compiler(), torch.inference_mode(False):
+                found = self._looks_inside[key] = self._recorder(self, given, False, look_inside=True)
+        return found
+
+    def graph_module(self, *, training: bool | None = None) -> fx.GraphModule:
+        """The recorded program as a plain `torch.fx.GraphModule` over the same masked layers, to run or transform.
+
+        Args:
+            training: the mode it was recorded in; default: the net's.
+
+        Raises:
+            TraceError: the graph would compute something else than the model does; gives the reasons.
+        """
+        training = self.training if training is None else training
+        recording = self.recording(self._example, training)
+        reasons = [] if recording.faithful else list(self.trace_report.notes) or ["the recording is not faithful"]
+        reasons += [f"`{name or type(self.shell).__name__}`: {why}" for name, why in self.trace_report.opaque.items()]
+        reasons += [f"the forward {effect}" for effect in self.trace_report.side_effects]
+        if reasons:
+            raise TraceError(
+                f"there is no graph that does what the model does: {'; '.join(reasons)}; call the net itself"
+            )
+        return plain_graph_module(self.shell, recording.graph, training, shapes_are_fixed=not recording.batch_is_free)
+
+    def recording(self, inputs: Inputs, training: bool) -> RecordedGraph:
+        """The recording for inputs like these in the given mode; made, and compared with the model, when first asked.
+
+        Raises:
+            TraceError: the model fails on the inputs.
+        """
+        for free in (True, False):
+            key = self._key(inputs, training, free)
+            found = None if key[1] is None else self.recordings.get(key)
+            if found is not None and found.batch_is_free >= free:
+                return found
+        return self._record(inputs, training)
+
+    def _key(self, inputs: Inputs, training: bool, batch_is_free: bool) -> tuple[bool, Any]:
+        """What a recording depends on: the mode, the inputs, and the numbers, flags and names that modules hold."""
+        signature = inputs.keyed(batch_is_free=batch_is_free)
+        return training, None if signature is None else (signature, self._settings())
+
+    def _settings(self) -> int:
+        if fsdp_modules(self):  # which gives modules other classes and hooks; nothing is recorded from then on
+            return self._known_settings
+        # What a forward assigns is its state, not a setting.
+        states = [what.partition("`")[2].rstrip("`") for what in self.trace_report.side_effects]
+        self._known_settings = settings_of(self.shell, states)
+        return self._known_settings
+
+    def _record(self, inputs: Inputs, training: bool) -> RecordedGraph:
+        check_recordable(self.shell)
+        with _without_compiler(), torch.inference_mode(False):  # constants may be used in training later
+            made = self._recorder(self, inputs, training)
+        key = self._key(inputs, training, made.batch_is_free)
+        if key[1] is not None or not self.recordings:
+            while len(self.recordings) >= _MOST_RECORDINGS:
+                del self.recordings[next(iter(self.recordings))]
+            self.recordings[key] = made
+        if len(self.recordings) == 1 or (training == self.training and inputs is self._example):
+            self._show(made)
+        return made
+
+    # What `torch.compiler.disable` sets; calling that here would import the whole compiler with growfx.
+    _record._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+    def _show(self, recording: RecordedGraph) -> None:
+        self._graph, code = recording.graph, recording.code
+        # torch.compile reads these of every GraphModule.
+        self.__dict__.update(_code=code.src, _lineno_map=code._lineno_map, _prologue_start=code._prologue_start)
+
+    def recompile(self) -> Any:
+        """Print the shown graph anew after it was edited; what runs is the model's own forward."""
+        code = self._graph.python_code("self")
+        self._code = code.src
+        return code
+
+    @property
+    def shell(self) -> nn.Module:
+        """The model's own class over the same masked modules and parameters."""
+        return self._shell[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model computes with its masked weights: its own forward.
+
+        Raises:
+            MaskError: a masked layer was replaced since the model was wrapped.
+            TraceError: a tracer of another kind is at work, which would see masks as constants.
+        """
+        if torch.compiler.is_compiling():
+            with _masked_attributes(self._readers[0]):
+                return self.shell(*args, **kwargs)
+        self._before_call(args, kwargs)
+        with self._masked_reads():
+            return self.shell(*args, **kwargs)
+
+    def _before_call(self, args: Any, kwargs: Any) -> None:
+        symbolic = isinstance(args, fx.Proxy) or isinstance(kwargs, fx.Proxy)
+        if symbolic or torch._C._is_tracing() or any(isinstance(v, fx.Proxy) for v in (*args, *kwargs.values())):
+            raise TraceError(_UNWRAP_FIRST)
+        if self._searched_as is not type(self):
+            self.find_shards()
+        if not self._compared and self.training:
+            self._compare_ranks()
+        self._check_places()
+
+    def _masked_reads(self, layers: Iterable[MaskedLayer] | None = None) -> AbstractContextManager[Any]:
+        """Masks where the model reads a weight without calling its layer, for one call of the model's code.
+
+        `layers`: whose weights may be read; default: those that the forward was seen to read.
+        """
+        replaced = [
+            layer for layer in (self._read_directly[0] if layers is None else layers) if not layer.can_be_read()
+        ]
+        return MaskedUses(replaced) if replaced else nullcontext()
+
+    def __prepare_scriptable__(self) -> Any:
+        raise TraceError(_UNWRAP_FIRST)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """The submodule of that name, also where the model calls one `layers` or `graph`."""
+        return self.shell.get_submodule(target) if target else self
+
+    def __getattr__(self, name: str) -> Any:
+        # Called where the net itself has nothing of that name: `no_weight_decay()`, `pretrained_cfg`, ... of the model.
+        shell = self.__dict__.get("_shell")
+        if shell is None:
+            raise AttributeError(name)
+        if isinstance(getattr(type(shell[0]), name, None), property) and self.__dict__.get("_complete"):
+            with self._masked_reads(self._named_layers[0].values()):
+                return getattr(shell[0], name)
+        value = getattr(shell[0], name)
+        if inspect.ismethod(value) and value.__self__ is shell[0]:
+            return self._with_masked_reads(value)
+        return value
+
+    def __getitem__(self, index: Any) -> Any:
+        """A part of a model that has numbered parts (`nn.Sequential`)."""
+        shell: Any = self.shell
+        return shell[index]
+
+    def _with_masked_reads(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                with _masked_attributes(self._readers[0]):
+                    return method(*args, **kwargs)
+            # A method may read what the forward calls.
+            with self._masked_reads(self.layers.values()):
+                return method(*args, **kwargs)
+
+        return call
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not self.__dict__.get("_complete") or name in self.__dict__ or hasattr(type(self), name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.shell, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__ or not self.__dict__.get("_complete"):
+            super().__delattr__(name)
+        else:
+            delattr(self.shell, name)
+
+    # -- what an nn.Module does, with masks in mind -------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> MaskedGraph:
+        """Switch the mode and show its graph."""
+        self.shell.train(mode)
+        self._searched_as = None
+        recording = self.recordings.get(self._key(self._example, mode, batch_is_free=True))
+        if recording is not None:
+            self._show(recording)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.shell._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.shell._load_from_state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load the net's own state dict, or the plain model's: then the masks stay as they are.
+
+        One of a model that `torch.nn.utils.prune` pruned brings its masks.
+
+        Raises:
+            MaskError: some masks are missing, or have another shape or dtype; names them.
+        """
+        names = self._mask_names()
+        modules = list(self.named_modules(remove_duplicate=False))
+        masked = [(name, m.weight_name, m.mask_name) for name, m in modules if isinstance(m, MaskedLayer)]
+        state_dict = translated(state_dict, masked)
+        given = [name for name in names if name in state_dict]
+        if given and len(given) < len(names):
+            missing = [f"`{n}`" for n in names if n not in state_dict]
+            raise MaskError(f"the state dict has {len(given)} of {len(names)} masks; missing: {', '.join(missing)}")
+        for name in given:
+            check_mask(names[name], self.get_buffer(name), state_dict[name])
+        if not given:
+            own = {name: self.get_buffer(name) for name in names}
+            state_dict = {**state_dict, **own}
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        self._tie_masks()
+        self._adopt_parameters()  # `assign` puts others in place
+        self.settle()
+        return result
+
+    def _mask_names(self) -> dict[str, str]:
+        """The name of every mask in the state dict -> that of its layer."""
+        modules = list(self.named_modules(remove_duplicate=False))
+        found = {f"{name}.mask": name for name, module in modules if isinstance(module, MaskedLayer)}
+        for label, layer in self.masked_parameters.items():
+            owner = layer.__dict__["owner"]
+            for name in (name for name, module in modules if module is owner):
+                found[f"{name}.{layer.mask_name}".lstrip(".")] = label
+        return found
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's state dict with one mask per masked layer; weights are +0.0 outside their masks."""
+        self._check_places()
+        found = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        dirty = {} if kwargs.get("keep_vars", False) else self._dirty_weights()
+        for name, parameter in self.named_parameters(remove_duplicate=False) if dirty else ():
+            if id(parameter) in dirty:  # under every name it has
+                found[f"{prefix}{name}"] = dirty[id(parameter)]
+        return found
+
+    def _dirty_weights(self) -> dict[int, Tensor]:
+        """Masked weights, by the parameter's id, where what is stored is not zero outside the mask."""
+        return {
+            id(layer.parameter): torch.where(layer.mask, layer.parameter.detach(), 0)
+            for layer in self._named_layers[0].values()
+            if not is_sharded(layer.parameter) and not layer.parameter.is_meta and not layer.obeys()
+        }
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MaskedGraph:
+        super()._apply(fn, recurse)
+        self._tie_masks()
+        self._adopt_parameters()
+        return self
+
+    def _adopt_parameters(self) -> None:
+        for module in (*self.shell.modules(), *self._named_layers[0].values()):
+            if isinstance(module, MaskedLayer) and not is_sharded(module.parameter):
+                module.adopt()
+
+    def _tie_masks(self) -> None:
+        for first, *others in self._tied[0]:
+            for other in others:
+                other._buffers["mask"] = first.mask
+
+    @torch.inference_mode(False)  # a copy made inside may be trained outside
+    def __deepcopy__(self, memo: dict[int, Any]) -> MaskedGraph:
+        clone = fx.GraphModule.__new__(type(self))
+        memo[id(self)] = clone
+        shell = copy_modules(self.shell, memo)
+        anew = (
+            "_compiled_call_impl",
+            "recordings",
+            "_looks_inside",
+            "_graph",
+            "_recorder",
+            "_identity",
+            "meta",
+            "_places",
+            "_shell",
+        )
+        state = {k: v for k, v in self.__dict__.items() if k not in (*anew, *_REGISTRIES)}
+        clone.__dict__.update(copy.deepcopy(state, memo))
+        clone._adopt(shell)
+        clone.__dict__.update(
+            _recorder=self._recorder, _looks_inside={}, _identity=self._identity, meta=dict(self.meta), _places=None
+        )
+        # Only one who edits a copy's graph needs a copy of the graph.
+        recordings = {key: replace(r, graph=copy.deepcopy(r.graph)) for key, r in self.recordings.items()}
+        shown = next((key for key, r in self.recordings.items() if r.graph is self._graph), None)
+        clone._find_readers()
+        clone.__dict__["recordings"] = recordings
+        clone.__dict__["_graph"] = fx.Graph() if shown is None else recordings[shown].graph
+        return clone
+
+    def __copy__(self) -> MaskedGraph:
+        return copy.deepcopy(self)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a MaskedGraph is not pickled: save `net.state_dict()`, or the network with `growfx.save(net, path)`"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.__reduce__()
+
+    def __str__(self) -> str:
+        kind = type(self.shell).__name__
+        return f"MaskedGraph of {kind}: {len(self.layers)} masked layers, density {self.density:.4g}\n{self._code}"
+
+
+def _names(layers: Mapping[str, Any], limit: int = 6) -> str:
+    shown = ", ".join(f"`{name}`" for name in list(layers)[:limit])
+    return f"the masked layers are {shown}{f' and {len(layers) - limit} more' if len(layers) > limit else ''}"
+
+
+_UNWRAP_FIRST = (
+    "a MaskedGraph cannot be traced or scripted: its masks would become constants; work on the plain model, "
+    "growfx.unwrap(net), which has zeros in their place"
+)
+
+
+@contextmanager
+def _masked_attributes(readers: list[tuple[nn.Module, str, MaskedLayer]]) -> Generator[None]:
+    """Let compiled code find effective weights under the names of the parameters, for one call."""
+    for module, name, layer in readers:
+        module.__dict__[name] = layer.effective_weight
+    try:
+        yield
+    finally:
+        for module, name, _ in readers:
+            module.__dict__.pop(name, None)
+
+
+@contextmanager
+def _without_compiler() -> Generator[None]:
+    """A recording started from compiled code runs as plain Python.
+
+    The compiler's stance is one for the process: threads that change it at once would not leave it as it was.
+    """
+    # The stance comes second: it takes effect when it is made.
+    with _ONE_AT_A_TIME, torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+        yield
+
+
+_ONE_AT_A_TIME = threading.RLock()

@@ -1,0 +1,57 @@
+"""What is asked of any module tree: its tensors, and its mode for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from growfx.masked.layers import MaskedLayer
+
+__all__ = ["chain_tensors", "in_mode", "settings_of"]
+
+
+def chain_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters, then buffers."""
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def settings_of(module: nn.Module, states: Collection[str] = ()) -> int:
+    """A number that is another one, as good as certainly, when a flag, number or name that a module holds is another.
+
+    Forward hooks and a replaced forward count, modes and private attributes do not, nor what a masked layer adds.
+
+    Args:
+        module: the root.
+        states: full names of attributes to leave out.
+    """
+    found: list[Any] = []
+    for name, part in module.named_modules():
+        own = part.twin_of.__name__ if isinstance(part, MaskedLayer) else type(part).__name__
+        found.append((name, own, *map(tuple, (part._forward_hooks, part._forward_pre_hooks))))
+        for key, value in vars(part).items():
+            if key[0] == "_" or key in _NO_SETTINGS or f"{name}.{key}".lstrip(".") in states:
+                continue
+            if type(value) in _PLAIN or key == "forward":
+                found.append((key, value if type(value) in _PLAIN else id(value)))
+    return hash(tuple(found))
+
+
+_NO_SETTINGS = {"training", *vars(MaskedLayer), "weight_name", "mask_name"}
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@contextmanager
+def in_mode(module: nn.Module, training: bool) -> Generator[None]:
+    """`module` in train or eval mode; afterwards every submodule is in the mode it was in."""
+    before = [(m, m.training) for m in module.modules()]
+    if module.training != training:
+        module.train(training)
+    try:
+        yield
+    finally:
+        for m, flag in before:
+            m.training = flag

@@ -1,0 +1,217 @@
+"""Hooks that every optimizer calls around its step, so that nobody has to tell growfx about theirs.
+
+Around a step of any `torch.optim.Optimizer` its masked weights and their state are kept at +0.0 outside the masks, and
+the step is counted, which tells a step from one that a loss scaler left out. State is what has the weight's shape,
+whatever its name. State of other shapes (factored moments, preconditioners) belongs to rows and columns, not to
+edges, and is left alone; only the weights are masked after the step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from growfx.distributed.sharded import all_finite, is_sharded, own_part, part_of
+
+if TYPE_CHECKING:
+    from growfx.masked.layers import MaskedLayer
+
+__all__ = ["LAYER_OF", "StepWatch", "clear_state", "optimizers_of"]
+
+# The masked layer of a parameter, by the parameter's id; entries vanish with their layer.
+LAYER_OF: weakref.WeakValueDictionary[int, MaskedLayer] = weakref.WeakValueDictionary()
+
+# Optimizers that work edge by edge and add nothing of their own: where weight, gradient and state are zero, they stay
+# zero, and a pass over the weights after each step is saved. All others (orthogonalised or preconditioned updates,
+# moments with an epsilon in them, anything unknown) are cleaned up after. The tests hold each of these to it.
+_TORCH = ("sgd.SGD", "adam.Adam", "adamw.AdamW", "rmsprop.RMSprop", "nadam.NAdam", "radam.RAdam", "adagrad.Adagrad")
+_TIMM = ("lamb.Lamb", "lion.Lion", "lars.Lars", "adamp.AdamP", "adan.Adan", "adamw.AdamWLegacy", "nadamw.NAdamW")
+_KEEPS_ZEROS = {f"torch.optim.{name}" for name in _TORCH} | {f"timm.optim.{name}" for name in _TIMM}
+
+
+@dataclass
+class _Record:
+    """What is known of an optimizer that steps masked weights.
+
+    `steps`: made so far. `cleared`: by parameter, the mask (identity, version) its state was last cleared for. `state`:
+    by parameter, identities and versions of its state after the last step, which tell what was loaded or edited since.
+    `versions`: of the parameters, before each step under way (a subclass's step may call its base class's).
+    """
+
+    steps: int = 0
+    cleared: dict[int, tuple[int, int]] = field(default_factory=dict)
+    state: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    versions: list[dict[int, int]] = field(default_factory=list)
+
+
+_RECORDS: weakref.WeakKeyDictionary[Optimizer, _Record] = weakref.WeakKeyDictionary()
+
+
+def optimizers_of(parameter: nn.Parameter) -> list[Optimizer]:
+    """Return the optimizers that have stepped a masked parameter, those inside wrappers among them."""
+    return [optimizer for optimizer, record in _RECORDS.items() if id(parameter) in record.cleared]
+
+
+def clear_state(optimizer: Optimizer, parameter: nn.Parameter, where: Tensor) -> None:
+    """Set the optimizer's state of `parameter` to zero at the positions `where` (bool, the parameter's shape).
+
+    The memory of `LBFGS` is of the whole network at once: it starts anew.
+    """
+    if isinstance(optimizer, LBFGS):
+        optimizer.state.clear()
+        return
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
+            _set_zero(own_part(value), part_of(where, value))
+
+
+def _set_zero(value: Tensor, where: Tensor) -> None:
+    """Set `value` to zero at the positions `where`.
+
+    State in few bits (torchao's 8-bit, 4-bit and fp8 optimizers) is a subclass that may have no operator but `copy_`,
+    in both directions, which rounds to its levels: it becomes the nearest of them to zero. One without even that keeps
+    what it has: weights are masked after each step whatever the state is.
+    """
+    try:
+        value.masked_fill_(where, 0.0)
+    except NotImplementedError:
+        with torch.no_grad(), suppress(NotImplementedError):
+            plain = torch.empty(value.shape, dtype=value.dtype, device=value.device).copy_(value)
+            if bool(plain[where].any()):  # to round once more what is zero already could move the others
+                value.copy_(plain.masked_fill_(where, 0.0))
+
+
+class StepWatch:
+    """Tells whether an optimizer stepped since it was last asked, or a loss scaler left the step out.
+
+    A torch optimizer announces its steps, and so does one inside a wrapper. Before the first announcement, and for an
+    optimizer that is none of torch's, a step is taken for left out when gradients are not finite: the one reason a
+    scaler has.
+    """
+
+    def __init__(self, optimizer: object, parameters: Iterable[nn.Parameter]) -> None:
+        self._optimizer, self._parameters = optimizer, list(parameters)
+        self._ids = {id(parameter) for parameter in self._parameters}
+        self._seen, self._announced = self._count(), False
+
+    def stepped(self) -> bool:
+        """Whether there was a step since the last call, or since this watch was made."""
+        before, self._seen = self._seen, self._count()
+        if self._seen > before:
+            self._announced = True
+            return True
+        if self._announced:
+            return False
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        return all_finite(gradients)
+
+    def _count(self) -> int:
+        return sum(
+            record.steps
+            for optimizer, record in _RECORDS.items()
+            if optimizer is self._optimizer or not self._ids.isdisjoint(record.cleared)
+        )
+
+
+def _masked_layers_of(optimizer: Optimizer) -> Iterator[MaskedLayer]:
+    sharded: dict[int, MaskedLayer] | None = None
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            layer = LAYER_OF.get(id(parameter))
+            if layer is None and is_sharded(parameter):
+                # `fully_shard` gave the layer another parameter, which no forward sees: that one uses what is gathered
+                sharded = sharded or {id(known.parameter): known for known in LAYER_OF.values()}
+                layer = sharded.get(id(parameter))
+            if layer is not None and layer.parameter is parameter:
+                yield layer
+
+
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not LAYER_OF:
+        return None
+    layers = list(_masked_layers_of(optimizer))
+    if not layers:
+        return None
+    record = _RECORDS.setdefault(optimizer, _Record())
+    versions: dict[int, int] = {}
+    masked = _with_closure_masked(layers, args, kwargs)
+    scale = vars(optimizer).get("grad_scale")  # where a fused step is to unscale by itself
+    for layer in layers:
+        _clear_if_touched(optimizer, layer, record)
+        if masked is None:
+            # With a closure the gradient is not whole yet: what is there is the accumulated part of it.
+            layer.optimizer_will_step(scale)
+        versions[id(layer.parameter)] = layer.parameter._version
+    record.versions.append(versions)
+    return masked
+
+
+def _clear_if_touched(optimizer: Optimizer, layer: MaskedLayer, record: _Record) -> None:
+    """Clear the state of absent edges where the mask is another than at the last step, or others changed the state."""
+    parameter, marker = layer.parameter, layer.mask_marker()
+    key = id(parameter)
+    same_mask = record.cleared.get(key) == marker
+    # The memory of LBFGS, of all edges at once, may be kept where it was loaded; its steps are cleaned up after.
+    if isinstance(optimizer, LBFGS):
+        if not same_mask and key in record.cleared:
+            clear_state(optimizer, parameter, ~layer.mask)
+    elif not same_mask or record.state.get(key) != _versions(optimizer, parameter):
+        clear_state(optimizer, parameter, ~layer.mask)
+    record.cleared[key] = marker
+
+
+def _versions(optimizer: Optimizer, parameter: nn.Parameter) -> list[tuple[int, int]]:
+    """What is another list after the state of a parameter was loaded, or edited in a way that torch takes note of."""
+    state = optimizer.state.get(parameter, {})
+    return [(id(value), value._version) for value in state.values() if isinstance(value, Tensor)]
+
+
+def _with_closure_masked(layers: list[MaskedLayer], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Let gradients that are made within the step, by a closure, reach the optimizer as others do."""
+
+    def masked(closure: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            for layer in layers:
+                layer.dense_gradient = None  # the last call counts, as for the optimizer
+            loss = closure()
+            for layer in layers:
+                layer.optimizer_will_step(None)
+            return loss
+
+        return run
+
+    if kwargs.get("closure") is not None:
+        return args, {**kwargs, "closure": masked(kwargs["closure"])}
+    if len(args) > 1 and callable(args[1]):
+        return (args[0], masked(args[1]), *args[2:]), kwargs
+    return None
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    record = _RECORDS.get(optimizer)
+    if record is None or not record.versions:
+        return
+    record.versions.pop()
+    found_inf = vars(optimizer).get("found_inf")  # of a fused step, which leaves itself out
+    left_out = found_inf is not None and bool(found_inf)
+    # A fused step that is left out at the very start leaves state behind that nobody has written.
+    keeps_zeros = not left_out and f"{type(optimizer).__module__}.{type(optimizer).__qualname__}" in _KEEPS_ZEROS
+    for layer in _masked_layers_of(optimizer):
+        if not keeps_zeros:
+            layer.settle()
+            if not isinstance(optimizer, LBFGS):
+                clear_state(optimizer, layer.parameter, ~layer.mask)
+        record.state[id(layer.parameter)] = _versions(optimizer, layer.parameter)
+    record.steps += not left_out
+
+
+register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)

@@ -1,0 +1,82 @@
+"""A module that runs recorded graphs in place of a model's own forward: what the sparse runtime is."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from growfx.masked.inputs import Inputs
+from growfx.masked.recording import RecordedGraph, RecordFunction
+from growfx.masked.trace_report import TraceReport
+
+__all__ = ["Program"]
+
+# Inputs that never have the same shape twice run the model's own forward from then on.
+_MOST_RECORDINGS = 32
+
+
+class Program(nn.Module):
+    """A model in eval mode that runs as the graph recorded for inputs like those it gets.
+
+    Where there is no graph that computes what the model computes, its own forward runs.
+
+    Args:
+        shell: the model, whose forward is recorded and whose modules the graphs call.
+        recorder: records `shell` for inputs, checked against it.
+
+    Attributes:
+        recordings: (mode, signature of the inputs) -> what was recorded.
+        trace_report: what recording met.
+    """
+
+    def __init__(self, shell: nn.Module, recorder: RecordFunction) -> None:
+        super().__init__()
+        self._modules["shell"] = shell
+        self._recorder = recorder
+        self.recordings: dict[tuple[bool, Any], RecordedGraph] = {}
+        self.trace_report = TraceReport()
+        self.training = shell.training
+
+    @property
+    def shell(self) -> nn.Module:
+        """The model."""
+        shell = self._modules["shell"]
+        assert shell is not None
+        return shell
+
+    @property
+    def masked_parameters(self) -> dict[str, Any]:
+        """None: there are no masks."""
+        return {}
+
+    def __getattr__(self, name: str) -> Any:
+        # What the program has not is the model's.
+        modules = self.__dict__.get("_modules", {})
+        if name == "shell" or "shell" not in modules:
+            raise AttributeError(name)
+        return getattr(modules["shell"], name)
+
+    def note_direct_read(self, name: str) -> None:
+        """Nothing to do: there are no masks."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model computes."""
+        inputs = Inputs(args, kwargs)
+        signature = None if self.training or inputs.structural else inputs.signature
+        if signature is None:
+            return self.shell(*args, **kwargs)
+        recording = self.recordings.get((False, signature))
+        if recording is None and len(self.recordings) < _MOST_RECORDINGS:
+            recording = self.recordings[False, signature] = self._recorder(self, inputs, training=False)
+        if recording is None or not recording.faithful or not recording.batch_is_free:
+            return self.shell(*args, **kwargs)
+        return recording.run(self.shell, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        state = {key: value for key, value in self.__dict__.items() if key not in ("recordings", "_recorder")}
+        clone.__dict__.update(copy.deepcopy(state, memo), recordings=dict(self.recordings), _recorder=self._recorder)
+        return clone

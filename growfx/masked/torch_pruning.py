@@ -1,0 +1,56 @@
+"""Take over what `torch.nn.utils.prune` did to a model: its masks, and checkpoints of models that it pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+
+from growfx.masked.layers import is_maskable, weight_name_of
+
+__all__ = ["take_over", "translated"]
+
+
+def take_over(shell: nn.Module) -> dict[str, Tensor]:
+    """Give layers that were pruned their weight back as a parameter.
+
+    Args:
+        shell: a copy of the model; `<weight>_orig`, `<weight>_mask` and the hook that multiplies them go.
+
+    Returns:
+        layer name -> bool tensor of the weight's shape, what pruning left.
+    """
+    masks: dict[str, Tensor] = {}
+    for name, part in shell.named_modules():
+        if not is_maskable(part):
+            continue
+        weight = weight_name_of(part)
+        for key, hook in list(part._forward_pre_hooks.items()):
+            if isinstance(hook, BasePruningMethod) and hook._tensor_name == weight:
+                del part._forward_pre_hooks[key]
+                part.__dict__.pop(weight, None)
+                part._parameters[weight] = part._parameters.pop(f"{weight}_orig")
+                mask = part._buffers.pop(f"{weight}_mask")
+                assert mask is not None
+                masks[name] = mask != 0
+    return masks
+
+
+def translated(state: Mapping[str, Any], layers: Iterable[tuple[str, str, str]]) -> Mapping[str, Any]:
+    """A state dict with the entries of pruned layers under the names of masked ones; the same where there are none.
+
+    Args:
+        state: what is to be loaded.
+        layers: (name of the module, of its weight, of its mask) of every masked layer.
+    """
+    found = dict(state)
+    for name, weight, mask in layers:
+        prefix = f"{name}." if name else ""
+        own, kept = f"{prefix}{weight}_orig", f"{prefix}{weight}_mask"
+        if own in state and kept in state and f"{prefix}{weight}" not in state:
+            found[f"{prefix}{weight}"] = found.pop(own)
+            found[f"{prefix}{mask}"] = torch.as_tensor(found.pop(kept)) != 0
+    return found if found.keys() != state.keys() else state

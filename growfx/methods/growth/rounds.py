@@ -1,0 +1,449 @@
+"""What every growth method is: rounds, a clock, the stop at the plateau, the way back, the final training.
+
+A sparse seed is trained for a short round and then given new edges, whose weights start at zero. A logistic fit of
+accuracy over density ends growth (`growfx.plateau`), the operating round's masks and weights are put back, and the full
+training follows. Which edges are new is all that methods differ in.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from growfx.analysis.paths import PathProducts
+from growfx.distributed import ranks
+from growfx.distributed.sharded import unsharded
+from growfx.errors import CheckpointError, ConfigError
+from growfx.masked.layers import MaskedLayer
+from growfx.masked.optimizers import StepWatch
+from growfx.methods.base import (
+    Method,
+    change_masks,
+    check_accuracy,
+    check_clock,
+    check_net,
+    check_state,
+    collect_gradients,
+    dense_gradients,
+    find_shards,
+    not_attached,
+    reading_state,
+)
+from growfx.methods.growth.plateau import Decision, LogisticFit, PlateauRule, Point
+from growfx.methods.growth.snapshots import Origin, Snapshot, grown_density, next_nnz, seeded
+from growfx.methods.scope import Scope, check_optimizer, find_scope
+from growfx.methods.session import Session, Stage
+from growfx.methods.starting import MASKS, warn_if_replaced
+from growfx.options import TrainOptions, check_ranges, option
+from growfx.selection.edge_keys import EdgeKeys
+
+if TYPE_CHECKING:
+    from growfx.masked.graph import MaskedGraph
+
+__all__ = ["Growing", "Growth"]
+
+FINAL_WEIGHTS = ("current", "initial")
+
+
+@dataclass
+class Growth:
+    """One growth under way.
+
+    Attributes:
+        net, optimizer: what the method is attached to.
+        scope: the layers that may grow, and what densities count.
+        steps_per_epoch: optimizer steps; `steps` counts those of the round under way.
+        trace: one entry a round, see `Growing.trace`.
+        snapshots: rounds that may be gone back to, by number.
+        gradients: dense gradients of the last step of a round that awaits its report, by layer with absent edges;
+            empty otherwise.
+        origin: the network before the seed was drawn, if the final training is to start from it.
+        options: of the run, None in a loop of one's own. finished: the final training of a run is over.
+    """
+
+    net: MaskedGraph
+    optimizer: Optimizer
+    scope: Scope
+    steps_per_epoch: int
+    steps: int = 0
+    growing: bool = True
+    stop_reason: str = ""
+    operating_round: int | None = None
+    trace: list[dict[str, Any]] = field(default_factory=list)
+    snapshots: dict[int, Snapshot] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    origin: Origin | None = None
+    options: TrainOptions | None = None
+    finished: bool = False
+
+    def __post_init__(self) -> None:
+        self.watch = StepWatch(self.optimizer, [layer.parameter for layer in self.net.layers.values()])
+
+    def absent(self, paths: PathProducts) -> dict[str, Tensor]:
+        """Return the edges that growth chooses from: absent ones of layers that some path crosses, bool."""
+        return {name: ~self.net.layers[name].mask for name in paths.scores}
+
+    @property
+    def unfilled(self) -> dict[str, MaskedLayer]:
+        """Layers with absent edges."""
+        return {name: layer for name, layer in self.net.layers.items() if layer.nnz < layer.numel}
+
+
+@dataclass(frozen=True)
+class Growing(Method):
+    """Growth in rounds with a stop at the plateau.
+
+    Attributes:
+        masks: of the seed: "drawn" by expected visits of random walks, whatever masks the network has (a
+            `GrowfxWarning` where that loses some); "given" grows from those it has; "magnitude" from its largest
+            weights, over all layers at once.
+        seed_density: density of the seed; None takes the smallest of 1, 2, 5, 10 % where every unit is alive (with
+            given masks, theirs). Layers that no path crosses stay dense: where they alone are more than 10 %, these are
+            fractions of the others.
+        growth_ratio: edges of a round over those of the round before.
+        epochs_per_round: length of a growth round, by the clock of `step()`.
+        seed_epochs: length of the first round, in which the seed is trained; None takes that of the others. A short one
+            leaves the seed far from trained, so that the next rounds gain by training as well as by density, and the
+            fit takes the end of that rise for a plateau.
+        max_density: growth ends here at the latest.
+        tolerance: accuracy (fraction) full density may still gain when growth stops; 0.003 is 0.3 points.
+        final_weights: what the final training starts from under the grown masks: "current" takes the weights of the
+            operating round, "initial" everything (weights, biases, norm statistics) as it was before the seed.
+        seed: of the starting masks and of every draw.
+    """
+
+    off_path: ClassVar[str] = "left"
+    reads_gradient: ClassVar[bool]  # whether `_grown` reads `Growth.gradients`
+
+    masks: str = option("drawn", choices=MASKS)
+    seed_density: float | None = option(None, low=0, high=1, open_low=True)
+    growth_ratio: float = option(1.3, low=1, high=10, open_low=True)
+    epochs_per_round: int = option(2, low=1)
+    seed_epochs: int | None = option(None, low=1)
+    max_density: float = option(1.0, low=0, high=1, open_low=True)
+    tolerance: float = option(0.003, low=0, high=1, open_low=True, open_high=True)
+    final_weights: str = option("current", choices=FINAL_WEIGHTS)
+    seed: int = option(0, low=0, high=2**63 - 1)
+    _growth: Growth | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.seed_density is not None and self.seed_density > self.max_density:
+            raise ConfigError(
+                f"`seed_density` {self.seed_density} is above `max_density` {self.max_density}; "
+                "growth starts at the one and ends at the other"
+            )
+
+    # -- what a subclass says -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _paths(self, net: MaskedGraph) -> PathProducts:
+        """Return the path products of the moment: which layers grow, and which units are dead."""
+
+    @abstractmethod
+    def _grown(self, growth: Growth, paths: PathProducts, count: int, keys: EdgeKeys) -> Mapping[str, Tensor]:
+        """Return the masks with `count` (above 0) edges more; with fewer where no more can be chosen.
+
+        Masks are those of layers in `paths.scores`; `keys` are of this round. May add facts to the round's entry in
+        the trace.
+        """
+
+    # -- clock ----------------------------------------------------------------------------------------------
+
+    def attach(self, net: MaskedGraph, optimizer: Optimizer, *, total_steps: int, steps_per_epoch: int) -> None:
+        """Draw the seed. Growth has a clock of its own, so `total_steps` (of the final training) does not
+        matter.
+
+        Raises `ConfigError` where layers off path alone are denser than the seed, and `TraceError` for a
+        network without path products.
+        """
+        net = check_net(self, net)
+        _, steps_per_epoch = check_clock(total_steps, steps_per_epoch)
+        find_shards(self, net)
+        scope = find_scope(self, net)
+        check_optimizer(self, net, optimizer)
+        with unsharded(net):
+            masks = seeded(scope, self.masks, self.seed_density, self.max_density, self.seed)
+        warn_if_replaced(self, scope, masks)
+        growth = Growth(net, optimizer, scope, steps_per_epoch)
+        if self.final_weights == "initial":
+            growth.origin = Origin.take(net)
+        change_masks(net, optimizer, masks)
+        object.__setattr__(self, "_growth", growth)
+        self._look_ahead()
+
+    def step(self) -> bool:
+        """Count a step. Where a round ended without a report, growth goes on by the clock.
+
+        A step that a loss scaler left out is not counted.
+        """
+        growth = self._attached()
+        if not growth.growing:
+            return False
+        if not growth.watch.stepped():
+            self._look_ahead()
+            return False
+        gradients = dense_gradients(growth.unfilled) if self.needs_dense_gradient else {}
+        changed = False
+        if growth.steps >= self._round_steps:
+            changed = self._finish_round(None, None)
+        if growth.growing:
+            growth.steps += 1
+            growth.gradients = gradients
+        self._look_ahead()
+        return changed
+
+    def report(self, accuracy: float, noise: float | None = None) -> None:
+        """Record the accuracy of a finished round and decide: grow, or stop and go back.
+
+        Reports within a round and after growth are ignored. Ranks that train the network together all report, and the
+        mean of their accuracies counts. Raises `ConfigError` for values out of range.
+        """
+        growth = self._attached()
+        check_accuracy(accuracy, noise)
+        if growth.growing and growth.steps >= self._round_steps:
+            if ranks.is_shared(growth.net):
+                accuracy = ranks.average_float(float(accuracy))
+                noise = None if noise is None else ranks.average_float(float(noise))
+            self._finish_round(float(accuracy), None if noise is None else float(noise))
+            self._look_ahead()
+
+    def begin(self, session: Session) -> None:
+        """Attach to the run's network; its growth rounds anneal as `TrainOptions` says."""
+        epochs, steps = session.options.epochs, session.steps_per_epoch
+        self.attach(session.net, session.optimizer, total_steps=epochs * steps, steps_per_epoch=steps)
+        self._attached().options = session.options
+
+    def next_stage(self) -> Stage | None:
+        """Return a growth round while growth goes on, then the final training."""
+        growth = self._attached()
+        assert growth.options is not None
+        if growth.growing:
+            epochs, number = self._round_epochs, len(growth.trace)
+            warmup = growth.options.round_warmup * epochs
+            return Stage("round", epochs, number, peak=growth.options.round_lr, warmup=warmup, averaged=True)
+        return None if growth.finished else Stage("final", growth.options.epochs)
+
+    def end_stage(self, stage: Stage) -> None:
+        """Rounds end with their report; after the final stage training is over."""
+        self._attached().finished = stage.kind == "final"
+
+    @property
+    def needs_dense_gradient(self) -> bool:
+        """True in the last step of a round, for methods that grow by gradient and while there is room to grow."""
+        growth = self._growth
+        if not self.reads_gradient or growth is None or not growth.growing:
+            return False
+        last = growth.steps % self._round_steps == self._round_steps - 1
+        return last and self._wanted(growth.scope) > 0
+
+    @property
+    def _round_epochs(self) -> int:
+        """Length of the round under way."""
+        first = self.seed_epochs is not None and not self._attached().trace
+        return self.seed_epochs if first and self.seed_epochs is not None else self.epochs_per_round
+
+    @property
+    def _round_steps(self) -> int:
+        return self._round_epochs * self._attached().steps_per_epoch
+
+    def _look_ahead(self) -> None:
+        """Collect dense gradients in the next step, if it is one that growth reads."""
+        if self.reads_gradient:
+            collect_gradients(self._attached().net.layers.values(), self.needs_dense_gradient)
+
+    # -- rounds ---------------------------------------------------------------------------------------------
+
+    def _finish_round(self, accuracy: float | None, noise: float | None) -> bool:
+        """Record the round, then grow or stop. Returns True when masks changed."""
+        growth = self._attached()
+        if ranks.is_shared(growth.net):
+            ranks.share_buffers(growth.net)  # norms count in paths
+        with unsharded(growth.net):
+            paths = self._paths(growth.net)
+        entry: dict[str, Any] = {
+            "round": len(growth.trace),
+            "density": growth.net.density,
+            "nnz": growth.net.nnz,
+            "val_accuracy": accuracy,
+            "noise": noise,
+            "fit": None,
+            "dead_units": sum(int((~alive).sum()) for alive in paths.alive_out.values()),
+            "off_path": sum(growth.net.layers[name].numel for name in paths.off_path),
+            **({} if growth.scope.is_whole else {"budget_density": growth.scope.density}),
+        }
+        growth.trace.append(entry)
+        decision = None
+        if accuracy is not None:
+            growth.snapshots[entry["round"]] = Snapshot.take(growth.net)
+            decision = self._decide()
+        if decision is not None and decision.stop:
+            return self._stop("plateau", decision)
+        added = self._grow(paths)
+        growth.steps, growth.gradients = 0, {}
+        return True if added else self._stop(self._why_no_growth(decision), decision)
+
+    def _points(self) -> list[tuple[int, Point]]:
+        measured = [entry for entry in self._attached().trace if entry["val_accuracy"] is not None]
+        return [(e["round"], Point(grown_density(e), e["val_accuracy"], e["noise"])) for e in measured]
+
+    def _decide(self) -> Decision:
+        """Fit the rounds so far and write the decision to the trace, rounds by their number."""
+        growth = self._attached()
+        rounds, points = zip(*self._points(), strict=True)
+        before = growth.trace[-2]["fit"] if len(growth.trace) > 1 else None
+        rule = PlateauRule(tolerance=self.tolerance)
+        decision = rule.decide(points, before["streak"] if before else 0)
+        fit = decision.to_json()
+        if fit is not None and decision.fit is not None:
+            self._forget_hopeless(decision.fit, rule)
+            fit["operating_round"] = self._kept(rounds[decision.operating_round])
+        growth.trace[-1]["fit"] = fit
+        return decision
+
+    def _kept(self, wanted: int) -> int:
+        """Return the first round kept that is not before `wanted`; the latest round always is."""
+        return min(number for number in self._attached().snapshots if number >= wanted)
+
+    def _forget_hopeless(self, fit: LogisticFit, rule: PlateauRule) -> None:
+        """Drop rounds that are surely too far from the plateau: a snapshot is as large as the network."""
+        growth = self._attached()
+        for number in list(growth.snapshots)[:-1]:
+            gain, error = fit.gain(grown_density(growth.trace[number]))
+            if gain[0] - rule.errors * error[0] > rule.margin * rule.tolerance:
+                del growth.snapshots[number]
+
+    def _wanted(self, scope: Scope) -> int:
+        """Return how many edges more the next round has."""
+        nnz = scope.nnz
+        return max(next_nnz(nnz, scope.numel, self.growth_ratio, self.max_density) - nnz, 0)
+
+    def _grow(self, paths: PathProducts) -> int:
+        """Give the network its next edges; returns how many more it has."""
+        growth = self._attached()
+        net, before = growth.net, growth.net.nnz
+        wanted, layers = self._wanted(growth.scope), growth.scope.layers
+        # what is not among the scores does not grow
+        paths = replace(paths, scores={name: score for name, score in paths.scores.items() if name in layers})
+        if wanted and paths.scores:
+            keys = EdgeKeys(self.seed, f"growth round {len(growth.trace)}")
+            change_masks(net, growth.optimizer, self._grown(growth, paths, wanted, keys))
+        return net.nnz - before
+
+    def _why_no_growth(self, decision: Decision | None) -> str:
+        if self._wanted(self._attached().scope):
+            return "no absent edge lies on a path"
+        if decision is None:
+            return "max_density"
+        return PlateauRule(tolerance=self.tolerance).verdict(decision, [point for _, point in self._points()])
+
+    def _stop(self, reason: str, decision: Decision | None) -> bool:
+        """End growth; with a measured last round, put the operating round back. Returns True when masks
+        changed."""
+        growth = self._attached()
+        growth.growing, growth.stop_reason, growth.gradients = False, reason, {}
+        last = growth.trace[-1]
+        back = last["fit"]["operating_round"] if last["fit"] else last["round"]
+        changed = False
+        if decision is not None:
+            before = growth.net.nnz
+            growth.snapshots[back].restore(growth.net, growth.optimizer)
+            changed = growth.net.nnz != before
+        growth.operating_round = back
+        growth.snapshots.clear()
+        if growth.origin is not None:
+            growth.origin.restore(growth.net, growth.optimizer)
+            growth.origin = None
+        return changed
+
+    # -- state ----------------------------------------------------------------------------------------------
+
+    def _attached(self) -> Growth:
+        if self._growth is None:
+            raise not_attached(self.name)
+        return self._growth
+
+    @property
+    def trace(self) -> list[dict[str, Any]]:
+        """One entry a round: round, density, nnz, val_accuracy, noise, fit (curve and decision), dead_units,
+        off_path; with frozen layers also budget_density, over the others, which the fit is about.
+
+        dead_units: output units that no path of non-zero weights crosses, at the end of the round (edges just
+        grown are zero). off_path: edges in layers that no path can cross.
+        """
+        return [] if self._growth is None else self._growth.trace
+
+    @property
+    def growing(self) -> bool:
+        """True from the start until growth stops."""
+        return self._growth is None or self._growth.growing
+
+    @property
+    def stop_reason(self) -> str:
+        """Why growth ended, or "" while it goes on.
+
+        "plateau"; "max_density" (reached before the rule was sure); "no plateau below max_density";
+        "no absent edge lies on a path".
+        """
+        return "" if self._growth is None else self._growth.stop_reason
+
+    @property
+    def operating_round(self) -> int | None:
+        """The round whose masks the final training has; None while growth goes on."""
+        return None if self._growth is None else self._growth.operating_round
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return clock, trace, kept rounds and gradients. Masks and weights of the moment are in the network's
+        state dict."""
+        growth = self._attached()
+        return {
+            "method": self.name,
+            "scope": growth.scope.state_dict(),
+            "steps": growth.steps,
+            "growing": growth.growing,
+            "stop_reason": growth.stop_reason,
+            "operating_round": growth.operating_round,
+            "finished": growth.finished,
+            "trace": copy.deepcopy(growth.trace),
+            "snapshots": {str(number): kept.state_dict() for number, kept in growth.snapshots.items()},
+            "gradients": {name: value.clone() for name, value in growth.gradients.items()},
+            "origin": None if growth.origin is None else dict(growth.origin.tensors),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken, on the network and optimizer attached to; load the network's
+        own state before.
+
+        Raises `CheckpointError` for the state of another method or network.
+        """
+        own = self._attached()
+        check_state(state, self.name)
+        with reading_state(self.name):
+            scope = own.scope.restored(state.get("scope"))  # states of version 0.1 have none
+            snapshots = {int(k): Snapshot.from_state(v, own.net) for k, v in state["snapshots"].items()}
+            gradients = {name: _fitting(own.net, name, value) for name, value in state["gradients"].items()}
+            found = state.get("origin")  # states of version 0.1 have none
+            origin = None if found is None else Origin.from_state(found, own.net)
+            steps, growing, finished = int(state["steps"]), bool(state["growing"]), bool(state["finished"])
+            reason, operating = str(state["stop_reason"]), state["operating_round"]
+            trace = list(copy.deepcopy(state["trace"]))
+        own.scope, own.steps, own.growing, own.finished = scope, steps, growing, finished
+        own.stop_reason, own.operating_round, own.trace = reason, operating, trace
+        own.snapshots, own.gradients, own.origin = snapshots, gradients, origin
+        self._look_ahead()
+
+
+def _fitting(net: MaskedGraph, name: str, gradient: Tensor) -> Tensor:
+    """Return a copy of a kept gradient on the device of its layer."""
+    if name not in net.layers or net.layers[name].mask.shape != gradient.shape:
+        raise CheckpointError(
+            f"the state holds a gradient of shape {tuple(gradient.shape)} for layer `{name}`, which this network does "
+            "not have; resume with the model it came from"
+        )
+    return gradient.to(net.layers[name].mask.device, copy=True)

@@ -1,0 +1,1 @@
+"""Methods that work step by step in any training loop."""

@@ -1,0 +1,5 @@
+"""Models by name, and the name of a model."""
+
+from growfx.models.build import ModelIdentity, create_model
+
+__all__ = ["ModelIdentity", "create_model"]

@@ -1,0 +1,1 @@
+"""Sparse kernels: built on first use, chosen and timed per layer."""

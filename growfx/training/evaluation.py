@@ -1,0 +1,123 @@
+"""Accuracy of a network, and how far a measured accuracy can be trusted."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from growfx.distributed import ranks
+from growfx.errors import ConfigError, DataError
+from growfx.masked.graph import MaskedGraph
+
+__all__ = ["Score", "count_classes", "evaluate", "logits_of", "paired_noise"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy on one split.
+
+    Attributes:
+        correct: bool, one entry an image, in the order of the loader.
+    """
+
+    correct: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of images classified correctly."""
+        return int(self.correct.sum()) / len(self.correct)
+
+    @property
+    def standard_error(self) -> float:
+        """Binomial standard deviation of the accuracy over draws of other images.
+
+        One error each way is added (Agresti and Coull's idea), so that it does not vanish at 0 and 1.
+        """
+        n = len(self.correct)
+        p = (int(self.correct.sum()) + 1) / (n + 2)
+        return math.sqrt(p * (1 - p) / (n + 2))
+
+
+def evaluate(net: nn.Module, loader: Iterable[Any], device: torch.device | str) -> Score:
+    """Top-1 score of `net` in eval mode; the mode it was in is restored.
+
+    Among several ranks it is the same on each: of norm statistics of rank 0 and, where the loader shares the images out
+    (`DistributedSampler`, timm's `OrderedDistributedSampler`), of all images together.
+
+    Args:
+        loader: gives (images (B, ...), class numbers (B)).
+
+    Raises:
+        DataError: the loader is empty, or has class numbers the network has no output for.
+    """
+    training = net.training
+    together = isinstance(net, MaskedGraph) and ranks.is_shared(net)
+    if together:
+        ranks.share_buffers(net)
+    net.eval()
+    found: list[Tensor] = []
+    try:
+        with torch.no_grad():
+            for images, targets in loader:
+                logits = logits_of(net(images.to(device, non_blocking=True)))
+                if int(targets.max()) >= logits.shape[1]:
+                    raise DataError(
+                        f"the data has class number {int(targets.max())}, but the network has {logits.shape[1]} outputs"
+                    )
+                found.append(logits.argmax(1).cpu() == targets.cpu())
+    finally:
+        net.train(training)
+    if not found:
+        raise DataError("the loader to evaluate on gives no images")
+    correct = torch.cat(found)
+    return Score(_of_all_ranks(correct, loader) if together else correct)
+
+
+def _of_all_ranks(correct: Tensor, loader: Any) -> Tensor:
+    """Join what the ranks found of their images, in the order of the data set; else take rank 0's word."""
+    parts = ranks.everyone(correct)
+    sampler: Any = getattr(loader, "sampler", None)
+    if not ranks.is_sharded(sampler):
+        return parts[0]
+    # rank r has every image number r, r + ranks, ...; images are repeated at the end to make the parts equal
+    return torch.stack(parts, 1).reshape(-1)[: len(sampler.dataset)]
+
+
+def count_classes(net: nn.Module, images: Tensor) -> int:
+    """How many classes `net` scores; its mode is restored. ConfigError where it gives no class scores."""
+    training = net.training
+    try:
+        with torch.no_grad():
+            return logits_of(net.eval()(images)).shape[1]
+    finally:
+        net.train(training)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The class scores (B, classes) in a network's output: the output itself, or the first part of a tuple
+    (torchvision's networks with auxiliary heads).
+    """
+    first = output[0] if isinstance(output, tuple) and output else output
+    if isinstance(first, Tensor) and first.ndim == 2:
+        return first
+    kind = f"a tensor of shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
+    raise ConfigError(f"the network's output is {kind}; training needs class scores of shape (batch, classes)")
+
+
+def paired_noise(now: Score, before: Score) -> float:
+    """Standard deviation of one accuracy, seen against another one on the same images.
+
+    Two networks scored on the same images share most of the binomial error, and only what they classify
+    differently tells them apart: the difference of their accuracies has variance (d - diff^2) / n with d the
+    fraction of images that one has right and the other wrong (McNemar 1947); half of it belongs to each. One
+    disagreement is added, so that it does not vanish for equal networks.
+    """
+    n = len(now.correct)
+    if len(before.correct) != n:
+        raise ValueError("scores of different images cannot be paired")
+    disagree = (int((now.correct ^ before.correct).sum()) + 1) / n
+    difference = now.accuracy - before.accuracy
+    return math.sqrt((disagree - difference**2) / (2 * n))

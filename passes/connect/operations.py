@@ -1,0 +1,94 @@
+"""The operations of graph nodes: their names, their functions, and what they give without values."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from growfx.passes.connect.values import Ids, Named
+from growfx.passes.path_products.values import leaves
+
+if TYPE_CHECKING:
+    from growfx.masked.graph import MaskedGraph
+
+__all__ = ["CASTS", "has_meta", "maker", "meta_module", "of_shapes", "on_meta", "operation", "operator_name", "paired"]
+
+# Methods that leave a weight its layer's: its type and place change at most.
+CASTS = frozenset(
+    {
+        *("to", "type_as", "type", "float", "double", "half", "bfloat16"),
+        *("contiguous", "clone", "detach", "cpu", "cuda"),
+    }
+)
+
+
+def has_meta(nest: Any) -> bool:
+    """Whether a constant is without values, so that nothing can be indexed by it."""
+    constants = (item.tensor if isinstance(item, Named) else item for item in leaves(nest))
+    return any(isinstance(item, Tensor) and item.is_meta for item in constants)
+
+
+def operator_name(node: fx.Node, net: MaskedGraph) -> str:
+    """The name of a function or method, or of a module's class."""
+    if node.op == "call_module":
+        return type(net.get_submodule(str(node.target))).__name__
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def maker(rule: Callable[..., Any]) -> str:
+    """The name of a path rule, or of the function that made it."""
+    return rule.__qualname__.partition(".")[0]
+
+
+def operation(node: fx.Node) -> Callable[..., Any]:
+    """The node's function or method; views are copied where repeated elements are stored once."""
+    if node.op == "call_function":
+        return node.target  # type: ignore[return-value]
+    name = {"view": "reshape", "view_as": "reshape_as"}.get(str(node.target), str(node.target))
+    return lambda value, *args, **kwargs: getattr(value, name)(*args, **kwargs)
+
+
+def on_meta(op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Run an operation on tensors without values."""
+    with torch.no_grad():
+        return op(*args, **kwargs)
+
+
+def meta_module(module: nn.Module) -> nn.Module:
+    """A copy of a module in evaluation mode without values."""
+    tensors = {id(t): torch.empty_like(t, device="meta") for t in (*module.parameters(), *module.buffers())}
+    memo: dict[int, Any] = {
+        key: nn.Parameter(value, requires_grad=False) if value.is_floating_point() else value
+        for key, value in tensors.items()
+    }
+    return copy.deepcopy(module, memo).eval()
+
+
+def paired(result: Any, slots: Any) -> Any:
+    """Values of constants with the slots of their elements, where these are known."""
+    if isinstance(result, Tensor):
+        fits = isinstance(slots, Ids) and slots.tensor.shape == result.shape
+        return Named(result, slots.tensor if fits else None)
+    if isinstance(result, (tuple, list)) and not isinstance(result, torch.Size):
+        matches = isinstance(slots, (tuple, list)) and len(slots) == len(result)
+        parts = [paired(item, slots[i] if matches else None) for i, item in enumerate(result)]
+        return (
+            type(result)(parts) if isinstance(result, list) or not hasattr(result, "_fields") else type(result)(*parts)
+        )
+    return result
+
+
+def of_shapes(shapes: Any, make: Callable[[torch.Size], Any]) -> Any:
+    """The results of an operation from their shapes."""
+    if isinstance(shapes, torch.Size):  # before tuples: it is one itself
+        return make(shapes)
+    if isinstance(shapes, dict):
+        return type(shapes)((key, of_shapes(shape, make)) for key, shape in shapes.items())
+    if isinstance(shapes, (tuple, list)):
+        items = [of_shapes(shape, make) for shape in shapes]
+        return type(shapes)(*items) if hasattr(shapes, "_fields") else type(shapes)(items)
+    return shapes

@@ -1,0 +1,1 @@
+"""The connectivity rule of every operator, by kind of operator."""

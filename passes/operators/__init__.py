@@ -1,0 +1,1 @@
+"""The names and families of operators that several passes share."""

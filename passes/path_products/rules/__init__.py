@@ -1,0 +1,1 @@
+"""The path rule of every operator, by kind of operator."""

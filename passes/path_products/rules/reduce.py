@@ -1,0 +1,191 @@
+"""Path rules of statistics and pooling: all of them average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from growfx.passes.path_products.rules.arithmetic import add
+from growfx.passes.path_products.values import Ended, Judged, NoPathRuleError, PathValue
+
+if TYPE_CHECKING:
+    from growfx.passes.path_products.interpreter import PathGraph
+
+__all__ = ["FUNCTIONS", "METHODS", "adaptive", "padded_window", "window", "with_indices"]
+
+_AVERAGE = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+_ADAPTIVE = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+
+
+def mean(run: PathGraph, value: PathValue, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+    """Mean over the dims; all of them when `dim` is None."""
+    dims = tuple(range(value.tensor.ndim)) if dim is None or dim == () else dim
+    return PathValue(value.tensor.mean(dims, keepdim=keepdim), divisor=value.divisor, peak=value.peak)
+
+
+def spread(
+    run: PathGraph,
+    value: PathValue,
+    dim: Any = None,
+    unbiased: bool = True,
+    keepdim: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Variance and standard deviation: the mean."""
+    return mean(run, value, None if isinstance(dim, bool) else dim, keepdim)
+
+
+def spread_and_mean(run: PathGraph, value: PathValue, *args: Any, **kwargs: Any) -> Any:
+    """`var_mean`, `std_mean`."""
+    averaged = spread(run, value, *args, **kwargs)
+    return averaged, averaged.same()
+
+
+def norm(
+    run: PathGraph, value: PathValue, p: Any = "fro", dim: Any = None, keepdim: bool = False, **kwargs: Any
+) -> Any:
+    """Norms: the mean, so that they scale like what they measure."""
+    return mean(run, value, dim, keepdim)
+
+
+def extreme(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`max`, `min`, `median`: of all elements or over a dim, the mean; of two tensors, the sum."""
+
+    def rule(run: PathGraph, value: Any, dim: Any = None, keepdim: bool = False, other: Any = None) -> Any:
+        other = dim if isinstance(dim, (Tensor, PathValue)) or not isinstance(value, PathValue) else other
+        if other is not None:
+            return add(run, value, other)
+        if dim is None:
+            return mean(run, value)
+        with torch.no_grad():
+            indices = function(value.tensor, dim, keepdim=keepdim)[1]
+        return mean(run, value, dim, keepdim), Judged(indices, (value,))
+
+    return rule
+
+
+def _same_for_all(option: Any, spatial: int) -> tuple[int, ...]:
+    return (option,) * spatial if isinstance(option, int) else tuple(option) * (spatial // len(option))
+
+
+def window(
+    tensor: Tensor,
+    spatial: int,
+    kernel: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """Average over windows, padding not counted."""
+    if any(step != 1 for step in _same_for_all(dilation, spatial)):
+        raise NoPathRuleError("dilated pooling has no path rule")
+    stride = kernel if stride is None or stride == () or stride == [] else stride
+    margins = _same_for_all(padding, spatial)
+    if spatial == 2 and all(2 * margin <= side for margin, side in zip(margins, _same_for_all(kernel, 2), strict=True)):
+        return F.avg_pool2d(tensor, kernel, stride, padding, ceil_mode, count_include_pad=False)
+    if not any(margins):
+        return _AVERAGE[spatial](tensor, kernel, stride, 0, ceil_mode, count_include_pad=False)
+    around = [margin for margin in reversed(margins) for _ in (0, 1)]
+    return padded_window(tensor, around, spatial, kernel, stride, ceil_mode)
+
+
+def padded_window(
+    tensor: Tensor, around: list[int], spatial: int, kernel: Any, stride: Any, ceil_mode: bool = False
+) -> Tensor:
+    """Average over windows of a tensor padded by `around` (as in `F.pad`), dividing by what is not padding."""
+    average = _AVERAGE[spatial]
+    inside = torch.ones_like(tensor[:1, :1], requires_grad=False)
+    inside, tensor = F.pad(inside, around), F.pad(tensor, around)
+    covered = average(inside, kernel, stride, 0, ceil_mode, count_include_pad=False)
+    return average(tensor, kernel, stride, 0, ceil_mode, count_include_pad=False) / covered
+
+
+def with_indices(pooled: PathValue) -> tuple[PathValue, Ended]:
+    """A pooled value and the positions of its maxima, where the path ends."""
+    return pooled, Ended(torch.empty(pooled.tensor.shape, dtype=torch.int64, device="meta"))
+
+
+def average_pool(spatial: int) -> Callable[..., Any]:
+    """The rule of an average pooling function."""
+
+    def rule(
+        run: PathGraph,
+        input: PathValue,  # noqa: A002 - torch's name
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Any:
+        return PathValue(window(input.tensor, spatial, kernel_size, stride, padding, 1, ceil_mode), peak=input.peak)
+
+    return rule
+
+
+def max_pool(spatial: int) -> Callable[..., Any]:
+    """The rule of a max pooling function: any position may pass, so all count equally."""
+
+    def rule(
+        run: PathGraph,
+        input: PathValue,  # noqa: A002 - torch's name
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Any:
+        pooled = PathValue(
+            window(input.tensor, spatial, kernel_size, stride, padding, dilation, ceil_mode), peak=input.peak
+        )
+        return with_indices(pooled) if return_indices else pooled
+
+    return rule
+
+
+def adaptive(spatial: int) -> Callable[..., Any]:
+    """The rule of adaptive average and max pooling functions."""
+
+    def rule(run: PathGraph, input: PathValue, output_size: Any, return_indices: bool = False) -> Any:  # noqa: A002
+        pooled = PathValue(_ADAPTIVE[spatial](input.tensor, output_size), peak=input.peak)
+        return with_indices(pooled) if return_indices else pooled
+
+    return rule
+
+
+FUNCTIONS: dict[Any, Any] = {
+    **dict.fromkeys((torch.mean, torch.amax, torch.amin, torch.nanmean, torch.logsumexp), mean),
+    **dict.fromkeys((torch.var, torch.std), spread),
+    **dict.fromkeys((torch.var_mean, torch.std_mean), spread_and_mean),
+    **dict.fromkeys((torch.norm, torch.functional.norm, torch.linalg.norm, torch.linalg.vector_norm), norm),
+    torch.max: extreme(torch.max),
+    torch.min: extreme(torch.min),
+    torch.median: extreme(torch.median),
+    **dict.fromkeys((F.avg_pool1d, torch.avg_pool1d), average_pool(1)),
+    F.avg_pool2d: average_pool(2),
+    F.avg_pool3d: average_pool(3),
+    **dict.fromkeys((F.max_pool1d, torch.max_pool1d, F.max_pool1d_with_indices), max_pool(1)),
+    **dict.fromkeys((F.max_pool2d, torch.max_pool2d, F.max_pool2d_with_indices), max_pool(2)),
+    **dict.fromkeys((F.max_pool3d, torch.max_pool3d, F.max_pool3d_with_indices), max_pool(3)),
+    **dict.fromkeys((F.adaptive_avg_pool1d, torch.adaptive_avg_pool1d, F.adaptive_max_pool1d), adaptive(1)),
+    **dict.fromkeys((F.adaptive_avg_pool2d, F.adaptive_max_pool2d), adaptive(2)),
+    **dict.fromkeys((F.adaptive_avg_pool3d, F.adaptive_max_pool3d), adaptive(3)),
+    F.adaptive_max_pool1d_with_indices: adaptive(1),
+    F.adaptive_max_pool2d_with_indices: adaptive(2),
+    F.adaptive_max_pool3d_with_indices: adaptive(3),
+}
+
+METHODS: dict[str, Any] = {
+    **dict.fromkeys(["mean", "amax", "amin", "nanmean", "logsumexp"], mean),
+    **dict.fromkeys(["var", "std"], spread),
+    "norm": norm,
+    "max": extreme(torch.max),
+    "min": extreme(torch.min),
+    "median": extreme(torch.median),
+}
