@@ -22,8 +22,8 @@ from torch import nn
 
 import growfx
 from growfx.masked.optimizers import clear_state
+from growfx.selection.choose import draw
 from growfx.selection.edge_keys import EdgeKeys
-from growfx.selection.whole import draw
 
 GROWTH = 1.3
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from growfx.errors import ConfigError
 
-__all__ = ["DataOptions", "DefaultFloat", "TrainOptions", "as_json", "option", "parse_assignments"]
+__all__ = ["DataOptions", "DefaultFloat", "TrainOptions", "as_count", "as_json", "option", "parse_assignments"]
 
 
 class DefaultFloat(float):
@@ -35,6 +35,13 @@ def option(
     """A dataclass field whose value `check_ranges` holds between `low` and `high`, or to `choices`."""
     limits = {"low": low, "high": high, "open_low": open_low, "open_high": open_high, "choices": choices}
     return field(default=default, metadata=limits)
+
+
+def as_count(name: str, value: Any) -> int:
+    """Return a whole number from 1 up, numpy's among them, as an int; anything else is a `ConfigError`."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"`{name}` is {value!r}; allowed are whole numbers from 1 up")
+    return int(value)
 
 
 def check_ranges(options: Any) -> None:

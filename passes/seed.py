@@ -32,9 +32,9 @@ from growfx.errors import ConfigError
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.weight_layout import by_unit, from_units
 from growfx.passes.path_products.products import path_gradients
+from growfx.selection.choose import draw, top
 from growfx.selection.density import check_density
 from growfx.selection.edge_keys import EdgeKeys
-from growfx.selection.whole import draw, top
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph

@@ -42,8 +42,8 @@ from growfx.masked.layers import MaskedLayer
 from growfx.masked.weight_layout import by_unit, canonical
 from growfx.passes.connect.interpreter import connect
 from growfx.passes.seed import expected_visits
+from growfx.selection.choose import draw
 from growfx.selection.edge_keys import EdgeKeys
-from growfx.selection.whole import draw
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph

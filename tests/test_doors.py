@@ -11,8 +11,8 @@ from torch import nn
 import growfx
 from growfx.errors import ArtifactError, ConfigError, GrowfxError, TraceError
 from growfx.masked.doors import as_masked_graph, is_masked_graph
+from growfx.selection.choose import draw, top
 from growfx.selection.edge_keys import EdgeKeys
-from growfx.selection.whole import draw, top
 
 WRONG: dict[str, tuple[Callable[[growfx.MaskedGraph], Any], type[GrowfxError], str]] = {
     "a number as a model's name": (lambda net: growfx.create_model(3), ConfigError, "`int`"),

@@ -143,7 +143,7 @@ def test_the_gradient_of_absent_edges_is_asked_for_in_the_last_step_of_a_round_a
 def test_without_a_usable_gradient_a_round_still_has_its_edges(draw, value):
     net, optimizer, method = attached("gradient-growth", steps_per_epoch=2, draw=draw)
     train_steps(net, optimizer, method, 2)
-    for gradient in method._growth.gradients.values():
+    for gradient in method._attachment.state.gradients.values():
         gradient.fill_(value)
     method.report(0.5)
     assert net.nnz == round(1.3 * round(0.1 * net.numel))
@@ -200,7 +200,7 @@ def test_pwmpr_by_top_stops_where_no_path_reaches_an_absent_edge():
         method.report(0.1 + 0.02 * number)
         if not method.growing:
             break
-        method._growth.steps = 1
+        method._attachment.state.steps = 1
     assert method.stop_reason == "no absent edge lies on a path"
     assert net.layers["head"].density == 1
     assert net.nnz < net.numel

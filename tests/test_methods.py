@@ -12,7 +12,7 @@ from method_nets import OPTIMIZERS, small_net, train_steps
 import growfx
 from growfx import methods
 from growfx.errors import CheckpointError, ConfigError
-from growfx.methods.base import change_masks
+from growfx.methods.masks import change_masks
 
 # Why a method cannot work in a loop of one's own.
 NOT_STEPWISE = {

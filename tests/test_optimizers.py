@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import growfx
 from growfx import methods
 from growfx.masked.optimizers import _KEEPS_ZEROS
-from growfx.methods.base import change_masks
+from growfx.methods.masks import change_masks
 
 
 class Holding(optim.Optimizer):

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from growfx.errors import ConfigError
+from growfx.selection import whole as whole_scores
+from growfx.selection.choose import draw, top
 from growfx.selection.edge_keys import EdgeKeys
-from growfx.selection.whole import draw, top
 
 
 def example_layers(seed: int = 0, spread: float = 2.0) -> dict[str, torch.Tensor]:
@@ -73,9 +74,9 @@ def test_the_deadline_does_not_change_who_wins():
 def test_counts_are_exact_and_chunks_and_layer_order_change_nothing(k, chunk, seed):
     layers = example_layers(seed)
     layers["stem"][0] = 0.0
-    for choose in (draw, top):
+    for choose, in_chunks in ((draw, whole_scores.draw), (top, whole_scores.top)):
         whole = choose(layers, k, EdgeKeys(seed, "s"))
-        cut = choose(dict(reversed(list(layers.items()))), k, EdgeKeys(seed, "s"), chunk=chunk)
+        cut = in_chunks(dict(reversed(list(layers.items()))), k, EdgeKeys(seed, "s"), None, chunk=chunk)
         candidates = sum(t.numel() for t in layers.values()) - (27 if choose is draw else 0)
         assert picked(whole.masks) == whole.count == cut.count == min(k, candidates)
         assert all(torch.equal(whole.masks[name], cut.masks[name]) for name in layers)

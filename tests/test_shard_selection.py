@@ -12,9 +12,9 @@ from torch import Tensor
 
 from growfx.errors import ConfigError
 from growfx.selection import sharded as shard_selection
+from growfx.selection import whole as selection
 from growfx.selection.edge_keys import EdgeKeys
 from growfx.selection.sharded import Part
-from growfx.selection.whole import whole as selection
 
 KEYS = EdgeKeys(3, "test")
 SHAPES = {"b": (7, 11), "a": (3, 2, 2), "c": (1, 40), "d": (64, 9)}  # rows that 2, 3 and 5 ranks do not share evenly

@@ -198,8 +198,8 @@ def test_a_tenth_of_the_run_is_for_the_cycles_and_their_rate_is_a_triangle():
     while (stage := method.next_stage()) is not None:
         stages.append(stage)
         if stage.kind == "base":
-            base = method._course.memory["base"]
-            assert base._course.total_steps == 226 * STEPS
+            base = method._attachment.state.memory["base"]
+            assert base._attachment.state.total_steps == 226 * STEPS
         method.end_stage(stage)
     assert [(stage.kind, stage.epochs, stage.number) for stage in stages] == [
         ("base", 226, 0),

@@ -7,37 +7,27 @@ another; most have a single one.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from growfx.distributed import ranks
-from growfx.distributed.sharded import is_sharded, own_part, part_of, reshard
 from growfx.error_text import one_line
 from growfx.errors import CheckpointError, ConfigError
-from growfx.masked.layers import MaskedLayer
-from growfx.masked.optimizers import clear_state, optimizers_of
-from growfx.methods.scope import as_count
+from growfx.masked.doors import as_masked_graph
+from growfx.masked.graph import MaskedGraph
 from growfx.methods.session import Session, Stage
-
-if TYPE_CHECKING:
-    from growfx.masked.graph import MaskedGraph
+from growfx.options import as_count
 
 __all__ = [
     "Method",
-    "change_masks",
     "check_accuracy",
     "check_clock",
     "check_net",
     "check_state",
-    "collect_gradients",
-    "dense_gradients",
-    "find_shards",
     "not_attached",
     "reading_state",
 ]
@@ -143,9 +133,10 @@ class Method(ABC):
 
 def check_accuracy(accuracy: float, noise: float | None) -> None:
     """Raise `ConfigError` unless `accuracy` is a fraction and `noise` a standard deviation or None."""
-    from growfx.methods.growth.plateau import Point
-
-    Point(1.0, float(accuracy), None if noise is None else float(noise))
+    if not 0.0 <= float(accuracy) <= 1.0:
+        raise ConfigError(f"`accuracy` is {accuracy!r}; allowed is a fraction in [0, 1]")
+    if noise is not None and not 0.0 <= float(noise) < math.inf:
+        raise ConfigError(f"`noise` is {noise!r}; allowed is a standard deviation (fraction, 0 or more) or None")
 
 
 def check_clock(total_steps: int, steps_per_epoch: int) -> tuple[int, int]:
@@ -158,8 +149,6 @@ def check_net(method: Method, net: object) -> MaskedGraph:
 
     Raises `ConfigError` for anything else.
     """
-    from growfx.masked.doors import as_masked_graph
-
     return as_masked_graph(net, f"method `{method.name}`")
 
 
@@ -187,83 +176,3 @@ def reading_state(name: str) -> Generator[None]:
 def not_attached(name: str) -> ConfigError:
     """Return the error of using a method before `attach`."""
     return ConfigError(f"method `{name}` is not attached; call `method.attach(net, optimizer, ...)` first")
-
-
-def find_shards(method: Method, net: MaskedGraph) -> None:
-    """Find out whether `fully_shard` spread the weights of `net`, and let its layers know.
-
-    Raises `ConfigError` where it did in a way that masks cannot follow, or `method` needs weights whole.
-    """
-    reshard(net)
-    net.find_shards()
-    spread = [name for name, layer in net.layers.items() if is_sharded(layer.parameter)]
-    if not spread:
-        return
-    if method.needs_whole:
-        from growfx.methods import kind_of, names
-
-        allowed = ", ".join(f"`{name}`" for name in names() if not kind_of(name).needs_whole)
-        raise ConfigError(
-            f"the weights of `{spread[0]}` are spread over processes (`fully_shard`), which method `{method.name}` "
-            f"does not work with: {method.needs_whole}; allowed are {allowed}, or `DistributedDataParallel`, which "
-            "keeps weights whole"
-        )
-    whole = [name for name in net.layers if name not in spread]
-    if whole:
-        raise ConfigError(
-            f"the weights of `{spread[0]}` are spread over processes (`fully_shard`), those of `{whole[0]}` are not; "
-            "masked layers are all spread or none, so call `fully_shard` on the network itself last"
-        )
-    net.settle()
-
-
-# -- masks ----------------------------------------------------------------------------------------------------
-
-
-def change_masks(net: MaskedGraph, optimizer: Optimizer, masks: Mapping[str, Tensor]) -> int:
-    """Set `masks`; at every changed position the weight and the optimizer's state are zero. Returns how many
-    changed.
-
-    Optimizer state is any floating-point tensor of the parameter's shape in `optimizer.state[parameter]`, of
-    `optimizer` and of every other one that steps the parameter (one inside a wrapper, say). Ranks that train the
-    network together compare their masks then; `MaskError` where they differ.
-    """
-    changed = 0
-    for name, mask in masks.items():
-        layer = net.layers[name]
-        differs = mask.to(layer.mask.device) ^ layer.mask
-        count = int(differs.sum())
-        if count:
-            own_part(layer.parameter).masked_fill_(part_of(differs, layer.parameter), 0.0)
-            for each in {optimizer, *optimizers_of(layer.parameter)}:
-                clear_state(each, layer.parameter, differs)
-        changed += count
-    net.set_masks(masks)
-    if ranks.is_shared(net):
-        ranks.require_same_masks(net)
-    return changed
-
-
-# -- gradients ------------------------------------------------------------------------------------------------
-
-
-def collect_gradients(layers: Iterable[MaskedLayer], wanted: bool) -> None:
-    """Let the next backward passes leave the gradient of absent edges (or not), and forget the last one."""
-    for layer in layers:
-        layer.collects_gradient = wanted
-        layer.dense_gradient = None
-
-
-def dense_gradients(layers: Mapping[str, MaskedLayer]) -> dict[str, Tensor]:
-    """Return the gradient of every weight, present or absent, of the step just made; shapes of the weights.
-
-    Collected since `collect_gradients(..., True)`: of the whole accumulation window, as the optimizer saw it. Zero
-    for a layer that took no part in the step.
-    """
-    found = {}
-    for name, layer in layers.items():
-        if layer.dense_gradient is None and layer.collects_gradient:
-            layer.take_dense_gradient()  # an optimizer that is none of torch's, whose step nobody announces
-        gradient = layer.dense_gradient
-        found[name] = torch.zeros_like(layer.parameter.detach()) if gradient is None else gradient
-    return found

@@ -10,24 +10,21 @@ them like any other where they would take more than half of the edges that the d
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from growfx.distributed.sharded import unsharded
 from growfx.errors import CheckpointError, ConfigError, TraceError
+from growfx.masked.graph import MaskedGraph
 from growfx.masked.layers import MaskedLayer
+from growfx.methods.base import Method
 from growfx.passes.path_products.products import path_gradients
 
-if TYPE_CHECKING:
-    from growfx.masked.graph import MaskedGraph
-    from growfx.methods.base import Method
-
-__all__ = ["Scope", "as_count", "check_optimizer", "find_scope", "is_frozen", "layers_off_path", "listed"]
+__all__ = ["Scope", "check_optimizer", "find_scope", "is_frozen", "layers_off_path", "listed"]
 
 _SHOWN = 4
 
@@ -200,13 +197,6 @@ def check_optimizer(method: Method, net: MaskedGraph, optimizer: Optimizer) -> N
             f"of this network ({listed(trained)}); make it from `net.parameters()`, after `fully_shard` or anything "
             "else that replaces parameters"
         )
-
-
-def as_count(name: str, value: Any) -> int:
-    """Return a whole number from 1 up, numpy's among them, as an int; anything else is a `ConfigError`."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"`{name}` is {value!r}; allowed are whole numbers from 1 up")
-    return int(value)
 
 
 def listed(names: Any) -> str:

@@ -1,20 +1,27 @@
-"""What a method and a training run (`growfx.train`) tell each other."""
+"""What a method and a training run (`growfx.train`) tell each other, and where a method keeps its run state."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Generic, TypeVar
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from growfx.masked.graph import MaskedGraph
 from growfx.options import TrainOptions
 
-if TYPE_CHECKING:
-    from growfx.masked.graph import MaskedGraph
+__all__ = ["Attachment", "Session", "Stage"]
 
-__all__ = ["Session", "Stage"]
+_State = TypeVar("_State")
+
+
+@dataclass
+class Attachment(Generic[_State]):
+    """The run state of a method: None until it is attached. A method itself, which is its options, stays frozen."""
+
+    state: _State | None = None
 
 
 @dataclass(frozen=True)

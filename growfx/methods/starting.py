@@ -8,17 +8,15 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from growfx.errors import ConfigError
+from growfx.methods.base import Method
 from growfx.methods.scope import Scope
 from growfx.notices import warn_once
-
-if TYPE_CHECKING:
-    from growfx.methods.base import Method
 
 __all__ = ["MASKS", "MASKS_OF_PRUNING", "given_masks", "is_resuming", "resuming", "start_density", "warn_if_replaced"]
 

@@ -21,7 +21,7 @@ from growfx.distributed import ranks
 from growfx.distributed.sharded import own_part, part_of, rows_a_rank
 from growfx.errors import ConfigError
 from growfx.selection.edge_keys import EdgeKeys
-from growfx.selection.whole import Selection, check_count
+from growfx.selection.result import Selection, check_count
 
 __all__ = ["Part", "World", "choose_drawn", "choose_top", "draw", "top"]
 

@@ -1,8 +1,7 @@
-"""Choose exactly k edges over all layers at once: the best by score, or a random draw proportional to score.
+"""Choose the best k edges, or draw k in proportion to score, of scores that this process holds whole.
 
-One implementation for all methods. Counts are exact. What is random comes from `growfx.edge_keys`, so a
-choice depends on the seed, the layer names and the scores, and on nothing else: not on the order of the
-layers, the device, the number of threads or the size of the chunks worked on.
+What is random comes from `EdgeKeys`, so a choice depends on the seed, the layer names and the scores, and on nothing
+else: not on the order of the layers, the device, the number of threads or the size of the chunks worked on.
 
 `draw` is an exponential race: edge i arrives at time `Exp(1) / score_i` and the k earliest win, which is
 exactly sequential drawing without replacement with probability proportional to score (Efraimidis & Spirakis
@@ -13,7 +12,6 @@ arrive.
 """
 
 import math
-import numbers
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from growfx.distributed.sharded import is_sharded
 from growfx.errors import ConfigError
 from growfx.selection.edge_keys import EdgeKeys
+from growfx.selection.result import Selection, check_count
 
-__all__ = ["Selection", "check_count", "draw", "top"]
+__all__ = ["draw", "top"]
 
 _CHUNK = 1 << 17  # edges per unit of work: the arrays of a chunk stay in the second-level cache
 _SAMPLE = 1 << 15  # edges looked at to guess the deadline
@@ -35,19 +33,6 @@ _MAX_THREADS = 8
 _BRACKET = 4.0  # standard errors of a sampled rank
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Chosen edges.
-
-    `masks`: bool per layer, the shape and device of its scores. `count`: how many were chosen; fewer than
-    `asked` only where there were not enough candidates.
-    """
-
-    masks: dict[str, Tensor]
-    count: int
-    asked: int
 
 
 @dataclass(frozen=True)
@@ -94,19 +79,7 @@ def draw(
     *,
     chunk: int = _CHUNK,
 ) -> Selection:
-    """Draw `k` edges without replacement, each draw with probability proportional to score among the rest.
-
-    `scores`: finite, non-negative tensors per layer, any shape; score 0 is never drawn. `allowed`: bool
-    tensors per layer, of the same shapes; a layer not in it is allowed whole. With fewer than `k` allowed
-    edges of positive score all of them are taken (`count` says how many). `chunk` (edges) changes speed only.
-    Scores that are sharded (`growfx.shards`) are so for all layers, and every rank calls this; the masks are whole.
-    Raises `ConfigError` for a negative `k`, a negative or non-finite score, or shapes that differ.
-    """
-    _check_types(scores, keys)
-    if any(map(is_sharded, scores.values())):
-        from growfx.selection.sharded import draw as draw_sharded
-
-        return draw_sharded(scores, k, keys, allowed)
+    """`growfx.selection.draw` of whole scores; `chunk` (edges) changes speed only."""
     layers = _flatten(scores, allowed)
     chunks = list(_chunks(layers, k, chunk))
     if k == 0 or not chunks:
@@ -128,16 +101,7 @@ def top(
     largest: bool = True,
     chunk: int = _CHUNK,
 ) -> Selection:
-    """Choose the `k` edges of largest (or smallest) score; equal scores are ordered at random by `keys`.
-
-    Arguments as in `draw`, except that scores may be negative or infinite. With fewer than `k` allowed edges
-    all are taken. Raises `ConfigError` for a negative `k`, a NaN score, or shapes that differ.
-    """
-    _check_types(scores, keys)
-    if any(map(is_sharded, scores.values())):
-        from growfx.selection.sharded import top as top_sharded
-
-        return top_sharded(scores, k, keys, allowed, largest=largest)
+    """`growfx.selection.top` of whole scores; `chunk` (edges) changes speed only."""
     layers = _flatten(scores, allowed)
     chunks = list(_chunks(layers, k, chunk))
     counts = _for_each(chunks, _count)
@@ -165,20 +129,6 @@ def _flatten(scores: Mapping[str, Tensor], allowed: Mapping[str, Tensor] | None)
             flat = flat.double()
         layers.append(_Layer(name, flat.numpy(), None if may is None else may.reshape(-1).cpu().numpy()))
     return layers
-
-
-def _check_types(scores: object, keys: object) -> None:
-    """Raise `ConfigError` unless these are scores by layer name, and keys to order equal ones by."""
-    if not isinstance(scores, Mapping) or not all(isinstance(score, Tensor) for score in scores.values()):
-        raise ConfigError(f"`scores`: expected a dict of tensors by layer name, got {type(scores).__name__}")
-    if not isinstance(keys, EdgeKeys):
-        raise ConfigError(f"`keys`: expected `growfx.edge_keys.EdgeKeys(seed, stream)`, got {type(keys).__name__}")
-
-
-def check_count(k: int) -> None:
-    """Raise `ConfigError` for what is not a number of edges to choose."""
-    if not isinstance(k, numbers.Integral) or isinstance(k, bool) or k < 0:
-        raise ConfigError(f"the number of edges to choose is {k!r}; allowed is 0 or more, a whole number")
 
 
 def _chunks(layers: list[_Layer], k: int, size: int) -> Iterator[_Chunk]:

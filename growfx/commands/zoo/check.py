@@ -32,15 +32,15 @@ from growfx.commands.zoo.reference import CALLS, Reference, observe
 from growfx.errors import GrowfxError
 from growfx.masked.graph import MaskedGraph
 from growfx.masked.layers import MaskedLayer
-from growfx.methods.base import change_masks
 from growfx.methods.growth.pwmpr import PWMPR
 from growfx.methods.growth.snapshots import next_nnz
+from growfx.methods.masks import change_masks
 from growfx.models.build import blueprint, create_model
 from growfx.passes.path_products.products import check_path_rules
 from growfx.quiet import ignored_warnings
+from growfx.selection.choose import draw
 from growfx.selection.density import random_masks
 from growfx.selection.edge_keys import EdgeKeys
-from growfx.selection.whole import draw
 
 __all__ = ["DENSITY", "check_model"]
 

@@ -15,8 +15,8 @@ from growfx.masked.weight_layout import by_unit, from_units
 from growfx.methods.growth.pwmpr import PathGrowth
 from growfx.methods.growth.rounds import Growth
 from growfx.options import option
+from growfx.selection.choose import top
 from growfx.selection.edge_keys import EdgeKeys
-from growfx.selection.whole import top
 
 __all__ = ["GrowPrune", "droppable"]
 

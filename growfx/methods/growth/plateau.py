@@ -33,6 +33,7 @@ from typing import Any, Final
 import numpy as np
 
 from growfx.errors import ConfigError
+from growfx.methods.base import check_accuracy
 
 __all__ = ["Decision", "LogisticFit", "PlateauRule", "Point", "fit_logistic"]
 
@@ -60,12 +61,7 @@ class Point:
     def __post_init__(self) -> None:
         if not 0.0 < self.density <= 1.0:
             raise ConfigError(f"`density` is {self.density!r}; allowed is a number in (0, 1]")
-        if not 0.0 <= self.accuracy <= 1.0:
-            raise ConfigError(f"`accuracy` is {self.accuracy!r}; allowed is a fraction in [0, 1]")
-        if self.noise is not None and not 0.0 <= self.noise < math.inf:
-            raise ConfigError(
-                f"`noise` is {self.noise!r}; allowed is a standard deviation (fraction, 0 or more) or None"
-            )
+        check_accuracy(self.accuracy, self.noise)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from growfx.methods.growth.rounds import Growing, Growth
 from growfx.methods.growth.snapshots import DRAWS, counted_where_zero
 from growfx.options import option
 from growfx.passes.path_products.products import path_gradients
+from growfx.selection.choose import draw, top
 from growfx.selection.edge_keys import EdgeKeys
-from growfx.selection.whole import Selection, draw, top
+from growfx.selection.result import Selection
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph

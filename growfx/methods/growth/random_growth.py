@@ -12,8 +12,8 @@ from torch import Tensor
 from growfx.analysis.paths import PathProducts
 from growfx.methods.growth.rounds import Growing, Growth
 from growfx.passes.path_products.products import path_gradients
+from growfx.selection.choose import draw
 from growfx.selection.edge_keys import EdgeKeys
-from growfx.selection.whole import draw
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph

@@ -22,23 +22,12 @@ from growfx.distributed.sharded import unsharded
 from growfx.errors import CheckpointError, ConfigError
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.optimizers import StepWatch
-from growfx.methods.base import (
-    Method,
-    change_masks,
-    check_accuracy,
-    check_clock,
-    check_net,
-    check_state,
-    collect_gradients,
-    dense_gradients,
-    find_shards,
-    not_attached,
-    reading_state,
-)
+from growfx.methods.base import Method, check_accuracy, check_clock, check_net, check_state, not_attached, reading_state
 from growfx.methods.growth.plateau import Decision, LogisticFit, PlateauRule, Point
 from growfx.methods.growth.snapshots import Origin, Snapshot, grown_density, next_nnz, seeded
+from growfx.methods.masks import change_masks, collect_gradients, dense_gradients, find_shards
 from growfx.methods.scope import Scope, check_optimizer, find_scope
-from growfx.methods.session import Session, Stage
+from growfx.methods.session import Attachment, Session, Stage
 from growfx.methods.starting import MASKS, warn_if_replaced
 from growfx.options import TrainOptions, check_ranges, option
 from growfx.selection.edge_keys import EdgeKeys
@@ -130,7 +119,7 @@ class Growing(Method):
     tolerance: float = option(0.003, low=0, high=1, open_low=True, open_high=True)
     final_weights: str = option("current", choices=FINAL_WEIGHTS)
     seed: int = option(0, low=0, high=2**63 - 1)
-    _growth: Growth | None = field(default=None, init=False, repr=False, compare=False)
+    _attachment: Attachment[Growth] = field(default_factory=Attachment, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -175,7 +164,7 @@ class Growing(Method):
         if self.final_weights == "initial":
             growth.origin = Origin.take(net)
         change_masks(net, optimizer, masks)
-        object.__setattr__(self, "_growth", growth)
+        self._attachment.state = growth
         self._look_ahead()
 
     def step(self) -> bool:
@@ -237,7 +226,7 @@ class Growing(Method):
     @property
     def needs_dense_gradient(self) -> bool:
         """True in the last step of a round, for methods that grow by gradient and while there is room to grow."""
-        growth = self._growth
+        growth = self._attachment.state
         if not self.reads_gradient or growth is None or not growth.growing:
             return False
         last = growth.steps % self._round_steps == self._round_steps - 1
@@ -365,9 +354,9 @@ class Growing(Method):
     # -- state ----------------------------------------------------------------------------------------------
 
     def _attached(self) -> Growth:
-        if self._growth is None:
+        if self._attachment.state is None:
             raise not_attached(self.name)
-        return self._growth
+        return self._attachment.state
 
     @property
     def trace(self) -> list[dict[str, Any]]:
@@ -377,12 +366,12 @@ class Growing(Method):
         dead_units: output units that no path of non-zero weights crosses, at the end of the round (edges just
         grown are zero). off_path: edges in layers that no path can cross.
         """
-        return [] if self._growth is None else self._growth.trace
+        return [] if self._attachment.state is None else self._attachment.state.trace
 
     @property
     def growing(self) -> bool:
         """True from the start until growth stops."""
-        return self._growth is None or self._growth.growing
+        return self._attachment.state is None or self._attachment.state.growing
 
     @property
     def stop_reason(self) -> str:
@@ -391,12 +380,12 @@ class Growing(Method):
         "plateau"; "max_density" (reached before the rule was sure); "no plateau below max_density";
         "no absent edge lies on a path".
         """
-        return "" if self._growth is None else self._growth.stop_reason
+        return "" if self._attachment.state is None else self._attachment.state.stop_reason
 
     @property
     def operating_round(self) -> int | None:
         """The round whose masks the final training has; None while growth goes on."""
-        return None if self._growth is None else self._growth.operating_round
+        return None if self._attachment.state is None else self._attachment.state.operating_round
 
     def state_dict(self) -> dict[str, Any]:
         """Return clock, trace, kept rounds and gradients. Masks and weights of the moment are in the network's

@@ -17,10 +17,11 @@ import torch
 from torch.optim import Optimizer
 
 from growfx.errors import CheckpointError, ConfigError
-from growfx.methods.base import Method, change_masks, check_accuracy, check_clock, check_state, reading_state
+from growfx.methods.base import Method, check_accuracy, check_clock, check_state, reading_state
 from growfx.methods.growth.snapshots import Snapshot
+from growfx.methods.masks import change_masks
 from growfx.methods.scope import check_optimizer, find_scope
-from growfx.methods.session import Session, Stage
+from growfx.methods.session import Attachment, Session, Stage
 from growfx.methods.starting import all_edges, warn_if_replaced
 from growfx.methods.stepwise.course import Course
 from growfx.options import check_ranges
@@ -68,7 +69,7 @@ class Campaign(Course):
 class Staged(Method):
     """A method that plans the whole run, and therefore needs `growfx.train`."""
 
-    _course: Campaign | None = field(default=None, init=False, repr=False, compare=False)
+    _attachment: Attachment[Campaign] = field(default_factory=Attachment, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -133,7 +134,7 @@ class Staged(Method):
         course.steps = course.plan[0].first_step
         course.fresh = copy.deepcopy(session.optimizer.state_dict())
         self._start(course)
-        object.__setattr__(self, "_course", course)
+        self._attachment.state = course
 
     @property
     def _chooser(self) -> Method:
@@ -173,12 +174,12 @@ class Staged(Method):
     @property
     def needs_dense_gradient(self) -> bool:
         """Whether the step under way computes the gradient of absent edges."""
-        return self._course is not None and self._wants_gradient(self._course)
+        return self._attachment.state is not None and self._wants_gradient(self._attachment.state)
 
     @property
     def trace(self) -> list[dict[str, Any]]:
         """One entry a stage that is over, in order; see the class."""
-        return [] if self._course is None else self._course.trace
+        return [] if self._attachment.state is None else self._attachment.state.trace
 
     @property
     def growing(self) -> bool:
@@ -235,9 +236,9 @@ class Staged(Method):
         self._recall(course, copy.deepcopy(state["memory"]))
 
     def _begun(self) -> Campaign:
-        if self._course is None:
+        if self._attachment.state is None:
             raise ConfigError(f"method `{self.name}` is not attached; run it through growfx.train")
-        return self._course
+        return self._attachment.state
 
 
 # -- what stages have in common -------------------------------------------------------------------------------

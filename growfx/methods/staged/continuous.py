@@ -12,7 +12,7 @@ from torch import Tensor
 
 from growfx.distributed import ranks
 from growfx.masked.layers import MaskedLayer
-from growfx.methods.base import change_masks
+from growfx.methods.masks import change_masks
 from growfx.methods.session import Stage
 from growfx.methods.staged.campaign import (
     Campaign,
@@ -25,8 +25,8 @@ from growfx.methods.staged.campaign import (
     trace_entry,
 )
 from growfx.options import option
+from growfx.selection.choose import top
 from growfx.selection.edge_keys import EdgeKeys
-from growfx.selection.whole import top
 
 __all__ = ["MODES", "Continuous", "SoftMask"]
 

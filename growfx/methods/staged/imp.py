@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from growfx.methods.base import change_masks
+from growfx.methods.masks import change_masks
 from growfx.methods.session import Stage
 from growfx.methods.staged.campaign import (
     Campaign,
@@ -21,8 +21,8 @@ from growfx.methods.staged.campaign import (
 from growfx.methods.starting import MASKS_OF_PRUNING, start_density
 from growfx.methods.stepwise.sparse_start import settle_density
 from growfx.options import option
+from growfx.selection.choose import top
 from growfx.selection.edge_keys import EdgeKeys
-from growfx.selection.whole import top
 
 __all__ = ["IMP", "REWINDS"]
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from growfx.distributed import ranks
 from growfx.errors import ConfigError
-from growfx.methods.base import Method, collect_gradients
+from growfx.methods.base import Method
+from growfx.methods.masks import collect_gradients
 from growfx.methods.registry import kind_of, names
 from growfx.methods.session import Stage
 from growfx.methods.staged.campaign import Campaign, Staged, trace_entry
@@ -22,8 +23,8 @@ from growfx.methods.starting import MASKS
 from growfx.methods.stepwise.course import Stepwise
 from growfx.methods.stepwise.sparse_start import settle_density
 from growfx.options import DefaultFloat, option
+from growfx.selection.choose import top
 from growfx.selection.edge_keys import EdgeKeys
-from growfx.selection.whole import top
 
 __all__ = ["SupTickets", "join"]
 
@@ -152,11 +153,11 @@ class SupTickets(Staged):
             "last_drop_fraction": rate,
             "seed": (self.seed + 1 + number) % 2**63,
         }
-        own = base._course
+        own = base._attachment.state
         assert own is not None
         explorer = dataclasses.replace(base, **{k: v for k, v in wanted.items() if self._base_has(k)})
         memory = copy.deepcopy(own.memory)
-        object.__setattr__(explorer, "_course", dataclasses.replace(own, total_steps=2, steps=0, memory=memory))
+        explorer._attachment.state = dataclasses.replace(own, total_steps=2, steps=0, memory=memory)
         return explorer
 
     def _set_explorer(self, course: Campaign) -> None:

@@ -20,14 +20,14 @@ from torch.utils import _pytree as pytree
 from growfx.distributed import ranks
 from growfx.errors import ConfigError, DataError
 from growfx.masked.trial import undisturbed
-from growfx.methods.base import dense_gradients
+from growfx.methods.masks import dense_gradients
 from growfx.methods.session import Session
 from growfx.methods.stepwise.course import Course
 from growfx.methods.stepwise.sparse_start import SparseInit, StaticMasks
 from growfx.options import option
 from growfx.passes.path_products.products import path_gradients
+from growfx.selection.choose import top
 from growfx.selection.edge_keys import EdgeKeys
-from growfx.selection.whole import top
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph

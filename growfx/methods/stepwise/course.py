@@ -22,20 +22,10 @@ from growfx.errors import CheckpointError
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.mask_bits import pack, unpack
 from growfx.masked.optimizers import StepWatch
-from growfx.methods.base import (
-    Method,
-    change_masks,
-    check_accuracy,
-    check_clock,
-    check_net,
-    check_state,
-    collect_gradients,
-    find_shards,
-    not_attached,
-    reading_state,
-)
+from growfx.methods.base import Method, check_accuracy, check_clock, check_net, check_state, not_attached, reading_state
+from growfx.methods.masks import change_masks, collect_gradients, find_shards
 from growfx.methods.scope import Scope, check_optimizer, find_scope
-from growfx.methods.session import Session, Stage
+from growfx.methods.session import Attachment, Session, Stage
 from growfx.methods.starting import warn_if_replaced
 from growfx.options import check_ranges
 
@@ -128,7 +118,7 @@ class Course:
 class Stepwise(Method):
     """A method with one training and one clock."""
 
-    _course: Course | None = field(default=None, init=False, repr=False, compare=False)
+    _attachment: Attachment[Course] = field(default_factory=Attachment, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -182,7 +172,7 @@ class Stepwise(Method):
         warn_if_replaced(self, scope, masks)
         change_masks(net, optimizer, masks)
         course.ever_active = {name: net.layers[name].mask.clone() for name in scope.names}
-        object.__setattr__(self, "_course", course)
+        self._attachment.state = course
         self._look_ahead(course)
         return course
 
@@ -243,7 +233,9 @@ class Stepwise(Method):
     @property
     def needs_dense_gradient(self) -> bool:
         """True in steps whose update reads the gradient of absent edges."""
-        return self._course is not None and self._wants_gradient(self._course, self._course.steps + 1)
+        return self._attachment.state is not None and self._wants_gradient(
+            self._attachment.state, self._attachment.state.steps + 1
+        )
 
     @property
     def exploration(self) -> float:
@@ -256,7 +248,7 @@ class Stepwise(Method):
     @property
     def trace(self) -> list[dict[str, Any]]:
         """One entry a report: round, density, nnz, val_accuracy, fit (None), exploration."""
-        return [] if self._course is None else self._course.trace
+        return [] if self._attachment.state is None else self._attachment.state.trace
 
     @property
     def growing(self) -> bool:
@@ -307,9 +299,9 @@ class Stepwise(Method):
         self._look_ahead(course)
 
     def _attached(self) -> Course:
-        if self._course is None:
+        if self._attachment.state is None:
             raise not_attached(self.name)
-        return self._course
+        return self._attachment.state
 
 
 def _moved(value: Any, device: torch.device) -> Any:

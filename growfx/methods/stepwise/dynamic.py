@@ -16,7 +16,7 @@ from torch import Tensor
 
 from growfx.errors import ConfigError
 from growfx.masked.layers import MaskedLayer
-from growfx.methods.base import dense_gradients
+from growfx.methods.masks import dense_gradients
 from growfx.methods.stepwise.course import Course
 from growfx.methods.stepwise.exchange import apportion, exchange, finite_magnitudes, mean_of_active
 from growfx.methods.stepwise.schedules import DECAYS, Clock, anneal

@@ -16,9 +16,9 @@ from torch import Tensor
 from growfx.distributed import ranks
 from growfx.distributed.sharded import is_sharded, own_part
 from growfx.errors import ConfigError
+from growfx.selection.choose import top
 from growfx.selection.density import layer_densities
 from growfx.selection.edge_keys import EdgeKeys
-from growfx.selection.whole import top
 
 __all__ = ["apportion", "drop_to", "exchange", "finite_magnitudes", "grow_to", "keep_largest", "mean_of_active"]
 

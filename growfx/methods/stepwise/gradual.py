@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from growfx.errors import ConfigError
-from growfx.methods.base import dense_gradients
+from growfx.methods.masks import dense_gradients
 from growfx.methods.starting import MASKS_OF_PRUNING, all_edges, given_masks, start_density
 from growfx.methods.stepwise.course import Course, Stepwise
 from growfx.methods.stepwise.exchange import exchange, finite_magnitudes, keep_largest

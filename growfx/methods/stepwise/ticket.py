@@ -17,8 +17,8 @@ from growfx.methods.stepwise.course import Course, Stepwise
 from growfx.options import option
 from growfx.runs.checkpoint import read
 from growfx.runs.folder import RunFolder
+from growfx.selection.choose import top
 from growfx.selection.edge_keys import EdgeKeys
-from growfx.selection.whole import top
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph
