@@ -28,9 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from growfx.analysis.weight_layout import by_unit, from_units
 from growfx.errors import ConfigError
 from growfx.masked.layers import MaskedLayer
-from growfx.masked.weight_layout import by_unit, from_units
 from growfx.passes.path_products.products import path_gradients
 from growfx.selection.choose import draw, top
 from growfx.selection.density import check_density

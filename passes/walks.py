@@ -37,9 +37,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from growfx.analysis.connectivity import Connectivity, LayerUnits
+from growfx.analysis.weight_layout import by_unit, canonical
 from growfx.errors import TraceError
 from growfx.masked.layers import MaskedLayer
-from growfx.masked.weight_layout import by_unit, canonical
 from growfx.passes.connect.interpreter import connect
 from growfx.passes.seed import expected_visits
 from growfx.selection.choose import draw

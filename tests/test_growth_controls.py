@@ -9,8 +9,8 @@ from scipy import stats
 from torch.nn import functional as F
 
 from growfx import methods, path_products
+from growfx.analysis.weight_layout import joined_units
 from growfx.errors import CheckpointError, ConfigError, GrowfxWarning
-from growfx.masked.weight_layout import joined_units
 from growfx.methods.growth.grow_prune import droppable
 from growfx.passes.path_products.products import path_gradients
 from growfx.passes.seed import dead_units

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import growfx
 from growfx import methods
+from growfx.analysis.weight_layout import joined_units
 from growfx.errors import ConfigError, TraceError
-from growfx.masked.weight_layout import joined_units
 from growfx.passes import walks as walks_pass
 from growfx.passes.path_products.products import path_gradients
 from growfx.passes.seed import expected_visits

@@ -17,10 +17,10 @@ from training_nets import Tiny, loaders
 import growfx
 from growfx.distributed import ranks
 from growfx.errors import ConfigError, DataError, GrowfxError, MaskError
-from growfx.masked.trial import unused_parameters
 from growfx.runs.checkpoint import content_digest
 from growfx.training.evaluation import evaluate
 from growfx.training.recipe import steps_of
+from growfx.training.step import unused_parameters
 
 
 def plain_model() -> nn.Module:

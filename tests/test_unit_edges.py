@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from growfx.analysis.weight_layout import by_unit, canonical, from_canonical, from_units, joined_units
 from growfx.masked.layers import to_twin
-from growfx.masked.weight_layout import by_unit, canonical, from_canonical, from_units, joined_units
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...], int]] = {
     "linear": (nn.Linear(4, 6), (1, 4), 1),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from growfx.artifact.manifest import canonical
+from growfx.artifact.model_settings import setting_differences
 from growfx.error_text import one_line
 from growfx.errors import ArtifactError, ConfigError
 from growfx.masked.graph import MaskedGraph
@@ -28,7 +29,6 @@ from growfx.masked.inputs import Inputs
 from growfx.masked.isolation import generators_restored
 from growfx.masked.layers import MaskedLayer, to_plain
 from growfx.masked.module_copy import copy_modules, separate_hooks
-from growfx.masked.module_settings import setting_differences
 from growfx.masked.recording import RECORDED_CONSTANT
 from growfx.models.build import ModelIdentity, blueprint, build_unfilled, has_builder, likely_identity
 from growfx.quiet import ignored_warnings

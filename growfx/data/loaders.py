@@ -20,7 +20,7 @@ from growfx.errors import ConfigError, DataError
 from growfx.models.build import default_image_shape
 from growfx.options import DataOptions
 
-__all__ = ["InputFormat", "fit_input", "fit_size", "make_loader"]
+__all__ = ["InputFormat", "fit_input", "fit_size", "is_shared_out", "make_loader"]
 
 # Mean and standard deviation of the digits' pixels, scaled to [0, 1].
 _DIGITS_MEAN, _DIGITS_STD = 0.305, 0.376
@@ -177,3 +177,11 @@ def _statistics(
     if len(mean) == channels:
         return mean, std
     return (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
+
+
+def is_shared_out(sampler: object) -> bool:
+    """Whether a loader's sampler shares the images out among the ranks: every rank takes each n-th."""
+    from timm.data.distributed_sampler import OrderedDistributedSampler
+    from torch.utils.data import DistributedSampler
+
+    return isinstance(sampler, DistributedSampler | OrderedDistributedSampler)

@@ -7,22 +7,15 @@ the same order, or by none.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DistributedSampler
 
-from growfx.errors import ConfigError, GrowfxError, MaskError
-from growfx.masked.layers import MaskedLayer
-from growfx.masked.mask_bits import pack
-
-if TYPE_CHECKING:
-    from growfx.masked.graph import MaskedGraph
+from growfx.errors import ConfigError, GrowfxError
 
 __all__ = [
     "average",
@@ -31,21 +24,15 @@ __all__ = [
     "finite",
     "from_first",
     "gather",
-    "is_sharded",
-    "is_shared",
     "largest",
     "on_first",
     "rank",
-    "replicate",
-    "require_same_masks",
-    "share_buffers",
     "total",
     "within_ddp",
     "world_size",
 ]
 
 _T = TypeVar("_T")
-_SHOWN = 6  # layers named in an error
 _made: dict[str, Any] = {}  # the group of `_cpu_group`, and the ranks it was made for
 
 
@@ -57,11 +44,6 @@ def world_size() -> int:
 def rank() -> int:
     """The number of this one, from 0; 0 without a process group."""
     return dist.get_rank() if world_size() > 1 else 0
-
-
-def is_shared(net: MaskedGraph) -> bool:
-    """Whether several ranks train `net` together: it is in `DistributedDataParallel`, or `fully_shard` spread it."""
-    return (net.replicated or net.sharded) and world_size() > 1
 
 
 def within_ddp() -> bool:
@@ -191,66 +173,3 @@ def finite(value: Tensor) -> bool:
     mean = value.detach().clone()
     average([mean])
     return bool(torch.isfinite(mean))
-
-
-# -- networks -----------------------------------------------------------------------------------------------------
-
-
-def replicate(net: MaskedGraph) -> DistributedDataParallel:
-    """Return `net` in `DistributedDataParallel`, which sends rank 0's weights and buffers to all."""
-    from growfx.masked.trial import unused_parameters
-
-    unused = bool(unused_parameters(net))
-    # gradients need no copy of their own beside what is sent
-    return DistributedDataParallel(net, find_unused_parameters=unused, gradient_as_bucket_view=True)
-
-
-def is_sharded(sampler: object) -> bool:
-    """Whether a loader's sampler shares the images out among the ranks: every rank takes each n-th."""
-    from timm.data.distributed_sampler import OrderedDistributedSampler
-
-    return isinstance(sampler, DistributedSampler | OrderedDistributedSampler)
-
-
-def share_buffers(net: nn.Module) -> None:
-    """Give every rank the buffers of rank 0, masks aside, as `DistributedDataParallel` does before each forward.
-
-    In between each rank has norm statistics of its own, which must not decide anything.
-    """
-    masks = {id(module.mask) for module in net.modules() if isinstance(module, MaskedLayer)}
-    for buffer in net.buffers():
-        if id(buffer) not in masks:
-            dist.broadcast(buffer, src=0)
-
-
-def require_same_masks(net: MaskedGraph) -> None:
-    """Compare the masks of all ranks, by digest.
-
-    Raises:
-        MaskError: on every rank, where they differ; names the layers.
-    """
-    digests = everyone({name: _digest(layer) for name, layer in net.layers.items()})
-    first = digests[0]
-    others = [number for number, found in enumerate(digests) if found != first]
-    if not others:
-        return
-    layers = [name for name in first if any(found.get(name) != first[name] for found in digests)]
-    raise MaskError(
-        f"the masks of {_listed(layers)} differ between ranks: rank {_numbers(others)} against rank 0; every rank "
-        "needs the same model, seed and options, weights loaded before `DistributedDataParallel` or `fully_shard` "
-        "takes the network, and no change of weights or masks of its own"
-    )
-
-
-def _digest(layer: MaskedLayer) -> bytes:
-    return hashlib.sha256(pack(layer.mask).numpy().tobytes()).digest()
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(f"`{name}`" for name in names[:_SHOWN])
-    return shown + (f" and {len(names) - _SHOWN} more layers" if len(names) > _SHOWN else "")
-
-
-def _numbers(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:_SHOWN]))
-    return shown + (f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else "")

@@ -8,8 +8,7 @@ when the optimizer steps and masks change, it has the DTensor.
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from growfx.errors import ConfigError, TraceError
 
 if TYPE_CHECKING:
-    from growfx.masked.graph import MaskedGraph
+    pass
 
 __all__ = [
     "HOW_TO_GATHER",
@@ -33,7 +32,6 @@ __all__ = [
     "require_whole",
     "reshard",
     "rows_a_rank",
-    "unsharded",
 ]
 
 HOW_TO_GATHER = (
@@ -139,22 +137,3 @@ def reshard(net: nn.Module) -> None:
     """Let the layers have their sharded parameters: after a forward without backward they have the whole ones."""
     for module in fsdp_modules(net):
         module.reshard()
-
-
-@contextmanager
-def unsharded(net: MaskedGraph) -> Generator[None]:
-    """Gather the weights of all layers, as a forward does, for work that needs them whole; changes are not kept.
-
-    Raises:
-        ConfigError: they are gathered by a module around the network.
-    """
-    modules = fsdp_modules(net)
-    for module in modules:
-        module.unshard()
-    try:
-        for layer in net.layers.values():
-            require_whole(layer.parameter, "a module around the network gathers it; call `fully_shard` on the network")
-        yield
-    finally:
-        for module in modules:
-            module.reshard()

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["GradientMark", "MaskGradient", "MaskOwnGradient", "mask_gradient", "mask_in_place", "obeys"]
+__all__ = [
+    "GradientMark",
+    "MaskGradient",
+    "MaskOwnGradient",
+    "compiled_weight",
+    "mask_gradient",
+    "mask_in_place",
+    "obeys",
+]
 
 _SAME_SIZE_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PART = 2**19  # elements, 2 MiB in float32
@@ -148,3 +156,23 @@ def _masked(gradient: Tensor, ctx: Any) -> Tensor:
     mask_in_place(gradient, ctx.mask)
     ctx.mark.put(gradient)
     return gradient
+
+
+class _CompiledWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, collects: Tensor) -> Tensor:
+        ctx.save_for_backward(mask, collects)
+        return torch.where(mask, weight, 0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        mask, collects = ctx.saved_tensors
+        return torch.where(mask | collects, grads[0], 0), None, None
+
+
+def compiled_weight(weight: Tensor, mask: Tensor, collects: Tensor) -> Tensor:
+    """``where(mask, weight, 0)`` with a masked gradient, or the whole one while the bool scalar `collects` is True.
+
+    A value decides, not a branch, so that neither another mask nor a step that collects gradients compiles anew.
+    """
+    return cast(Tensor, _CompiledWeight.apply(weight, mask, collects))

@@ -18,20 +18,22 @@ import torch
 from torch import Tensor, fx, nn
 
 from growfx.distributed import ranks
-from growfx.distributed.sharded import check_recordable, fsdp_modules, is_sharded, own_part, part_of
+from growfx.distributed.sharded import check_recordable, fsdp_modules, is_sharded, own_part, part_of, require_whole
 from growfx.errors import MaskError, TraceError
+from growfx.masked.agreement import require_same_masks
 from growfx.masked.direct_uses import MaskedUses
 from growfx.masked.inputs import Inputs, as_inputs
 from growfx.masked.layers import MaskedLayer, MaskedParameter, check_mask
 from growfx.masked.module_copy import copy_modules
 from growfx.masked.modules import chain_tensors, settings_of
+from growfx.masked.optimizers import watch_optimizers
 from growfx.masked.placement import Places
 from growfx.masked.plain_state import hide_masks
 from growfx.masked.recording import RecordedGraph, RecordFunction, plain_graph_module
 from growfx.masked.torch_pruning import translated
 from growfx.masked.trace_report import TraceReport
 
-__all__ = ["MaskedGraph", "RecordFunction", "RecordedGraph"]
+__all__ = ["MaskedGraph", "RecordFunction", "RecordedGraph", "is_shared", "unsharded"]
 
 
 _REGISTRIES = (
@@ -85,6 +87,7 @@ class MaskedGraph(fx.GraphModule):
         find_identity: Callable[[], Any] = lambda: None,
     ):
         nn.Module.__init__(self)
+        watch_optimizers()
         self._adopt(shell)
         self._example, self._recorder = example, recorder
         self.recordings: dict[tuple[bool, Any], RecordedGraph] = {}
@@ -232,10 +235,10 @@ class MaskedGraph(fx.GraphModule):
         if ranks.within_ddp():
             # also where something around this network was wrapped
             self.replicated = self._compared = True
-            ranks.require_same_masks(self)
+            require_same_masks(self.layers)
         elif self.sharded:
             self._compared = True
-            ranks.require_same_masks(self)
+            require_same_masks(self.layers)
 
     def find_shards(self) -> None:
         """Find out what `fully_shard` was called on: this network, or modules inside that gather their own weights.
@@ -702,3 +705,27 @@ def _without_compiler() -> Generator[None]:
 
 
 _ONE_AT_A_TIME = threading.RLock()
+
+
+def is_shared(net: MaskedGraph) -> bool:
+    """Whether several ranks train `net` together: it is in `DistributedDataParallel`, or `fully_shard` spread it."""
+    return (net.replicated or net.sharded) and ranks.world_size() > 1
+
+
+@contextmanager
+def unsharded(net: MaskedGraph) -> Generator[None]:
+    """Gather the weights of all layers, as a forward does, for work that needs them whole; changes are not kept.
+
+    Raises:
+        ConfigError: they are gathered by a module around the network.
+    """
+    modules = fsdp_modules(net)
+    for module in modules:
+        module.unshard()
+    try:
+        for layer in net.layers.values():
+            require_whole(layer.parameter, "a module around the network gathers it; call `fully_shard` on the network")
+        yield
+    finally:
+        for module in modules:
+            module.reshard()

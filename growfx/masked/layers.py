@@ -29,9 +29,16 @@ from torch.nn.parameter import UninitializedParameter
 
 from growfx.distributed.sharded import check_cut, is_sharded, like_part, own_part, part_of, require_whole
 from growfx.errors import MaskError
-from growfx.masked.compiled_weight import compiled_weight
-from growfx.masked.gradients import GradientMark, MaskGradient, MaskOwnGradient, mask_gradient, mask_in_place, obeys
-from growfx.masked.optimizers import LAYER_OF
+from growfx.masked.gradients import (
+    GradientMark,
+    MaskGradient,
+    MaskOwnGradient,
+    compiled_weight,
+    mask_gradient,
+    mask_in_place,
+    obeys,
+)
+from growfx.masked.registry import LAYER_OF
 
 __all__ = [
     "MaskedLayer",

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,10 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from growfx.distributed.sharded import all_finite, is_sharded, own_part, part_of
+from growfx.masked.layers import MaskedLayer
+from growfx.masked.registry import LAYER_OF
 
-if TYPE_CHECKING:
-    from growfx.masked.layers import MaskedLayer
-
-__all__ = ["LAYER_OF", "StepWatch", "clear_state", "optimizers_of"]
-
-# The masked layer of a parameter, by the parameter's id; entries vanish with their layer.
-LAYER_OF: weakref.WeakValueDictionary[int, MaskedLayer] = weakref.WeakValueDictionary()
+__all__ = ["StepWatch", "clear_state", "optimizers_of", "watch_optimizers"]
 
 # Optimizers that work edge by edge and add nothing of their own: where weight, gradient and state are zero, they stay
 # zero, and a pass over the weights after each step is saved. All others (orthogonalised or preconditioned updates,
@@ -125,10 +121,11 @@ def _masked_layers_of(optimizer: Optimizer) -> Iterator[MaskedLayer]:
     sharded: dict[int, MaskedLayer] | None = None
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            layer = LAYER_OF.get(id(parameter))
+            layer = cast("MaskedLayer | None", LAYER_OF.get(id(parameter)))
             if layer is None and is_sharded(parameter):
                 # `fully_shard` gave the layer another parameter, which no forward sees: that one uses what is gathered
-                sharded = sharded or {id(known.parameter): known for known in LAYER_OF.values()}
+                known_layers = cast("list[MaskedLayer]", list(LAYER_OF.values()))
+                sharded = sharded or {id(known.parameter): known for known in known_layers}
                 layer = sharded.get(id(parameter))
             if layer is not None and layer.parameter is parameter:
                 yield layer
@@ -213,5 +210,11 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     record.steps += not left_out
 
 
-register_optimizer_step_pre_hook(_before_step)
-register_optimizer_step_post_hook(_after_step)
+_WATCHING: list[Any] = []  # the handles of the hooks, once they are there
+
+
+def watch_optimizers() -> None:
+    """Have every optimizer's steps announced from now on; installed once, with the first masked network."""
+    if not _WATCHING:
+        _WATCHING.append(register_optimizer_step_pre_hook(_before_step))
+        _WATCHING.append(register_optimizer_step_post_hook(_after_step))

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from growfx.distributed import ranks
 from growfx.distributed.sharded import is_sharded, own_part, part_of, reshard
 from growfx.errors import ConfigError
-from growfx.masked.graph import MaskedGraph
+from growfx.masked.agreement import require_same_masks
+from growfx.masked.graph import MaskedGraph, is_shared
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.optimizers import clear_state, optimizers_of
 from growfx.methods.base import Method
@@ -68,8 +68,8 @@ def change_masks(net: MaskedGraph, optimizer: Optimizer, masks: Mapping[str, Ten
                 clear_state(each, layer.parameter, differs)
         changed += count
     net.set_masks(masks)
-    if ranks.is_shared(net):
-        ranks.require_same_masks(net)
+    if is_shared(net):
+        require_same_masks(net.layers)
     return changed
 
 

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from growfx.distributed.sharded import unsharded
 from growfx.errors import CheckpointError, ConfigError, TraceError
-from growfx.masked.graph import MaskedGraph
+from growfx.masked.graph import MaskedGraph, unsharded
 from growfx.masked.layers import MaskedLayer
 from growfx.methods.base import Method
 from growfx.passes.path_products.products import path_gradients

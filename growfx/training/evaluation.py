@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from growfx.data.loaders import is_shared_out
 from growfx.distributed import ranks
 from growfx.errors import ConfigError, DataError
-from growfx.masked.graph import MaskedGraph
+from growfx.masked.agreement import share_buffers
+from growfx.masked.graph import MaskedGraph, is_shared
 
 __all__ = ["Score", "count_classes", "evaluate", "logits_of", "paired_noise"]
 
@@ -54,9 +56,9 @@ def evaluate(net: nn.Module, loader: Iterable[Any], device: torch.device | str) 
         DataError: the loader is empty, or has class numbers the network has no output for.
     """
     training = net.training
-    together = isinstance(net, MaskedGraph) and ranks.is_shared(net)
+    together = isinstance(net, MaskedGraph) and is_shared(net)
     if together:
-        ranks.share_buffers(net)
+        share_buffers(net)
     net.eval()
     found: list[Tensor] = []
     try:
@@ -80,7 +82,7 @@ def _of_all_ranks(correct: Tensor, loader: Any) -> Tensor:
     """Join what the ranks found of their images, in the order of the data set; else take rank 0's word."""
     parts = ranks.everyone(correct)
     sampler: Any = getattr(loader, "sampler", None)
-    if not ranks.is_sharded(sampler):
+    if not is_shared_out(sampler):
         return parts[0]
     # rank r has every image number r, r + ranks, ...; images are repeated at the end to make the parts equal
     return torch.stack(parts, 1).reshape(-1)[: len(sampler.dataset)]

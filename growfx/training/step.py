@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from growfx.distributed import ranks
 from growfx.errors import GrowfxError
 from growfx.masked.graph import MaskedGraph
 from growfx.masked.modules import chain_tensors
+from growfx.masked.trial import undisturbed
 from growfx.options import TrainOptions
 from growfx.training.evaluation import logits_of
 from growfx.training.randomness import randomness_of, set_randomness
@@ -20,7 +23,7 @@ from growfx.training.randomness import randomness_of, set_randomness
 if TYPE_CHECKING:
     from growfx.methods.base import Method
 
-__all__ = ["TrainStep", "windows"]
+__all__ = ["TrainStep", "replicate", "unused_parameters", "windows"]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -92,7 +95,7 @@ class TrainStep:
         self.mix: Callable[[Tensor, Tensor], Batch] | None = None
         self._device = next(chain_tensors(net)).device.type
         self._scaler = torch.amp.GradScaler(self._device) if options.amp == "fp16" else None
-        self._replica = ranks.replicate(net) if ranks.world_size() > 1 else None
+        self._replica = replicate(net) if ranks.world_size() > 1 else None
         model = net if self._replica is None else self._replica
         self._forward: Callable[..., Any] = torch.compile(model) if options.compile else model
 
@@ -175,3 +178,38 @@ class TrainStep:
         """Continue from `state_dict()`."""
         if self._scaler is not None:
             self._scaler.load_state_dict(dict(state))
+
+
+def replicate(net: MaskedGraph) -> DistributedDataParallel:
+    """Return `net` in `DistributedDataParallel`, which sends rank 0's weights and buffers to all."""
+    unused = bool(unused_parameters(net))
+    # gradients need no copy of their own beside what is sent
+    return DistributedDataParallel(net, find_unused_parameters=unused, gradient_as_bucket_view=True)
+
+
+def unused_parameters(net: MaskedGraph) -> list[str]:
+    """Names of the parameters to be trained that the class scores, the network's first output, do not depend on.
+
+    By one forward in training mode, on inputs as recorded.
+    """
+    with undisturbed(net), torch.enable_grad():
+        example = net.example(2)
+        found = pytree.tree_leaves(net(*example.args, **example.kwargs))
+    outputs = [value for value in found if isinstance(value, Tensor)]
+    reached = _leaves(outputs[0]) if outputs else set[int]()
+    return [name for name, value in net.named_parameters() if value.requires_grad and id(value) not in reached]
+
+
+def _leaves(output: Tensor) -> set[int]:
+    """Ids of the tensors that gradients of `output` arrive at."""
+    found, seen, waiting = set[int](), set[object](), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)  # only nodes that accumulate a gradient have one
+        if isinstance(leaf, nn.Parameter):
+            found.add(id(leaf))
+        waiting.extend(next_node for next_node, _ in node.next_functions)
+    return found

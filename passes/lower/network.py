@@ -20,7 +20,6 @@ from growfx.masked.inputs import Inputs
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.module_copy import copy_modules
 from growfx.masked.modules import chain_tensors
-from growfx.masked.program import Program
 from growfx.masked.recording import RecordedGraph, compiled
 from growfx.passes.check_recording import record_checked
 from growfx.passes.compact.precision import outputs_of
@@ -32,6 +31,7 @@ from growfx.runtime import sparse_kernel
 from growfx.runtime.choice_cache import read_choices, write_choices
 from growfx.runtime.layer_kernels import CHOICES, make_kernel, sparse_choices
 from growfx.runtime.lowered_layer import LoweredLayer
+from growfx.runtime.program import Program
 from growfx.runtime.report import LayerLowering, LoweringReport, is_time_table
 from growfx.runtime.timing import interleaved_minima
 from growfx.version import __version__

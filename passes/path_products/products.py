@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, fx
 
 from growfx.analysis.paths import PathProducts
+from growfx.analysis.weight_layout import joined_units
 from growfx.distributed.sharded import require_whole
 from growfx.errors import ConfigError, MaskError, TraceError
 from growfx.masked.doors import as_masked_graph
 from growfx.masked.inputs import Inputs, tensors_in
-from growfx.masked.weight_layout import joined_units
 from growfx.notices import warn_once
 from growfx.passes.path_products.interpreter import PathGraph
 from growfx.passes.path_products.zeros import zero_factors

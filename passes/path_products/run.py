@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from growfx.analysis.weight_layout import by_unit, from_units
 from growfx.masked.layers import MaskedLayer
-from growfx.masked.weight_layout import by_unit, from_units
 from growfx.passes.path_products.rules.table import APPLIED, row_of
 from growfx.passes.path_products.values import Combined, Judged, Learned, NoPathRuleError, Token, Weight
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from growfx.analysis.paths import PathProducts
+from growfx.analysis.weight_layout import by_unit, from_units
 from growfx.masked.layers import MaskedLayer
-from growfx.masked.weight_layout import by_unit, from_units
 from growfx.methods.growth.pwmpr import PathGrowth
 from growfx.methods.growth.rounds import Growth
 from growfx.options import option

@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 
 from growfx.analysis.paths import PathProducts
 from growfx.distributed import ranks
-from growfx.distributed.sharded import unsharded
 from growfx.errors import CheckpointError, ConfigError
+from growfx.masked.agreement import share_buffers
+from growfx.masked.graph import is_shared, unsharded
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.optimizers import StepWatch
 from growfx.methods.base import Method, check_accuracy, check_clock, check_net, check_state, not_attached, reading_state
@@ -197,7 +198,7 @@ class Growing(Method):
         growth = self._attached()
         check_accuracy(accuracy, noise)
         if growth.growing and growth.steps >= self._round_steps:
-            if ranks.is_shared(growth.net):
+            if is_shared(growth.net):
                 accuracy = ranks.average_float(float(accuracy))
                 noise = None if noise is None else ranks.average_float(float(noise))
             self._finish_round(float(accuracy), None if noise is None else float(noise))
@@ -252,8 +253,8 @@ class Growing(Method):
     def _finish_round(self, accuracy: float | None, noise: float | None) -> bool:
         """Record the round, then grow or stop. Returns True when masks changed."""
         growth = self._attached()
-        if ranks.is_shared(growth.net):
-            ranks.share_buffers(growth.net)  # norms count in paths
+        if is_shared(growth.net):
+            share_buffers(growth.net)  # norms count in paths
         with unsharded(growth.net):
             paths = self._paths(growth.net)
         entry: dict[str, Any] = {

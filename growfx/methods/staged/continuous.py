@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from growfx.distributed import ranks
+from growfx.masked.graph import is_shared
 from growfx.masked.layers import MaskedLayer
 from growfx.methods.masks import change_masks
 from growfx.methods.session import Stage
@@ -206,7 +207,7 @@ class Continuous(Staged):
         if search is not None:
             _free_frozen(course, search)
             share = course.optimizer.param_groups[0]["lr"] / course.run.options.lr
-            search.step(self.mask_lr * share, self.penalty, ranks.is_shared(course.net))
+            search.step(self.mask_lr * share, self.penalty, is_shared(course.net))
             self._set_temperature(course)
             self._keep_rewind_point(course)
         return False

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from growfx.distributed import ranks
 from growfx.errors import ConfigError
+from growfx.masked.graph import is_shared
 from growfx.methods.base import Method
 from growfx.methods.masks import collect_gradients
 from growfx.methods.registry import kind_of, names
@@ -241,7 +242,7 @@ class SupTickets(Staged):
         course.net.settle()
         course.restart_optimizer()  # its state belongs to the last ticket
         reestimate_norms(course.net, course.run.batches())
-        if ranks.is_shared(course.net):
+        if is_shared(course.net):
             ranks.average(buffer for buffer in course.net.buffers() if buffer.is_floating_point())
 
     def _wants_gradient(self, course: Campaign) -> bool:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from growfx.distributed import ranks
 from growfx.errors import ConfigError, DataError
+from growfx.masked.graph import is_shared
 from growfx.masked.trial import undisturbed
 from growfx.methods.masks import dense_gradients
 from growfx.methods.session import Session
@@ -220,7 +221,7 @@ def _summed_gradients(
 
 
 def _average(course: Course, gradients: Mapping[str, Tensor]) -> None:
-    if ranks.is_shared(course.net):
+    if is_shared(course.net):
         ranks.average(gradients.values())
 
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from growfx.distributed import ranks
 from growfx.distributed.sharded import reshard
 from growfx.errors import CheckpointError
+from growfx.masked.agreement import share_buffers
+from growfx.masked.graph import is_shared
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.mask_bits import pack, unpack
 from growfx.masked.optimizers import StepWatch
@@ -166,8 +167,8 @@ class Stepwise(Method):
         scope = find_scope(self, net, self._least_density)
         check_optimizer(self, net, optimizer)
         course = Course(net, optimizer, scope, total_steps, steps_per_epoch, session=session)
-        if ranks.is_shared(net):
-            ranks.share_buffers(net)  # norms may count in the starting masks
+        if is_shared(net):
+            share_buffers(net)  # norms may count in the starting masks
         masks = self._start(course)
         warn_if_replaced(self, scope, masks)
         change_masks(net, optimizer, masks)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from growfx.analysis.connectivity import Connectivity
+from growfx.analysis.weight_layout import canonical, from_canonical
 from growfx.errors import ConfigError
 from growfx.masked.layers import MaskedLayer
-from growfx.masked.weight_layout import canonical, from_canonical
 from growfx.methods.stepwise.course import Course
 from growfx.methods.stepwise.sparse_start import StaticMasks
 from growfx.passes.connect.interpreter import connect

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from growfx.analysis.weight_layout import by_unit, from_units
 from growfx.distributed.sharded import own_part, part_of
 from growfx.errors import ConfigError
 from growfx.masked.layers import MaskedLayer
-from growfx.masked.weight_layout import by_unit, from_units
 from growfx.methods.starting import MASKS, all_edges, given_masks, start_density
 from growfx.methods.stepwise.course import Course, Stepwise
 from growfx.methods.stepwise.exchange import drop_to, finite_magnitudes
