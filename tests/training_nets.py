@@ -63,7 +63,7 @@ def interrupt_at(monkeypatch, epoch: int, step: int) -> None:
     def stop(self, *window):
         nonlocal steps
         run = started[-1]
-        if (run.at.epoch, steps % run.epoch_steps) == (epoch, step):
+        if (run.state.at.epoch, steps % run.epoch_steps) == (epoch, step):
             raise KeyboardInterrupt
         steps += 1
         return train_on(self, *window)

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,6 +17,7 @@ from growfx.data.batches import batches_from
 from growfx.distributed import ranks
 from growfx.errors import DataError, GrowfxError
 from growfx.masked.graph import MaskedGraph
+from growfx.methods.base import Method
 from growfx.methods.session import Session, Stage
 from growfx.options import TrainOptions
 from growfx.reporting.run import write_report
@@ -37,17 +38,14 @@ from growfx.training.recipe import (
     steps_of,
 )
 from growfx.training.scalars import Scalars
-from growfx.training.state import EpochPart, Position, restore, state_of
+from growfx.training.state import EpochPart, RunState
 from growfx.training.step import TrainStep, windows
-
-if TYPE_CHECKING:
-    from growfx.methods.base import Method
 
 __all__ = ["Run"]
 
 
 class Run:
-    """The mutable state of one `growfx.train` call."""
+    """One `growfx.train` call: what it was given, and the state it has reached."""
 
     def __init__(
         self,
@@ -55,7 +53,7 @@ class Run:
         train_loader: Iterable[Any],
         val_loader: Iterable[Any],
         test_loader: Iterable[Any] | None,
-        method: "Method",
+        method: Method,
         options: TrainOptions,
         progress: bool,
     ) -> None:
@@ -66,18 +64,14 @@ class Run:
         self.progress = Progress(progress and ranks.rank() == 0)
         self.device = pick_device(options.device)
         self.epoch_steps = math.ceil(steps_of(train_loader) / options.accumulate)
-        self.at, self.part = Position(), None
         self.interrupts, self._saved_at = Interrupts(), time.monotonic()
-        self.best, self.best_nnz = -1.0, net.numel + 1
-        self.last_score: Score | None = None
-        self.val_accuracy = math.nan
 
     def all(self) -> Result:
         """The whole run, or what is left of it."""
         self._restore()
         self._saved_at = time.monotonic()
         if self.folder and self.options.tensorboard:
-            self.scalars = Scalars(self.folder.path, self.at.steps)
+            self.scalars = Scalars(self.folder.path, self.state.at.steps)
         try:
             with self.progress, closing(self.scalars) if self.scalars else nullcontext():
                 while (stage := self.method.next_stage()) is not None:
@@ -96,26 +90,26 @@ class Run:
         if self.options.channels_last:
             self.net.to(memory_format=torch.channels_last)
         seed_globally(self.options.seed, -1)
-        self.optimizer = make_optimizer(self.net, self.options)
+        optimizer = make_optimizer(self.net, self.options)
         loss = make_loss(self.options).to(self.device)
-        self.step = TrainStep(self.net, self.optimizer, self.method, loss, self.options)
-        self.ema = None
+        step = TrainStep(self.net, optimizer, self.method, loss, self.options)
         self.method.begin(
             Session(
                 net=self.net,
-                optimizer=self.optimizer,
+                optimizer=optimizer,
                 options=self.options,
                 steps_per_epoch=self.epoch_steps,
                 batches=lambda: (self._moved(*batch) for batch in self.train_loader),
-                loss=self.step.loss,
+                loss=step.loss,
             )
         )
         images, _ = next(iter(self.val_loader), (None, None))
         if images is None:
             raise DataError("the validation loader gives no images")
         example = images[:1].to(self.device)
-        self.meter = CostMeter(self.net, example)
-        self.step.mix = make_mixup(self.options, count_classes(self.net, example))
+        step.mix = make_mixup(self.options, count_classes(self.net, example))
+        meter = CostMeter(self.net, example)
+        self.state = RunState(self.net, optimizer, self.method, step, meter, self._average)
 
     def _moved(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         layout = torch.channels_last if self.options.channels_last and images.ndim == 4 else torch.preserve_format
@@ -125,12 +119,9 @@ class Run:
     # -- one stage ------------------------------------------------------------------------------------------
 
     def _train_stage(self, stage: Stage) -> None:
-        schedule = schedule_of(self.optimizer, self.options, stage, self.epoch_steps)
-        if not stage.averaged:
-            self.ema = None
-        elif self.ema is None or self.averaged_epochs != stage.epochs:
-            self.ema = self.average(stage)
-        done = max(self.at.stage_step, stage.first_step)
+        schedule = schedule_of(self.state.optimizer, self.options, stage, self.epoch_steps)
+        self.state.begin_stage(stage)
+        done = max(self.state.at.stage_step, stage.first_step)
         self.progress.begin_stage(stage, done // self.epoch_steps)
         total = stage.epochs * self.epoch_steps
         while done < total:
@@ -139,45 +130,37 @@ class Run:
             loss = self._epoch(stage, schedule, done, steps)
             done += steps
             scores = self._measure(stage, last=done == total)
-            self._close_epoch(steps)
+            self.state.close_epoch(steps)
             accuracy = self._report(stage, scores)
             self._log_epoch(stage, loss, accuracy)
-            self.at.stage_step = done
+            self.state.at.stage_step = done
             if done == total:
                 self._end_stage(stage)
-            self._checkpoint(best=stage.kind == "final" and self._is_best())
+            self._checkpoint(best=stage.kind == "final" and self.state.is_best())
             self.interrupts.check()
         self.progress.end_stage()
-
-    def _is_best(self) -> bool:
-        """Whether no epoch with as few edges was as accurate: a method may still be on its way to its density."""
-        better = (-self.net.nnz, self.val_accuracy) > (-self.best_nnz, self.best)
-        if better:
-            self.best, self.best_nnz = self.val_accuracy, self.net.nnz
-        return better
 
     def _end_stage(self, stage: Stage) -> None:
         before = [parameter._version for parameter in self.net.parameters()]
         self.method.end_stage(stage)
-        self.meter.read_masks()
-        self.at.stage, self.at.stage_step = self.at.stage + 1, 0
+        self.state.meter.read_masks()
+        self.state.at.stage, self.state.at.stage_step = self.state.at.stage + 1, 0
         changed = before != [parameter._version for parameter in self.net.parameters()]
         if changed and self.method.next_stage() is None:
             # what was validated is not what the run ends with (an average of tickets, say)
-            self.val_accuracy = evaluate(self.net, self.val_loader, self.device).accuracy
-            self._log({"event": "replaced", "epoch": self.at.epoch, "val_accuracy": self.val_accuracy})
+            self.state.val_accuracy = evaluate(self.net, self.val_loader, self.device).accuracy
+            self._log({"event": "replaced", "epoch": self.state.at.epoch, "val_accuracy": self.state.val_accuracy})
 
-    def average(self, stage: Stage) -> Any:
+    def _average(self, stage: Stage) -> Any:
         """Return an average of the network over a stage that is about to begin, or to be taken up again."""
-        self.averaged_epochs = stage.epochs  # its memory is a part of the stage
         return make_average(self.net, self.options, stage.epochs * self.epoch_steps)
 
     def _measure(self, stage: Stage, last: bool) -> list[Score]:
         """Validate as the stage asks for: nothing, the network, or at the end of a round its average, then itself."""
         nets = [self.net]
         if stage.averaged:
-            assert self.ema is not None
-            nets = [self.ema.module, self.net] if last else []
+            assert self.state.ema is not None
+            nets = [self.state.ema.module, self.net] if last else []
         with self.interrupts.at_once():
             return [evaluate(net, self.val_loader, self.device) for net in nets]
 
@@ -188,14 +171,14 @@ class Run:
         if stage.averaged:
             self._report_round(*scores)
             return None
-        accuracy = self.val_accuracy = scores[0].accuracy
+        accuracy = self.state.val_accuracy = scores[0].accuracy
         self.method.report(accuracy)
         self.progress.stage_epoch(accuracy, self.net.density)
         return accuracy
 
     def _report_round(self, averaged: Score, raw: Score) -> None:
         # The first round has no other to be paired with; its raw weights are too much alike to stand in.
-        before, self.last_score = self.last_score, averaged
+        before, self.state.last_score = self.state.last_score, averaged
         noise = averaged.standard_error if before is None else paired_noise(averaged, before)
         self.method.report(averaged.accuracy, noise)
         entry = self.method.trace[-1]
@@ -223,11 +206,11 @@ class Run:
             nnz=net.nnz,
             numel=net.numel,
             mask_digest=net.mask_digest(),
-            val_accuracy=self.val_accuracy,
+            val_accuracy=self.state.val_accuracy,
             test_accuracy=test,
-            dense_equivalent_epochs=self.meter.dense_equivalent_epochs,
-            epochs=self.at.epoch,
-            steps=self.at.steps,
+            dense_equivalent_epochs=self.state.meter.dense_equivalent_epochs,
+            epochs=self.state.at.epoch,
+            steps=self.state.at.steps,
             stop_reason=method.stop_reason or "end of the schedule",
             trace=[finite(entry) for entry in method.trace],
         )
@@ -241,9 +224,9 @@ class Run:
 
     def _epoch(self, stage: Stage, schedule: Any, first: int, steps: int) -> float:
         """Train `steps` steps from step `first` of the stage, or what is left of them; the mean loss."""
-        seed_globally(self.options.seed, self.at.epoch, self.train_loader)
+        seed_globally(self.options.seed, self.state.at.epoch, self.train_loader)
         self.net.train()
-        part = self._open_epoch()
+        part = self.state.open_epoch()
         self._started = time.perf_counter()
         if part.done == steps:  # only its validation is missing
             part.resume_random(self.train_loader)
@@ -254,10 +237,10 @@ class Run:
             for window in windows(batches, length):
                 schedule.step_update(first + part.done)
                 dense_gradient = self.method.needs_dense_gradient
-                loss, changed = self.step(*(self._moved(*batch) for batch in window))
+                loss, changed = self.state.step(*(self._moved(*batch) for batch in window))
                 part.loss += loss
-                if self.ema is not None:
-                    self.ema.update(self.net, step=first + part.done)
+                if self.state.ema is not None:
+                    self.state.ema.update(self.net, step=first + part.done)
                 part.done, part.uncounted = part.done + 1, part.uncounted + 1
                 if changed or dense_gradient or part.done == steps:
                     self._count(part, dense_gradient)
@@ -275,23 +258,12 @@ class Run:
         part.mark(self.train_loader)
         return part.mean_loss()
 
-    def _open_epoch(self) -> EpochPart:
-        """Return what the epoch has come to: nothing yet, or what a checkpoint in its middle says."""
-        if self.part is None:
-            self.part = EpochPart(torch.zeros((), device=self.device))
-        return self.part
-
-    def _close_epoch(self, steps: int) -> None:
-        self.part = None
-        self.at.epoch += 1
-        self.at.steps += steps
-
     def _count(self, part: EpochPart, dense_gradient: bool) -> None:
         """Book the steps since the last time, all but the last without the gradient of absent edges."""
-        self.meter.add_steps(part.uncounted - 1, self.epoch_steps)
-        self.meter.add_steps(1, self.epoch_steps, dense_gradient=dense_gradient)
+        self.state.meter.add_steps(part.uncounted - 1, self.epoch_steps)
+        self.state.meter.add_steps(1, self.epoch_steps, dense_gradient=dense_gradient)
         part.uncounted = 0
-        self.meter.read_masks()
+        self.state.meter.read_masks()
 
     def _between_steps(self, part: EpochPart) -> None:
         """Write a checkpoint if one is due; end the run if it was asked to."""
@@ -309,9 +281,9 @@ class Run:
     def _require_finite(self, total: torch.Tensor) -> None:
         if not ranks.finite(total):
             kept = "; the last checkpoint is kept" if self.folder else ""
-            rate = self.optimizer.param_groups[0]["lr"]
+            rate = self.state.optimizer.param_groups[0]["lr"]
             raise GrowfxError(
-                f"the loss is not finite in epoch {self.at.epoch + 1} (`{self.options.optimizer}`, learning "
+                f"the loss is not finite in epoch {self.state.at.epoch + 1} (`{self.options.optimizer}`, learning "
                 f"rate {rate:.3g}); lower `lr`, lengthen `warmup_epochs` or set `clip_grad`{kept}"
             )
 
@@ -319,15 +291,15 @@ class Run:
         record = {
             "event": "epoch",
             "phase": stage.kind,
-            "stage": self.at.stage,
-            "epoch": self.at.epoch,
-            "steps": self.at.steps,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "stage": self.state.at.stage,
+            "epoch": self.state.at.epoch,
+            "steps": self.state.at.steps,
+            "lr": self.state.optimizer.param_groups[0]["lr"],
             "train_loss": loss,
             "val_accuracy": accuracy,
             "density": self.net.density,
             "nnz": self.net.nnz,
-            "dense_equivalent_epochs": self.meter.dense_equivalent_epochs,
+            "dense_equivalent_epochs": self.state.meter.dense_equivalent_epochs,
             "seconds": round(time.perf_counter() - self._started, 3),
         }
         self._log(record)
@@ -336,34 +308,39 @@ class Run:
         if self.folder:
             self.folder.log(record)
         if self.scalars:
-            self.scalars.write(record, self.at.steps)
+            self.scalars.write(record, self.state.at.steps)
 
     # -- checkpoints ----------------------------------------------------------------------------------------
 
     def _checkpoint(self, *, best: bool = False) -> None:
         self._saved_at = time.monotonic()
-        parts = ranks.everyone(self.part and self.part.state_dict())
+        parts = ranks.everyone(self.state.part and self.state.part.state_dict())
         ranks.on_first(lambda: self._save(parts, best))
 
     def _save(self, parts: Sequence[dict[str, Any] | None], best: bool) -> None:
         if self.folder is not None:
-            steps = self.at.steps + (self.part.done if self.part else 0)
-            self.folder.checkpoints.save(state_of(self, parts), steps=steps, best=best)
+            steps = self.state.steps
+            content = {
+                "config": self.folder.config,
+                **self.state.state_dict(parts),
+                "log_position": self.folder.log_position(),
+            }
+            self.folder.checkpoints.save(content, steps=steps, best=best)
 
     def _put_away(self, stop: Stopped) -> None:
         """Keep what an interrupted epoch has come to, and say so; without one the last checkpoint has it all."""
-        if self.part is not None and self.part.random is not None:
+        if self.state.part is not None and self.state.part.random is not None:
             self._checkpoint()
         if self.folder is not None:
             self.progress.say(
-                f"{stop}: stopped after step {self.at.steps + (self.part.done if self.part else 0)} of the run; "
+                f"{stop}: stopped after step {self.state.steps} of the run; "
                 f"the checkpoint in `{self.folder.checkpoints.folder}` is up to date, resume continues from it"
             )
 
     def _restore(self) -> None:
         found = ranks.from_first(self._newest)
         if found is not None:
-            restore(self, *found)
+            self.state.load_state_dict(*found)
         if self.folder is not None:
             self.folder.rewind_log(0 if found is None else found[0]["log_position"])
 

@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, and how a run takes it up again.
+"""The state of a run: what changes while it trains, what a checkpoint holds of it, and how it is taken up again.
 
 It is written at the end of an epoch, or in the middle of one: then with what the epoch has come to (`EpochPart`), the
 state of every random generator among it. Everything else random follows from the run's seed and the epoch's number.
@@ -6,23 +6,28 @@ state of every random generator among it. Everything else random follows from th
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from growfx.analysis.cost import CostMeter
 from growfx.distributed import ranks
 from growfx.errors import CheckpointError, GrowfxError
+from growfx.masked.graph import MaskedGraph
+from growfx.masked.modules import chain_tensors
+from growfx.methods.base import Method
+from growfx.methods.session import Stage
 from growfx.training.evaluation import Score
 from growfx.training.randomness import randomness_of, set_randomness
+from growfx.training.step import TrainStep
 
-if TYPE_CHECKING:
-    from growfx.training.run import Run
-
-__all__ = ["EpochPart", "Position", "restore", "state_of"]
+__all__ = ["EpochPart", "Position", "RunState"]
 
 
 @dataclass
@@ -79,131 +84,190 @@ class EpochPart:
             own.set_state(self.random["loader"])
 
 
-def state_of(run: "Run", parts: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
-    """Everything that a run goes on from, as `Checkpoints.save` takes it.
+class RunState:
+    """What changes during a run, and all of it that a checkpoint holds.
 
-    `parts`: what the epoch under way has come to on every rank, this one first; None between epochs.
+    Attributes:
+        net, optimizer, method, step, meter: keep their own state.
+        at: position at the beginning of the epoch under way.
+        part: what this epoch has come to; None between epochs.
+        ema: average of the network over an averaged stage, over the `averaged_epochs` of one; None elsewhere.
+        val_accuracy: of the last validation, NaN before the first.
+        best, best_nnz: validation accuracy and number of edges of the best epoch so far.
+        last_score: what the last growth round was measured by.
     """
-    assert run.folder is not None
-    return {
-        "config": run.folder.config,
-        "position": dataclasses.asdict(run.at),
-        "part": parts[0],
-        "other_parts": parts[1:],
-        "net": run.net.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "method": run.method.state_dict(),
-        "step": run.step.state_dict(),
-        "ema": run.ema.module.state_dict() if run.ema is not None else None,
-        "cost": run.meter.state_dict(),
-        "best": run.best,
-        "best_nnz": run.best_nnz,
-        "val_accuracy": run.val_accuracy,
-        "last_score": None if run.last_score is None else run.last_score.correct,
-        "log_position": run.folder.log_position(),
-    }
 
+    def __init__(
+        self,
+        net: MaskedGraph,
+        optimizer: Optimizer,
+        method: Method,
+        step: TrainStep,
+        meter: CostMeter,
+        average: Callable[[Stage], Any],
+    ) -> None:
+        self.net, self.optimizer, self.method, self.step, self.meter = net, optimizer, method, step, meter
+        self._average = average
+        self.at = Position()
+        self.part: EpochPart | None = None
+        self.ema: Any = None
+        self.averaged_epochs = 0
+        self.val_accuracy = math.nan
+        self.best, self.best_nnz = -1.0, net.numel + 1
+        self.last_score: Score | None = None
 
-def restore(run: "Run", state: Mapping[str, Any], where: str) -> None:
-    """Let `run`, set up and not begun, go on from `state_of`; it is as it was where that fails.
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(chain_tensors(self.net)).device
 
-    Raises:
-        CheckpointError: the state is not one of this run; says `where` it is from, which part of it, and what differs.
-    """
-    _require_fit(run.net.state_dict(), state.get("net"), where)
-    _require_parts(run, state, where)
-    loaders = _part_loaders(run, state)
-    before = {part: copy.deepcopy(_STATES[part](run)) for part in loaders if part in _STATES}
-    done: list[str] = []
-    try:
-        for part, load in loaders.items():
-            done.append(part)
-            load()
-    except _MISFITS as error:
-        run.at, run.part, run.ema = Position(), None, None
-        for part in reversed([part for part in done if part in before]):
-            with suppress(*_MISFITS):  # what it had before is what it takes
-                _part_loaders(run, {**state, **before})[part]()
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split()) or repr(error)
-        raise CheckpointError(f"{where} does not fit this run: `{done[-1]}` cannot be loaded ({reason})") from error
+    @property
+    def steps(self) -> int:
+        """Optimizer steps since the beginning of the run, those of the epoch under way among them."""
+        return self.at.steps + (self.part.done if self.part else 0)
+
+    def begin_stage(self, stage: Stage) -> None:
+        """Begin the average of an averaged stage, or go on with it; forget it elsewhere."""
+        if not stage.averaged:
+            self.ema = None
+        elif self.ema is None or self.averaged_epochs != stage.epochs:
+            self.averaged_epochs = stage.epochs  # its memory is a part of the stage
+            self.ema = self._average(stage)
+
+    def open_epoch(self) -> EpochPart:
+        """Return what the epoch under way has come to, nothing at its beginning."""
+        if self.part is None:
+            self.part = EpochPart(torch.zeros((), device=self.device))
+        return self.part
+
+    def close_epoch(self, steps: int) -> None:
+        """Count an epoch of `steps`."""
+        self.part = None
+        self.at.epoch += 1
+        self.at.steps += steps
+
+    def is_best(self) -> bool:
+        """Whether no epoch with as few edges was as accurate: a method may still be on its way to its density."""
+        better = (-self.net.nnz, self.val_accuracy) > (-self.best_nnz, self.best)
+        if better:
+            self.best, self.best_nnz = self.val_accuracy, self.net.nnz
+        return better
+
+    def state_dict(self, parts: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+        """Return everything that a run goes on from.
+
+        `parts`: what the epoch under way has come to on every rank, this one first; None between epochs.
+        """
+        return {
+            "position": dataclasses.asdict(self.at),
+            "part": parts[0],
+            "other_parts": parts[1:],
+            **{name: state(self) for name, state in _STATES.items()},
+            "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "best": self.best,
+            "best_nnz": self.best_nnz,
+            "val_accuracy": self.val_accuracy,
+            "last_score": None if self.last_score is None else self.last_score.correct,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], where: str) -> None:
+        """Go on from `state_dict()`; everything is as it was where that fails.
+
+        Raises:
+            CheckpointError: the state is not one of this run; says `where` it is from, which part of it, and what
+                differs.
+        """
+        _require_fit(self.net.state_dict(), state.get("net"), where)
+        self._require_parts(state, where)
+        loaders = self._part_loaders(state)
+        before = {part: copy.deepcopy(_STATES[part](self)) for part in loaders if part in _STATES}
+        done: list[str] = []
+        try:
+            for part, load in loaders.items():
+                done.append(part)
+                load()
+        except _MISFITS as error:
+            self.at, self.part, self.ema = Position(), None, None
+            for part in reversed([part for part in done if part in before]):
+                with suppress(*_MISFITS):  # what it had before is what it takes
+                    self._part_loaders({**state, **before})[part]()
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = (
+                f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split()) or repr(error)
+            )
+            raise CheckpointError(f"{where} does not fit this run: `{done[-1]}` cannot be loaded ({reason})") from error
+
+    def _part_loaders(self, state: Mapping[str, Any]) -> dict[str, Callable[[], object]]:
+        """How each part of a state is taken up, in order: nothing is read before the part's turn."""
+        loaders: dict[str, Callable[[], object]] = {
+            "position": lambda: setattr(self, "at", Position(**state["position"])),
+            "net": lambda: self.net.load_state_dict(state["net"]),
+            "optimizer": lambda: self.optimizer.load_state_dict(state["optimizer"]),
+            "method": lambda: self.method.load_state_dict(state["method"]),
+            "step": lambda: self.step.load_state_dict(state["step"]),
+            "ema": lambda: self._load_average(state["ema"]),
+            "cost": lambda: self._load_cost(state["cost"]),
+            "scores": lambda: self._load_scores(state),
+            "part": lambda: self._load_part(state),
+        }
+        # Checkpoints of older versions have no `step`.
+        return {name: load for name, load in loaders.items() if name != "step" or "step" in state}
+
+    def _load_average(self, state: Mapping[str, Any] | None) -> None:
+        stage = self.method.next_stage()
+        if state is not None and stage is not None and stage.averaged:
+            self.begin_stage(stage)
+            self.ema.module.load_state_dict(state)
+
+    def _load_cost(self, state: Mapping[str, Any]) -> None:
+        self.meter.load_state_dict(state)
+        self.meter.read_masks()
+
+    def _load_scores(self, state: Mapping[str, Any]) -> None:
+        self.best, self.best_nnz = state["best"], state["best_nnz"]
+        self.val_accuracy = state["val_accuracy"]
+        self.last_score = None if state["last_score"] is None else Score(state["last_score"])
+
+    def _load_part(self, state: Mapping[str, Any]) -> None:
+        if state.get("part") is not None:
+            own = [state["part"], *state.get("other_parts", [])][ranks.rank()]
+            self.part = EpochPart(**{**own, "loss": own["loss"].to(self.device)})
+
+    def _require_parts(self, state: Mapping[str, Any], where: str) -> None:
+        """Raise `CheckpointError` unless a state has all its parts, those of the position and of the optimizer too."""
+        names = ("position", "optimizer", "method", "ema", "cost", "best", "best_nnz", "val_accuracy", "last_score")
+        missing = next((name for name in names if name not in state), None)
+        if missing is not None:
+            raise CheckpointError(f"{where} does not fit this run: it has no `{missing}`")
+        for name in ("position", "optimizer", "method"):
+            if not isinstance(state[name], Mapping):
+                kind = type(state[name]).__name__
+                raise CheckpointError(f"{where} does not fit this run: `{name}` is a {kind}, expected a dict")
+        fields = {f.name for f in dataclasses.fields(Position)}
+        if state["position"].keys() != fields:
+            raise CheckpointError(
+                f"{where} does not fit this run: `position` has {sorted(state['position'])}, expected {sorted(fields)}"
+            )
+        sizes = [len(group["params"]) for group in self.optimizer.state_dict()["param_groups"]]
+        groups = state["optimizer"].get("param_groups")
+        found = [len(group.get("params", ())) for group in groups] if isinstance(groups, list) else None
+        if found != sizes:
+            raise CheckpointError(
+                f"{where} does not fit this run: `optimizer` has parameter groups of {found} parameters, "
+                f"expected {sizes}"
+            )
 
 
 # What loading the state of another run raises.
 _MISFITS = (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError, GrowfxError)
-_STATES: dict[str, Callable[["Run"], Any]] = {
+_STATES: dict[str, Callable[[RunState], Any]] = {
     "net": lambda run: run.net.state_dict(),
     "optimizer": lambda run: run.optimizer.state_dict(),
     "method": lambda run: run.method.state_dict(),
     "step": lambda run: run.step.state_dict(),
     "cost": lambda run: run.meter.state_dict(),
 }
-
-
-def _part_loaders(run: "Run", state: Mapping[str, Any]) -> dict[str, Callable[[], object]]:
-    """How each part of a state is taken up, in order: nothing is read before the part's turn."""
-
-    def position() -> None:
-        run.at = Position(**state["position"])
-
-    def ema() -> None:
-        stage = run.method.next_stage()
-        if state["ema"] is not None and stage is not None and stage.averaged:
-            run.ema = run.average(stage)
-            run.ema.module.load_state_dict(state["ema"])
-
-    def cost() -> None:
-        run.meter.load_state_dict(state["cost"])
-        run.meter.read_masks()
-
-    def scores() -> None:
-        run.best, run.best_nnz = state["best"], state["best_nnz"]
-        run.val_accuracy = state["val_accuracy"]
-        run.last_score = None if state["last_score"] is None else Score(state["last_score"])
-
-    def part() -> None:
-        if state.get("part") is not None:
-            own = [state["part"], *state.get("other_parts", [])][ranks.rank()]
-            run.part = EpochPart(**{**own, "loss": own["loss"].to(run.device)})
-
-    loaders: dict[str, Callable[[], object]] = {
-        "position": position,
-        "net": lambda: run.net.load_state_dict(state["net"]),
-        "optimizer": lambda: run.optimizer.load_state_dict(state["optimizer"]),
-        "method": lambda: run.method.load_state_dict(state["method"]),
-        "step": lambda: run.step.load_state_dict(state["step"]),
-        "ema": ema,
-        "cost": cost,
-        "scores": scores,
-        "part": part,
-    }
-    # Checkpoints of older versions have no `step`.
-    return {name: load for name, load in loaders.items() if name != "step" or "step" in state}
-
-
-def _require_parts(run: "Run", state: Mapping[str, Any], where: str) -> None:
-    """Raise `CheckpointError` unless a state has all its parts, those of the position and of the optimizer too."""
-    names = ("position", "optimizer", "method", "ema", "cost", "best", "best_nnz", "val_accuracy", "last_score")
-    missing = next((name for name in names if name not in state), None)
-    if missing is not None:
-        raise CheckpointError(f"{where} does not fit this run: it has no `{missing}`")
-    for name in ("position", "optimizer", "method"):
-        if not isinstance(state[name], Mapping):
-            kind = type(state[name]).__name__
-            raise CheckpointError(f"{where} does not fit this run: `{name}` is a {kind}, expected a dict")
-    fields = {f.name for f in dataclasses.fields(Position)}
-    if state["position"].keys() != fields:
-        raise CheckpointError(
-            f"{where} does not fit this run: `position` has {sorted(state['position'])}, expected {sorted(fields)}"
-        )
-    sizes = [len(group["params"]) for group in run.optimizer.state_dict()["param_groups"]]
-    groups = state["optimizer"].get("param_groups")
-    found = [len(group.get("params", ())) for group in groups] if isinstance(groups, list) else None
-    if found != sizes:
-        raise CheckpointError(
-            f"{where} does not fit this run: `optimizer` has parameter groups of {found} parameters, expected {sizes}"
-        )
 
 
 def _require_fit(own: Mapping[str, Any], found: Any, where: str) -> None:

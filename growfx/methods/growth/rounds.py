@@ -120,7 +120,7 @@ class Growing(Method):
     tolerance: float = option(0.003, low=0, high=1, open_low=True, open_high=True)
     final_weights: str = option("current", choices=FINAL_WEIGHTS)
     seed: int = option(0, low=0, high=2**63 - 1)
-    _attachment: Attachment[Growth] = field(default_factory=Attachment, init=False, repr=False, compare=False)
+    _attachment: Attachment[Growth] = field(default_factory=Attachment[Growth], init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -119,7 +119,7 @@ class Course:
 class Stepwise(Method):
     """A method with one training and one clock."""
 
-    _attachment: Attachment[Course] = field(default_factory=Attachment, init=False, repr=False, compare=False)
+    _attachment: Attachment[Course] = field(default_factory=Attachment[Course], init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_ranges(self)
