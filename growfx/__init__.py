@@ -9,15 +9,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from growfx.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from growfx import methods as methods
     from growfx import passes as passes
-    from growfx.artifact.arrays import to_numpy as to_numpy
-    from growfx.artifact.arrays import to_scipy as to_scipy
-    from growfx.artifact.reader import inspect as inspect
-    from growfx.deploy.loading import load as load
-    from growfx.deploy.onnx import export_onnx as export_onnx
-    from growfx.deploy.saving import save as save
+    from growfx.artifact import inspect as inspect
+    from growfx.artifact import to_numpy as to_numpy
+    from growfx.artifact import to_scipy as to_scipy
+    from growfx.deploy import export_onnx as export_onnx
+    from growfx.deploy import load as load
+    from growfx.deploy import save as save
     from growfx.errors import ArtifactError as ArtifactError
     from growfx.errors import CheckpointError as CheckpointError
     from growfx.errors import ConfigError as ConfigError
@@ -27,71 +29,45 @@ if TYPE_CHECKING:
     from growfx.errors import MaskError as MaskError
     from growfx.errors import TraceError as TraceError
     from growfx.errors import UnsupportedOperatorError as UnsupportedOperatorError
-    from growfx.masked.graph import MaskedGraph as MaskedGraph
-    from growfx.models.build import create_model as create_model
-    from growfx.passes.mask.swap import unwrap as unwrap
-    from growfx.passes.mask.swap import wrap as wrap
-    from growfx.passes.path_products.products import path_products as path_products
-    from growfx.training.start import train as train
+    from growfx.masked import MaskedGraph as MaskedGraph
+    from growfx.models import create_model as create_model
+    from growfx.passes.mask import unwrap as unwrap
+    from growfx.passes.mask import wrap as wrap
+    from growfx.passes.path_products import path_products as path_products
+    from growfx.training import train as train
 
-__version__ = "0.1.0"
-
-_HOME = {
-    "ArtifactError": "growfx.errors",
-    "CheckpointError": "growfx.errors",
-    "ConfigError": "growfx.errors",
-    "DataError": "growfx.errors",
-    "GrowfxError": "growfx.errors",
-    "GrowfxWarning": "growfx.errors",
-    "MaskError": "growfx.errors",
-    "MaskedGraph": "growfx.masked.graph",
-    "TraceError": "growfx.errors",
-    "UnsupportedOperatorError": "growfx.errors",
-    "create_model": "growfx.models.build",
-    "export_onnx": "growfx.deploy.onnx",
-    "inspect": "growfx.artifact.reader",
-    "load": "growfx.deploy.loading",
-    "path_products": "growfx.passes.path_products.products",
-    "save": "growfx.deploy.saving",
-    "to_numpy": "growfx.artifact.arrays",
-    "to_scipy": "growfx.artifact.arrays",
-    "train": "growfx.training.start",
-    "unwrap": "growfx.passes.mask.swap",
-    "wrap": "growfx.passes.mask.swap",
+# Where each public name is found: the one table that `__all__`, `dir` and the lazy lookup are made from. Type checkers
+# read the block above.
+_HOMES = {
+    "artifact": ("inspect", "to_numpy", "to_scipy"),
+    "deploy": ("export_onnx", "load", "save"),
+    "errors": (
+        "ArtifactError",
+        "CheckpointError",
+        "ConfigError",
+        "DataError",
+        "GrowfxError",
+        "GrowfxWarning",
+        "MaskError",
+        "TraceError",
+        "UnsupportedOperatorError",
+    ),
+    "masked": ("MaskedGraph",),
+    "models": ("create_model",),
+    "passes.mask": ("unwrap", "wrap"),
+    "passes.path_products": ("path_products",),
+    "training": ("train",),
 }
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("methods", "passes")
 
-__all__ = [
-    "ArtifactError",
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "GrowfxError",
-    "GrowfxWarning",
-    "MaskError",
-    "MaskedGraph",
-    "TraceError",
-    "UnsupportedOperatorError",
-    "create_model",
-    "export_onnx",
-    "inspect",
-    "load",
-    "methods",
-    "passes",
-    "path_products",
-    "save",
-    "to_numpy",
-    "to_scipy",
-    "train",
-    "unwrap",
-    "wrap",
-]
+__all__ = sorted([*_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     # Names are fetched when first used: `import growfx` and `growfx --help` do not pay for torch and timm.
     if name in _HOME:
-        value = getattr(importlib.import_module(_HOME[name]), name)
+        value = getattr(importlib.import_module(f"growfx.{_HOME[name]}"), name)
     elif name in _MODULES:
         value = importlib.import_module(f"growfx.{name}")
     else:

@@ -1,10 +1,15 @@
-"""The shape of the code base: which module may import which, and that the package is whole."""
+"""The shape of the code base: which package may import which, no circles, and a house that is whole.
+
+All imports count: at the top of a file, inside functions and under `TYPE_CHECKING`.
+"""
 
 import ast
 import importlib
+import itertools
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,38 +19,26 @@ import growfx
 ROOT = Path(__file__).parent.parent
 NOUNS, VERBS = ROOT / "growfx", ROOT / "passes"
 
-# From the command line down; a module imports from its own level or below, never from above.
+# From the bottom up. A file imports from levels below and from its own package, never from another package of its own
+# level or above.
 LEVELS = [
-    {"growfx.errors"},
-    {"growfx.*"},
-    {"growfx.passes.*", "growfx.passes"},
-    {"growfx.methods.*", "growfx.methods"},
-    {
-        "growfx.training.start",
-        "growfx.training.run",
-        "growfx.training.step",
-        "growfx.training.state",
-        "growfx.training.evaluation",
-        "growfx.training.recipe",
-        "growfx.commands.inspection",
-        "growfx.commands.job",
-        "growfx.deploy.onnx",
-        "growfx.deploy.saving",
-        "growfx.training.foreign_loop",
-        "growfx.hf_trainer",
-        "growfx.lightning",
-        "growfx.deploy.loading",
-    },
-    {"growfx.commands.bench.measure", "growfx.commands.bench.subject", "growfx.commands.bench.variants"},
-    {
-        "growfx.commands.zoo.coverage",
-        "growfx.commands.zoo.check",
-        "growfx.commands.zoo.pool",
-        "growfx.commands.compare.comparison",
-        "growfx.commands.compare.pool",
-    },
-    {"growfx.cli", "growfx.__main__"},
+    ["errors", "version"],
+    ["options", "machine", "distributed", "notices", "quiet", "file_paths"],
+    ["masked"],
+    ["selection", "analysis", "models", "compaction", "runtime"],
+    ["artifact", "runs", "data"],
+    ["passes"],
+    ["methods"],
+    ["reporting", "deploy"],
+    ["training"],
+    ["commands"],
+    ["cli", "lightning", "hf_trainer"],
+    ["__main__"],
 ]
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+# The table of the zoo checks what users get, so it uses what they use.
+USES_THE_PUBLIC_FACE = {"growfx.commands.zoo.check"}
+MOST_MODULES = 20
 
 
 def modules() -> dict[str, Path]:
@@ -59,66 +52,79 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(file: Path, at_load: bool) -> set[str]:
-    """Names of growfx modules that `file` imports; `at_load`: only what importing it imports."""
+MODULES = modules()
+
+
+def imports(file: Path) -> set[str]:
+    """Names of growfx modules that `file` imports, anywhere in it."""
     found: set[str] = set()
-
-    def visit(node: ast.AST) -> None:
-        for child in ast.iter_child_nodes(node):
-            if at_load and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-                continue
-            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-                continue
-            if isinstance(child, ast.Import):
-                found.update(alias.name for alias in child.names)
-            elif isinstance(child, ast.ImportFrom) and child.module:
-                found.update(f"{child.module}.{alias.name}" for alias in child.names)
-            visit(child)
-
-    visit(ast.parse(file.read_text()))
-    names = modules()
-    return {name if name in names else name.rpartition(".")[0] for name in found} & set(names)
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return {name if name in MODULES else name.rpartition(".")[0] for name in found} & set(MODULES)
 
 
-def level(module: str) -> int:
-    ranks = [
-        i
-        for i, patterns in enumerate(LEVELS)
-        for p in patterns
-        if p == module or (p.endswith(".*") and module.startswith(p[:-1]))
-    ]
-    exact = [i for i, patterns in enumerate(LEVELS) if module in patterns]
-    return exact[0] if exact else max(ranks)
+GRAPH = {name: imports(file) - {name} for name, file in MODULES.items() if name != "growfx"}
 
 
-@pytest.mark.parametrize("module", sorted(set(modules()) - {"growfx"}))
-def test_no_module_imports_from_a_level_above_its_own(module: str) -> None:
-    above = {name for name in imports(modules()[module], at_load=False) - {"growfx"} if level(name) > level(module)}
-    assert not above
+def package(module: str) -> str:
+    return module.split(".")[1]
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """The modules that are left when those that import nothing else that is left are taken away, again and again."""
+    left = dict(graph)
+    while free := [name for name, needs in left.items() if not needs & set(left)]:
+        for name in free:
+            del left[name]
+    return sorted(left)
+
+
+@pytest.mark.parametrize("module", sorted(GRAPH))
+def test_a_module_imports_from_levels_below_and_from_its_own_package(module: str) -> None:
+    own = package(module)
+    others = {name for name in GRAPH[module] - {"growfx"} if package(name) != own}
+    assert not {name for name in others if LEVEL[package(name)] >= LEVEL[own]}
+    assert "growfx" not in GRAPH[module] or module in USES_THE_PUBLIC_FACE
 
 
 def test_there_are_no_import_circles() -> None:
-    graph = {name: imports(file, at_load=True) - {name} for name, file in modules().items() if name != "growfx"}
-    while graph:
-        free = [name for name, needs in graph.items() if not needs & set(graph)]
-        assert free, f"a circle among {sorted(graph)}"
-        for name in free:
-            del graph[name]
+    assert not circles(GRAPH)
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+
+
+def folders() -> Iterator[Path]:
+    for top in (NOUNS, VERBS):
+        inside = {file.parent for file in MODULES.values() if file.is_relative_to(top)}
+        yield from sorted(inside)
+
+
+@pytest.mark.parametrize("folder", folders(), ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_no_folder_has_more_modules_than_one_can_take_in(folder: Path) -> None:
+    assert len([file for file in folder.glob("*.py") if file.stem != "__init__"]) <= MOST_MODULES
+    assert (folder / "__init__.py").is_file()
 
 
 def test_every_package_folder_is_listed_for_the_build() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    folders = {"growfx"} | {f"growfx.{f.parent.name}" for f in NOUNS.glob("*/__init__.py")}
-    assert set(listed) == folders
-    assert not [f for f in VERBS.iterdir() if f.is_dir() and f.name != "__pycache__"], "passes/ is flat"
+    assert sorted(listed) == sorted({name for name, file in MODULES.items() if file.stem == "__init__"})
+
+
+def test_no_module_bears_the_name_of_a_function_that_its_package_exports() -> None:
+    """`import a.b.c` would give the module where the function was meant."""
+    for name, file in MODULES.items():
+        if file.stem == "__init__" and name not in ("growfx", "growfx.passes"):
+            exported = getattr(importlib.import_module(name), "__all__", [])
+            assert not set(exported) & {other.stem for other in file.parent.glob("*.py")}, name
 
 
 def test_every_pass_is_listed_with_a_function_that_exists() -> None:
     for file, function in growfx.passes.PASSES.items():
         assert callable(getattr(importlib.import_module(f"growfx.passes.{file}"), function))
-    patterns = ("path_*.py", "connect_*.py", "compact_*.py", "lower_*.py")
-    helpers = {f.stem for pattern in patterns for f in VERBS.glob(pattern)} | {"__init__"}
-    assert {f.stem for f in VERBS.glob("*.py")} - helpers <= set(growfx.passes.PASSES)
+    there = {file.stem for file in VERBS.glob("*.py")} | {file.parent.name for file in VERBS.glob("*/__init__.py")}
+    assert there - set(growfx.passes.PASSES) == {"__init__", "operators", "trials"}
 
 
 def test_the_link_for_type_checkers_is_relative_and_points_at_passes() -> None:
@@ -129,8 +135,14 @@ def test_the_link_for_type_checkers_is_relative_and_points_at_passes() -> None:
 def test_the_public_names_are_sorted_and_all_there() -> None:
     assert growfx.__all__ == sorted(growfx.__all__)
     assert all(getattr(growfx, name) is not None for name in growfx.__all__)
+    assert set(growfx.__all__) <= set(dir(growfx))
     with pytest.raises(AttributeError, match="no attribute 'prune'"):
         growfx.prune  # noqa: B018
+
+
+def test_the_version_stands_in_one_place() -> None:
+    texts = [file.read_text() for file in itertools.chain(MODULES.values(), [ROOT / "pyproject.toml"])]
+    assert sum(f'"{growfx.__version__}"' in text for text in texts) == 1
 
 
 def test_importing_growfx_is_light() -> None:
@@ -148,7 +160,7 @@ def test_wrapping_imports_no_library_of_models() -> None:
     assert run.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("file", sorted(modules().values()), ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", sorted(MODULES.values()), ids=lambda f: f"{f.parent.name}/{f.stem}")
 def test_files_and_functions_are_short_enough_to_read(file: Path) -> None:
     text = file.read_text()
     assert text.count("\n") <= 720
