@@ -11,8 +11,7 @@ from typing import Any
 import click
 
 from growfx.distributed.launch import RankError, process_group, speaks
-from growfx.error_text import one_line
-from growfx.errors import ConfigError, GrowfxError, GrowfxWarning
+from growfx.errors import ConfigError, GrowfxError, GrowfxWarning, one_line
 from growfx.version import __version__
 
 __all__ = ["main"]

@@ -23,6 +23,7 @@ __all__ = [
     "MaskError",
     "TraceError",
     "UnsupportedOperatorError",
+    "one_line",
 ]
 
 
@@ -60,3 +61,14 @@ class ConfigError(GrowfxError):
 
 class GrowfxWarning(UserWarning):
     """What is not an error but must be known: it also stands on the object that was returned."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return kind and text of an error without line breaks.
+
+    One raised in a loading process carries that process's traceback before its own text, which is left out.
+    """
+    kind, text = type(error).__name__, str(error)
+    if "Traceback" in text:
+        text = text.rpartition(f"{kind}: ")[2]
+    return f"{kind}: {' '.join(text.split())}"

@@ -101,7 +101,7 @@ def folders() -> Iterator[Path]:
         yield from sorted(inside)
 
 
-@pytest.mark.parametrize("folder", folders(), ids=lambda folder: str(folder.relative_to(ROOT)))
+@pytest.mark.parametrize("folder", list(folders()), ids=lambda folder: str(folder.relative_to(ROOT)))
 def test_no_folder_has_more_modules_than_one_can_take_in(folder: Path) -> None:
     assert len([file for file in folder.glob("*.py") if file.stem != "__init__"]) <= MOST_MODULES
     assert (folder / "__init__.py").is_file()

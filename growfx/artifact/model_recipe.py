@@ -22,8 +22,7 @@ from torch.utils import _pytree as pytree
 
 from growfx.artifact.manifest import canonical
 from growfx.artifact.model_settings import setting_differences
-from growfx.error_text import one_line
-from growfx.errors import ArtifactError, ConfigError
+from growfx.errors import ArtifactError, ConfigError, one_line
 from growfx.masked.graph import MaskedGraph
 from growfx.masked.inputs import Inputs
 from growfx.masked.isolation import generators_restored

@@ -10,8 +10,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from growfx.error_text import one_line
-from growfx.errors import ConfigError, GrowfxError
+from growfx.errors import ConfigError, GrowfxError, one_line
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from growfx.distributed import ranks
-from growfx.distributed.sharded import check_recordable, fsdp_modules, is_sharded, own_part, part_of, require_whole
+from growfx.distributed.sharded import check_recordable, fsdp_modules, is_sharded, own_part, part_of
 from growfx.errors import MaskError, TraceError
 from growfx.masked.agreement import require_same_masks
 from growfx.masked.direct_uses import MaskedUses
@@ -33,7 +33,7 @@ from growfx.masked.recording import RecordedGraph, RecordFunction, plain_graph_m
 from growfx.masked.torch_pruning import translated
 from growfx.masked.trace_report import TraceReport
 
-__all__ = ["MaskedGraph", "RecordFunction", "RecordedGraph", "is_shared", "unsharded"]
+__all__ = ["MaskedGraph", "RecordFunction", "RecordedGraph"]
 
 
 _REGISTRIES = (
@@ -705,27 +705,3 @@ def _without_compiler() -> Generator[None]:
 
 
 _ONE_AT_A_TIME = threading.RLock()
-
-
-def is_shared(net: MaskedGraph) -> bool:
-    """Whether several ranks train `net` together: it is in `DistributedDataParallel`, or `fully_shard` spread it."""
-    return (net.replicated or net.sharded) and ranks.world_size() > 1
-
-
-@contextmanager
-def unsharded(net: MaskedGraph) -> Generator[None]:
-    """Gather the weights of all layers, as a forward does, for work that needs them whole; changes are not kept.
-
-    Raises:
-        ConfigError: they are gathered by a module around the network.
-    """
-    modules = fsdp_modules(net)
-    for module in modules:
-        module.unshard()
-    try:
-        for layer in net.layers.values():
-            require_whole(layer.parameter, "a module around the network gathers it; call `fully_shard` on the network")
-        yield
-    finally:
-        for module in modules:
-            module.reshard()

@@ -15,7 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["caches_bypassed", "generators_restored", "python_randomness", "tables_restored"]
+from growfx.masked.graph import MaskedGraph
+from growfx.masked.modules import in_mode
+
+__all__ = ["caches_bypassed", "generators_restored", "python_randomness", "tables_restored", "undisturbed"]
 
 _CACHED = type(functools.lru_cache(lambda: None))
 # Their caches hold nothing of a model's sizes; what they compute may be slow, or allowed once only.
@@ -153,3 +156,23 @@ def _bypass(cached: Any, thread: int) -> Callable[..., Any]:
     for name in ("cache_info", "cache_clear", "cache_parameters"):
         setattr(call, name, getattr(cached, name))
     return call
+
+
+@contextmanager
+def undisturbed(net: MaskedGraph) -> Generator[None]:
+    """The network in training mode; afterwards modes, buffers and global generators are as they were."""
+    device = next(net.parameters()).device
+    masks = {id(layer.mask) for layer in net.layers.values()}
+    buffers = [(buffer, buffer.clone()) for buffer in net.buffers() if id(buffer) not in masks]
+    python, numpy, training = random.getstate(), np.random.get_state(), net.training  # noqa: NPY002
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), in_mode(net.shell, net.training):
+        try:
+            net.train()
+            yield
+        finally:
+            net.train(training)
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002

@@ -15,8 +15,7 @@ from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
-from growfx.error_text import one_line
-from growfx.errors import CheckpointError, ConfigError
+from growfx.errors import CheckpointError, ConfigError, one_line
 from growfx.masked.doors import as_masked_graph
 from growfx.masked.graph import MaskedGraph
 from growfx.methods.session import Session, Stage

@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 from growfx.distributed.sharded import is_sharded, own_part, part_of, reshard
 from growfx.errors import ConfigError
 from growfx.masked.agreement import require_same_masks
-from growfx.masked.graph import MaskedGraph, is_shared
+from growfx.masked.graph import MaskedGraph
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.optimizers import clear_state, optimizers_of
+from growfx.masked.shared import is_shared
 from growfx.methods.base import Method
 from growfx.methods.registry import kind_of, names
 

@@ -18,8 +18,9 @@ import torch
 from torch.optim import Optimizer
 
 from growfx.errors import CheckpointError, ConfigError, TraceError
-from growfx.masked.graph import MaskedGraph, unsharded
+from growfx.masked.graph import MaskedGraph
 from growfx.masked.layers import MaskedLayer
+from growfx.masked.shared import unsharded
 from growfx.methods.base import Method
 from growfx.passes.path_products.products import path_gradients
 

@@ -12,7 +12,8 @@ from growfx.data.loaders import is_shared_out
 from growfx.distributed import ranks
 from growfx.errors import ConfigError, DataError
 from growfx.masked.agreement import share_buffers
-from growfx.masked.graph import MaskedGraph, is_shared
+from growfx.masked.graph import MaskedGraph
+from growfx.masked.shared import is_shared
 
 __all__ = ["Score", "count_classes", "evaluate", "logits_of", "paired_noise"]
 

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from growfx.distributed import ranks
 from growfx.errors import GrowfxError
 from growfx.masked.graph import MaskedGraph
+from growfx.masked.isolation import undisturbed
 from growfx.masked.modules import chain_tensors
-from growfx.masked.trial import undisturbed
 from growfx.options import TrainOptions
 from growfx.training.evaluation import logits_of
 from growfx.training.randomness import randomness_of, set_randomness

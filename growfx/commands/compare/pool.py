@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from growfx import methods
 from growfx.commands.compare.progress import LogTail
-from growfx.error_text import one_line
-from growfx.errors import ConfigError, GrowfxError
+from growfx.errors import ConfigError, GrowfxError, one_line
 from growfx.methods.base import Method
 from growfx.options import DataOptions, TrainOptions, parse_assignments
 from growfx.runs.folder import refuse_existing

@@ -20,9 +20,9 @@ from growfx.analysis.paths import PathProducts
 from growfx.distributed import ranks
 from growfx.errors import CheckpointError, ConfigError
 from growfx.masked.agreement import share_buffers
-from growfx.masked.graph import is_shared, unsharded
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.optimizers import StepWatch
+from growfx.masked.shared import is_shared, unsharded
 from growfx.methods.base import Method, check_accuracy, check_clock, check_net, check_state, not_attached, reading_state
 from growfx.methods.growth.plateau import Decision, LogisticFit, PlateauRule, Point
 from growfx.methods.growth.snapshots import Origin, Snapshot, grown_density, next_nnz, seeded

@@ -69,7 +69,9 @@ class Campaign(Course):
 class Staged(Method):
     """A method that plans the whole run, and therefore needs `growfx.train`."""
 
-    _attachment: Attachment[Campaign] = field(default_factory=Attachment[Campaign], init=False, repr=False, compare=False)
+    _attachment: Attachment[Campaign] = field(
+        default_factory=Attachment[Campaign], init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         check_ranges(self)

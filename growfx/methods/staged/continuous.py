@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from growfx.distributed import ranks
-from growfx.masked.graph import is_shared
 from growfx.masked.layers import MaskedLayer
+from growfx.masked.shared import is_shared
 from growfx.methods.masks import change_masks
 from growfx.methods.session import Stage
 from growfx.methods.staged.campaign import (

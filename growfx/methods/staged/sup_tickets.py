@@ -13,7 +13,7 @@ from torch import Tensor
 
 from growfx.distributed import ranks
 from growfx.errors import ConfigError
-from growfx.masked.graph import is_shared
+from growfx.masked.shared import is_shared
 from growfx.methods.base import Method
 from growfx.methods.masks import collect_gradients
 from growfx.methods.registry import kind_of, names

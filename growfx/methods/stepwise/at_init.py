@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 
 from growfx.distributed import ranks
 from growfx.errors import ConfigError, DataError
-from growfx.masked.graph import is_shared
-from growfx.masked.trial import undisturbed
+from growfx.masked.isolation import undisturbed
+from growfx.masked.shared import is_shared
 from growfx.methods.masks import dense_gradients
 from growfx.methods.session import Session
 from growfx.methods.stepwise.course import Course

@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 from growfx.distributed.sharded import reshard
 from growfx.errors import CheckpointError
 from growfx.masked.agreement import share_buffers
-from growfx.masked.graph import is_shared
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.mask_bits import pack, unpack
 from growfx.masked.optimizers import StepWatch
+from growfx.masked.shared import is_shared
 from growfx.methods.base import Method, check_accuracy, check_clock, check_net, check_state, not_attached, reading_state
 from growfx.methods.masks import change_masks, collect_gradients, find_shards
 from growfx.methods.scope import Scope, check_optimizer, find_scope

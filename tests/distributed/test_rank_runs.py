@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 from rank_processes import run_ranks, same
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 from training_nets import QUICK, Tiny, final_state, fresh_net, loaders
@@ -261,7 +262,7 @@ def test_torchrun_grows_a_network(tmp_path):
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "growfx"]
     line += ["grow", *RUN, *SMALL, "--out", str(tmp_path / "run"), "--seed-density", "0.2", "--max-density", "0.25"]
     line += ["--set", "epochs_per_round=1"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())

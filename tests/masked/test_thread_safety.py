@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import growfx
-from growfx.deploy.loading import choice_cache, kernel_build
 from growfx.quiet import ignored_warnings
+from growfx.runtime import choice_cache, kernel_build
 from growfx.runtime.sparse_kernel import kernel_status
 
 THREADS, ROUNDS = 4, 2

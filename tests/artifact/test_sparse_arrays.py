@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from artifact_nets import bits, forge, make_net, plain
+from places import GOLDEN
 from safetensors.torch import load_file
 from scipy.sparse import csr_array
 from torch import nn
@@ -16,7 +17,7 @@ from growfx.artifact.arrays import _E4M3, _numbers
 from growfx.errors import ArtifactError
 from growfx.masked.layers import MaskedLayer
 
-GOLDEN = Path(__file__).parent / "golden" / "artifact-1.0"
+FIRST = GOLDEN / "artifact-1.0"
 WIDENED = [torch.float16, torch.bfloat16]
 
 
@@ -140,8 +141,8 @@ def test_a_damaged_artifact_is_refused(tmp_path: Path):
 
 
 def test_the_golden_artifact_reads_as_arrays():
-    expected = load_file(GOLDEN / "expected.safetensors")
-    arrays, matrices = growfx.to_numpy(GOLDEN), growfx.to_scipy(GOLDEN)
+    expected = load_file(FIRST / "expected.safetensors")
+    arrays, matrices = growfx.to_numpy(FIRST), growfx.to_scipy(FIRST)
     for name, tensor in expected.items():
         if name.startswith("mask "):
             assert matrices[name.removeprefix("mask ")].nnz == int(tensor.sum())

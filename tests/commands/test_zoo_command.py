@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from places import TESTS
 
 import growfx
 from growfx.cli import main
@@ -426,7 +427,7 @@ def test_no_model_of_that_name_is_an_error(capsys):
 def test_ctrl_c_keeps_what_was_done_and_says_how_to_go_on(tmp_path):
     file = tmp_path / "zoo.json"
     command = [sys.executable, "-m", "growfx", "zoo", "zoo_nets:hanging", "--json", str(file)]
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment)
     assert process.stderr is not None
     shown = b""

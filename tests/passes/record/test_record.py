@@ -3,17 +3,15 @@
 import dataclasses
 import random
 from collections import OrderedDict
-from pathlib import Path
 
 import pytest
 import torch
+from places import GOLDEN
 from torch import nn
 from torch.nn import functional as F
 
 import growfx
 from growfx.passes.record.recording import DataDependentError, record
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 class Attention(nn.Module):

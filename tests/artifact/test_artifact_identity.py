@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from places import TESTS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -282,7 +283,7 @@ def test_the_command_that_writes_an_artifact_shows_what_it_cannot_know(
     from growfx.cli import main
 
     common = ["--data", "digits", "--epochs", "1", "--quiet", "--set", "img_size=8"]
-    monkeypatch.chdir(Path(__file__).parent)
+    monkeypatch.chdir(TESTS)
     model = f"{__name__}:drawn_anew"
     with pytest.raises(SystemExit) as ended:
         main(["train", model, "--method", "static", "--density", "0.5", "--out", str(tmp_path / "run"), *common])

@@ -12,6 +12,7 @@ import torch
 from artifact_nets import forge
 from compact_nets import agree, awake, sparse_net
 from connect_nets import build
+from places import GOLDEN
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -21,7 +22,7 @@ from growfx.compaction.plan import CompactionPlan
 from growfx.errors import ArtifactError
 from growfx.passes.compact.network import compact
 
-GOLDEN = Path(__file__).parent / "golden" / "artifact-1.1-compacted"
+COMPACTED = GOLDEN / "artifact-1.1-compacted"
 
 
 def test_the_plan_alone_makes_another_instance_as_small() -> None:
@@ -78,8 +79,8 @@ def test_where_nothing_leaves_the_artifact_is_an_ordinary_one(tmp_path: Path) ->
 
 
 def test_the_golden_compacted_artifact_of_version_1_1_reads_for_ever() -> None:
-    expected = load_file(GOLDEN / "expected.safetensors")
-    model = growfx.load(GOLDEN, model=build("flat")[0].float())
+    expected = load_file(COMPACTED / "expected.safetensors")
+    model = growfx.load(COMPACTED, model=build("flat")[0].float())
     x = expected.pop("input")
     with torch.no_grad():
         torch.testing.assert_close(model(x), expected.pop("output"), rtol=1e-5, atol=1e-5)
@@ -131,7 +132,7 @@ HOSTILE: list[tuple[Callable[[dict[str, Any]], object], str]] = [
 @pytest.mark.parametrize("case", range(len(HOSTILE)))
 def test_a_hostile_plan_is_refused_and_the_instance_stays_as_it_was(tmp_path: Path, case: int) -> None:
     edit, text = HOSTILE[case]
-    shutil.copytree(GOLDEN, tmp_path / "out")
+    shutil.copytree(COMPACTED, tmp_path / "out")
     file = tmp_path / "out" / "sparse.safetensors"
     forge(file, lambda manifest: edit(manifest["compaction"]))
     model = build("flat")[0]
@@ -210,7 +211,7 @@ def test_an_instance_that_cannot_take_the_weights_stays_as_it_was(make: Callable
     model = make()
     before = facts(model)
     with pytest.raises(ArtifactError, match=text):
-        growfx.load(GOLDEN, model=model)
+        growfx.load(COMPACTED, model=model)
     assert facts(model) == before
 
 
@@ -239,7 +240,7 @@ def test_whatever_breaks_while_the_instance_is_filled_leaves_it_as_it_was(monkey
 
     monkeypatch.setattr(nn.Module, "to", fail)  # the last step: weights are filled in already
     with pytest.raises(torch.OutOfMemoryError):
-        growfx.load(GOLDEN, model=model, dtype=torch.float16)
+        growfx.load(COMPACTED, model=model, dtype=torch.float16)
     assert facts(model) == before
     assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
 
@@ -250,7 +251,7 @@ def test_what_a_reader_does_not_know_is_refused_by_name(tmp_path: Path) -> None:
         (lambda m: m.update(requires=[]), "fields `compaction` and `requires` do not agree"),
         (lambda m: m.update(requires="compaction"), "field `requires` is no list of names"),
     ):
-        shutil.copytree(GOLDEN, tmp_path / "out", dirs_exist_ok=True)
+        shutil.copytree(COMPACTED, tmp_path / "out", dirs_exist_ok=True)
         forge(tmp_path / "out" / "sparse.safetensors", edit)
         with pytest.raises(ArtifactError, match=text):
             growfx.inspect(tmp_path / "out" / "sparse.safetensors")

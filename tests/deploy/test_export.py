@@ -11,6 +11,7 @@ import pytest
 import torch
 from artifact_nets import forge
 from compact_nets import awake, sparse_net
+from places import GOLDEN
 from safetensors.torch import load_file, save_file
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from growfx.deploy.saving import save_small, small_network
 from growfx.errors import ArtifactError, TraceError
 from growfx.passes.fold_norm import fold_norm
 
-GOLDEN = Path(__file__).parent / "golden" / "artifact-1.1-folded"
+FOLDED = GOLDEN / "artifact-1.1-folded"
 
 
 def act(channels: int) -> nn.Module:
@@ -120,8 +121,8 @@ def test_norms_that_cannot_be_folded_stay_and_it_says_why(tmp_path: Path, monkey
 
 
 def test_the_golden_folded_artifact_of_version_1_1_reads_for_ever() -> None:
-    expected = load_file(GOLDEN / "expected.safetensors")
-    model = growfx.load(GOLDEN, model=small())
+    expected = load_file(FOLDED / "expected.safetensors")
+    model = growfx.load(FOLDED, model=small())
     x = expected.pop("input")
     with torch.no_grad():
         close(model(x), expected.pop("output"))
@@ -161,7 +162,7 @@ HOSTILE: list[tuple[Callable[[dict[str, Any]], object], str]] = [
 def test_a_hostile_plan_for_norms_is_refused_and_the_instance_stays_as_it_was(tmp_path: Path, case: int) -> None:
     edit, text = HOSTILE[case]
     file = tmp_path / "sparse.safetensors"
-    shutil.copy(GOLDEN / file.name, file)
+    shutil.copy(FOLDED / file.name, file)
     forge(file, edit)
     model = small()
     before = dict(model.named_modules())

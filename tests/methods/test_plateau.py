@@ -3,11 +3,11 @@
 import importlib.util
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 from error_facts import facts
+from places import ROOT
 from scipy.optimize import minimize
 
 from growfx.errors import ConfigError
@@ -17,7 +17,7 @@ from growfx.methods.growth.plateau import LogisticFit, PlateauRule, Point, fit_l
 def load_benchmark():
     import sys
 
-    path = Path(__file__).parent.parent / "benchmarks" / "plateau.py"
+    path = ROOT / "benchmarks" / "plateau.py"
     spec = importlib.util.spec_from_file_location("benchmark_plateau", path)
     assert spec is not None
     assert spec.loader is not None

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from artifact_nets import Tied, bits, make_net, plain, same_bits
+from places import GOLDEN
 from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
@@ -18,7 +19,7 @@ from growfx.artifact.writer import load_masks, load_state
 from growfx.errors import ArtifactError
 
 WEIGHTS = "sparse.safetensors"
-GOLDEN = Path(__file__).parent / "golden" / "artifact-1.0"
+FIRST = GOLDEN / "artifact-1.0"
 
 
 @pytest.fixture(scope="module")
@@ -328,16 +329,16 @@ def test_a_full_disk_leaves_the_old_artifact_whole(tmp_path: Path, limit: int):
 
 
 def test_the_golden_artifact_of_version_1_0_reads_for_ever():
-    expected = load_file(GOLDEN / "expected.safetensors")
+    expected = load_file(FIRST / "expected.safetensors")
     masks = {name.removeprefix("mask "): expected.pop(name) for name in list(expected) if name.startswith("mask ")}
-    model = growfx.load(GOLDEN, model=Tied(64))
+    model = growfx.load(FIRST, model=Tied(64))
     state = model.state_dict()
     assert state.keys() == expected.keys()
     assert all(state[k].dtype == expected[k].dtype and bits(state[k]) == bits(expected[k]) for k in state)
-    stored = load_masks(GOLDEN)
+    stored = load_masks(FIRST)
     assert stored.keys() == masks.keys()
     assert all(torch.equal(stored[k], masks[k]) for k in masks)
-    codecs = {x.codec for x in growfx.inspect(GOLDEN).layers}
+    codecs = {x.codec for x in growfx.inspect(FIRST).layers}
     assert codecs == {"bitmask+planes", "gap8.huffman+planes", "gap8+raw", "dense"}
 
 

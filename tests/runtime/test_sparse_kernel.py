@@ -12,11 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from error_facts import facts
+from places import ROOT
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from growfx.deploy.loading import kernel_build
 from growfx.errors import ConfigError
+from growfx.runtime import kernel_build
 from growfx.runtime.sparse_kernel import SparseWeight, conv2d, kernel_status, linear
 
 built = pytest.mark.skipif(bool(kernel_status()), reason=kernel_status() or "the kernel is there")
@@ -348,7 +349,7 @@ def test_a_library_that_cannot_be_loaded_is_built_again(tmp_path: Path, fresh_st
 
 
 def test_the_source_is_part_of_the_package() -> None:
-    settings = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     sources = [kernel_build.SOURCE, *kernel_build.HEADERS]
     assert settings["package-data"]["growfx"] == [file.name for file in sources]
     for file in sources:
