@@ -1,5 +1,7 @@
 """A tiny network, data it can learn, and runs that stop half way: shared by the tests of training."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -72,8 +74,14 @@ def interrupt_at(monkeypatch, epoch: int, step: int) -> None:
     monkeypatch.setattr(TrainStep, "__call__", stop)
 
 
+def untimed(result: dict[str, Any]) -> dict[str, Any]:
+    """A result without what differs from run to run."""
+    return {name: value for name, value in result.items() if not name.endswith("seconds")}
+
+
 def final_state(path) -> dict:
     state = read(path / "checkpoint" / "latest.pt")
     del state["log_position"]  # the log holds times
     del state["config"]  # it holds what may differ
+    state.pop("seconds", None)
     return state

@@ -1,6 +1,6 @@
 """What a training run came to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = ["Result"]
@@ -14,6 +14,9 @@ class Result:
         dense_equivalent_epochs: training FLOPs the sparse network needs over those of one dense epoch.
         epochs: all epochs run, growth included; `steps` the optimizer steps in them.
         test_accuracy: None without a test loader.
+        train_seconds, train_cpu_seconds: wall time and processor time (summed over threads) of training, without
+            validation, over all resumes; results are compared without them.
+        eval_seconds: wall time of validation and test.
         trace: one `{round, density, nnz, val_accuracy, fit}` a growth round.
     """
 
@@ -30,3 +33,6 @@ class Result:
     steps: int
     stop_reason: str
     trace: list[dict[str, Any]]
+    train_seconds: float = field(compare=False)
+    train_cpu_seconds: float = field(compare=False)
+    eval_seconds: float = field(compare=False)

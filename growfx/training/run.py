@@ -127,7 +127,8 @@ class Run:
         while done < total:
             # an epoch that rewinding enters in the middle is a shorter one
             steps = self.epoch_steps - done % self.epoch_steps
-            loss = self._epoch(stage, schedule, done, steps)
+            with self.state.clock.training():
+                loss = self._epoch(stage, schedule, done, steps)
             done += steps
             scores = self._measure(stage, last=done == total)
             self.state.close_epoch(steps)
@@ -142,13 +143,14 @@ class Run:
 
     def _end_stage(self, stage: Stage) -> None:
         before = [parameter._version for parameter in self.net.parameters()]
-        self.method.end_stage(stage)
+        with self.state.clock.training():
+            self.method.end_stage(stage)
         self.state.meter.read_masks()
         self.state.at.stage, self.state.at.stage_step = self.state.at.stage + 1, 0
         changed = before != [parameter._version for parameter in self.net.parameters()]
         if changed and self.method.next_stage() is None:
             # what was validated is not what the run ends with (an average of tickets, say)
-            self.state.val_accuracy = evaluate(self.net, self.val_loader, self.device).accuracy
+            self.state.val_accuracy = self._evaluate(self.net, self.val_loader).accuracy
             self._log({"event": "replaced", "epoch": self.state.at.epoch, "val_accuracy": self.state.val_accuracy})
 
     def _average(self, stage: Stage) -> Any:
@@ -162,7 +164,11 @@ class Run:
             assert self.state.ema is not None
             nets = [self.state.ema.module, self.net] if last else []
         with self.interrupts.at_once():
-            return [evaluate(net, self.val_loader, self.device) for net in nets]
+            return [self._evaluate(net, self.val_loader) for net in nets]
+
+    def _evaluate(self, net: Any, loader: Iterable[Any]) -> Score:
+        with self.state.clock.evaluating():
+            return evaluate(net, loader, self.device)
 
     def _report(self, stage: Stage, scores: Sequence[Score]) -> float | None:
         """Tell the method what was measured; returns an accuracy for the log."""
@@ -197,7 +203,7 @@ class Run:
     def _finish(self) -> Result:
         test = None
         if self.test_loader is not None:
-            test = evaluate(self.net, self.test_loader, self.device).accuracy
+            test = self._evaluate(self.net, self.test_loader).accuracy
         method, net = self.method, self.net
         result = Result(
             method=method.name if method.changes_masks else "dense" if net.nnz == net.numel else "fixed masks",
@@ -213,6 +219,7 @@ class Run:
             steps=self.state.at.steps,
             stop_reason=method.stop_reason or "end of the schedule",
             trace=[finite(entry) for entry in method.trace],
+            **self.state.clock.seconds(),
         )
         if self.folder:
             notice = write_report(self.folder, net, dataclasses.asdict(result))

@@ -23,6 +23,7 @@ from growfx.masked.graph import MaskedGraph
 from growfx.masked.modules import chain_tensors
 from growfx.methods.base import Method
 from growfx.methods.session import Stage
+from growfx.training.clock import Clock
 from growfx.training.evaluation import Score
 from growfx.training.randomness import randomness_of, set_randomness
 from growfx.training.step import TrainStep
@@ -95,6 +96,7 @@ class RunState:
         val_accuracy: of the last validation, NaN before the first.
         best, best_nnz: validation accuracy and number of edges of the best epoch so far.
         last_score: what the last growth round was measured by.
+        clock: seconds of training and evaluation so far.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class RunState:
         self.val_accuracy = math.nan
         self.best, self.best_nnz = -1.0, net.numel + 1
         self.last_score: Score | None = None
+        self.clock = Clock()
 
     @property
     def device(self) -> torch.device:
@@ -168,6 +171,7 @@ class RunState:
             "best_nnz": self.best_nnz,
             "val_accuracy": self.val_accuracy,
             "last_score": None if self.last_score is None else self.last_score.correct,
+            "seconds": self.clock.seconds(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], where: str) -> None:
@@ -210,9 +214,10 @@ class RunState:
             "cost": lambda: self._load_cost(state["cost"]),
             "scores": lambda: self._load_scores(state),
             "part": lambda: self._load_part(state),
+            "seconds": lambda: self.clock.load(state["seconds"]),
         }
-        # Checkpoints of older versions have no `step`.
-        return {name: load for name, load in loaders.items() if name != "step" or "step" in state}
+        # Checkpoints of older versions have no `step` and no `seconds`.
+        return {name: load for name, load in loaders.items() if name not in ("step", "seconds") or name in state}
 
     def _load_average(self, state: Mapping[str, Any] | None) -> None:
         stage = self.method.next_stage()

@@ -353,7 +353,7 @@ def _open(out: Path, comparison: Comparison, *, resume: bool, overwrite: bool) -
     if overwrite:
         for name in ("runs", "logs"):
             shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("table.txt", "compare.json", "accuracy_density.png", "accuracy_cost.png"):
+        for name in ("table.txt", "compare.json", "accuracy_density.png", "accuracy_cost.png", "accuracy_seconds.png"):
             (out / name).unlink(missing_ok=True)
     folder.write_json("config.json", config)
     return folder
