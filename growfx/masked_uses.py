@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -10,8 +11,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from growfx.layers import MaskedLayer
+from growfx.weight_reads import ModelCode
 
-__all__ = ["MaskedUses"]
+__all__ = ["MaskedUses", "masked_attributes", "masked_reads"]
 
 
 _TRANSPOSED = {"T", "mT", "H", "mH"}
@@ -21,7 +23,8 @@ class MaskedUses(TorchFunctionMode):
     """Replace masked parameters among the arguments of torch's functions by the effective weights of their layers.
 
     Most of the time the stored parameter is the effective weight and nothing has to be replaced; this is for layers
-    where it is not (`MaskedLayer.can_be_read`).
+    where it is not (`MaskedLayer.can_be_read`), and for code that keeps the parameter elsewhere than under a name of a
+    module, where growfx.weight_reads would see it (a list, a closure).
     """
 
     def __init__(self, layers: Iterable[MaskedLayer]):
@@ -42,3 +45,36 @@ class MaskedUses(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         args, kwargs = pytree.tree_map(effective, (tuple(args), kwargs or {}))
         return func(*args, **kwargs)
+
+
+def masked_reads(layers: Iterable[MaskedLayer]) -> AbstractContextManager[Any]:
+    """The context in which the model's own code runs: whichever weight it reads is the effective one.
+
+    Args:
+        layers: those whose weights are known, or likely, to be read without a call of the layer.
+    """
+    readable: set[int] = set()
+    replaced: list[MaskedLayer] = []
+    for layer in layers:
+        if not layer.can_be_read():
+            replaced.append(layer)
+        elif layer.read_directly:  # then its gradient is masked too
+            readable.add(id(layer))
+    if not replaced:
+        return ModelCode(readable)
+    stack = ExitStack()
+    stack.enter_context(ModelCode(readable))
+    stack.enter_context(MaskedUses(replaced))
+    return stack
+
+
+@contextmanager
+def masked_attributes(readers: list[tuple[nn.Module, str, MaskedLayer]]) -> Generator[None]:
+    """Let compiled code find effective weights under the names of the parameters, for one call."""
+    for module, name, layer in readers:
+        module.__dict__[name] = layer.effective_weight
+    try:
+        yield
+    finally:
+        for module, name, _ in readers:
+            module.__dict__.pop(name, None)
