@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import functools
+import gc
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -32,13 +33,17 @@ from growfx.models import default_input_shape, identity_of, remember
 from growfx.module_copy import copy_modules
 from growfx.modules import chain_tensors
 from growfx.notices import warn_once
+from growfx.optimizer_hooks import LAYER_OF
 from growfx.passes.check_recording import record_checked
 from growfx.plain_state import hide_masks
 from growfx.recorded_call import RECORDED_CONSTANT
+from growfx.recording import RecordedGraph
 from growfx.remembered_inputs import default_inputs
+from growfx.shadowed_names import shadowed_names
 from growfx.shards import HOW_TO_GATHER, require_whole
 from growfx.torch_pruning import take_over
 from growfx.trace_report import TraceReport
+from growfx.weight_reads import WatchedParameters
 
 __all__ = ["unwrap", "wrap"]
 
@@ -86,6 +91,7 @@ def wrap(
         )
     _check_tensors(model)
     example = _example(model, example_inputs)
+    shared_names = _masked_already(model)
     shared: dict[int, Any] = {id(t): t for t in chain_tensors(model)}
     shell = copy_modules(model, shared)
     report = TraceReport(notes=notes)
@@ -102,15 +108,14 @@ def wrap(
         # Detectors want targets to train on: a call with them will run.
         report.notes.append(f"train mode was not recorded: {refusal}")
     net._recorder = record_checked
-    called = dict.fromkeys(name for recording in recordings for name in recording.called)
-    order = {name: i for i, name in enumerate(called)}
-    for name in dict.fromkeys(name for recording in recordings for name in recording.used):
-        order[name] = order.get(name.rpartition(".")[0], len(order))
+    order = _positions(recordings, shell, handles)
     _name_layers(net, handles, order)
     report.faithful = all(recording.faithful for recording in recordings)
     if not report.faithful:
         report.opaque.setdefault("", " ".join(report.notes))
     _note_direct_reads(net)
+    _warn_of_hidden_names(net, notes)
+    _warn_of_another_net(shared_names, notes)
     if density < 1:
         _draw(net, density, seed)
     elif pruned:
@@ -154,6 +159,37 @@ def _check_tensors(model: nn.Module) -> None:
                 "the model's tensors were made inside `torch.inference_mode`, so nothing can train them or see them "
                 "change; build the model outside of it"
             )
+
+
+def _masked_already(model: nn.Module) -> list[str]:
+    """Names of the parameters that are masked by another network already."""
+
+    def found() -> list[str]:
+        layers = ((name, p, LAYER_OF.get(id(p))) for name, p in model.named_parameters())
+        return [name for name, p, layer in layers if layer is not None and layer.parameter is p]
+
+    if found():
+        gc.collect()  # one that nobody holds any more
+    return found()
+
+
+def _warn_of_another_net(names: list[str], notes: list[str]) -> None:
+    if names:
+        listed = ", ".join(f"`{name}`" for name in names[:3]) + (", ..." if len(names) > 3 else "")
+        warn_once(
+            f"another net masks parameters of this model already ({listed}), and what the masks of one of them leave "
+            "out is zero in both; wrap a copy of the model (copy.deepcopy) for masks that are independent",
+            notes,
+        )
+
+
+def _warn_of_hidden_names(net: MaskedGraph, notes: list[str]) -> None:
+    hidden = shadowed_names(net)
+    if hidden:
+        listed = ", ".join(f"`{name}`" for name in hidden)
+        warn_once(
+            f"the model has {listed}, which on the net name something else; the model's are `net.shell.<name>`", notes
+        )
 
 
 def _draw(net: MaskedGraph, density: float, seed: int) -> None:
@@ -218,6 +254,9 @@ def unwrap(net: MaskedGraph) -> nn.Module:
         if isinstance(module, MaskedLayer):
             to_plain(module)
     hide_masks(model)
+    for module in model.modules():
+        if type(module._parameters) is WatchedParameters:
+            module.__dict__["_parameters"] = dict(module._parameters)
     for name in [n for n in model._buffers if n.startswith(RECORDED_CONSTANT)]:
         del model._buffers[name]
         model._non_persistent_buffers_set.discard(name)
@@ -272,15 +311,20 @@ def _swap_in(shell: nn.Module, exclude: Sequence[str], report: TraceReport) -> d
 def _masked_parameters(shell: nn.Module, patterns: Sequence[str]) -> dict[str, MaskedParameter]:
     """Masks on the parameters that the caller names."""
     taken = {id(part.parameter) for part in shell.modules() if isinstance(part, MaskedLayer)}
-    candidates = {name: p for name, p in shell.named_parameters() if p.is_floating_point() and id(p) not in taken}
+    every = list(shell.named_parameters(remove_duplicate=False))
+    candidates = {name: p for name, p in every if p.is_floating_point() and id(p) not in taken}
+    named: set[int] = set()
     handles: dict[str, MaskedParameter] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         hits = fnmatch.filter(candidates, pattern)
         if not hits:
-            masked_already = fnmatch.filter([name for name, _ in shell.named_parameters()], pattern)
+            masked_already = fnmatch.filter([name for name, _ in every], pattern)
             why = f"`{masked_already[0]}` has a mask already" if masked_already else "no parameter is named like it"
             raise ConfigError(f"masked: `{pattern}` names nothing to mask: {why}")
         for name in hits:
+            if id(candidates[name]) in named:  # another name of a tied one
+                continue
+            named.add(id(candidates[name]))
             owner, _, leaf = name.rpartition(".")
             handles[name] = MaskedParameter(shell.get_submodule(owner), leaf)
     return handles
@@ -293,6 +337,22 @@ def _declare_opaque(shell: nn.Module, opaque: Sequence[str], report: TraceReport
         if not hits:
             raise ConfigError(f"opaque: no module is named like `{pattern}`")
         report.opaque |= dict.fromkeys(hits, f"named by `{pattern}`")
+
+
+def _positions(
+    recordings: Sequence[RecordedGraph], shell: nn.Module, handles: dict[str, MaskedParameter]
+) -> dict[str, int]:
+    """The position of every module and parameter in the recorded runs."""
+    called = dict.fromkeys(name for recording in recordings for name in recording.called)
+    order = {name: i for i, name in enumerate(called)}
+    for name in dict.fromkeys(name for recording in recordings for name in recording.used):
+        order[name] = order.get(name.rpartition(".")[0], len(order))
+    first_names = {id(parameter): name for name, parameter in shell.named_parameters()}
+    for name, handle in handles.items():  # which may go by another of the names of a tied parameter
+        first = first_names[id(handle.parameter)]
+        if first in order:
+            order.setdefault(name, order[first])
+    return order
 
 
 def _name_layers(net: MaskedGraph, handles: dict[str, MaskedParameter], order: dict[str, int]) -> None:
