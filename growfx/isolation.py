@@ -191,8 +191,10 @@ def _refill(table: Any, before: Any) -> None:
 
 
 @contextmanager
-def caches_bypassed() -> Generator[None]:
+def caches_bypassed(root: nn.Module) -> Generator[None]:
     """Let this thread pass by the `functools.lru_cache` of functions of models: nothing is taken from, or left in, one.
+
+    Those of all loaded modules, and of the classes of `root` wherever these were made.
 
     A cache keyed by a size would hand out the result of another call, in which the size was a plain number, and would
     keep results of this one. Within the context each such function has a cache of its own.
@@ -200,7 +202,10 @@ def caches_bypassed() -> Generator[None]:
     thread = threading.get_ident()
     stand_ins: dict[int, Callable[..., Any]] = {}
     with ExitStack() as stack:
-        for owner, key, cached in _all_cached_functions():
+        found = _all_cached_functions()
+        known = {(id(owner), key) for owner, key, _ in found}
+        of_classes = [place for kind in _model_classes(root) for place in _cached_in_class(kind)]
+        for owner, key, cached in [*found, *(p for p in of_classes if (id(p[0]), p[1]) not in known)]:
             function = cached.__func__ if isinstance(cached, staticmethod) else cached
             stand_in = stand_ins.setdefault(id(function), _bypass(function, thread))
             setattr(owner, key, staticmethod(stand_in) if function is not cached else stand_in)
@@ -230,9 +235,13 @@ def _cached_functions(module: ModuleType) -> Iterator[tuple[Any, str, Any]]:
         if type(value) is _CACHED:
             yield module, name, value
         elif isinstance(value, type) and value.__module__ == module.__name__:
-            for key, member in list(vars(value).items()):
-                if type(member) is _CACHED or (type(member) is staticmethod and type(member.__func__) is _CACHED):
-                    yield value, key, member
+            yield from _cached_in_class(value)
+
+
+def _cached_in_class(kind: type) -> Iterator[tuple[type, str, Any]]:
+    for key, member in list(vars(kind).items()):
+        if type(member) is _CACHED or (type(member) is staticmethod and type(member.__func__) is _CACHED):
+            yield kind, key, member
 
 
 def _bypass(cached: Any, thread: int) -> Callable[..., Any]:

@@ -279,7 +279,10 @@ class MaskedLayer(nn.Module):
             return own[-1]
         if THREAD.calls:
             readable = THREAD.calls[-1]
-            return weight if readable is None or id(self) in readable else self.effective_weight
+            if readable is None or id(self) in readable:
+                return weight
+            self.read_directly = True  # in a branch that was not seen before
+            return weight if self.can_be_read() else self.effective_weight
         with torch._C.DisableTorchFunction():
             if torch._C._current_graph_task_id() != -1:  # a forward that is run anew for its backward pass
                 return weight if self.can_be_read() else self.effective_weight
@@ -419,23 +422,23 @@ class MaskedParameter(MaskedLayer):
     """A mask on a parameter of a module that stays what it is: what `net.layers` has where there is no masked twin.
 
     For parameters that belong to no layer growfx knows (`masked=` of `growfx.wrap`), and for layers that have a `mask`
-    or other names of a masked twin themselves. The mask is a buffer of the parameter's module, `<parameter>_mask`; the
-    module reads the parameter itself, so it counts as read directly. It shares the registries of that module and is not
+    or other names of a masked twin themselves. The mask is a buffer of the parameter's module, `<parameter>_mask`
+    (`<parameter>_mask_` where the module has one of that name itself: `mask_name` of a copy is given); the module reads the parameter itself, so it counts as read directly. It shares the registries of that module and is not
     part of the model.
     """
 
     read_directly = True
     twin_of = nn.Module
 
-    def __init__(self, owner: nn.Module, weight_name: str, mask: Tensor | None = None) -> None:
+    def __init__(self, owner: nn.Module, weight_name: str, mask_name: str | None = None) -> None:
         super().__init__()
         self.__dict__["owner"] = owner
         for registry in ("_parameters", "_buffers"):
             self.__dict__[registry] = owner.__dict__[registry]
-        self.weight_name, self.mask_name = weight_name, f"{weight_name}_mask"
+        self.weight_name, self.mask_name = weight_name, mask_name or _free_name(owner, f"{weight_name}_mask")
         weight = self.parameter
-        if mask is not None or self.mask_name not in owner._buffers:
-            owner.register_buffer(self.mask_name, torch.ones_like(weight, dtype=torch.bool) if mask is None else mask)
+        if mask_name is None:
+            owner.register_buffer(self.mask_name, torch.ones_like(weight, dtype=torch.bool))
         self._stored = _Stored(weight, self.mask)
         self._collects = torch.zeros((), dtype=torch.bool, device=weight.device)
         LAYER_OF[id(weight)] = self
@@ -474,9 +477,16 @@ class MaskedParameter(MaskedLayer):
         del self._buffers[self.mask_name]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedParameter:
-        clone = MaskedParameter(copy.deepcopy(self.__dict__["owner"], memo), self.weight_name)
+        clone = MaskedParameter(copy.deepcopy(self.__dict__["owner"], memo), self.weight_name, self.mask_name)
         clone.gate = copy.deepcopy(self.gate, memo)
         return clone
+
+
+def _free_name(owner: nn.Module, name: str) -> str:
+    """`name`, or that with underscores after it where the module has something of the name itself."""
+    while hasattr(owner, name):
+        name += "_"
+    return name
 
 
 class _MaskedConv(MaskedLayer):

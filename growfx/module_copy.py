@@ -74,8 +74,9 @@ def _link(parts: list[nn.Module], memo: dict[int, Any]) -> None:
     """Let copies under way find one another's modules: a class may look for them when it is copied."""
     for part in parts:
         children = {name: memo[id(child)] for name, child in part._modules.items() if id(child) in memo}
-        empty: dict[str, Any] = {name: {} for name in ("_parameters", "_buffers")}
-        memo[id(part)].__dict__.update(empty, _modules=children, _non_persistent_buffers_set=set())
+        known: dict[str, Any] = {name: value for name, value in vars(part).items() if isinstance(value, _ATOMS)}
+        known.update(_parameters={}, _buffers={}, _modules=children, _non_persistent_buffers_set=set())
+        memo[id(part)].__dict__.update(known)
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:

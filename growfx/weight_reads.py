@@ -91,7 +91,12 @@ class WatchedParameters(dict[str, Any]):
         value = super().__getitem__(name)
         reference = self.layers.get(name)
         layer = None if reference is None else reference()
-        return value if layer is None or value is None else layer.weight_for_reader(value)
+        if layer is None or layer._parameters.get(layer.weight_name) is not value:  # untied since
+            return value
+        return layer.weight_for_reader(value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return dict, (dict(self),)  # a copy's layers are others
 
 
 def watch_parameter(module: nn.Module, name: str, layer: Readable) -> dict[str, Any]:

@@ -337,7 +337,7 @@ class _Work:
         given = given.copied()
         with (
             generators_restored(cuda_devices(self.shell), copied),
-            caches_bypassed(),
+            caches_bypassed(copied),
             tables_restored(copied),
             ModelCode(),
             clock_shifted() if run is None else contextlib.nullcontext(),

@@ -7,7 +7,7 @@ import fnmatch
 import functools
 import gc
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -129,6 +129,13 @@ def _check_options(density: Any, seed: Any) -> None:
         raise ConfigError(f"density is {density!r}; it must be a number in (0, 1]")
     if not isinstance(seed, numbers.Integral) or isinstance(seed, bool):
         raise ConfigError(f"seed is {seed!r}; it must be a whole number")
+
+
+def _patterns(option: str, value: Any) -> list[str]:
+    patterns: list[Any] = [value] if isinstance(value, str) or not isinstance(value, Iterable) else [*value]
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(f"{option} is {value!r}; it must be a glob pattern of names, or a list of them")
+    return patterns
 
 
 def _original(model: Any, notes: list[str]) -> nn.Module:
@@ -281,7 +288,7 @@ def _example(model: nn.Module, example_inputs: Any) -> Inputs:
 def _swap_in(shell: nn.Module, exclude: Sequence[str], report: TraceReport) -> dict[str, MaskedParameter]:
     """Turn the maskable layers into masked twins; returns those that cannot be one, with a mask on their parameter."""
     handles: dict[str, MaskedParameter] = {}
-    patterns = [exclude] if isinstance(exclude, str) else list(exclude)
+    patterns = _patterns("exclude", exclude)
     unmatched = dict.fromkeys(patterns)
     masks: dict[int, Tensor] = {}
     for name, module in list(shell.named_modules()):
@@ -315,7 +322,7 @@ def _masked_parameters(shell: nn.Module, patterns: Sequence[str]) -> dict[str, M
     candidates = {name: p for name, p in every if p.is_floating_point() and id(p) not in taken}
     named: set[int] = set()
     handles: dict[str, MaskedParameter] = {}
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in _patterns("masked", patterns):
         hits = fnmatch.filter(candidates, pattern)
         if not hits:
             masked_already = fnmatch.filter([name for name, _ in every], pattern)
@@ -332,7 +339,7 @@ def _masked_parameters(shell: nn.Module, patterns: Sequence[str]) -> dict[str, M
 
 def _declare_opaque(shell: nn.Module, opaque: Sequence[str], report: TraceReport) -> None:
     names = [name for name, _ in shell.named_modules() if name]
-    for pattern in [opaque] if isinstance(opaque, str) else opaque:
+    for pattern in _patterns("opaque", opaque):
         hits = fnmatch.filter(names, pattern)
         if not hits:
             raise ConfigError(f"opaque: no module is named like `{pattern}`")

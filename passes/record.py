@@ -149,7 +149,7 @@ def _quiet(recorder: Recorder) -> Generator[None]:
     root = recorder.root
     with (
         generators_restored(cuda_devices(recorder.home), root),
-        caches_bypassed(),
+        caches_bypassed(root),
         tables_restored(root),
         ModelCode(None),  # masked weights are the recorder's concern
         torch.enable_grad(),  # as a training step has it, so that switches of it are seen

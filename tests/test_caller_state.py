@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import functools
 import gc
 import random
 import time
@@ -120,6 +121,30 @@ def test_counters_and_lists_of_a_class_made_in_a_function_are_left_as_they_were(
     assert (type(model).calls, type(model).seen) == (0, [])
     net(torch.randn(2, 4))
     assert (type(model).calls, len(type(model).seen)) == (1, 1)
+
+
+def test_caches_of_a_class_made_in_a_function_are_left_as_they_were() -> None:
+    class Caches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        @functools.lru_cache  # noqa: B019
+        def twice(self, n: int) -> int:
+            return 2 * n
+
+        @staticmethod
+        @functools.cache
+        def half(n: int) -> float:
+            return n / 2
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x).reshape(self.twice(x.shape[0]), -1) * self.half(x.shape[0])
+
+    net = growfx.wrap(Caches(), torch.randn(2, 4))
+    assert Caches.twice.cache_info().currsize == Caches.half.cache_info().currsize == 0
+    assert torch.equal(net(torch.ones(3, 4)), growfx.unwrap(net)(torch.ones(3, 4)))
+    Caches.twice.cache_clear()
 
 
 # -- generators and clocks --------------------------------------------------------------------------------------------
@@ -330,3 +355,37 @@ def test_a_parameter_to_mask_may_be_named_by_any_of_its_names() -> None:
     tied.b.weight = tied.a.weight
     with pytest.raises(growfx.ConfigError, match="has a mask already"):
         growfx.wrap(tied, torch.randn(2, 4), masked=["b.weight"])
+
+
+@pytest.mark.parametrize("option", ["exclude", "masked", "opaque"])
+@pytest.mark.parametrize("value", [3, [3], ["fc", None], {"fc": 1, 2: 3}])
+def test_patterns_that_are_no_texts_are_refused_by_name(option: str, value: Any) -> None:
+    model = nn.Sequential(collections.OrderedDict(fc=nn.Linear(4, 2)))
+    with pytest.raises(growfx.ConfigError, match=option):
+        growfx.wrap(model, torch.randn(2, 4), **{option: value})
+    assert type(model.fc) is nn.Linear
+
+
+def test_a_layer_that_has_both_names_for_a_mask_keeps_both() -> None:
+    class Both(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.register_buffer("mask", torch.full((4, 4), 0.5))
+            self.register_buffer("weight_mask", torch.full((4, 4), 2.0))
+
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+            return nn.functional.linear(input, self.weight * self.mask * self.weight_mask, self.bias)
+
+    model, x = nn.Sequential(Both(), nn.Linear(4, 2)), torch.randn(3, 4)
+    expected, keys = model(x), set(model.state_dict())
+    net = growfx.wrap(model, torch.randn(2, 4))
+    assert torch.equal(net(x), expected)
+    net.set_masks({"0": torch.rand(4, 4) < 0.5})
+    for other in (net, copy.deepcopy(net)):
+        plain = growfx.unwrap(other)
+        assert torch.equal(other(x), plain(x))
+        assert set(plain.state_dict()) == keys
+        assert torch.equal(plain[0].weight_mask, model[0].weight_mask)
+    again = growfx.wrap(copy.deepcopy(model), torch.randn(2, 4))
+    again.load_state_dict(net.state_dict())
+    assert again.mask_digest() == net.mask_digest()

@@ -297,3 +297,34 @@ def test_masks_changed_within_one_autocast_block_are_seen(training: bool, gradie
             for name, layer in net.layers.items():
                 layer.mask.copy_(masks[name] & (torch.rand(masks[name].shape) < 0.5))
             assert torch.equal(net(x), growfx.unwrap(net)(x))
+
+
+def test_a_module_that_was_untied_reads_its_own_parameter_and_a_copy_of_the_model_its_own() -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    net = growfx.wrap(Tied(), ids, density=0.4).eval()
+    shell = copy.deepcopy(dirty(net).shell)
+    with torch.no_grad():
+        net.emb.weight.zero_()
+        assert shell.emb(ids).any()
+        assert torch.equal(shell(ids), growfx.unwrap(net).eval()(ids)) is False
+    net.emb.weight = nn.Parameter(torch.ones(9, 6))
+    assert torch.equal(net.emb(ids), torch.ones(1, 3, 6))
+    assert net.shell.emb.weight is net.get_parameter("emb.weight")
+
+
+def test_a_forward_that_looks_at_a_weight_finds_a_parameter() -> None:
+    class Looks(Around):
+        seen: list[object] = []  # noqa: RUF012
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.head.weight
+            self.seen.append((type(weight), weight.is_leaf, weight.dtype, weight is self.head.weight))
+            return super().forward(x)
+
+    for training in (True, False):
+        net = growfx.wrap(Looks(Block()), torch.randn(2, 6), density=0.4).train(training)
+        Looks.seen.clear()
+        net(torch.randn(2, 6)).sum().backward()
+        assert Looks.seen == [(nn.Parameter, True, torch.float32, True)]
+        layer = net.layers["head"]
+        assert not layer.parameter.grad[~layer.mask].any()
