@@ -20,7 +20,7 @@ from growfx.averages import copy_masks_into_averages
 from growfx.errors import MaskError, TraceError
 from growfx.inputs import Inputs, as_inputs
 from growfx.layers import MaskedLayer, MaskedParameter, check_mask
-from growfx.masked_uses import masked_attributes, masked_reads
+from growfx.masked_uses import masked_reads
 from growfx.module_copy import copy_modules
 from growfx.modules import chain_tensors, settings_of
 from growfx.placement import Places
@@ -103,8 +103,6 @@ class MaskedGraph(fx.GraphModule):
         self._named_layers: tuple[dict[str, MaskedLayer]] = ({},)
         self._tied: tuple[list[list[MaskedLayer]]] = ([],)
         self._read_directly: tuple[list[MaskedLayer]] = ([],)
-        # (module, name of its parameter, layer) wherever a weight that is read directly is held.
-        self._readers: tuple[list[tuple[nn.Module, str, MaskedLayer]]] = ([],)
         self._places: Places | None = None
         self._known_settings = 0
         self._complete = True
@@ -275,16 +273,12 @@ class MaskedGraph(fx.GraphModule):
             self._find_readers()
 
     def _find_readers(self) -> None:
+        """Let modules that hold a weight that is read directly, and are not its layer, find the masked one."""
         layers = {id(layer.parameter): layer for layer in self._read_directly[0]}
-        self._readers[0][:] = [
-            (module, name, layers[id(parameter)])
-            for module in self.shell.modules()
-            for name, parameter in module._parameters.items()
-            if id(parameter) in layers
-        ]
-        for module, name, layer in self._readers[0]:
-            if not isinstance(module, MaskedLayer):
-                self._watch(module, name, layer)
+        for module in self.shell.modules():
+            for name, parameter in list(module._parameters.items()):
+                if id(parameter) in layers and not isinstance(module, MaskedLayer):
+                    self._watch(module, name, layers[id(parameter)])
 
     def _watch(self, module: nn.Module, name: str, layer: MaskedLayer) -> None:
         registry = watch_parameter(module, name, layer)
@@ -469,8 +463,7 @@ class MaskedGraph(fx.GraphModule):
             TraceError: a tracer of another kind is at work, which would see masks as constants.
         """
         if torch.compiler.is_compiling():
-            with masked_attributes(self._readers[0]):
-                return self.shell(*args, **kwargs)
+            return self.shell(*args, **kwargs)
         self._before_call(args, kwargs)
         with self._masked_reads():
             return self.shell(*args, **kwargs)
@@ -536,8 +529,7 @@ class MaskedGraph(fx.GraphModule):
         @functools.wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
-                with masked_attributes(self._readers[0]):
-                    return method(*args, **kwargs)
+                return method(*args, **kwargs)
             # A method may read what the forward calls.
             with self._masked_reads(self.layers.values()):
                 return method(*args, **kwargs)

@@ -423,8 +423,8 @@ class MaskedParameter(MaskedLayer):
 
     For parameters that belong to no layer growfx knows (`masked=` of `growfx.wrap`), and for layers that have a `mask`
     or other names of a masked twin themselves. The mask is a buffer of the parameter's module, `<parameter>_mask`
-    (`<parameter>_mask_` where the module has one of that name itself: `mask_name` of a copy is given); the module reads the parameter itself, so it counts as read directly. It shares the registries of that module and is not
-    part of the model.
+    (`<parameter>_mask_` where the module has something of that name itself); the module reads the parameter itself, so
+    it counts as read directly. It shares the registries of that module and is not part of the model.
     """
 
     read_directly = True

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from torch import nn
@@ -13,10 +13,10 @@ from torch.utils import _pytree as pytree
 from growfx.layers import MaskedLayer
 from growfx.weight_reads import ModelCode
 
-__all__ = ["MaskedUses", "masked_attributes", "masked_reads"]
+__all__ = ["MaskedUses", "masked_reads"]
 
 
-_TRANSPOSED = {"T", "mT", "H", "mH"}
+_VALUES = {"T", "mT", "H", "mH", "data"}  # attributes that are tensors of the same values
 
 
 class MaskedUses(TorchFunctionMode):
@@ -41,7 +41,7 @@ class MaskedUses(TorchFunctionMode):
             return value if layer is None else layer.effective_weight
 
         name = getattr(func, "__name__", "")
-        if name in ("__set__", "size", "dim") or (name == "__get__" and func.__self__.__name__ not in _TRANSPOSED):
+        if name in ("__set__", "size", "dim") or (name == "__get__" and func.__self__.__name__ not in _VALUES):
             return func(*args, **(kwargs or {}))
         args, kwargs = pytree.tree_map(effective, (tuple(args), kwargs or {}))
         return func(*args, **kwargs)
@@ -66,15 +66,3 @@ def masked_reads(layers: Iterable[MaskedLayer]) -> AbstractContextManager[Any]:
     stack.enter_context(ModelCode(readable))
     stack.enter_context(MaskedUses(replaced))
     return stack
-
-
-@contextmanager
-def masked_attributes(readers: list[tuple[nn.Module, str, MaskedLayer]]) -> Generator[None]:
-    """Let compiled code find effective weights under the names of the parameters, for one call."""
-    for module, name, layer in readers:
-        module.__dict__[name] = layer.effective_weight
-    try:
-        yield
-    finally:
-        for module, name, _ in readers:
-            module.__dict__.pop(name, None)

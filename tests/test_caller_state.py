@@ -135,14 +135,14 @@ def test_caches_of_a_class_made_in_a_function_are_left_as_they_were() -> None:
 
         @staticmethod
         @functools.cache
-        def half(n: int) -> float:
+        def halved(n: int) -> float:
             return n / 2
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.fc(x).reshape(self.twice(x.shape[0]), -1) * self.half(x.shape[0])
+            return self.fc(x).reshape(self.twice(x.shape[0]), -1) * self.halved(x.shape[0])
 
     net = growfx.wrap(Caches(), torch.randn(2, 4))
-    assert Caches.twice.cache_info().currsize == Caches.half.cache_info().currsize == 0
+    assert Caches.twice.cache_info().currsize == Caches.halved.cache_info().currsize == 0
     assert torch.equal(net(torch.ones(3, 4)), growfx.unwrap(net)(torch.ones(3, 4)))
     Caches.twice.cache_clear()
 
@@ -370,8 +370,7 @@ def test_a_layer_that_has_both_names_for_a_mask_keeps_both() -> None:
     class Both(nn.Linear):
         def __init__(self) -> None:
             super().__init__(4, 4)
-            self.register_buffer("mask", torch.full((4, 4), 0.5))
-            self.register_buffer("weight_mask", torch.full((4, 4), 2.0))
+            self.mask, self.weight_mask = nn.Buffer(torch.full((4, 4), 0.5)), nn.Buffer(torch.full((4, 4), 2.0))
 
         def forward(self, input: Tensor) -> Tensor:  # noqa: A002
             return nn.functional.linear(input, self.weight * self.mask * self.weight_mask, self.bias)
