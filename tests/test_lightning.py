@@ -110,3 +110,24 @@ def test_validation_alone_needs_no_method(tmp_path):
     found = trainer.validate(Module(), DataLoader(TensorDataset(*data()), BATCH), verbose=False)
     assert 0 <= found[0]["val_acc"] <= 1
     assert torch.is_grad_enabled()
+
+
+def test_the_mode_of_the_net_is_that_of_the_model_whoever_switches_it(tmp_path):
+    class Modes(Module):
+        def training_step(self, batch, index):
+            seen.append((self.net.training, self.net.shell.training, *(m.training for m in self.net.modules())))
+            return super().training_step(batch, index)
+
+        def validation_step(self, batch, index):
+            seen.append((self.net.training, self.net.shell.training, *(m.training for m in self.net.modules())))
+            super().validation_step(batch, index)
+
+    seen: list[tuple[bool, ...]] = []
+    module = Modes()
+    fit(module, SparseTraining(rigl(), monitor="val_acc"), tmp_path, epochs=2, num_sanity_val_steps=0)
+    assert all(len(set(modes)) == 1 for modes in seen)
+    order = [modes[0] for modes in seen]
+    assert order == ([True] * 4 + [False]) * 2
+    for switch in (module.net.shell.eval, module.net.shell.train, module.eval, module.train, module.net.eval):
+        switch()
+        assert module.net.training is module.net.shell.training is ("train" in switch.__name__)

@@ -39,6 +39,7 @@ from growfx.masked.gradients import (
     obeys,
 )
 from growfx.masked.registry import LAYER_OF
+from growfx.masked.weight_reads import THREAD, WeightRead
 
 __all__ = [
     "MaskedLayer",
@@ -129,7 +130,7 @@ class MaskedLayer(nn.Module):
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter the mask belongs to, as stored (outside the mask it may wait for its next use)."""
-        parameter = self._parameters[self.weight_name]
+        parameter = self._parameters.get(self.weight_name)  # `[]` would be a read by others: see growfx.weight_reads
         assert parameter is not None
         return parameter
 
@@ -191,6 +192,8 @@ class MaskedLayer(nn.Module):
             self.adopt()
             stored = self._stored
         if not mask.is_meta:
+            if (self.read_directly or stored.seen != self.mask_marker()) and torch._C._is_any_autocast_enabled():
+                torch.clear_autocast_cache()  # it may hold the weight of the mask before
             # Through `.data`: a backward pass under way must not take this for a change of its saved weight.
             mask_in_place(weight.data, mask)
         stored.seen = self.mask_marker()
@@ -198,7 +201,7 @@ class MaskedLayer(nn.Module):
     def _weight(self, own: bool) -> Tensor:
         """The effective weight; `own`: for the one use that the layer itself makes of it."""
         # Every step passes here once per layer: registries are read directly, calls are few.
-        weight, mask = self._parameters[self.weight_name], self._buffers[self.mask_name]
+        weight, mask = self._parameters.get(self.weight_name), self._buffers[self.mask_name]
         assert weight is not None
         assert mask is not None
         if self.gate is not None:
@@ -270,20 +273,60 @@ class MaskedLayer(nn.Module):
             stored.mask, stored.address = mask, weight.data_ptr()
         return stored.weight
 
+    def weight_for_reader(self, weight: Tensor) -> Tensor:
+        """What code finds that reads the parameter under its name, of the model or of anybody else.
+
+        The layer's own code, and the model's while the net runs it, find the effective weight. Elsewhere it is the
+        parameter itself, made to obey the mask before: a submodule that is called alone computes what the net does.
+        """
+        if torch.compiler.is_compiling():
+            return self._weight(own=False)
+        own = THREAD.own.get(id(self))
+        if own is not None:
+            return own[-1]
+        if THREAD.calls:
+            readable = THREAD.calls[-1]
+            if readable is None or id(self) in readable:
+                return weight
+            self.read_directly = True  # in a branch that was not seen before
+            return weight if self.can_be_read() else self.effective_weight
+        with torch._C.DisableTorchFunction():
+            if torch._C._current_graph_task_id() != -1:  # a forward that is run anew for its backward pass
+                return weight if self.can_be_read() else self.effective_weight
+            if self.gate is None and not _is_watched() and not self.sharded and not is_sharded(weight):
+                self._settle_for_reader(weight)
+        return weight
+
+    def _settle_for_reader(self, weight: Tensor) -> None:
+        mask = self.mask
+        if not isinstance(weight, nn.Parameter) or mask.is_meta or weight.shape != mask.shape:
+            return
+        if not self._store_obeys(weight, mask):
+            self._settle_whole()
+        if self.read_directly and self._stored.parameter is weight and torch.is_grad_enabled() and weight.requires_grad:
+            self._with_masked_gradient(weight, mask, own=False)
+
     @contextmanager
     def _effective_parameters(self) -> Generator[None]:
         """Let the code of the original class read the effective weight under the parameter's own name."""
-        # An entry of the instance's dict is found before nn.Module looks among the parameters.
-        before = self.__dict__.get(self.weight_name)
-        self.__dict__[self.weight_name] = self.effective_weight
+        weight = self.effective_weight
+        if torch.compiler.is_compiling():
+            # An entry of the instance's dict is found first.
+            self.__dict__[self.weight_name] = weight
+            try:
+                yield
+            finally:
+                self.__dict__.pop(self.weight_name, None)
+            return
+        # Of this thread alone, and again within itself where the forward calls the layer anew.
+        weights = THREAD.own.setdefault(id(self), [])
+        weights.append(weight)
         try:
             yield
         finally:
-            # Other threads may be here too.
-            if before is None:
-                self.__dict__.pop(self.weight_name, None)
-            else:
-                self.__dict__[self.weight_name] = before
+            weights.pop()
+            if not weights:
+                del THREAD.own[id(self)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the original class's forward on the effective weight."""
@@ -335,9 +378,28 @@ class MaskedLayer(nn.Module):
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> MaskedLayer:
         super()._apply(fn, recurse)
-        self._collects = fn(self._collects).fill_(self._collecting)
+        self._collects = fn(self._collects).bool().fill_(self._collecting)
+        self.keep_mask_bool()
         self.adopt()
         return self
+
+    def keep_mask_bool(self) -> None:
+        """Undo what `net.type(torch.float64)` does to every buffer."""
+        mask = self._buffers[self.mask_name]
+        if mask is not None and mask.dtype != torch.bool:
+            self._buffers[self.mask_name] = mask != 0
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        before = self._buffers[self.mask_name]
+        super()._load_from_state_dict(*args, **kwargs)
+        after = self._buffers[self.mask_name]
+        if before is None or after is None or after is before or before.is_meta:
+            return
+        if after.shape != before.shape or after.device != before.device:
+            return
+        # `assign` put another tensor in place; layers that share a weight share their mask, so it is written into.
+        before.copy_(after)
+        self._buffers[self.mask_name] = before
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -367,23 +429,23 @@ class MaskedParameter(MaskedLayer):
     """A mask on a parameter of a module that stays what it is: what `net.layers` has where there is no masked twin.
 
     For parameters that belong to no layer growfx knows (`masked=` of `growfx.wrap`), and for layers that have a `mask`
-    or other names of a masked twin themselves. The mask is a buffer of the parameter's module, `<parameter>_mask`; the
-    module reads the parameter itself, so it counts as read directly. It shares the registries of that module and is not
-    part of the model.
+    or other names of a masked twin themselves. The mask is a buffer of the parameter's module, `<parameter>_mask`
+    (`<parameter>_mask_` where the module has something of that name itself); the module reads the parameter itself, so
+    it counts as read directly. It shares the registries of that module and is not part of the model.
     """
 
     read_directly = True
     twin_of = nn.Module
 
-    def __init__(self, owner: nn.Module, weight_name: str, mask: Tensor | None = None) -> None:
+    def __init__(self, owner: nn.Module, weight_name: str, mask_name: str | None = None) -> None:
         super().__init__()
         self.__dict__["owner"] = owner
         for registry in ("_parameters", "_buffers"):
             self.__dict__[registry] = owner.__dict__[registry]
-        self.weight_name, self.mask_name = weight_name, f"{weight_name}_mask"
+        self.weight_name, self.mask_name = weight_name, mask_name or _free_name(owner, f"{weight_name}_mask")
         weight = self.parameter
-        if mask is not None or self.mask_name not in owner._buffers:
-            owner.register_buffer(self.mask_name, torch.ones_like(weight, dtype=torch.bool) if mask is None else mask)
+        if mask_name is None:
+            owner.register_buffer(self.mask_name, torch.ones_like(weight, dtype=torch.bool))
         self._stored = _Stored(weight, self.mask)
         self._collects = torch.zeros((), dtype=torch.bool, device=weight.device)
         LAYER_OF[id(weight)] = self
@@ -422,9 +484,16 @@ class MaskedParameter(MaskedLayer):
         del self._buffers[self.mask_name]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedParameter:
-        clone = MaskedParameter(copy.deepcopy(self.__dict__["owner"], memo), self.weight_name)
+        clone = MaskedParameter(copy.deepcopy(self.__dict__["owner"], memo), self.weight_name, self.mask_name)
         clone.gate = copy.deepcopy(self.gate, memo)
         return clone
+
+
+def _free_name(owner: nn.Module, name: str) -> str:
+    """`name`, or that with underscores after it where the module has something of the name itself."""
+    while hasattr(owner, name):
+        name += "_"
+    return name
 
 
 class _MaskedConv(MaskedLayer):
@@ -447,7 +516,7 @@ class _MaskedAttention(MaskedLayer):
     @property
     def weight(self) -> nn.Parameter:
         """The joint projection of queries, keys and values: shape (3 embed_dim, embed_dim)."""
-        return self.parameter
+        return cast(nn.Parameter, self.weight_for_reader(self.parameter))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # The original reads `out_proj.weight` without calling `out_proj`.
@@ -498,6 +567,7 @@ def masked_class(original: type[nn.Module]) -> type[MaskedLayer]:
             base = MaskedLayer
         members = {
             "twin_of": original,
+            base.weight_name: WeightRead(base.weight_name),
             "__doc__": f"Masked twin of {original.__name__}.",
             "__module__": __name__,
         }

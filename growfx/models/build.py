@@ -410,4 +410,4 @@ def _settings(model: nn.Module) -> list[Any]:
 
 
 def _shapes(model: nn.Module) -> list[Any]:
-    return [(name, tuple(t.shape)) for name, t in model.state_dict().items()]
+    return [(name, tuple(t.shape)) for name, t in model.state_dict().items() if isinstance(t, Tensor)]

@@ -17,8 +17,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from growfx.distributed.sharded import is_sharded
 from growfx.masked import graph_ops
-from growfx.masked.isolation import python_randomness
+from growfx.masked.isolation import own_generators, python_randomness
 from growfx.masked.layer_classes import is_known
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.recording import RECORDED_CONSTANT
@@ -80,6 +81,7 @@ _RANDOM = {
     "normal_", "poisson", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "random_", "randperm",
     "uniform_",
 }  # fmt: skip
+_WRITES = {"__array__", "__dlpack__", "__setitem__", "data_ptr", "numpy", "untyped_storage"}
 _GRADIENT_HOOKS = {"register_hook", "register_post_accumulate_grad_hook"}
 _ON_DEVICE = {"is_meta": "meta", "is_cpu": "cpu", "is_cuda": "cuda", "is_mps": "mps", "is_xpu": "xpu"}
 _NO_VALUE = {"_assert", "_assert_async", "_log_api_usage_once"}
@@ -129,6 +131,7 @@ class Recorder(TorchFunctionMode):
             module recorded whole.
         own_gradient: whether something was met whose gradient its operators do not tell (an autograd function, a hook).
         left_out: what the model returned that a graph cannot hold.
+        writes_parameters: whether the forward changed a parameter, or may have (through numpy).
         thread: the one that records; module calls of others pass by.
     """
 
@@ -154,6 +157,9 @@ class Recorder(TorchFunctionMode):
         self.own_gradient = False
         self.left_out: list[str] = []
         self.randomness: tuple[Any, ...] = ()
+        self.generators = own_generators(root)
+        self.writes_parameters = False
+        self.memory_of_parameters = {p.untyped_storage()._cdata for p in root.parameters() if not is_sharded(p)}
         self.running: list[nn.Module] = []  # as `stack`, modules inside those recorded whole included
         self.graph = fx.Graph()
         self.called: dict[str, None] = {}
@@ -380,7 +386,7 @@ class Recorder(TorchFunctionMode):
 
     def check_randomness(self, *, allowed: bool = False) -> None:
         """Stop in the module that is running where Python's or numpy's generator drew since the last check."""
-        before, self.randomness = self.randomness, python_randomness()
+        before, self.randomness = self.randomness, python_randomness(self.generators)
         if not allowed and self.randomness != before:
             self._refuse_data(-1, "random numbers of Python or numpy, which a graph does not draw")
 
@@ -421,6 +427,8 @@ class Recorder(TorchFunctionMode):
             self._refuse_data(-1, "a transform of `torch.func`, inside of which values are not the model's")
             raise RuntimeError("values inside a transform of `torch.func` cannot be followed")
         name = getattr(func, "__name__", "")
+        if changes_in_place(name) or name in _WRITES or "out" in kwargs:
+            self._note_write(args, kwargs)
         if self.inside_leaf:
             if name != "__get__":
                 self.note_uses_inside(name, args, kwargs)
@@ -463,6 +471,11 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, Tensor) and value._is_view():
             self.parts.note(name, args, value)
         return value
+
+    def _note_write(self, args: Any, kwargs: Any) -> None:
+        for value in pytree.tree_leaves((args[:1], kwargs.get("out"))):
+            if isinstance(value, Tensor) and value.layout is torch.strided:
+                self.writes_parameters |= value.untyped_storage()._cdata in self.memory_of_parameters
 
     def _where_it_runs(self, arguments: Any) -> Any:
         """The arguments with the device of this run in place of the model's."""
