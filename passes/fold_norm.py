@@ -22,7 +22,7 @@ from growfx.compaction.folded_norm import folding_refusal, without_norm
 from growfx.errors import TraceError
 from growfx.passes.compact.precision import outputs_of
 from growfx.passes.mask.swap import unwrap
-from growfx.passes.path_products.rules.table import APPLIED, row_of
+from growfx.passes.operators.classes import APPLIED, row_of
 from growfx.passes.trials import Trial, difference, example_of, trials_of, working_copy
 
 if TYPE_CHECKING:

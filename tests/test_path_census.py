@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from growfx.passes.operators.classes import row_of
 from growfx.passes.path_products.endings import is_selection
 from growfx.passes.path_products.rules import table as path_rules
 from growfx.passes.path_products.values import Judged, PathValue
@@ -83,7 +84,7 @@ def named(dotted: str) -> Any:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_that_occurs_has_a_rule(name: str) -> None:
-    assert path_rules.row_of(path_rules.MODULES, named(name)) is not None
+    assert row_of(path_rules.MODULES, named(name)) is not None
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growfx
-from growfx.masked.layer_classes import is_known
-from growfx.passes.path_products.rules.table import MODULES, row_of
+from growfx.passes.operators.classes import is_known, row_of
+from growfx.passes.path_products.rules.table import MODULES
 from growfx.passes.record.recorder import _LEAF_KINDS
 
 Weights = dict[str, Tensor]

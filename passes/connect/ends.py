@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from growfx.masked.layers import MaskedLayer
 from growfx.passes.connect.signals import MIX, UNIT, filled, narrowed, numbers, tidy
 from growfx.passes.connect.values import Ids, Lost, Token, WeightPart
-from growfx.passes.path_products.values import leaves, map_leaves
+from growfx.passes.operators.nests import leaves, map_leaves
 
 if TYPE_CHECKING:
     from growfx.passes.connect.interpreter import UnitGraph

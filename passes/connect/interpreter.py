@@ -21,14 +21,12 @@ from growfx.errors import TraceError
 from growfx.masked.layers import MaskedLayer
 from growfx.passes.connect import ends as connect_ends
 from growfx.passes.connect.operations import (
-    CASTS,
     has_meta,
     maker,
     meta_module,
     of_shapes,
     on_meta,
     operation,
-    operator_name,
     paired,
 )
 from growfx.passes.connect.results import Fed, found
@@ -38,10 +36,11 @@ from growfx.passes.connect.rules import norms as connect_norms
 from growfx.passes.connect.rules import products as connect_products
 from growfx.passes.connect.signals import MIX, SLOT, UNIT, Ints, Signals, filled, narrowed, numbers
 from growfx.passes.connect.values import Ids, Lost, Named, Token, WeightPart, real, slots_in, whole
+from growfx.passes.operators.classes import APPLIED, row_of
 from growfx.passes.operators.constants import evaluating_copy, execute, writes_in_place
-from growfx.passes.path_products.interpreter import describe
-from growfx.passes.path_products.rules.table import APPLIED, function_rule, is_moving, method_rule, module_rule, row_of
-from growfx.passes.path_products.values import leaves, map_leaves
+from growfx.passes.operators.names import CASTS, describe, is_moving, short_name
+from growfx.passes.operators.nests import leaves, map_leaves
+from growfx.passes.path_products.rules.table import function_rule, method_rule, module_rule
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph
@@ -312,7 +311,8 @@ class UnitGraph:
 
     def _evaluate(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         items = list(leaves((args, kwargs)))
-        self.name = operator_name(node, self.net)
+        module = node.op == "call_module"
+        self.name = type(self.net.get_submodule(str(node.target))).__name__ if module else short_name(node)
         if _ENDS.selects(self, args, kwargs):
             return _ENDS.lose(self, node, args, kwargs)
         if node.op == "call_module":

@@ -4,39 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from growfx.passes.connect.values import Ids, Named
-from growfx.passes.path_products.values import leaves
+from growfx.passes.operators.nests import leaves
 
-if TYPE_CHECKING:
-    from growfx.masked.graph import MaskedGraph
-
-__all__ = ["CASTS", "has_meta", "maker", "meta_module", "of_shapes", "on_meta", "operation", "operator_name", "paired"]
-
-# Methods that leave a weight its layer's: its type and place change at most.
-CASTS = frozenset(
-    {
-        *("to", "type_as", "type", "float", "double", "half", "bfloat16"),
-        *("contiguous", "clone", "detach", "cpu", "cuda"),
-    }
-)
+__all__ = ["has_meta", "maker", "meta_module", "of_shapes", "on_meta", "operation", "paired"]
 
 
 def has_meta(nest: Any) -> bool:
     """Whether a constant is without values, so that nothing can be indexed by it."""
     constants = (item.tensor if isinstance(item, Named) else item for item in leaves(nest))
     return any(isinstance(item, Tensor) and item.is_meta for item in constants)
-
-
-def operator_name(node: fx.Node, net: MaskedGraph) -> str:
-    """The name of a function or method, or of a module's class."""
-    if node.op == "call_module":
-        return type(net.get_submodule(str(node.target))).__name__
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def maker(rule: Callable[..., Any]) -> str:

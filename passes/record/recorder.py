@@ -19,9 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from growfx.masked import graph_ops
 from growfx.masked.isolation import python_randomness
-from growfx.masked.layer_classes import is_known
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.recording import RECORDED_CONSTANT
+from growfx.passes.operators.classes import is_known
 from growfx.passes.record.call import (
     all_can_be_written,
     can_be_written,

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from growfx.masked.layer_classes import STANDARDISED, STANDARDISED_SAME
+from growfx.passes.operators.classes import STANDARDISED, STANDARDISED_SAME
 from growfx.passes.path_products.rules.arithmetic import balanced, gated
 from growfx.passes.path_products.rules.products import carrying
 from growfx.passes.path_products.rules.reduce import adaptive, padded_window, window, with_indices
+from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import NoPathRuleError, PathValue, move
 
-if TYPE_CHECKING:
-    from growfx.passes.path_products.interpreter import PathGraph
-
-__all__ = ["APPLIED", "MODULES"]
+__all__ = ["MODULES"]
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _SCATTER: dict[int, Callable[..., Tensor]] = {
@@ -36,14 +34,14 @@ def _same_margins(sizes: Any, kernel: Any, stride: Any, dilation: Any) -> list[i
     return around
 
 
-def linear(run: PathGraph, module: Any, value: Any) -> Any:
+def linear(run: PathRun, module: Any, value: Any) -> Any:
     """Magnitude of the weight, no bias."""
     tensor = carrying(value)
     run.watch(run.layer_of(module), tensor, -1)
     return PathValue(F.linear(tensor, run.weight(module)))
 
 
-def convolution(run: PathGraph, module: Any, value: Any, around: list[int] | None = None) -> Any:
+def convolution(run: PathRun, module: Any, value: Any, around: list[int] | None = None) -> Any:
     """Magnitude of the weight, no bias, in the module's geometry."""
     tensor, padding = carrying(value), module.padding
     spatial = len(module.kernel_size)
@@ -56,7 +54,7 @@ def convolution(run: PathGraph, module: Any, value: Any, around: list[int] | Non
     return PathValue(_CONVOLVE[spatial](tensor, weight, None, module.stride, padding, module.dilation, module.groups))
 
 
-def same_convolution(run: PathGraph, module: Any, value: Any) -> Any:
+def same_convolution(run: PathRun, module: Any, value: Any) -> Any:
     """Convolution with TensorFlow's SAME padding, unless the class found static padding to be the same."""
     if not getattr(module, "same_pad", True):
         return convolution(run, module, value)
@@ -64,7 +62,7 @@ def same_convolution(run: PathGraph, module: Any, value: Any) -> Any:
     return convolution(run, module, value, _same_margins(sizes, module.kernel_size, module.stride, module.dilation))
 
 
-def mixed_convolution(run: PathGraph, module: Any, value: Any, routing: Any) -> Any:
+def mixed_convolution(run: PathRun, module: Any, value: Any, routing: Any) -> Any:
     """Kernels mixed per sample: the mean over experts of magnitudes, times the mean over experts of the routing.
 
     The routing is a bounded factor of a balanced product; a constant one acts by the mean of its magnitudes.
@@ -83,7 +81,7 @@ def mixed_convolution(run: PathGraph, module: Any, value: Any, routing: Any) -> 
     return PathValue(balanced(convolved, shares, False, True))
 
 
-def transposed_convolution(run: PathGraph, module: Any, value: Any, output_size: Any = None) -> Any:
+def transposed_convolution(run: PathRun, module: Any, value: Any, output_size: Any = None) -> Any:
     """Transposed convolution: magnitude of the weight, no bias."""
     tensor = carrying(value)
     spatial = len(module.kernel_size)
@@ -98,27 +96,19 @@ def transposed_convolution(run: PathGraph, module: Any, value: Any, output_size:
     return PathValue(scattered)
 
 
-def standardised(module: Any, weight: Tensor) -> Tensor:
-    """The weight that a weight-standardised convolution applies: zero mean, unit variance per output channel."""
-    gain = module._parameters.get("gain")
-    scale = None if gain is None else (gain.detach().to(weight) * module.scale).reshape(-1)
-    flat = weight.reshape(1, weight.shape[0], -1)
-    return F.batch_norm(flat, None, None, scale, None, True, 0.0, module.eps).reshape(weight.shape)
-
-
-def _identity(run: PathGraph, module: Any, value: Any, *args: Any) -> Any:
+def _identity(run: PathRun, module: Any, value: Any, *args: Any) -> Any:
     return value
 
 
-def _bounded(run: PathGraph, module: Any, value: PathValue) -> Any:
+def _bounded(run: PathRun, module: Any, value: PathValue) -> Any:
     return value.same(bounded=True)
 
 
-def _gated(run: PathGraph, module: Any, value: PathValue) -> Any:
+def _gated(run: PathRun, module: Any, value: PathValue) -> Any:
     return gated(run, value, module.dim)
 
 
-def empty_sequence(run: PathGraph, module: Any, value: Any) -> Any:
+def empty_sequence(run: PathRun, module: Any, value: Any) -> Any:
     """A sequence without modules, which some models use as a shortcut."""
     if len(module):
         raise NoPathRuleError("the sequence was recorded whole; path products need its modules one by one")
@@ -128,7 +118,7 @@ def empty_sequence(run: PathGraph, module: Any, value: Any) -> Any:
 def pool(spatial: int) -> Callable[..., Any]:
     """The rule of average and max pooling modules."""
 
-    def rule(run: PathGraph, module: Any, value: PathValue) -> Any:
+    def rule(run: PathRun, module: Any, value: PathValue) -> Any:
         dilation = getattr(module, "dilation", 1)
         pooled = window(
             value.tensor,
@@ -145,7 +135,7 @@ def pool(spatial: int) -> Callable[..., Any]:
     return rule
 
 
-def same_pool(run: PathGraph, module: Any, value: PathValue) -> Any:
+def same_pool(run: PathRun, module: Any, value: PathValue) -> Any:
     """Pooling with TensorFlow's SAME padding."""
     dilation = getattr(module, "dilation", (1, 1))
     if tuple(dilation) != (1, 1):
@@ -159,23 +149,23 @@ def adaptive_pool(spatial: int) -> Callable[..., Any]:
     """The rule of adaptive average and max pooling modules."""
     function = adaptive(spatial)
 
-    def rule(run: PathGraph, module: Any, value: PathValue) -> Any:
+    def rule(run: PathRun, module: Any, value: PathValue) -> Any:
         return function(run, value, module.output_size, getattr(module, "return_indices", False))
 
     return rule
 
 
-def executed(run: PathGraph, module: Any, value: PathValue) -> Any:
+def executed(run: PathRun, module: Any, value: PathValue) -> Any:
     """Modules that only move elements run as they are."""
     return move(lambda tensor: type(module).forward(module, tensor), value)
 
 
-def folding(run: PathGraph, module: Any, value: PathValue) -> Any:
+def folding(run: PathRun, module: Any, value: PathValue) -> Any:
     """`Fold` adds overlapping blocks."""
     return PathValue(module.forward(value.tensor), value.bounded)
 
 
-def zero_pad(run: PathGraph, module: Any, value: PathValue) -> Any:
+def zero_pad(run: PathRun, module: Any, value: PathValue) -> Any:
     """Constant padding writes zero, whatever its value."""
     return move(lambda tensor: F.pad(tensor, module.padding), value)
 
@@ -231,6 +221,3 @@ MODULES: dict[Any, Any] = {
     nn.Fold: folding,
     **dict.fromkeys(_ZERO_PADS, zero_pad),
 }
-
-# How a class turns its parameter into the weight it applies, where it does not apply the parameter itself.
-APPLIED: dict[Any, Callable[[Any, Tensor], Tensor]] = dict.fromkeys((*STANDARDISED, *STANDARDISED_SAME), standardised)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from growfx.passes.path_products.rules.arithmetic import add, balanced
+from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import Ended, Judged, Learned, NoPathRuleError, PathValue, move, paths_in, raw
-
-if TYPE_CHECKING:
-    from growfx.passes.path_products.interpreter import PathGraph
 
 __all__ = ["FUNCTIONS", "METHODS", "MODULES", "SEES_ENDS", "carrying", "matmul"]
 
@@ -28,7 +26,7 @@ def carrying(value: Any) -> Tensor:
     return value.tensor
 
 
-def matmul(run: PathGraph, left: Any, right: Any) -> Any:
+def matmul(run: PathRun, left: Any, right: Any) -> Any:
     """Path times constant: magnitudes. Path times path: balanced product of the means over the contracted index."""
     if not isinstance(right, PathValue):
         run.watch_use(right, -2 if raw(right).ndim > 1 else 0, carrying(left), -1)
@@ -42,12 +40,12 @@ def matmul(run: PathGraph, left: Any, right: Any) -> Any:
     return PathValue(balanced(rows, columns, left.bounded, right.bounded), left.bounded and right.bounded)
 
 
-def reverse_matmul(run: PathGraph, right: Any, left: Any) -> Any:
+def reverse_matmul(run: PathRun, right: Any, left: Any) -> Any:
     """`__rmatmul__`."""
     return matmul(run, left, right)
 
 
-def add_matmul(run: PathGraph, base: Any, left: Any, right: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+def add_matmul(run: PathRun, base: Any, left: Any, right: Any, *, beta: float = 1, alpha: float = 1) -> Any:
     """`addmm`, `baddbmm`: beta * base + alpha * left @ right."""
     if not paths_in(left, right):
         raise NoPathRuleError("a constant product added to an activation: write it as a sum")
@@ -72,7 +70,7 @@ def _spelled(equation: str, operands: list[Any]) -> tuple[list[str], str]:
     return terms, output.replace("...", "".join(spare[:longest]))
 
 
-def einsum(run: PathGraph, equation: str, *operands: Any) -> Any:
+def einsum(run: PathRun, equation: str, *operands: Any) -> Any:
     """Path times constant: magnitudes. Path times path: each averaged over indices no longer needed, balanced.
 
     With more than two operands, one after the other from the left, path values last where constants can be contracted
@@ -94,7 +92,7 @@ def einsum(run: PathGraph, equation: str, *operands: Any) -> Any:
     return pairs[0][1]
 
 
-def _diagonal(run: PathGraph, term: str, item: Any) -> tuple[str, Any]:
+def _diagonal(run: PathRun, term: str, item: Any) -> tuple[str, Any]:
     """An operand whose indices all differ: a repeated one means its diagonal. Constants as magnitudes."""
     own = "".join(dict.fromkeys(term))
     if not isinstance(item, PathValue):
@@ -130,7 +128,7 @@ def _averaged_to(tensor: Tensor, term: str, output: str) -> Tensor:
     return tensor
 
 
-def linear(run: PathGraph, value: Any, weight: Any, bias: Any = None) -> Any:
+def linear(run: PathRun, value: Any, weight: Any, bias: Any = None) -> Any:
     """`F.linear`: magnitude of the weight, no bias."""
     tensor = carrying(value)
     run.watch_use(weight, -1, tensor, -1)
@@ -140,7 +138,7 @@ def linear(run: PathGraph, value: Any, weight: Any, bias: Any = None) -> Any:
 def convolving(function: Callable[..., Tensor], spatial: int, contracted: int) -> Callable[..., Any]:
     """The rule of a convolution function over `contracted` of the weight's axes: its magnitude, no bias."""
 
-    def rule(run: PathGraph, input: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
+    def rule(run: PathRun, input: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
         tensor = carrying(input)
         run.watch_use(weight, contracted, tensor, -spatial - 1)
         return PathValue(function(tensor, run.matrix(weight), None, *args, **kwargs))
@@ -148,17 +146,17 @@ def convolving(function: Callable[..., Tensor], spatial: int, contracted: int) -
     return rule
 
 
-def bilinear(run: PathGraph, input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
+def bilinear(run: PathRun, input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
     """`F.bilinear`: the product of both inputs, contracted with the magnitude of the weight (out, in, in)."""
     return einsum(run, "...i,oij,...j->...o", input1, weight, input2)
 
 
-def bilinear_module(run: PathGraph, module: Any, input1: Any, input2: Any) -> Any:
+def bilinear_module(run: PathRun, module: Any, input1: Any, input2: Any) -> Any:
     """The same as a module."""
     return bilinear(run, input1, input2, Learned(run.signed(module)))
 
 
-def grouped_matmul(run: PathGraph, left: Any, right: Any, offs: Any = None, *args: Any, **kwargs: Any) -> Any:
+def grouped_matmul(run: PathRun, left: Any, right: Any, offs: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Rows (rows, in) through matrices (groups, in, out), which end at `offs`; chosen by data: the mean over groups."""
     if raw(left).ndim == 3 or offs is None:
         return matmul(run, left, right)

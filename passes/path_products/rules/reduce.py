@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from growfx.passes.path_products.rules.arithmetic import add
+from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import Ended, Judged, NoPathRuleError, PathValue
-
-if TYPE_CHECKING:
-    from growfx.passes.path_products.interpreter import PathGraph
 
 __all__ = ["FUNCTIONS", "METHODS", "adaptive", "padded_window", "window", "with_indices"]
 
@@ -21,14 +19,14 @@ _AVERAGE = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _ADAPTIVE = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
-def mean(run: PathGraph, value: PathValue, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+def mean(run: PathRun, value: PathValue, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
     """Mean over the dims; all of them when `dim` is None."""
     dims = tuple(range(value.tensor.ndim)) if dim is None or dim == () else dim
     return PathValue(value.tensor.mean(dims, keepdim=keepdim), divisor=value.divisor, peak=value.peak)
 
 
 def spread(
-    run: PathGraph,
+    run: PathRun,
     value: PathValue,
     dim: Any = None,
     unbiased: bool = True,
@@ -39,15 +37,13 @@ def spread(
     return mean(run, value, None if isinstance(dim, bool) else dim, keepdim)
 
 
-def spread_and_mean(run: PathGraph, value: PathValue, *args: Any, **kwargs: Any) -> Any:
+def spread_and_mean(run: PathRun, value: PathValue, *args: Any, **kwargs: Any) -> Any:
     """`var_mean`, `std_mean`."""
     averaged = spread(run, value, *args, **kwargs)
     return averaged, averaged.same()
 
 
-def norm(
-    run: PathGraph, value: PathValue, p: Any = "fro", dim: Any = None, keepdim: bool = False, **kwargs: Any
-) -> Any:
+def norm(run: PathRun, value: PathValue, p: Any = "fro", dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
     """Norms: the mean, so that they scale like what they measure."""
     return mean(run, value, dim, keepdim)
 
@@ -55,7 +51,7 @@ def norm(
 def extreme(function: Callable[..., Any]) -> Callable[..., Any]:
     """`max`, `min`, `median`: of all elements or over a dim, the mean; of two tensors, the sum."""
 
-    def rule(run: PathGraph, value: Any, dim: Any = None, keepdim: bool = False, other: Any = None) -> Any:
+    def rule(run: PathRun, value: Any, dim: Any = None, keepdim: bool = False, other: Any = None) -> Any:
         other = dim if isinstance(dim, (Tensor, PathValue)) or not isinstance(value, PathValue) else other
         if other is not None:
             return add(run, value, other)
@@ -114,7 +110,7 @@ def average_pool(spatial: int) -> Callable[..., Any]:
     """The rule of an average pooling function."""
 
     def rule(
-        run: PathGraph,
+        run: PathRun,
         input: PathValue,  # noqa: A002 - torch's name
         kernel_size: Any,
         stride: Any = None,
@@ -132,7 +128,7 @@ def max_pool(spatial: int) -> Callable[..., Any]:
     """The rule of a max pooling function: any position may pass, so all count equally."""
 
     def rule(
-        run: PathGraph,
+        run: PathRun,
         input: PathValue,  # noqa: A002 - torch's name
         kernel_size: Any,
         stride: Any = None,
@@ -152,7 +148,7 @@ def max_pool(spatial: int) -> Callable[..., Any]:
 def adaptive(spatial: int) -> Callable[..., Any]:
     """The rule of adaptive average and max pooling functions."""
 
-    def rule(run: PathGraph, input: PathValue, output_size: Any, return_indices: bool = False) -> Any:  # noqa: A002
+    def rule(run: PathRun, input: PathValue, output_size: Any, return_indices: bool = False) -> Any:  # noqa: A002
         pooled = PathValue(_ADAPTIVE[spatial](input.tensor, output_size), peak=input.peak)
         return with_indices(pooled) if return_indices else pooled
 

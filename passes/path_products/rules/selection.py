@@ -8,29 +8,18 @@ from __future__ import annotations
 import builtins
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from growfx.masked.graph_ops import set_item
+from growfx.passes.operators.nests import map_leaves
 from growfx.passes.path_products.rules.arithmetic import add
 from growfx.passes.path_products.rules.shape import zeros_for_constants
-from growfx.passes.path_products.values import (
-    Ended,
-    Judged,
-    NoPathRuleError,
-    PathValue,
-    broadcast,
-    map_leaves,
-    move,
-    paths_in,
-    raw,
-)
-
-if TYPE_CHECKING:
-    from growfx.passes.path_products.interpreter import PathGraph
+from growfx.passes.path_products.run import PathRun
+from growfx.passes.path_products.values import Ended, Judged, NoPathRuleError, PathValue, broadcast, move, paths_in, raw
 
 __all__ = ["FUNCTIONS", "METHODS", "SEES_ENDS"]
 
@@ -38,7 +27,7 @@ __all__ = ["FUNCTIONS", "METHODS", "SEES_ENDS"]
 def judging(function: Callable[..., Any]) -> Callable[..., Any]:
     """The rule of a function whose result carries no path: a constant, executed on the path graph's values."""
 
-    def rule(run: PathGraph, *args: Any, **kwargs: Any) -> Any:
+    def rule(run: PathRun, *args: Any, **kwargs: Any) -> Any:
         sources = tuple(paths_in(args, kwargs))
         with torch.no_grad():
             result = function(*raw(args), **raw(kwargs))
@@ -47,12 +36,12 @@ def judging(function: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-def get_item(run: PathGraph, value: Any, index: Any) -> Any:
+def get_item(run: PathRun, value: Any, index: Any) -> Any:
     """An element of a tuple or dict, or a part of a tensor."""
     return move(operator.getitem, value, index) if isinstance(value, PathValue) else value[raw(index)]
 
 
-def write_item(run: PathGraph, base: Any, index: Any, value: Any) -> Any:
+def write_item(run: PathRun, base: Any, index: Any, value: Any) -> Any:
     """`base[index] = value` in functional form; constants on either side count as zeros."""
     if isinstance(base, dict):
         return {**base, index: value}
@@ -83,7 +72,7 @@ def _scattered(base: Any, index: Any, value: Any) -> Any:
     return PathValue(base.tensor + spread if isinstance(base, PathValue) else spread)
 
 
-def fill(run: PathGraph, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+def fill(run: PathRun, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
     """`masked_fill`: positions filled by a constant mask carry no path; a mask made from data may fill none."""
     if not isinstance(value, PathValue) or isinstance(mask, PathValue):
         raise NoPathRuleError("filling by data has no path rule")
@@ -92,7 +81,7 @@ def fill(run: PathGraph, value: Any, mask: Any, *args: Any, **kwargs: Any) -> An
     return PathValue(value.tensor.masked_fill(raw(mask), 0.0), value.bounded, value.divisor, value.peak)
 
 
-def where(run: PathGraph, condition: Any, left: Any = None, right: Any = None, **kwargs: Any) -> Any:
+def where(run: PathRun, condition: Any, left: Any = None, right: Any = None, **kwargs: Any) -> Any:
     """A constant condition: the path operand where it is selected, zero elsewhere. Judged by data: either may pass."""
     left, right = kwargs.get("input", left), kwargs.get("other", right)
     if isinstance(condition, PathValue):
@@ -111,7 +100,7 @@ def where(run: PathGraph, condition: Any, left: Any = None, right: Any = None, *
     return PathValue(chosen, all(item.bounded for item in values))
 
 
-def method_where(run: PathGraph, value: Any, condition: Any, other: Any) -> Any:
+def method_where(run: PathRun, value: Any, condition: Any, other: Any) -> Any:
     """`value.where(condition, other)`."""
     return where(run, condition, value, other)
 
@@ -119,7 +108,7 @@ def method_where(run: PathGraph, value: Any, condition: Any, other: Any) -> Any:
 def new_tensor_like(function: Callable[..., Any]) -> Callable[..., Any]:
     """`zeros_like`, `new_ones`, ...: a constant of the network's dtype."""
 
-    def rule(run: PathGraph, value: PathValue, *args: Any, **kwargs: Any) -> Any:
+    def rule(run: PathRun, value: PathValue, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             made = function(value.tensor.to(run.model_dtype), *raw(args), **raw(kwargs))
         return made
@@ -127,12 +116,12 @@ def new_tensor_like(function: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-def zero_in_place(run: PathGraph, value: PathValue) -> Any:
+def zero_in_place(run: PathRun, value: PathValue) -> Any:
     """`zero_`: a constant from here on."""
     return torch.zeros_like(value.tensor, dtype=run.model_dtype, requires_grad=False)
 
 
-def copy_in_place(run: PathGraph, base: Any, source: Any, *args: Any) -> Any:
+def copy_in_place(run: PathRun, base: Any, source: Any, *args: Any) -> Any:
     """`copy_` onto a whole tensor: the source, in the base's shape."""
     shape = raw(base).shape
     return move(Tensor.expand, source, shape) if isinstance(source, PathValue) else raw(source).expand(shape)

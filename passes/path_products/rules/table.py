@@ -8,15 +8,14 @@ only when it changes nothing but construction and printing. There is no default:
 from __future__ import annotations
 
 import collections
-import operator
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from growfx.masked.layer_classes import row_of
+from growfx.passes.operators.classes import row_of
+from growfx.passes.operators.names import operator_name
 from growfx.passes.path_products.rules import arithmetic as path_rules_arithmetic
 from growfx.passes.path_products.rules import attention as path_rules_attention
 from growfx.passes.path_products.rules import layers as path_rules_layers
@@ -31,16 +30,12 @@ from growfx.passes.path_products.rules import shape as path_rules_shape
 from growfx.passes.path_products.rules import spectral as path_rules_spectral
 
 __all__ = [
-    "APPLIED",
     "FUNCTIONS",
     "METHODS",
     "MODULES",
     "function_rule",
-    "is_moving",
     "method_rule",
     "module_rule",
-    "operator_name",
-    "row_of",
     "sees_ends",
 ]
 
@@ -78,7 +73,6 @@ MODULES: dict[Any, Rule] = _merged(
     path_rules_recurrent,
     path_rules_sampling,
 )
-APPLIED = path_rules_layers.APPLIED
 _SEES_ENDS = (
     path_rules_selection.SEES_ENDS
     | path_rules_sampling.SEES_ENDS
@@ -87,15 +81,6 @@ _SEES_ENDS = (
 )
 
 _CONTAINERS = (dict, list, tuple, collections.OrderedDict)
-_CASTS = {"to", "type_as", "float", "double", "contiguous", "clone", "detach", "type"}
-_SUMS = {"sum", "cumsum", "nansum", torch.sum, torch.cumsum, torch.nn.functional.fold}
-
-
-def operator_name(target: Any) -> Any:
-    """The key of a function in the table: itself, or the dotted name of an operator that a library registered."""
-    if isinstance(target, torch._ops.OpOverload):
-        target = target.overloadpacket
-    return str(target) if isinstance(target, torch._ops.OpOverloadPacket) else target
 
 
 def function_rule(target: Any) -> Rule | None:
@@ -121,10 +106,3 @@ def module_rule(module: nn.Module) -> Rule | None:
 def sees_ends(rule: Rule) -> bool:
     """Whether a rule treats what data judged or selected in its own way, not as a constant."""
     return rule in _SEES_ENDS
-
-
-def is_moving(operation: str, target: Any) -> bool:
-    """Whether an operator only moves elements or changes their type."""
-    if operation == "call_method":
-        return target in _CASTS or (target in path_rules_shape.MOVING_METHODS and target not in _SUMS)
-    return target is operator.getitem or (target in path_rules_shape.MOVING_FUNCTIONS and target not in _SUMS)
