@@ -55,7 +55,7 @@ torch.mean torch.div torch.functional.einsum torch.addcmul torch.conv2d torch.nn
 torch.transpose torch.rsqrt torch.nn.functional.max_pool2d torch.softmax torch.chunk torch._C._nn.one_hot torch.unbind
 torch.nn.functional.fold torch.tensor_split torch.sqrt torch.tanh torch.nn.functional.grid_sample
 torch.nn.functional.adaptive_max_pool2d torch.var torch.mul torch.logical_not torch.square torch.maximum torch.exp
-torch.swapaxes torch.repeat_interleave torch.nn.functional.unfold growfx.graph_ops.set_item
+torch.swapaxes torch.repeat_interleave torch.nn.functional.unfold growfx.masked.graph_ops.set_item
 """
 FUNCTIONS = _FUNCTIONS.split()
 LIBRARY_OPERATORS = ["torchvision.roi_align", "torchvision.deform_conv2d"]
