@@ -12,18 +12,13 @@ from torch import Tensor, fx, nn
 from growfx.passes.connect.values import Ids, Named
 from growfx.passes.operators.nests import leaves
 
-__all__ = ["has_meta", "maker", "meta_module", "of_shapes", "on_meta", "operation", "paired"]
+__all__ = ["has_meta", "meta_module", "of_shapes", "on_meta", "operation", "paired"]
 
 
 def has_meta(nest: Any) -> bool:
     """Whether a constant is without values, so that nothing can be indexed by it."""
     constants = (item.tensor if isinstance(item, Named) else item for item in leaves(nest))
     return any(isinstance(item, Tensor) and item.is_meta for item in constants)
-
-
-def maker(rule: Callable[..., Any]) -> str:
-    """The name of a path rule, or of the function that made it."""
-    return rule.__qualname__.partition(".")[0]
 
 
 def operation(node: fx.Node) -> Callable[..., Any]:

@@ -26,7 +26,7 @@ from growfx.passes.operators.names import describe, is_moving
 from growfx.passes.operators.nests import leaves, map_leaves
 from growfx.passes.path_products.endings import ended_by, is_selection, placeholder, without_ends
 from growfx.passes.path_products.rules.arithmetic import bounded, identity
-from growfx.passes.path_products.rules.table import function_rule, method_rule, module_rule, sees_ends
+from growfx.passes.path_products.rules.table import method_rule, module_rule, node_rule, sees_ends
 from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import (
     Combined,
@@ -193,7 +193,7 @@ class PathGraph(PathRun):
         if node.op == "call_method" and not is_tensor(args[0]):
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)  # a method of a container
         self._check_write(node)
-        rule = function_rule(node.target) if node.op == "call_function" else method_rule(str(node.target))
+        rule = node_rule(node)
         if not args and "input" in kwargs:
             args, kwargs = (
                 (kwargs["input"],),

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from growfx.passes.operators.constants import execute
 from growfx.passes.operators.names import is_moving, operator_name
 from growfx.passes.operators.nests import leaves, map_leaves
-from growfx.passes.path_products.rules.table import function_rule, method_rule
+from growfx.passes.path_products.rules.table import node_rule
 from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import Combined, Learned, NoPathRuleError, PathValue, Weight, is_tensor, raw
 
@@ -141,7 +141,7 @@ def _combined(node: fx.Node, weights: list[Any], args: tuple[Any, ...], kwargs: 
     names = tuple(dict.fromkeys(name for item in weights for name in _layers(item)))
     target = operator_name(node.target)
     series = target in _TIMES | _CONTRACTIONS
-    rule = function_rule(node.target) if node.op == "call_function" else method_rule(str(node.target))
+    rule = node_rule(node)
     if not series and rule is None:
         raise NoPathRuleError(f"the weight of layer `{names[0]}` is transformed in a way that hides its edges")
 

@@ -22,7 +22,7 @@ from growfx.passes.path_products.values import (
     raw,
 )
 
-__all__ = ["FUNCTIONS", "METHODS", "add", "balanced", "bounded", "identity", "multiply"]
+__all__ = ["FAMILIES", "FUNCTIONS", "METHODS", "add", "balanced", "bounded", "identity", "multiply"]
 
 
 def identity(run: PathRun, value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -275,6 +275,14 @@ _IDENTITY_METHODS = [
     *("positive", "negative", "fmod", "remainder", "__mod__", "floor_", "ceil_", "round_", "trunc_", "nan_to_num_"),
 ]
 _BOUNDED_METHODS = ["sigmoid", "sigmoid_", "tanh", "tanh_", "softmax"]
+
+FAMILIES: dict[str, tuple[Any, ...]] = {
+    "pairwise": (add, reverse_add, multiply, divide, reverse_divide, power, reverse_power, maximum),
+    "same": (identity, bounded, cast, reciprocal),
+    "addcmul": (addcmul,),
+    "gated": (gated,),
+    "clamp": (clamp,),
+}
 
 FUNCTIONS: dict[Any, Any] = {
     **dict.fromkeys(_ADD, add),

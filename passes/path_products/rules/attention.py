@@ -13,7 +13,7 @@ from growfx.passes.path_products.rules.products import carrying, matmul
 from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import PathValue, Weight, raw
 
-__all__ = ["FUNCTIONS", "MODULES", "attention"]
+__all__ = ["FAMILIES", "FUNCTIONS", "MODULES", "attention"]
 
 
 def attention(run: PathRun, query: Any, key: Any, value: Any, logit_bias: Any = None) -> Any:
@@ -165,6 +165,8 @@ def multihead_function(
         run.watch(out_proj_weight.layer, joined, -1)
     return PathValue(F.linear(joined, run.matrix(out_proj_weight))), None
 
+
+FAMILIES: dict[str, tuple[Any, ...]] = {"attention": (dot_product_attention, multihead_attention)}
 
 FUNCTIONS: dict[Any, Any] = {
     F.scaled_dot_product_attention: dot_product_attention,

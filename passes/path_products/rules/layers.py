@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from growfx.passes.path_products.rules.reduce import adaptive, padded_window, wi
 from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import NoPathRuleError, PathValue, move
 
-__all__ = ["MODULES"]
+__all__ = ["FAMILIES", "MODULES"]
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _SCATTER: dict[int, Callable[..., Tensor]] = {
@@ -115,24 +116,20 @@ def empty_sequence(run: PathRun, module: Any, value: Any) -> Any:
     return value
 
 
-def pool(spatial: int) -> Callable[..., Any]:
-    """The rule of average and max pooling modules."""
-
-    def rule(run: PathRun, module: Any, value: PathValue) -> Any:
-        dilation = getattr(module, "dilation", 1)
-        pooled = window(
-            value.tensor,
-            spatial,
-            module.kernel_size,
-            module.stride,
-            module.padding,
-            dilation,
-            module.ceil_mode,
-        )
-        result = PathValue(pooled, peak=value.peak)
-        return with_indices(result) if getattr(module, "return_indices", False) else result
-
-    return rule
+def pool(spatial: int, /, run: PathRun, module: Any, value: PathValue) -> Any:
+    """Average and max pooling modules."""
+    dilation = getattr(module, "dilation", 1)
+    pooled = window(
+        value.tensor,
+        spatial,
+        module.kernel_size,
+        module.stride,
+        module.padding,
+        dilation,
+        module.ceil_mode,
+    )
+    result = PathValue(pooled, peak=value.peak)
+    return with_indices(result) if getattr(module, "return_indices", False) else result
 
 
 def same_pool(run: PathRun, module: Any, value: PathValue) -> Any:
@@ -145,14 +142,9 @@ def same_pool(run: PathRun, module: Any, value: PathValue) -> Any:
     return PathValue(pooled, peak=value.peak)
 
 
-def adaptive_pool(spatial: int) -> Callable[..., Any]:
-    """The rule of adaptive average and max pooling modules."""
-    function = adaptive(spatial)
-
-    def rule(run: PathRun, module: Any, value: PathValue) -> Any:
-        return function(run, value, module.output_size, getattr(module, "return_indices", False))
-
-    return rule
+def adaptive_pool(spatial: int, /, run: PathRun, module: Any, value: PathValue) -> Any:
+    """Adaptive average and max pooling modules."""
+    return adaptive(spatial, run, value, module.output_size, getattr(module, "return_indices", False))
 
 
 def executed(run: PathRun, module: Any, value: PathValue) -> Any:
@@ -197,6 +189,18 @@ _ZERO_PADS = (
     nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d,
 )  # fmt: skip
 
+FAMILIES: dict[str, tuple[Any, ...]] = {
+    "linear": (linear,),
+    "convolution": (convolution, same_convolution, transposed_convolution),
+    "mixed_convolution": (mixed_convolution,),
+    "same": (_identity, _bounded, empty_sequence),
+    "gated": (_gated,),
+    "spatial": (pool, same_pool, adaptive_pool),
+    "executed": (executed,),
+    "folding": (folding,),
+    "zero_pad": (zero_pad,),
+}
+
 MODULES: dict[Any, Any] = {
     **dict.fromkeys(
         (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, "timm.layers.linear.Linear"), linear
@@ -210,13 +214,13 @@ MODULES: dict[Any, Any] = {
     **dict.fromkeys((*_BOUNDED, *_TIMM_BOUNDED), _bounded),
     nn.Sequential: empty_sequence,
     nn.GLU: _gated,
-    **dict.fromkeys((nn.AvgPool1d, nn.MaxPool1d), pool(1)),
-    **dict.fromkeys((nn.AvgPool2d, nn.MaxPool2d), pool(2)),
-    **dict.fromkeys((nn.AvgPool3d, nn.MaxPool3d), pool(3)),
+    **dict.fromkeys((nn.AvgPool1d, nn.MaxPool1d), partial(pool, 1)),
+    **dict.fromkeys((nn.AvgPool2d, nn.MaxPool2d), partial(pool, 2)),
+    **dict.fromkeys((nn.AvgPool3d, nn.MaxPool3d), partial(pool, 3)),
     **dict.fromkeys(("timm.layers.pool2d_same.AvgPool2dSame", "timm.layers.pool2d_same.MaxPool2dSame"), same_pool),
-    **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d), adaptive_pool(1)),
-    **dict.fromkeys((nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d), adaptive_pool(2)),
-    **dict.fromkeys((nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d), adaptive_pool(3)),
+    **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d), partial(adaptive_pool, 1)),
+    **dict.fromkeys((nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d), partial(adaptive_pool, 2)),
+    **dict.fromkeys((nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d), partial(adaptive_pool, 3)),
     **dict.fromkeys(_EXECUTED, executed),
     nn.Fold: folding,
     **dict.fromkeys(_ZERO_PADS, zero_pad),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from growfx.passes.path_products.rules.products import carrying
 from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import PathValue, raw
 
-__all__ = ["FUNCTIONS", "MODULES"]
+__all__ = ["FAMILIES", "FUNCTIONS", "MODULES"]
 
 
 def _per_channel(value: PathValue, scale: Tensor, last: bool) -> PathValue:
@@ -118,13 +117,14 @@ def instance_norm_module(run: PathRun, module: Any, value: PathValue) -> Any:
     return instance_norm(run, value, None, module.running_var, module.weight, None, stats, eps=module.eps)
 
 
-def scale_module(last: bool) -> Callable[..., Any]:
-    """The rule of a norm module that scales the last axes, or axis 1."""
+def last_axes_module(run: PathRun, module: Any, value: PathValue) -> Any:
+    """Norm modules that scale the last axes."""
+    return _then_activate(run, module, _scaled(run, value, module.weight, last=True))
 
-    def rule(run: PathRun, module: Any, value: PathValue) -> Any:
-        return _then_activate(run, module, _scaled(run, value, module.weight, last))
 
-    return rule
+def axis_1_module(run: PathRun, module: Any, value: PathValue) -> Any:
+    """Norm modules that scale axis 1."""
+    return _then_activate(run, module, _scaled(run, value, module.weight, last=False))
 
 
 def _then_activate(run: PathRun, module: nn.Module, value: PathValue) -> Any:
@@ -140,14 +140,21 @@ def _then_activate(run: PathRun, module: nn.Module, value: PathValue) -> Any:
 _TORCH_BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _TORCH_INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
+FAMILIES: dict[str, tuple[Any, ...]] = {
+    "batch_norm": (batch_norm, instance_norm, batch_norm_module, instance_norm_module),
+    "layer_norm": (layer_norm, last_axes_module),
+    "group_norm": (group_norm, axis_1_module),
+    "neighbours": (local_response_norm,),
+}
+
 MODULES: dict[Any, Any] = {
     **dict.fromkeys(_TORCH_BATCH, batch_norm_module),
     **dict.fromkeys(BATCH_NORMS, batch_norm_module),
     **dict.fromkeys(_TORCH_INSTANCE, instance_norm_module),
-    **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), scale_module(last=True)),
-    nn.GroupNorm: scale_module(last=False),
-    **dict.fromkeys(NORMS_OF_LAST_AXES, scale_module(last=True)),
-    **dict.fromkeys(NORMS_OF_AXIS_1, scale_module(last=False)),
+    **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), last_axes_module),
+    nn.GroupNorm: axis_1_module,
+    **dict.fromkeys(NORMS_OF_LAST_AXES, last_axes_module),
+    **dict.fromkeys(NORMS_OF_AXIS_1, axis_1_module),
     nn.LocalResponseNorm: lambda run, module, value: value,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from growfx.passes.path_products.rules.arithmetic import add, balanced
 from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import Ended, Judged, Learned, NoPathRuleError, PathValue, move, paths_in, raw
 
-__all__ = ["FUNCTIONS", "METHODS", "MODULES", "SEES_ENDS", "carrying", "matmul"]
+__all__ = ["FAMILIES", "FUNCTIONS", "METHODS", "MODULES", "SEES_ENDS", "carrying", "matmul"]
 
 
 def carrying(value: Any) -> Tensor:
@@ -135,15 +136,22 @@ def linear(run: PathRun, value: Any, weight: Any, bias: Any = None) -> Any:
     return PathValue(F.linear(tensor, run.matrix(weight)))
 
 
-def convolving(function: Callable[..., Tensor], spatial: int, contracted: int) -> Callable[..., Any]:
-    """The rule of a convolution function over `contracted` of the weight's axes: its magnitude, no bias."""
-
-    def rule(run: PathRun, input: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
-        tensor = carrying(input)
-        run.watch_use(weight, contracted, tensor, -spatial - 1)
-        return PathValue(function(tensor, run.matrix(weight), None, *args, **kwargs))
-
-    return rule
+def convolving(
+    function: Callable[..., Tensor],
+    spatial: int,
+    contracted: int,
+    /,
+    run: PathRun,
+    input: Any,  # noqa: A002 - torch's name
+    weight: Any,
+    bias: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Convolution functions over `contracted` of the weight's axes: its magnitude, no bias."""
+    tensor = carrying(input)
+    run.watch_use(weight, contracted, tensor, -spatial - 1)
+    return PathValue(function(tensor, run.matrix(weight), None, *args, **kwargs))
 
 
 def bilinear(run: PathRun, input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
@@ -184,8 +192,8 @@ FUNCTIONS: dict[Any, Any] = {
     **dict.fromkeys((torch.matmul, torch.bmm, torch.mm, operator.matmul), matmul),
     **dict.fromkeys((torch.addmm, torch.baddbmm), add_matmul),
     **dict.fromkeys((torch.einsum, torch.functional.einsum), einsum),
-    **{function: convolving(function, spatial, 1) for function, spatial in _CONVOLUTIONS},
-    **{function: convolving(function, spatial, 0) for function, spatial in _TRANSPOSED},
+    **{function: partial(convolving, function, spatial, 1) for function, spatial in _CONVOLUTIONS},
+    **{function: partial(convolving, function, spatial, 0) for function, spatial in _TRANSPOSED},
     F.linear: linear,
     **dict.fromkeys((F.bilinear, torch.bilinear), bilinear),
     **dict.fromkeys(_GROUPED, grouped_matmul),
@@ -198,6 +206,15 @@ METHODS: dict[str, Any] = {
 }
 
 MODULES: dict[Any, Any] = {nn.Bilinear: bilinear_module}
+
+FAMILIES: dict[str, tuple[Any, ...]] = {
+    "matmul": (matmul,),
+    "reverse_matmul": (reverse_matmul,),
+    "add_matmul": (add_matmul,),
+    "einsum": (einsum,),
+    "linear": (linear,),
+    "convolution": (convolving,),
+}
 
 # Rules that tell what data chose from constants.
 SEES_ENDS: frozenset[Callable[..., Any]] = frozenset({grouped_matmul})

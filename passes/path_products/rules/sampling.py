@@ -18,7 +18,7 @@ from growfx.passes.path_products.rules.products import carrying
 from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import Ended, Judged, PathValue, Weight, move, raw
 
-__all__ = ["FUNCTIONS", "MODULES", "SEES_ENDS"]
+__all__ = ["FAMILIES", "FUNCTIONS", "MODULES", "SEES_ENDS"]
 
 
 def interpolate(run: PathRun, value: PathValue, *args: Any, **kwargs: Any) -> Any:
@@ -176,6 +176,8 @@ def unpool_module(spatial: int) -> Callable[..., Any]:
 
 _unpooled: Callable[..., list[int]] = vars(F)["_unpool_output_size"]
 _UNPOOLS = {1: F.max_unpool1d, 2: F.max_unpool2d, 3: F.max_unpool3d}
+
+FAMILIES: dict[str, tuple[Any, ...]] = {"spatial": (interpolate, upsample)}
 
 FUNCTIONS: dict[Any, Any] = {
     F.interpolate: interpolate,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import builtins
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,19 +22,15 @@ from growfx.passes.path_products.rules.shape import zeros_for_constants
 from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import Ended, Judged, NoPathRuleError, PathValue, broadcast, move, paths_in, raw
 
-__all__ = ["FUNCTIONS", "METHODS", "SEES_ENDS"]
+__all__ = ["FAMILIES", "FUNCTIONS", "METHODS", "SEES_ENDS"]
 
 
-def judging(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule of a function whose result carries no path: a constant, executed on the path graph's values."""
-
-    def rule(run: PathRun, *args: Any, **kwargs: Any) -> Any:
-        sources = tuple(paths_in(args, kwargs))
-        with torch.no_grad():
-            result = function(*raw(args), **raw(kwargs))
-        return map_leaves(lambda item: Judged(item, sources) if isinstance(item, Tensor) else item, result)
-
-    return rule
+def judging(function: Callable[..., Any], /, run: PathRun, *args: Any, **kwargs: Any) -> Any:
+    """A result that carries no path: a constant, executed on the path graph's values."""
+    sources = tuple(paths_in(args, kwargs))
+    with torch.no_grad():
+        result = function(*raw(args), **raw(kwargs))
+    return map_leaves(lambda item: Judged(item, sources) if isinstance(item, Tensor) else item, result)
 
 
 def get_item(run: PathRun, value: Any, index: Any) -> Any:
@@ -105,15 +102,11 @@ def method_where(run: PathRun, value: Any, condition: Any, other: Any) -> Any:
     return where(run, condition, value, other)
 
 
-def new_tensor_like(function: Callable[..., Any]) -> Callable[..., Any]:
+def new_tensor_like(function: Callable[..., Any], /, run: PathRun, value: PathValue, *args: Any, **kwargs: Any) -> Any:
     """`zeros_like`, `new_ones`, ...: a constant of the network's dtype."""
-
-    def rule(run: PathRun, value: PathValue, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            made = function(value.tensor.to(run.model_dtype), *raw(args), **raw(kwargs))
-        return made
-
-    return rule
+    with torch.no_grad():
+        made = function(value.tensor.to(run.model_dtype), *raw(args), **raw(kwargs))
+    return made
 
 
 def zero_in_place(run: PathRun, value: PathValue) -> Any:
@@ -166,10 +159,22 @@ _LIKE_FUNCTIONS = (
     torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, torch.rand_like, torch.randn_like,
 )  # fmt: skip
 
+FAMILIES: dict[str, tuple[Any, ...]] = {
+    "judging": (judging,),
+    "get_item": (get_item,),
+    "write_item": (write_item,),
+    "fill": (fill,),
+    "where": (where,),
+    "method_where": (method_where,),
+    "like": (new_tensor_like,),
+    "zero_in_place": (zero_in_place,),
+    "copy_in_place": (copy_in_place,),
+}
+
 FUNCTIONS: dict[Any, Any] = {
-    **{function: judging(function) for function in _JUDGING_FUNCTIONS},
-    **{function: new_tensor_like(function) for function in _LIKE_FUNCTIONS},
-    torch.heaviside: judging(_step),
+    **{function: partial(judging, function) for function in _JUDGING_FUNCTIONS},
+    **{function: partial(new_tensor_like, function) for function in _LIKE_FUNCTIONS},
+    torch.heaviside: partial(judging, _step),
     operator.getitem: get_item,
     set_item: write_item,
     torch.masked_fill: fill,
@@ -177,9 +182,9 @@ FUNCTIONS: dict[Any, Any] = {
 }
 
 METHODS: dict[str, Any] = {
-    **{name: judging(getattr(Tensor, name)) for name in _JUDGING_METHODS},
-    **{name: new_tensor_like(getattr(Tensor, name)) for name in _LIKE_METHODS},
-    "heaviside": judging(_step),
+    **{name: partial(judging, getattr(Tensor, name)) for name in _JUDGING_METHODS},
+    **{name: partial(new_tensor_like, getattr(Tensor, name)) for name in _LIKE_METHODS},
+    "heaviside": partial(judging, _step),
     "__getitem__": get_item,
     "masked_fill": fill,
     "masked_fill_": fill,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,20 +16,16 @@ from growfx.passes.operators.nests import map_leaves
 from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import Learned, NoPathRuleError, PathValue, move, paths_in, raw
 
-__all__ = ["FUNCTIONS", "METHODS", "zeros_for_constants"]
+__all__ = ["FAMILIES", "FUNCTIONS", "METHODS", "zeros_for_constants"]
 
 
-def moving(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule of a function that is executed as it is; a constant moved into an activation's shape stays one."""
-
-    def rule(run: PathRun, value: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(value, PathValue):
-            return move(function, value, *args, **kwargs)
-        with torch.no_grad():
-            moved = function(*raw((value, *args)), **raw(kwargs))
-        return Learned(moved) if isinstance(value, Learned) and isinstance(moved, Tensor) else moved
-
-    return rule
+def moving(function: Callable[..., Any], /, run: PathRun, value: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a function that moves elements; a constant moved into an activation's shape stays one."""
+    if isinstance(value, PathValue):
+        return move(function, value, *args, **kwargs)
+    with torch.no_grad():
+        moved = function(*raw((value, *args)), **raw(kwargs))
+    return Learned(moved) if isinstance(value, Learned) and isinstance(moved, Tensor) else moved
 
 
 def zeros_for_constants(run: PathRun, nest: Any) -> Any:
@@ -44,17 +41,18 @@ def zeros_for_constants(run: PathRun, nest: Any) -> Any:
     return map_leaves(replace, nest)
 
 
-def joining(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule of `cat`, `stack` and their like: executed, constants replaced by zeros."""
+def joining(function: Callable[..., Any], /, run: PathRun, tensors: Any, *args: Any, **kwargs: Any) -> Any:
+    """`cat`, `stack` and their like: executed, constants replaced by zeros."""
+    sources = [source for source in paths_in(tensors) if not source.divisor]
+    if not sources:
+        return move(function, tensors, *args, **kwargs)
+    joined = function(zeros_for_constants(run, tensors), *raw(args), **raw(kwargs))
+    return PathValue(joined, all(source.bounded for source in sources), peak=None)
 
-    def rule(run: PathRun, tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        sources = [source for source in paths_in(tensors) if not source.divisor]
-        if not sources:
-            return move(function, tensors, *args, **kwargs)
-        joined = function(zeros_for_constants(run, tensors), *raw(args), **raw(kwargs))
-        return PathValue(joined, all(source.bounded for source in sources), peak=None)
 
-    return rule
+def building(container: type, run: PathRun, /, *args: Any, **kwargs: Any) -> Any:
+    """A container of what there is."""
+    return container(*args, **kwargs)
 
 
 def padding(run: PathRun, input: PathValue, pad: Any, mode: str = "constant", value: Any = None) -> Any:  # noqa: A002
@@ -90,15 +88,11 @@ def attribute(run: PathRun, value: Any, name: str, *default: Any) -> Any:
 _CHANGES_SUM = {"sum", "cumsum", "nansum"}
 
 
-def _summed(function: Callable[..., Any]) -> Callable[..., Any]:
+def _summed(function: Callable[..., Any], /, run: PathRun, *args: Any, **kwargs: Any) -> Any:
     """Sums run as they are, but their results may be larger than what they add up."""
-
-    def rule(run: PathRun, *args: Any, **kwargs: Any) -> Any:
-        kwargs.pop("dtype", None)
-        result = move(function, *args, **kwargs)
-        return map_leaves(lambda item: _unknown_peak(item), result)
-
-    return rule
+    kwargs.pop("dtype", None)
+    result = move(function, *args, **kwargs)
+    return map_leaves(lambda item: _unknown_peak(item), result)
 
 
 def _unknown_peak(item: Any) -> Any:
@@ -117,15 +111,24 @@ _JOINING = (
     torch.column_stack,
 )
 
+FAMILIES: dict[str, tuple[Any, ...]] = {
+    "moving": (moving,),
+    "joining": (joining,),
+    "container": (building,),
+    "padding": (padding,),
+    "attribute": (attribute,),
+    "summed": (_summed,),
+}
+
 FUNCTIONS: dict[Any, Any] = {
-    **{function: moving(function) for function in MOVING_FUNCTIONS},
-    **{function: _summed(function) for function in _SUMMING},
-    **{function: joining(function) for function in _JOINING},
+    **{function: partial(moving, function) for function in MOVING_FUNCTIONS},
+    **{function: partial(_summed, function) for function in _SUMMING},
+    **{function: partial(joining, function) for function in _JOINING},
     F.pad: padding,
     builtins.getattr: attribute,
 }
 
 METHODS: dict[str, Any] = {
-    **{name: moving(function) for name, function in MOVING_METHODS.items()},
-    **{name: _summed(MOVING_METHODS[name]) for name in _CHANGES_SUM},
+    **{name: partial(moving, function) for name, function in MOVING_METHODS.items()},
+    **{name: partial(_summed, MOVING_METHODS[name]) for name in _CHANGES_SUM},
 }
