@@ -13,6 +13,7 @@ from growfx.passes.connect.rules.norms import scaled_by
 from growfx.passes.connect.run import UnitRun
 from growfx.passes.connect.signals import Ints, filled, narrowed, numbers, tidy, varies
 from growfx.passes.connect.values import Ids, Named, Pairs, WeightPart, combine, contract, known, reduce
+from growfx.passes.operators.einsum import spelled
 from growfx.passes.path_products.values import NoPathRuleError
 
 __all__ = ["OPERATORS", "columns_of", "contracted", "features", "feed", "matrix_of", "note_counted"]
@@ -181,7 +182,7 @@ def einsum(run: UnitRun, op: Operation, equation: Any, *operands: Any) -> Any:
     values = [known(item) for item in items]
     if len(items) != 2 or not isinstance(equation, str) or any(value is None for value in values):
         return run.unknown(op, (equation, *items), {})
-    terms, output = _letters(equation, [item.tensor.ndim for item in items])
+    terms, output = spelled(equation, [item.tensor.ndim for item in items])
     if any(len(set(term)) < len(term) for term in terms):
         return run.unknown(op, (equation, *items), {})
     summed = [letter for letter in dict.fromkeys("".join(terms)) if letter not in output]
@@ -211,7 +212,7 @@ def _einsum_by_weight(run: UnitRun, equation: str, items: list[Any]) -> Tensor |
     part, value = items[which], items[1 - which]
     if not isinstance(value, Ids):
         return None
-    terms, output = _letters(equation, [part.places.ndim if i == which else value.tensor.ndim for i in range(2)])
+    terms, output = spelled(equation, [part.places.ndim if i == which else value.tensor.ndim for i in range(2)])
     own, other = terms[which], terms[1 - which]
     made = [letter for letter in own if letter not in other]
     summed = [letter for letter in own if letter in other]
@@ -222,21 +223,6 @@ def _einsum_by_weight(run: UnitRun, equation: str, items: list[Any]) -> Tensor |
     ids = value.tensor.permute([other.index(letter) for letter in (*rest, *summed)])
     result = _as_layer(run, tidy(ids), WeightPart(part.layer, turned, part.counted))
     return None if result is None else result.permute([[*rest, *made].index(letter) for letter in output])
-
-
-def _letters(equation: str, dims: list[int]) -> tuple[list[str], str]:
-    """Index letters of both operands and of the result, ellipses written out."""
-    inputs, arrow, output = equation.replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    spare = [letter for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if letter not in equation]
-    hidden = [dim - len(term.replace("...", "")) if "..." in term else 0 for term, dim in zip(terms, dims, strict=True)]
-    longest = max(hidden)
-    written = ["".join(spare[longest - count : longest]) for count in hidden]
-    terms = [term.replace("...", letters) for term, letters in zip(terms, written, strict=True)]
-    if not arrow:
-        once = sorted(letter for letter in set("".join(terms)) if "".join(terms).count(letter) == 1)
-        output = "".join(once)
-    return terms, output.replace("...", "".join(spare[:longest]))
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {

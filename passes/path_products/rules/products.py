@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from growfx.passes.operators.einsum import spelled
 from growfx.passes.path_products.rules.arithmetic import add, balanced
 from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import Ended, Judged, Learned, NoPathRuleError, PathValue, move, paths_in, raw
@@ -54,23 +55,6 @@ def add_matmul(run: PathRun, base: Any, left: Any, right: Any, *, beta: float = 
     return add(run, PathValue(product.tensor * abs(alpha)), base, alpha=beta)
 
 
-def _spelled(equation: str, operands: list[Any]) -> tuple[list[str], str]:
-    """Index letters of every operand and of the output, ellipses written out."""
-    inputs, arrow, output = equation.replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    spare = [letter for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if letter not in equation]
-    longest = 0
-    for position, (term, operand) in enumerate(zip(terms, operands, strict=True)):
-        if "..." in term:
-            hidden = raw(operand).ndim - len(term.replace("...", ""))
-            longest = max(longest, hidden)
-            terms[position] = term.replace("...", "".join(spare[:longest][longest - hidden :]) if hidden else "")
-    if not arrow:
-        letters = sorted(set("".join(terms)))
-        output = "".join(letter for letter in letters if "".join(terms).count(letter) == 1)
-    return terms, output.replace("...", "".join(spare[:longest]))
-
-
 def einsum(run: PathRun, equation: str, *operands: Any) -> Any:
     """Path times constant: magnitudes. Path times path: each averaged over indices no longer needed, balanced.
 
@@ -81,7 +65,7 @@ def einsum(run: PathRun, equation: str, *operands: Any) -> Any:
     if len(paths_in(items)) == 1:
         factors = [carrying(item) if isinstance(item, PathValue) else run.matrix(item) for item in items]
         return PathValue(torch.einsum(equation, *factors))
-    terms, output = _spelled(equation, items)
+    terms, output = spelled(equation, [raw(item).ndim for item in items])
     pairs = [_diagonal(run, term, item) for term, item in zip(terms, items, strict=True)]
     pairs.sort(key=lambda pair: isinstance(pair[1], PathValue))  # stable: constants first, each in its order
     while len(pairs) > 1:
