@@ -20,10 +20,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from growfx.compaction.folded_norm import folding_refusal, without_norm
 from growfx.errors import TraceError
-from growfx.passes.compact.precision import outputs_of
 from growfx.passes.mask.swap import unwrap
 from growfx.passes.operators.classes import APPLIED, row_of
-from growfx.passes.trials import Trial, difference, example_of, trials_of, working_copy
+from growfx.passes.trials.comparison import Trial, difference, example_of, trials_of, working_copy
+from growfx.passes.trials.precision import outputs_of
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph

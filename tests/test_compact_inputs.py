@@ -163,7 +163,7 @@ def test_large_inputs_are_observed_in_few_rows(monkeypatch: pytest.MonkeyPatch) 
     x = torch.randn(1, 1, 24, 24, 24)
     limit = 3 * x.numel()
     monkeypatch.setattr("growfx.passes.compact.liveness._ELEMENTS", limit)
-    monkeypatch.setattr("growfx.passes.trials._ELEMENTS", limit)
+    monkeypatch.setattr("growfx.passes.trials.comparison._ELEMENTS", limit)
     result = compacted(Watched(), x, "a")
     assert left(result)["a"] == 2
     assert 2 * x.numel() <= max(seen) <= limit

@@ -29,14 +29,14 @@ from growfx.errors import TraceError
 from growfx.masked.inputs import Inputs
 from growfx.passes.compact.choice import Chooser, Removal, fold_constants, make_plan
 from growfx.passes.compact.liveness import find_liveness
-from growfx.passes.compact.precision import outputs_of
 from growfx.passes.compact.report import CompactionReport, LayerChange
 from growfx.passes.compact.unused import find_unused
 from growfx.passes.compact.widths import find_widths
 from growfx.passes.connect.interpreter import connect
 from growfx.passes.mask.swap import unwrap
 from growfx.passes.record.recording import meta_copy
-from growfx.passes.trials import Trial, difference, example_of, trials_of, working_copy
+from growfx.passes.trials.comparison import Trial, difference, example_of, trials_of, working_copy
+from growfx.passes.trials.precision import outputs_of
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph

@@ -18,7 +18,7 @@ from growfx.errors import TraceError
 from growfx.masked.graph import MaskedGraph
 from growfx.masked.layers import MaskedLayer
 from growfx.passes.connect.ends import begin, embeds, lose, pin_layers, selects, source
-from growfx.passes.connect.operations import has_meta, meta_module, of_shapes, operation, paired
+from growfx.passes.connect.operations import has_meta, of_shapes, operation, paired
 from growfx.passes.connect.results import found
 from growfx.passes.connect.rules import elementwise as connect_rules
 from growfx.passes.connect.rules import layers as connect_layers
@@ -32,6 +32,7 @@ from growfx.passes.operators.constants import evaluating_copy, execute, writes_i
 from growfx.passes.operators.names import CASTS, describe, is_moving, short_name
 from growfx.passes.operators.nests import leaves, map_leaves
 from growfx.passes.path_products.rules.table import family_of, module_rule, node_rule
+from growfx.passes.record.recording import meta_copy
 
 __all__ = ["MODULES", "OPERATORS", "UnitGraph", "connect"]
 
@@ -177,7 +178,7 @@ class UnitGraph(UnitRun):
         if any(isinstance(item, WeightPart) for item in items):
             pin_layers(self, module, target, "it works on a weight")
             following = any(isinstance(item, Ids) for item in items)
-            return (self.unknown if following else self._lost_weight)(meta_module(module), args, kwargs)
+            return (self.unknown if following else self._lost_weight)(meta_copy(module).eval(), args, kwargs)
         if not any(isinstance(item, Ids) for item in items):
             pin_layers(self, module, target, "it is fed by constants only")
             result = evaluating_copy(module)(*real(args), **real(kwargs))
@@ -193,7 +194,7 @@ class UnitGraph(UnitRun):
         self.applied = row_of(APPLIED, getattr(type(module), "twin_of", type(module))) is not None
 
         def op(*inner: Any, **options: Any) -> Any:
-            return meta_module(module)(*inner, **options)
+            return meta_copy(module).eval()(*inner, **options)
 
         try:
             return self._unknown_module(op, args, kwargs) if rule is None else rule(self, op, *args, **kwargs)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from growfx.passes.connect.values import Ids, Named
 from growfx.passes.operators.nests import leaves
 
-__all__ = ["has_meta", "meta_module", "of_shapes", "on_meta", "operation", "paired"]
+__all__ = ["has_meta", "of_shapes", "on_meta", "operation", "paired"]
 
 
 def has_meta(nest: Any) -> bool:
@@ -33,16 +32,6 @@ def on_meta(op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run an operation on tensors without values."""
     with torch.no_grad():
         return op(*args, **kwargs)
-
-
-def meta_module(module: nn.Module) -> nn.Module:
-    """A copy of a module in evaluation mode without values."""
-    tensors = {id(t): torch.empty_like(t, device="meta") for t in (*module.parameters(), *module.buffers())}
-    memo: dict[int, Any] = {
-        key: nn.Parameter(value, requires_grad=False) if value.is_floating_point() else value
-        for key, value in tensors.items()
-    }
-    return copy.deepcopy(module, memo).eval()
 
 
 def paired(result: Any, slots: Any) -> Any:

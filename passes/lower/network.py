@@ -23,11 +23,11 @@ from growfx.masked.modules import chain_tensors
 from growfx.masked.program import Program
 from growfx.masked.recording import RecordedGraph, compiled
 from growfx.passes.check_recording import record_checked
-from growfx.passes.compact.precision import outputs_of
 from growfx.passes.fold_norm import fold_norm
 from growfx.passes.lower.layers import lower, lowerable, swap_layers
 from growfx.passes.lower.timing import time_layers
 from growfx.passes.mask.swap import unwrap, wrap
+from growfx.passes.trials.precision import largest_error, outputs_of, tolerance_of
 from growfx.runtime import sparse_kernel
 from growfx.runtime.choice_cache import read_choices, write_choices
 from growfx.runtime.layer_kernels import CHOICES, make_kernel, sparse_choices
@@ -38,8 +38,6 @@ from growfx.version import __version__
 
 __all__ = ["lower_network"]
 
-# Of the largest output; sums in another order, through many layers.
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 _ROUNDS, _SECONDS = 10, 1.0
 # Times whose median is further above the least than this were taken while the machine did something else as well.
 _NOISY = 0.25
@@ -176,8 +174,8 @@ def _decide(work: _Work, dtype: torch.dtype) -> tuple[nn.Module, LoweringReport]
         if facts.choice != "dense":
             source: Any = work.folded.get_submodule(name)
             work.layers[name].kernel = make_kernel(source, work.masks.get(name), facts.choice)
-    error = _error(outputs_of(work.network, work.inputs), expected)
-    if not error <= _TOLERANCE[dtype]:
+    error = largest_error(outputs_of(work.network, work.inputs), expected)
+    if not error <= tolerance_of(dtype, reordered=True):
         work.notes.append(f"its outputs would differ by {error:.2g} of the largest, so the network runs as it is")
         return work.plain, _finished(work, found, "plain", dtype)
     work.notes.append(f"outputs differ from the plain network's by {error:.1e} of the largest")
@@ -204,21 +202,6 @@ def _time_networks(networks: Mapping[str, nn.Module], inputs: Inputs, spreads: l
     # No inference mode: what a model keeps from a run (anchors, masks) it may write into later.
     calls = {name: bound(model) for name, model in networks.items()}
     return interleaved_minima(calls, least_rounds=_ROUNDS, seconds=_SECONDS, spreads=spreads)
-
-
-def _error(got: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest difference over the largest value; nan where they cannot be compared."""
-    if [value.shape for value in got] != [value.shape for value in expected]:
-        return float("nan")
-    worst = 0.0
-    for ours, theirs in zip(got, expected, strict=True):
-        if not theirs.numel():
-            continue
-        if bool((ours.isfinite() != theirs.isfinite()).any()):
-            return float("nan")
-        scale = float(theirs.double().nan_to_num().abs().max()) or 1.0
-        worst = max(worst, float((ours.double() - theirs.double()).nan_to_num().abs().max()) / scale)
-    return worst
 
 
 def _finished(
