@@ -27,7 +27,9 @@ from growfx.passes.fold_norm import fold_norm
 from growfx.passes.lower.layers import lower, lowerable, swap_layers
 from growfx.passes.lower.timing import time_layers
 from growfx.passes.mask.swap import unwrap, wrap
-from growfx.passes.trials.precision import largest_error, outputs_of, tolerance_of
+from growfx.passes.trials.comparison import Trial, difference
+from growfx.passes.trials.precision import outputs_of, tolerance_of
+from growfx.passes.trials.result import PassResult
 from growfx.runtime import sparse_kernel
 from growfx.runtime.choice_cache import read_choices, write_choices
 from growfx.runtime.layer_kernels import CHOICES, make_kernel, sparse_choices
@@ -78,7 +80,7 @@ def lower_network(
     dtype: torch.dtype,
     example_inputs: Tensor | tuple[Any, ...] | None = None,
     batch: int | None = None,
-) -> tuple[nn.Module, LoweringReport]:
+) -> PassResult[LoweringReport]:
     """The fastest of: layers by their fastest kernels, all layers dense with norms folded, the network as it is.
 
     Args:
@@ -103,7 +105,7 @@ def lower_network(
     if not recording.faithful:
         reason = net.trace_report.opaque.get("", "") or " ".join(net.trace_report.notes)
         note = f"the network runs as it is, for it could not be recorded: {reason}"
-        return plain.to(dtype), _report("plain", target, dtype, (note,))
+        return _result(plain.to(dtype), _report("plain", target, dtype, (note,)))
     work = _prepared(plain, net, recording, target, dtype)
     return _decide(work, dtype)
 
@@ -155,7 +157,7 @@ def _tensors_of(model: nn.Module) -> dict[int, Any]:
 # -- the choice -------------------------------------------------------------------------------------------------------
 
 
-def _decide(work: _Work, dtype: torch.dtype) -> tuple[nn.Module, LoweringReport]:
+def _decide(work: _Work, dtype: torch.dtype) -> PassResult[LoweringReport]:
     expected = outputs_of(work.plain, work.inputs)
     known = _kept(work)
     kept = known if known is not None and known.settled else None
@@ -174,10 +176,11 @@ def _decide(work: _Work, dtype: torch.dtype) -> tuple[nn.Module, LoweringReport]
         if facts.choice != "dense":
             source: Any = work.folded.get_submodule(name)
             work.layers[name].kernel = make_kernel(source, work.masks.get(name), facts.choice)
-    error = largest_error(outputs_of(work.network, work.inputs), expected)
-    if not error <= tolerance_of(dtype, reordered=True):
-        work.notes.append(f"its outputs would differ by {error:.2g} of the largest, so the network runs as it is")
-        return work.plain, _finished(work, found, "plain", dtype)
+    trial = Trial(work.inputs, expected, [tolerance_of(dtype, reordered=True)] * len(expected), wide=False)
+    error, problem = difference(work.network, [trial])
+    if problem:
+        work.notes.append(f"{problem}, so the network runs as it is")
+        return _result(work.plain, _finished(work, found, "plain", dtype))
     work.notes.append(f"outputs differ from the plain network's by {error:.1e} of the largest")
     networks = {"lowered": work.network, "dense": dense, "plain": work.plain}
     of_network: list[float] = []
@@ -192,7 +195,11 @@ def _decide(work: _Work, dtype: torch.dtype) -> tuple[nn.Module, LoweringReport]
         refusal = write_choices(work.key, value)
         work.notes += [refusal] if refusal else []
     taken = min(times, key=lambda name: times[name])
-    return networks[taken], _finished(work, found, taken, dtype, times, cached=bool(kept))
+    return _result(networks[taken], _finished(work, found, taken, dtype, times, cached=bool(kept)))
+
+
+def _result(network: nn.Module, report: LoweringReport) -> PassResult[LoweringReport]:
+    return PassResult(network, report.taken != "plain", report)
 
 
 def _time_networks(networks: Mapping[str, nn.Module], inputs: Inputs, spreads: list[float]) -> dict[str, float]:

@@ -19,58 +19,15 @@ _SUMS = {"sum", "cumsum", "nansum", torch.sum, torch.cumsum, F.fold}
 
 MOVING_METHODS: dict[str, Callable[..., Any]] = {
     name: getattr(Tensor, name)
-    for name in [
-        "reshape",
-        "reshape_as",
-        "permute",
-        "transpose",
-        "transpose_",
-        "swapaxes",
-        "swapdims",
-        "movedim",
-        "moveaxis",
-        "flatten",
-        "unflatten",
-        "squeeze",
-        "squeeze_",
-        "unsqueeze",
-        "unsqueeze_",
-        "expand",
-        "expand_as",
-        "repeat",
-        "tile",
-        "repeat_interleave",
-        "chunk",
-        "split",
-        "split_with_sizes",
-        "tensor_split",
-        "unbind",
-        "index_select",
-        "select",
-        "narrow",
-        "roll",
-        "flip",
-        "fliplr",
-        "flipud",
-        "rot90",
-        "unfold",
-        "gather",
-        "masked_select",
-        "take",
-        "take_along_dim",
-        "broadcast_to",
-        "diagonal",
-        "t",
-        "adjoint",
-        "tril",
-        "triu",
-        "sum",
-        "cumsum",
-        "nansum",
-        "ravel",
-        "diag_embed",
-    ]
-}
+    for name in (
+        "reshape", "reshape_as", "permute", "transpose", "transpose_", "swapaxes", "swapdims", "movedim",
+        "moveaxis", "flatten", "unflatten", "squeeze", "squeeze_", "unsqueeze", "unsqueeze_", "expand", "expand_as",
+        "repeat", "tile", "repeat_interleave", "chunk", "split", "split_with_sizes", "tensor_split", "unbind",
+        "index_select", "select", "narrow", "roll", "flip", "fliplr", "flipud", "rot90", "unfold", "gather",
+        "masked_select", "take", "take_along_dim", "broadcast_to", "diagonal", "t", "adjoint", "tril", "triu",
+        "sum", "cumsum", "nansum", "ravel", "diag_embed",
+    )
+}  # fmt: skip
 MOVING_METHODS["view"] = Tensor.reshape
 MOVING_METHODS["view_as"] = Tensor.reshape_as
 

@@ -119,15 +119,8 @@ def empty_sequence(run: PathRun, module: Any, value: Any) -> Any:
 def pool(spatial: int, /, run: PathRun, module: Any, value: PathValue) -> Any:
     """Average and max pooling modules."""
     dilation = getattr(module, "dilation", 1)
-    pooled = window(
-        value.tensor,
-        spatial,
-        module.kernel_size,
-        module.stride,
-        module.padding,
-        dilation,
-        module.ceil_mode,
-    )
+    sizes = module.kernel_size, module.stride, module.padding
+    pooled = window(value.tensor, spatial, *sizes, dilation, module.ceil_mode)
     result = PathValue(pooled, peak=value.peak)
     return with_indices(result) if getattr(module, "return_indices", False) else result
 
