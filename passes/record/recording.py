@@ -31,7 +31,8 @@ from growfx.masked.isolation import caches_bypassed, generators_restored, tables
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.module_copy import copy_modules, separate_hooks
 from growfx.passes.record.call import all_can_be_written, is_own_or_torch
-from growfx.passes.record.recorder import DataDependentError, NeedsValuesError, Recorder
+from growfx.passes.record.data import DataDependentError, NeedsValuesError
+from growfx.passes.record.recorder import Recorder
 
 __all__ = ["DataDependentError", "NeedsValuesError", "Recording", "cuda_devices", "meta_copy", "record", "working_copy"]
 
