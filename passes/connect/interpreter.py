@@ -28,8 +28,8 @@ from growfx.passes.connect.run import UnitRun
 from growfx.passes.connect.signals import narrowed, numbers
 from growfx.passes.connect.values import Ids, Named, Token, WeightPart, real, slots_in
 from growfx.passes.operators.classes import APPLIED, row_of
-from growfx.passes.operators.constants import evaluating_copy, execute, writes_in_place
-from growfx.passes.operators.names import CASTS, describe, is_moving, short_name
+from growfx.passes.operators.constants import evaluating_copy, execute
+from growfx.passes.operators.names import CASTS, describe, is_moving, short_name, writes_in_place
 from growfx.passes.operators.nests import leaves, map_leaves
 from growfx.passes.path_products.rules.table import family_of, module_rule, node_rule
 from growfx.passes.record.recording import meta_copy

@@ -10,12 +10,20 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-__all__ = ["CASTS", "MOVING_FUNCTIONS", "MOVING_METHODS", "describe", "is_moving", "operator_name", "short_name"]
+__all__ = [
+    "CASTS", "MOVING_FUNCTIONS", "MOVING_METHODS", "changes_in_place", "describe", "is_moving", "operator_name",
+    "short_name", "writes_in_place",
+]  # fmt: skip
 
 _COPIES = frozenset({"to", "type_as", "float", "double", "contiguous", "clone", "detach", "type"})
 # Methods that hand on all elements in their places; their type and device may change.
 CASTS = _COPIES | {"half", "bfloat16", "cpu", "cuda"}
 _SUMS = {"sum", "cumsum", "nansum", torch.sum, torch.cumsum, F.fold}
+
+_IN_PLACE_OPERATORS = {
+    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+}
+_IN_PLACE_FUNCTIONS = {operator.setitem, *(vars(operator)[name.strip("_")] for name in _IN_PLACE_OPERATORS)}
 
 MOVING_METHODS: dict[str, Callable[..., Any]] = {
     name: getattr(Tensor, name)
@@ -66,3 +74,15 @@ def is_moving(operation: str, target: Any) -> bool:
     if operation == "call_method":
         return target in _COPIES or (target in MOVING_METHODS and target not in _SUMS)
     return target is operator.getitem or (target in MOVING_FUNCTIONS and target not in _SUMS)
+
+
+def changes_in_place(name: str) -> bool:
+    """Whether a tensor method of this name writes into its first argument."""
+    return name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether a node changes a tensor that was there before."""
+    if node.op == "call_function":
+        return node.target in _IN_PLACE_FUNCTIONS
+    return node.op == "call_method" and changes_in_place(str(node.target))

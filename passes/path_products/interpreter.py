@@ -21,8 +21,8 @@ from growfx.errors import TraceError, UnsupportedOperatorError
 from growfx.masked import graph_ops
 from growfx.masked.inputs import Inputs, tensors_in
 from growfx.masked.layers import MaskedLayer
-from growfx.passes.operators.constants import evaluating_copy, execute, writes_in_place
-from growfx.passes.operators.names import describe, is_moving
+from growfx.passes.operators.constants import evaluating_copy, execute
+from growfx.passes.operators.names import describe, is_moving, writes_in_place
 from growfx.passes.operators.nests import leaves, map_leaves
 from growfx.passes.path_products.endings import ended_by, is_selection, placeholder, without_ends
 from growfx.passes.path_products.rules.arithmetic import bounded, identity

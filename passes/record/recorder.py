@@ -21,10 +21,10 @@ from growfx.masked import graph_ops
 from growfx.masked.isolation import python_randomness
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.recording import RECORDED_CONSTANT
+from growfx.passes.operators.names import changes_in_place
 from growfx.passes.record.call import (
     all_can_be_written,
     can_be_written,
-    changes_in_place,
     forward_parameters,
     holds_tensor,
     operation,
@@ -302,7 +302,7 @@ class Recorder(TorchFunctionMode):
         return node
 
     def emit_number(self, function: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
-        """The node of a computed size (see growfx.traced_number)."""
+        """The node of a computed size (see `numbers`)."""
         node = self.graph.create_node("call_function", function, self.as_argument(args))
         node.meta.update(shape=None, source=source_line(), module=self.stack[-1] if self.stack else "", number=True)
         return node

@@ -1,6 +1,6 @@
 """Path rules of what looks at data, and of parts of tensors: comparisons, indexing, filling, writing.
 
-What data selects is no rule: see `path_endings`.
+What data selects is no rule: see `path_products.endings`.
 """
 
 from __future__ import annotations
