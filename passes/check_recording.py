@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from growfx.errors import TraceError
-from growfx.masked.inputs import Inputs
 from growfx.masked.isolation import (
     caches_bypassed,
     clock_shifted,
@@ -28,8 +27,6 @@ from growfx.masked.isolation import (
 )
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.modules import chain_tensors
-from growfx.masked.recording import RECORDED_CONSTANT, RecordedGraph, compiled
-from growfx.masked.trace_report import TraceReport
 from growfx.masked.weight_reads import ModelCode
 from growfx.passes.free_batch import free_batch
 from growfx.passes.list_unmasked import list_unmasked
@@ -44,6 +41,9 @@ from growfx.passes.record.recording import (
     record,
     working_copy,
 )
+from growfx.recorded.inputs import Inputs
+from growfx.recorded.recording import RECORDED_CONSTANT, RecordedGraph, compiled
+from growfx.recorded.trace_report import TraceReport
 
 __all__ = ["Recorded", "record_checked"]
 

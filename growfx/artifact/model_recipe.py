@@ -24,13 +24,13 @@ from growfx.artifact.manifest import canonical
 from growfx.artifact.model_settings import setting_differences
 from growfx.errors import ArtifactError, ConfigError, one_line
 from growfx.masked.graph import MaskedGraph
-from growfx.masked.inputs import Inputs
 from growfx.masked.isolation import generators_restored
 from growfx.masked.layers import MaskedLayer, to_plain
 from growfx.masked.module_copy import copy_modules, separate_hooks
-from growfx.masked.recording import RECORDED_CONSTANT
 from growfx.models.build import ModelIdentity, blueprint, build_unfilled, has_builder, likely_identity
 from growfx.quiet import ignored_warnings
+from growfx.recorded.inputs import Inputs
+from growfx.recorded.recording import RECORDED_CONSTANT
 
 __all__ = ["FoundRecipe", "find_recipe"]
 

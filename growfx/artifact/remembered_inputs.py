@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from growfx.artifact.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from growfx.artifact.input_specs import MOST_INPUTS, InputSpec, input_complaint
-from growfx.masked.inputs import Inputs
 from growfx.models.build import INPUTS_ATTRIBUTE
+from growfx.recorded.inputs import Inputs
 
 __all__ = ["as_example", "default_inputs", "inputs_from", "remember_inputs", "specs_of"]
 

@@ -73,11 +73,11 @@ def load(
     if known is not None and not known.kwargs:
         example_inputs = known.args
     try:
-        network, report = lower_network(plain, masks, _dtype_of(plain, dtype), example_inputs, batch)
+        lowered = lower_network(plain, masks, _dtype_of(plain, dtype), example_inputs, batch)
     except TraceError as error:
         # Its advice is for those who call `growfx.wrap`.
         raise TraceError(str(error).replace("`growfx.wrap`", "`growfx.load`")) from error
-    return SparseRuntime(network, report)
+    return SparseRuntime(lowered.net, lowered.report)
 
 
 def _check_target(dtype: torch.dtype | None, device: Any, batch: int | None) -> None:

@@ -21,17 +21,17 @@ from growfx.errors import MaskError, TraceError
 from growfx.masked.agreement import require_same_masks
 from growfx.masked.averages import copy_masks_into_averages
 from growfx.masked.direct_uses import masked_reads
-from growfx.masked.inputs import Inputs, as_inputs
 from growfx.masked.layers import MaskedLayer, MaskedParameter, check_mask
 from growfx.masked.module_copy import copy_modules
 from growfx.masked.modules import chain_tensors, settings_of
 from growfx.masked.optimizers import watch_optimizers
 from growfx.masked.placement import Places
 from growfx.masked.plain_state import hide_masks, load_by_model, state_by_model
-from growfx.masked.recording import RecordedGraph, RecordFunction, plain_graph_module, without_compiler
 from growfx.masked.torch_pruning import translated
-from growfx.masked.trace_report import TraceReport
 from growfx.masked.weight_reads import watch_parameter
+from growfx.recorded.inputs import Inputs, as_inputs
+from growfx.recorded.recording import RecordedGraph, RecordFunction, plain_graph_module, without_compiler
+from growfx.recorded.trace_report import TraceReport
 
 __all__ = ["MaskedGraph", "RecordFunction", "RecordedGraph"]
 

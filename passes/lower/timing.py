@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from growfx.masked.inputs import Inputs
+from growfx.recorded.inputs import Inputs
 from growfx.runtime.layer_kernels import KernelRefusedError, make_kernel, sparse_choices
 from growfx.runtime.lowered_layer import Kernel, LoweredLayer
 from growfx.runtime.report import LayerLowering

@@ -19,7 +19,6 @@ from growfx.distributed.sharded import HOW_TO_GATHER, require_whole
 from growfx.errors import ConfigError, TraceError
 from growfx.masked.doors import as_masked_graph
 from growfx.masked.graph import MaskedGraph
-from growfx.masked.inputs import Inputs, as_inputs
 from growfx.masked.layers import (
     MaskedLayer,
     MaskedParameter,
@@ -33,15 +32,16 @@ from growfx.masked.layers import (
 from growfx.masked.module_copy import copy_modules
 from growfx.masked.modules import chain_tensors
 from growfx.masked.plain_state import hide_masks
-from growfx.masked.recording import RECORDED_CONSTANT, RecordedGraph
 from growfx.masked.registry import LAYER_OF
 from growfx.masked.shadowed_names import shadowed_names
 from growfx.masked.torch_pruning import take_over
-from growfx.masked.trace_report import TraceReport
 from growfx.masked.weight_reads import WatchedParameters
 from growfx.models.build import default_input_shape, identity_of, remember
 from growfx.notices import warn_once
 from growfx.passes.check_recording import record_checked
+from growfx.recorded.inputs import Inputs, as_inputs
+from growfx.recorded.recording import RECORDED_CONSTANT, RecordedGraph
+from growfx.recorded.trace_report import TraceReport
 from growfx.selection.density import random_masks
 
 __all__ = ["unwrap", "wrap"]

@@ -21,10 +21,10 @@ from growfx.analysis.weight_layout import joined_units
 from growfx.distributed.sharded import require_whole
 from growfx.errors import ConfigError, MaskError, TraceError
 from growfx.masked.doors import as_masked_graph
-from growfx.masked.inputs import Inputs, tensors_in
 from growfx.notices import warn_once
 from growfx.passes.path_products.interpreter import PathGraph
 from growfx.passes.path_products.zeros import zero_factors
+from growfx.recorded.inputs import Inputs, tensors_in
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph

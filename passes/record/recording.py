@@ -25,14 +25,15 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from growfx.errors import TraceError
-from growfx.masked import graph_ops
-from growfx.masked.inputs import Inputs, tensors_in
 from growfx.masked.isolation import caches_bypassed, generators_restored, tables_restored
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.module_copy import copy_modules, separate_hooks
 from growfx.masked.weight_reads import ModelCode
 from growfx.passes.record.call import all_can_be_written, is_own_or_torch
-from growfx.passes.record.recorder import DataDependentError, NeedsValuesError, Recorder
+from growfx.passes.record.data import DataDependentError, NeedsValuesError
+from growfx.passes.record.recorder import Recorder
+from growfx.recorded import graph_ops
+from growfx.recorded.inputs import Inputs, tensors_in
 
 __all__ = ["DataDependentError", "NeedsValuesError", "Recording", "cuda_devices", "meta_copy", "record", "working_copy"]
 

@@ -24,8 +24,8 @@ from growfx.commands.bench.subject import opened_subject
 from growfx.commands.bench.variants import DENSE, VARIANTS, Built, Setting, Workshop
 from growfx.errors import ConfigError, GrowfxError
 from growfx.machine import machine_facts, versions
-from growfx.masked.inputs import Inputs
-from growfx.passes.compact.precision import outputs_of, relative_error, tolerance_of
+from growfx.passes.trials.precision import largest_error, outputs_of, tolerance_of
+from growfx.recorded.inputs import Inputs
 from growfx.runtime.choice_cache import ignored_choices
 from growfx.runtime.timing import in_turn, thread_count
 
@@ -170,7 +170,7 @@ def _reference(work: Workshop, setting: Setting) -> tuple[list[Tensor], float, f
     widened = lambda v: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v  # noqa: E731
     wide = pytree.tree_map(widened, (setting.inputs.args, dict(setting.inputs.kwargs)))
     expected = _outputs(exact, Inputs(*wide))
-    return expected, max(tolerance_of(work.dtype), _LOWER_PRECISION * _error(own, expected)), spent
+    return expected, max(tolerance_of(work.dtype), _LOWER_PRECISION * largest_error(own, expected)), spent
 
 
 def _tried(
@@ -179,7 +179,7 @@ def _tried(
     """Build a variant and compare its outputs; it joins `built` when it may be timed."""
     try:
         way = VARIANTS[name](work, setting)
-        error = _error(_outputs(way.module, setting.inputs), expected)
+        error = largest_error(_outputs(way.module, setting.inputs), expected)
     except Exception as problem:  # of any library: one that fails must not end the others
         return Row(name, note=_reason(problem))
     if not error <= tolerance:
@@ -192,12 +192,6 @@ def _outputs(module: nn.Module, inputs: Inputs) -> list[Tensor]:
     # Only calls run in inference mode: what is loaded or exported in it could not be compiled or cast later.
     with torch.inference_mode():
         return outputs_of(module, inputs)
-
-
-def _error(got: list[Tensor], expected: list[Tensor]) -> float:
-    if [value.shape for value in got] != [value.shape for value in expected]:
-        return float("inf")
-    return max((relative_error(a, b) for a, b in zip(got, expected, strict=True) if b.numel()), default=0.0)
 
 
 def _reason(error: Exception) -> str:

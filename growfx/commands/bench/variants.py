@@ -18,10 +18,10 @@ from growfx.deploy.onnx import export_onnx
 from growfx.deploy.saving import small_network
 from growfx.errors import ConfigError
 from growfx.masked.graph import MaskedGraph
-from growfx.masked.inputs import Inputs
 from growfx.passes.fold_norm import fold_norm
 from growfx.passes.mask.swap import unwrap
 from growfx.quiet import ignored_warnings
+from growfx.recorded.inputs import Inputs
 from growfx.runtime.lowered_layer import Kernel
 from growfx.runtime.report import LoweringReport
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from growfx.errors import TraceError
-from growfx.masked import graph_ops
+from growfx.recorded import graph_ops
 
 __all__ = [
     "RECORDED_CONSTANT",

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from growfx.errors import TraceError
-from growfx.masked.inputs import Inputs
-from growfx.passes.compact.precision import outputs_of, relative_error, rounded_away, widened_model
+from growfx.passes.trials.precision import outputs_of, relative_error, rounded_away, widened_model
+from growfx.recorded.inputs import Inputs
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph
