@@ -31,6 +31,7 @@ from growfx.distributed.sharded import check_cut, is_sharded, like_part, own_par
 from growfx.errors import MaskError
 from growfx.masked.gradients import (
     GradientMark,
+    MarkGradient,
     MaskGradient,
     MaskOwnGradient,
     compiled_weight,
@@ -67,7 +68,8 @@ class _Stored:
 
     `weight`: the parameter with its gradient masked, for the layer's own use; made once, since making it anew in every
     step costs as much as a small convolution. `mask`, `address`: what it was made of. `seen`: mask and version that the
-    parameter was last made to obey. `mark`: the gradient that was masked last. `hook`: masks the gradient of a weight
+    parameter was last made to obey. `entries`, `entries_address`: the same as `weight` and `address`, for kernels that
+    read active entries alone. `mark`: the gradient that was masked last. `hook`: masks the gradient of a weight
     that the model reads without calling the layer.
     """
 
@@ -76,6 +78,8 @@ class _Stored:
         self.weight: Tensor | None = None
         self.mask: Tensor | None = None
         self.address = 0
+        self.entries: Tensor | None = None
+        self.entries_address = 0
         self.seen: tuple[int, int] = (0, -1)
         self.mark = GradientMark()
         self.hook: Any = None
@@ -102,6 +106,9 @@ class MaskedLayer(nn.Module):
         read_directly: whether the model reads the weight without calling the layer (`F.linear(x, self.qkv.weight)`, a
             tied embedding).
         gate: None, or what turns the parameter into the weight the layer uses, instead of the mask (a soft mask).
+        kernel: None, or what computes the layer over its active entries alone (`growfx.use_kernels`): called with the
+            layer and its input, returns the output or None where torch's dense kernels are to compute it.
+        calls_kernel: whether the forward of the class asks for it.
     """
 
     twin_of: ClassVar[type[nn.Module]]
@@ -110,6 +117,8 @@ class MaskedLayer(nn.Module):
     mask: Tensor
     dense_gradient: Tensor | None = None
     gate: Callable[[Tensor], Tensor] | None = None
+    kernel: Callable[[MaskedLayer, Tensor], Tensor | None] | None = None
+    calls_kernel: ClassVar[bool] = False
     sharded: bool = False
     read_directly: bool = False
     _stored: _Stored
@@ -270,6 +279,31 @@ class MaskedLayer(nn.Module):
             stored.mask, stored.address = mask, weight.data_ptr()
         return stored.weight
 
+    def refuses_entries(self) -> str:
+        """Why this call must compute with the whole weight; "" where the active entries of the parameter are enough."""
+        weight, stored = self.parameter, self._stored
+        if self.gate is not None:
+            return "a soft mask computes its weight"
+        if self.sharded or is_sharded(weight):
+            return "its weight is spread over ranks"
+        if self._collecting and self.training and torch.is_grad_enabled():
+            return "the step needs the gradient of absent edges"
+        if stored.parameter is not weight or stored.own_mask is not self.mask or self.mask.is_meta or _is_watched():
+            return "something stands in for its weight"
+        return ""
+
+    def weight_of_entries(self) -> Tensor:
+        """The parameter, for a kernel that reads active entries alone and whose gradient is zero elsewhere."""
+        weight, stored = self.parameter, self._stored
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return weight
+        if self.read_directly:
+            return self._with_masked_gradient(weight, self.mask, own=False)
+        if stored.entries is None or stored.entries_address != weight.data_ptr():
+            stored.entries = cast(Tensor, MarkGradient.apply(weight, stored.mark))
+            stored.entries_address = weight.data_ptr()
+        return stored.entries
+
     @contextmanager
     def _effective_parameters(self) -> Generator[None]:
         """Let the code of the original class read the effective weight under the parameter's own name."""
@@ -355,6 +389,7 @@ class MaskedLayer(nn.Module):
         return {
             "sharded": False,
             "dense_gradient": None,
+            "kernel": None,
             "_collecting": False,
             "_collects": torch.zeros_like(self._collects),
         }
@@ -430,12 +465,24 @@ class MaskedParameter(MaskedLayer):
 class _MaskedConv(MaskedLayer):
     """A convolution that takes its weight as an argument: its gradient belongs to nobody else."""
 
+    calls_kernel = True
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of the original
+        if self.kernel is not None:
+            output = self.kernel(self, input)
+            if output is not None:
+                return output
         return self._conv_forward(input, self._weight(own=True), self.bias)  # type: ignore[operator]
 
 
 class _MaskedLinear(MaskedLayer):
+    calls_kernel = True
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of the original
+        if self.kernel is not None:
+            output = self.kernel(self, input)
+            if output is not None:
+                return output
         return F.linear(input, self._weight(own=True), self.bias)  # type: ignore[arg-type]
 
 
@@ -582,7 +629,7 @@ def to_plain(module: MaskedLayer) -> nn.Module:
     if module._stored.hook is not None:
         module._stored.hook.remove()
     del module._buffers["mask"], module._stored, module._collects
-    for name in ("read_directly", "sharded", "dense_gradient", "gate", "_collecting"):
+    for name in ("read_directly", "sharded", "dense_gradient", "gate", "kernel", "_collecting"):
         module.__dict__.pop(name, None)
     original: Any = module.twin_of
     module.__class__ = original
