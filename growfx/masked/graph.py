@@ -471,6 +471,8 @@ class MaskedGraph(fx.GraphModule):
                 return self.shell(*args, **kwargs)
         self._before_call(args, kwargs)
         with self._masked_reads():
+            if self.kernels is not None:
+                return self.kernels.run(self.shell, args, kwargs)
             return self.shell(*args, **kwargs)
 
     def _before_call(self, args: Any, kwargs: Any) -> None:

@@ -30,19 +30,35 @@ _ONE_AT_A_TIME = threading.Lock()
 
 @dataclass(frozen=True)
 class Times:
-    """Microseconds of a layer's forward and, where gradients are wanted, backward; by kernel."""
+    """Microseconds of a layer's forward and, where gradients are wanted, backward; by kernel.
+
+    Attributes:
+        dense, sparse: between tensors laid out as torch lays them out.
+        dense_inner, sparse_inner: between tensors whose batch is innermost; as the others for linear layers.
+    """
 
     dense: float
     sparse: float
+    dense_inner: float
+    sparse_inner: float
+
+    def of(self, *, inner: bool) -> tuple[float, float]:
+        """Times of the dense and the sparse kernel."""
+        return (self.dense_inner, self.sparse_inner) if inner else (self.dense, self.sparse)
 
 
 @dataclass
 class _Known:
-    """What one layer takes for inputs of one shape, and the density that was decided for."""
+    """The times of one layer for inputs of one shape, and the density they hold for; None where nothing is timed."""
 
-    sparse: bool
     density: float
     times: Times | None
+
+    def takes_sparse(self, inner: bool) -> bool:
+        if self.times is None:
+            return True
+        dense, sparse = self.times.of(inner=inner)
+        return sparse < _MARGIN * dense
 
 
 @dataclass
@@ -53,11 +69,13 @@ class Chooser:
         kernels: "auto" or "sparse".
         table: key (geometry, batch, density) -> times; what was measured or given.
         known: (layer, shape, gradient) -> what was chosen.
+        last: layer -> what was chosen last.
     """
 
     kernels: str
     table: dict[str, Times] = field(default_factory=dict)
     known: dict[tuple[str, Any], _Known] = field(default_factory=dict)
+    last: dict[str, _Known] = field(default_factory=dict)
 
     def takes_sparse(
         self,
@@ -67,8 +85,9 @@ class Chooser:
         entries: Entries,
         x: Tensor,
         out_size: list[int],
+        inner: bool,
     ) -> tuple[bool, str]:
-        """Whether the layer `name` is to take its sparse kernel for `x`, and why."""
+        """Whether the layer `name` is to take its sparse kernel for `x`, and why; `inner`: within a flow."""
         if self.kernels == "sparse":
             return True, "asked for"
         gradient = torch.is_grad_enabled() and layer.parameter.requires_grad
@@ -78,28 +97,35 @@ class Chooser:
         if known is None or not known.density / _STEP < density < known.density * _STEP:
             known = self._choose(layer, geometry, entries, x, out_size)
             self.known[situation] = known
-        return known.sparse, "faster" if known.sparse else "the dense kernel is faster"
+        self.last[name] = known
+        sparse = known.takes_sparse(inner)
+        return sparse, "faster" if sparse else "the dense kernel is faster"
+
+    def flow_pays(self) -> bool:
+        """Whether the layers, as last chosen, take less time in all with the batch innermost in memory."""
+        times = [known.times for known in self.last.values() if known.times is not None]
+        plain, inner = (sum(min(t.of(inner=which)) for t in times) for which in (False, True))
+        return inner < _MARGIN * plain
 
     def last_times(self, name: str) -> Times | None:
         """The times that decided what the layer `name` took last; None where nothing was timed."""
-        times = [known.times for (layer, _), known in self.known.items() if layer == name]
-        return times[-1] if times else None
+        return self.last[name].times if name in self.last else None
 
     def _choose(
         self, layer: MaskedLayer, geometry: Geometry, entries: Entries, x: Tensor, out_size: list[int]
     ) -> _Known:
         density = entries.nnz / layer.numel
         if density == 0:
-            return _Known(True, density, None)
+            return _Known(density, None)
         gradient = torch.is_grad_enabled() and layer.parameter.requires_grad
         key = _key(layer, geometry, x, gradient, round(math.log(density) / math.log(_STEP)))
         with _ONE_AT_A_TIME:
             times = self.table.get(key) or _read(key)
             if times is None:
                 times = _measure(layer, geometry, entries, x, out_size, gradient)
-                write_choices(_file_key(key), [times.dense, times.sparse])
+                write_choices(_file_key(key), [times.dense, times.sparse, times.dense_inner, times.sparse_inner])
             self.table[key] = times
-        return _Known(times.sparse < _MARGIN * times.dense, density, times)
+        return _Known(density, times)
 
 
 def _key(layer: MaskedLayer, g: Geometry, x: Tensor, gradient: bool, bucket: int) -> str:
@@ -108,7 +134,6 @@ def _key(layer: MaskedLayer, g: Geometry, x: Tensor, gradient: bool, bucket: int
         f"input {'x'.join(map(str, shape))} {str(x.dtype).removeprefix('torch.')}",
         f"weight {'x'.join(map(str, layer.parameter.shape))}",
         f"stride {g.stride} padding {g.front}{g.back} dilation {g.dilation}",
-        f"layout {x.stride()[1:] if g.kernel else ''}",
         f"{'backward' if gradient else 'forward'}{' input' if gradient and x.requires_grad else ''}",
         f"density {_STEP**bucket:.3g}",
         f"threads {torch.get_num_threads()}",
@@ -117,29 +142,45 @@ def _key(layer: MaskedLayer, g: Geometry, x: Tensor, gradient: bool, bucket: int
 
 
 def _file_key(key: str) -> dict[str, Any]:
-    return {"training": key, "torch": torch.__version__, "processor": processor(), "version": 1}
+    return {"training": key, "torch": torch.__version__, "processor": processor(), "version": 2}
 
 
 def _read(key: str) -> Times | None:
     found = read_choices(_file_key(key))
-    if isinstance(found, list) and len(found) == 2 and all(isinstance(v, float) and v > 0 for v in found):
+    if isinstance(found, list) and len(found) == 4 and all(isinstance(v, float) and v > 0 for v in found):
         return Times(*found)
     return None
 
 
 def _measure(layer: Any, geometry: Geometry, entries: Entries, x: Tensor, out_size: list[int], gradient: bool) -> Times:
-    """Time both kernels on copies, away from the graph and the generators of the caller."""
+    """Time the kernels on copies, away from the graph and the generators of the caller."""
     weight = layer.parameter.detach().clone(memory_format=torch.preserve_format).requires_grad_(gradient)
-    images = torch.empty_like(x).normal_(generator=torch.Generator().manual_seed(0))
-    images.requires_grad_(gradient and x.requires_grad)
+    generator, wanted = torch.Generator().manual_seed(0), gradient and x.requires_grad
+    images = torch.empty(x.shape, dtype=x.dtype).normal_(generator=generator).requires_grad_(wanted)
     bias: Any = None if layer.bias is None else layer.bias.detach()
     calls = {
         "dense": lambda: _step(_dense(layer, weight, bias, images), weight, images),
         "sparse": lambda: _step(product(images, weight, bias, entries, geometry, out_size), weight, images),
     }
+    if geometry.kernel and x.dtype == torch.float32:
+        inner = torch.ops.growfx.batch_inner(images.detach()).requires_grad_(wanted)
+        calls |= {
+            "dense_inner": lambda: _step(_dense_inner(layer, weight, bias, inner), weight, inner),
+            "sparse_inner": lambda: _step(
+                product(inner, weight, bias, entries, geometry, out_size, inner=True), weight, inner
+            ),
+        }
     with torch.enable_grad() if gradient else torch.no_grad(), torch.autocast("cpu", enabled=False):
         found = interleaved_minima(calls, least_rounds=_ROUNDS, seconds=_SECONDS)
-    return Times(found["dense"], found["sparse"])
+    return Times(
+        *(found["dense"], found["sparse"]),
+        *(found.get("dense_inner", found["dense"]), found.get("sparse_inner", found["sparse"])),
+    )
+
+
+def _dense_inner(layer: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    ops = torch.ops.growfx
+    return ops.batch_inner(_dense(layer, weight, bias, ops.batch_outer(x, x.dtype)))
 
 
 def _dense(layer: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from growfx.masked.layers import MaskedLayer
 from growfx.runtime.train.choice import Chooser
 from growfx.runtime.train.entries import LIMIT, Entries, Geometry, geometry_of, product
+from growfx.runtime.train.flow import is_flowing
 
 __all__ = ["LayerKernel"]
 
@@ -57,14 +58,18 @@ class LayerKernel:
             if out_size is None:
                 self.reason = f"its input has the shape {tuple(x.shape)}"
                 return None
-            entries = self.entries_of(layer)
+            entries, inner = self.entries_of(layer), self._keeps_inner(images)
             self.took_sparse, self.reason = self.chooser.takes_sparse(
-                self.name, layer, self.geometry, entries, images, out_size
+                self.name, layer, self.geometry, entries, images, out_size, inner
             )
             if not self.took_sparse:
                 return None
             bias: Any = layer.bias
-            return product(images, layer.weight_of_entries(), bias, entries, self.geometry, out_size)
+            return product(images, layer.weight_of_entries(), bias, entries, self.geometry, out_size, inner=inner)
+
+    def _keeps_inner(self, x: Tensor) -> bool:
+        """Whether the output is to stay with the batch innermost."""
+        return bool(self.geometry.kernel) and x.dtype == torch.float32 and is_flowing()
 
     def entries_of(self, layer: MaskedLayer) -> Entries:
         """The entries of the mask as it is now, checked or made anew."""

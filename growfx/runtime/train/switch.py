@@ -14,38 +14,9 @@ from growfx.masked.isolation import undisturbed
 from growfx.runtime.train.choice import KERNELS, Chooser
 from growfx.runtime.train.layer import LayerKernel
 from growfx.runtime.train.library import training_status
-from growfx.runtime.train.report import KernelReport, LayerChoice
+from growfx.runtime.train.network import NetworkKernels
 
-__all__ = ["NetworkKernels", "use_kernels"]
-
-
-class NetworkKernels:
-    """The kernels that `use_kernels` gave a network.
-
-    Attributes:
-        chooser: what chooses between dense and sparse kernels, with the table of times; None where all are dense.
-        missing: why there are no sparse kernels on this machine; "" where there are.
-    """
-
-    def __init__(self, chooser: Chooser | None, missing: str) -> None:
-        self.chooser, self.missing = chooser, missing
-
-    def report(self, net: MaskedGraph) -> KernelReport:
-        """What the layers of `net` take, as of their last calls."""
-        kernels = "dense" if self.chooser is None else self.chooser.kernels
-        notes = (f"there are no sparse kernels: {self.missing}",) if self.missing else ()
-        return KernelReport(kernels, {name: self._choice(name, layer) for name, layer in net.layers.items()}, notes)
-
-    def _choice(self, name: str, layer: Any) -> LayerChoice:
-        kernel = layer.kernel
-        if not isinstance(kernel, LayerKernel) or self.chooser is None:
-            reason = "there is no sparse kernel" if self.missing else "asked for"
-            return LayerChoice("dense", reason, None, None, layer.density)
-        times = self.chooser.last_times(name)
-        took = "sparse" if kernel.took_sparse else "dense"
-        if times is None:
-            return LayerChoice(took, kernel.reason, None, None, layer.density)
-        return LayerChoice(took, kernel.reason, times.dense, times.sparse, layer.density)
+__all__ = ["use_kernels"]
 
 
 def use_kernels(net: Any, kernels: str = "auto", *, example_inputs: Any = None) -> MaskedGraph:
@@ -82,7 +53,7 @@ def use_kernels(net: Any, kernels: str = "auto", *, example_inputs: Any = None) 
     chooser = None if kernels == "dense" or missing else Chooser(kernels)
     for name, layer in layers.items():
         layer.kernel = None if chooser is None else LayerKernel(name, layer, chooser)
-    found.kernels = NetworkKernels(chooser, missing)
+    found.kernels = NetworkKernels(found, chooser, missing)
     if example_inputs is not None and chooser is not None:
         inputs = found.inputs_like(example_inputs)
         with undisturbed(found), torch.enable_grad():

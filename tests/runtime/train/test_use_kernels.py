@@ -149,7 +149,7 @@ def test_layers_without_a_sparse_kernel_stay_dense_and_say_why(geometry: dict[st
 
 @built
 def test_each_layer_takes_what_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {4: choice.Times(100.0, 10.0), 2: choice.Times(10.0, 100.0)}
+    times = {4: choice.Times(100.0, 10.0, 100.0, 10.0), 2: choice.Times(10.0, 100.0, 10.0, 100.0)}
     monkeypatch.setattr(choice, "_measure", lambda layer, *_: times[layer.weight.dim()])
     net, x = wrapped()
     growfx.use_kernels(net, "auto", example_inputs=x)
@@ -167,7 +167,7 @@ def test_a_layer_is_looked_up_anew_when_its_density_has_changed_by_a_fifth(monke
 
     def measured(layer: growfx.MaskedGraph, *_: object) -> choice.Times:
         asked.append(layer.density)
-        return choice.Times(2.0, 1.0)
+        return choice.Times(2.0, 1.0, 2.0, 1.0)
 
     monkeypatch.setattr(choice, "_measure", measured)
     net, x = wrapped(1.0)
@@ -196,7 +196,7 @@ def test_a_batch_of_another_shape_gets_a_choice_of_its_own(monkeypatch: pytest.M
 
     def measured(layer: object, geometry: object, entries: object, x: Tensor, *_: object) -> choice.Times:
         shapes.append(tuple(x.shape))
-        return choice.Times(2.0, 1.0)
+        return choice.Times(2.0, 1.0, 2.0, 1.0)
 
     monkeypatch.setattr(choice, "_measure", measured)
     net, x = wrapped()
