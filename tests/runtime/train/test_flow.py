@@ -73,7 +73,7 @@ def sum_of_three(m: Block, x: Tensor) -> Tensor:
 
 
 def inner_checkpoint(m: Block, x: Tensor) -> Tensor:
-    return checkpoint(lambda t: residual(m, t), x, use_reentrant=False)  # type: ignore[no-any-return]
+    return checkpoint(lambda t: residual(m, t), x, use_reentrant=False)
 
 
 JOINS = [residual, plain_sum, added_in_place, seen_twice, pooled, viewed, sum_of_three, inner_checkpoint]
@@ -105,7 +105,7 @@ def count_norms(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     before = flow.Flow._norm
 
     def counted(self: flow.Flow, *args: object, **kwargs: object) -> object:
-        found = before(self, *args, **kwargs)  # type: ignore[arg-type]
+        found = before(self, *args, **kwargs)
         seen.append(found is not None)
         return found
 
