@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from growfx.passes.mask import unwrap as unwrap
     from growfx.passes.mask import wrap as wrap
     from growfx.passes.path_products import path_products as path_products
+    from growfx.runtime.train import use_kernels as use_kernels
     from growfx.training import train as train
 
 # Where each public name is found: the one table that `__all__`, `dir` and the lazy lookup are made from. Type checkers
@@ -56,6 +57,7 @@ _HOMES = {
     "models": ("create_model",),
     "passes.mask": ("unwrap", "wrap"),
     "passes.path_products": ("path_products",),
+    "runtime.train": ("use_kernels",),
     "training": ("train",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

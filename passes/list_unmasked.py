@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import fx, nn
 
-from growfx.masked.layers import MaskedLayer, is_maskable, weight_name_of
+from growfx.masked.layers import MaskedLayer
+from growfx.masked.twins import is_maskable, weight_name_of
 from growfx.passes.record.recording import Recording
 
 __all__ = ["list_unmasked"]

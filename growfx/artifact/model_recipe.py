@@ -25,8 +25,9 @@ from growfx.artifact.model_settings import setting_differences
 from growfx.errors import ArtifactError, ConfigError, one_line
 from growfx.masked.graph import MaskedGraph
 from growfx.masked.isolation import generators_restored
-from growfx.masked.layers import MaskedLayer, to_plain
+from growfx.masked.layers import MaskedLayer
 from growfx.masked.module_copy import copy_modules, separate_hooks
+from growfx.masked.twins import to_plain
 from growfx.models.build import ModelIdentity, blueprint, build_unfilled, has_builder, likely_identity
 from growfx.quiet import ignored_warnings
 from growfx.recorded.inputs import Inputs
@@ -117,7 +118,7 @@ def _plain_copy(net: MaskedGraph) -> nn.Module:
     return model
 
 
-_TWIN_ATTRIBUTES = {"_collecting", "dense_gradient", "gate", "sharded"}
+_TWIN_ATTRIBUTES = {"_collecting", "dense_gradient", "gate", "kernel", "sharded"}
 # What the net keeps of the graph it shows: names it has not had before are set on the shell.
 _OF_THE_GRAPH = ("_lineno_map", "_prologue_start")
 

@@ -16,7 +16,7 @@ from growfx.compaction.plan import CompactionPlan
 from growfx.errors import ArtifactError, TraceError
 from growfx.masked.doors import as_masked_graph
 from growfx.masked.graph import MaskedGraph
-from growfx.masked.layers import is_maskable
+from growfx.masked.twins import is_maskable
 from growfx.passes.compact.network import compact
 from growfx.passes.compact.report import CompactionReport
 from growfx.passes.fold_norm import fold_norm

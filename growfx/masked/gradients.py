@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 __all__ = [
     "GradientMark",
+    "MarkGradient",
     "MaskGradient",
     "MaskOwnGradient",
     "compiled_weight",
@@ -122,6 +123,20 @@ class GradientMark:
             and self._storage is not None
             and self._storage.cdata == gradient.untyped_storage()._cdata
         )
+
+
+class MarkGradient(torch.autograd.Function):
+    """The weight as it is; its gradient, which is masked already, noted as such."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mark: GradientMark) -> Tensor:  # noqa: D102 - of autograd
+        ctx.mark = mark
+        return weight.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: D102 - of autograd
+        ctx.mark.put(grads[0])
+        return grads[0], None
 
 
 class MaskGradient(torch.autograd.Function):

@@ -55,6 +55,7 @@ _NOT_COPIED = {
     "_places",
     "_recorder",
     "_shell",
+    "kernels",
     "meta",
     "recordings",
 }
@@ -77,6 +78,7 @@ class MaskedGraph(fx.GraphModule):
     """
 
     trace_report: TraceReport
+    kernels: Any = None  # what `growfx.use_kernels` set up
 
     def __init__(
         self,
@@ -247,6 +249,11 @@ class MaskedGraph(fx.GraphModule):
         self._searched_as = type(self)
         for layer in self.layers.values() if fsdp_modules(self) else ():
             layer.sharded = True
+
+    @property
+    def kernel_report(self) -> Any:
+        """Which kernel each layer takes and why (`growfx.runtime.train.KernelReport`); None before `use_kernels`."""
+        return None if self.kernels is None else self.kernels.report(self)
 
     # -- changes of the model ----------------------------------------------------------------------------------------
 
@@ -469,6 +476,8 @@ class MaskedGraph(fx.GraphModule):
             return self.shell(*args, **kwargs)
         self._before_call(args, kwargs)
         with self._masked_reads():
+            if self.kernels is not None:
+                return self.kernels.run(self.shell, args, kwargs)
             return self.shell(*args, **kwargs)
 
     def _before_call(self, args: Any, kwargs: Any) -> None:
@@ -659,6 +668,7 @@ class MaskedGraph(fx.GraphModule):
             "meta",
             "_places",
             "_shell",
+            "kernels",
         )
         state = {k: v for k, v in self.__dict__.items() if k not in (*anew, *_REGISTRIES)}
         clone.__dict__.update(copy.deepcopy(state, memo))

@@ -18,19 +18,17 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import UninitializedParameter
 
 from growfx.distributed.sharded import check_cut, is_sharded, like_part, own_part, part_of, require_whole
 from growfx.errors import MaskError
 from growfx.masked.gradients import (
     GradientMark,
+    MarkGradient,
     MaskGradient,
     MaskOwnGradient,
     compiled_weight,
@@ -39,28 +37,14 @@ from growfx.masked.gradients import (
     obeys,
 )
 from growfx.masked.registry import LAYER_OF
-from growfx.masked.weight_reads import THREAD, WeightRead
+from growfx.masked.weight_reads import THREAD
 
-__all__ = [
-    "MaskedLayer",
-    "MaskedParameter",
-    "check_mask",
-    "has_names_of_a_twin",
-    "is_maskable",
-    "maskable_reason",
-    "masked_class",
-    "to_plain",
-    "to_twin",
-    "weight_name_of",
-]
+__all__ = ["MaskedLayer", "MaskedParameter", "check_mask"]
 
 _OUTSIDE = (
     "outside of a forward no rank has all of it; work between `net.unshard()` and `net.reshard()`, and where a layer "
     "is sharded alone, call the layer itself"
 )
-
-# Convolutions that do not say so by their base class; named, so that nothing has to be imported.
-_CONVOLUTIONS = {"timm.layers.cond_conv2d.CondConv2d"}
 
 
 class _Stored:
@@ -68,7 +52,8 @@ class _Stored:
 
     `weight`: the parameter with its gradient masked, for the layer's own use; made once, since making it anew in every
     step costs as much as a small convolution. `mask`, `address`: what it was made of. `seen`: mask and version that the
-    parameter was last made to obey. `mark`: the gradient that was masked last. `hook`: masks the gradient of a weight
+    parameter was last made to obey. `entries`, `entries_address`: the same as `weight` and `address`, for kernels that
+    read active entries alone. `mark`: the gradient that was masked last. `hook`: masks the gradient of a weight
     that the model reads without calling the layer.
     """
 
@@ -77,6 +62,8 @@ class _Stored:
         self.weight: Tensor | None = None
         self.mask: Tensor | None = None
         self.address = 0
+        self.entries: Tensor | None = None
+        self.entries_address = 0
         self.seen: tuple[int, int] = (0, -1)
         self.mark = GradientMark()
         self.hook: Any = None
@@ -103,6 +90,9 @@ class MaskedLayer(nn.Module):
         read_directly: whether the model reads the weight without calling the layer (`F.linear(x, self.qkv.weight)`, a
             tied embedding).
         gate: None, or what turns the parameter into the weight the layer uses, instead of the mask (a soft mask).
+        kernel: None, or what computes the layer over its active entries alone (`growfx.use_kernels`): called with the
+            layer and its input, returns the output or None where torch's dense kernels are to compute it.
+        calls_kernel: whether the forward of the class asks for it.
     """
 
     twin_of: ClassVar[type[nn.Module]]
@@ -111,6 +101,8 @@ class MaskedLayer(nn.Module):
     mask: Tensor
     dense_gradient: Tensor | None = None
     gate: Callable[[Tensor], Tensor] | None = None
+    kernel: Callable[[MaskedLayer, Tensor], Tensor | None] | None = None
+    calls_kernel: ClassVar[bool] = False
     sharded: bool = False
     read_directly: bool = False
     _stored: _Stored
@@ -306,6 +298,31 @@ class MaskedLayer(nn.Module):
         if self.read_directly and self._stored.parameter is weight and torch.is_grad_enabled() and weight.requires_grad:
             self._with_masked_gradient(weight, mask, own=False)
 
+    def refuses_entries(self) -> str:
+        """Why this call must compute with the whole weight; "" where the active entries of the parameter are enough."""
+        weight, stored = self.parameter, self._stored
+        if self.gate is not None:
+            return "a soft mask computes its weight"
+        if self.sharded or is_sharded(weight):
+            return "its weight is spread over ranks"
+        if self._collecting and self.training and torch.is_grad_enabled():
+            return "the step needs the gradient of absent edges"
+        if stored.parameter is not weight or stored.own_mask is not self.mask or self.mask.is_meta or _is_watched():
+            return "something stands in for its weight"
+        return ""
+
+    def weight_of_entries(self) -> Tensor:
+        """The parameter, for a kernel that reads active entries alone and whose gradient is zero elsewhere."""
+        weight, stored = self.parameter, self._stored
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return weight
+        if self.read_directly:
+            return self._with_masked_gradient(weight, self.mask, own=False)
+        if stored.entries is None or stored.entries_address != weight.data_ptr():
+            stored.entries = cast(Tensor, MarkGradient.apply(weight, stored.mark))
+            stored.entries_address = weight.data_ptr()
+        return stored.entries
+
     @contextmanager
     def _effective_parameters(self) -> Generator[None]:
         """Let the code of the original class read the effective weight under the parameter's own name."""
@@ -417,12 +434,10 @@ class MaskedLayer(nn.Module):
         return {
             "sharded": False,
             "dense_gradient": None,
+            "kernel": None,
             "_collecting": False,
             "_collects": torch.zeros_like(self._collects),
         }
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _empty_twin, (self.twin_of,), {**self.__dict__, **self.state_of_a_copy()}
 
 
 class MaskedParameter(MaskedLayer):
@@ -496,37 +511,6 @@ def _free_name(owner: nn.Module, name: str) -> str:
     return name
 
 
-class _MaskedConv(MaskedLayer):
-    """A convolution that takes its weight as an argument: its gradient belongs to nobody else."""
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of the original
-        return self._conv_forward(input, self._weight(own=True), self.bias)  # type: ignore[operator]
-
-
-class _MaskedLinear(MaskedLayer):
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of the original
-        return F.linear(input, self._weight(own=True), self.bias)  # type: ignore[arg-type]
-
-
-class _MaskedAttention(MaskedLayer):
-    """Multi-head attention: the mask belongs to the joint input projection; the output projection is a layer itself."""
-
-    weight_name = "in_proj_weight"
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The joint projection of queries, keys and values: shape (3 embed_dim, embed_dim)."""
-        return cast(nn.Parameter, self.weight_for_reader(self.parameter))
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # The original reads `out_proj.weight` without calling `out_proj`.
-        out_projection: Any = self.out_proj
-        with ExitStack() as stack:
-            if isinstance(out_projection, MaskedLayer):
-                stack.enter_context(out_projection._effective_parameters())
-            return super().forward(*args, **kwargs)
-
-
 def _is_watched() -> bool:
     """Whether transforms or dispatch modes run, which work on other values than the stored ones."""
     return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
@@ -547,116 +531,6 @@ def _gradient_hook(layer: MaskedLayer) -> Callable[[Tensor], Tensor | None]:
         return masked
 
     return hook
-
-
-_MASKED_CLASSES: dict[type[nn.Module], type[MaskedLayer]] = {}
-_CONV_FORWARDS = {(kind.forward, kind._conv_forward) for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
-
-
-def masked_class(original: type[nn.Module]) -> type[MaskedLayer]:
-    """The masked twin of a layer class; one class for each original."""
-    if original not in _MASKED_CLASSES:
-        forwards = (getattr(original, "forward", None), getattr(original, "_conv_forward", None))
-        if issubclass(original, _ConvNd) and forwards in _CONV_FORWARDS:
-            base: type[MaskedLayer] = _MaskedConv
-        elif issubclass(original, nn.Linear) and original.forward is nn.Linear.forward:
-            base = _MaskedLinear
-        elif issubclass(original, nn.MultiheadAttention):
-            base = _MaskedAttention
-        else:
-            base = MaskedLayer
-        members = {
-            "twin_of": original,
-            base.weight_name: WeightRead(base.weight_name),
-            "__doc__": f"Masked twin of {original.__name__}.",
-            "__module__": __name__,
-        }
-        _MASKED_CLASSES[original] = cast(
-            type[MaskedLayer], type(f"Masked{original.__name__}", (base, original), members)
-        )
-    return _MASKED_CLASSES[original]
-
-
-def _empty_twin(original: type[nn.Module]) -> MaskedLayer:
-    kind = masked_class(original)
-    return kind.__new__(kind)
-
-
-def is_maskable(module: nn.Module) -> bool:
-    """Whether `module` is of a kind that masks are for: a convolution, linear layer or attention."""
-    if isinstance(module, (_ConvNd, nn.Linear, nn.MultiheadAttention)):
-        return True
-    return any(f"{kind.__module__}.{kind.__qualname__}" in _CONVOLUTIONS for kind in type(module).__mro__)
-
-
-def weight_name_of(module: nn.Module) -> str:
-    """The name of the parameter that the mask of a maskable module belongs to."""
-    return "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
-
-
-def maskable_reason(module: nn.Module) -> str | None:
-    """Why `module` cannot have a mask though it is a convolution, linear layer or attention; None when it can.
-
-    Raises:
-        TypeError: `module` is none of these.
-    """
-    if not is_maskable(module):
-        raise TypeError(f"`{type(module).__name__}` is no convolution, linear layer or attention")
-    name = weight_name_of(module)
-    weight = module._parameters.get(name)
-    if weight is None and isinstance(module, nn.MultiheadAttention):
-        return (
-            "its projections of queries, keys and values are three parameters (`kdim` or `vdim` is not `embed_dim`); "
-            "`masked=` can name them"
-        )
-    if weight is None:
-        return f"`{name}` is computed by a parametrization or a hook; `masked=` can name the parameter behind it"
-    if isinstance(weight, UninitializedParameter):
-        return "its weight has no shape before the first call"
-    if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}, not a floating-point tensor"
-    return None
-
-
-def has_names_of_a_twin(module: nn.Module) -> bool:
-    """Whether a layer has a `mask`, or another name of a masked twin, of its own that becoming one would hide."""
-    own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
-    for kind in type(module).__mro__:
-        if kind.__module__.startswith("torch.nn.modules"):
-            break
-        own |= {*vars(kind)}
-    return not own.isdisjoint(_NAMES)
-
-
-_NAMES = {*vars(MaskedLayer), "mask", "twin_of"} - {*dir(nn.Module), "__annotations__", "forward", "weight"}
-
-
-def to_twin(module: nn.Module, mask: Tensor | None = None) -> MaskedLayer:
-    """Turn `module` into its masked twin, in place, with all weights active unless `mask` is given."""
-    kind = masked_class(type(module))
-    module.__class__ = kind
-    assert isinstance(module, MaskedLayer)
-    weight = module.parameter
-    module.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool) if mask is None else mask)
-    module._stored = _Stored(weight, module.mask)
-    module._collects = torch.zeros((), dtype=torch.bool, device=weight.device)
-    LAYER_OF[id(weight)] = module
-    return module
-
-
-def to_plain(module: MaskedLayer) -> nn.Module:
-    """Turn a masked twin back into the layer it stands for, in place, +0.0 outside its mask."""
-    module.settle()
-    if LAYER_OF.get(id(module.parameter)) is module:
-        del LAYER_OF[id(module.parameter)]
-    if module._stored.hook is not None:
-        module._stored.hook.remove()
-    del module._buffers["mask"], module._stored, module._collects
-    for name in ("read_directly", "sharded", "dense_gradient", "gate", "_collecting"):
-        module.__dict__.pop(name, None)
-    original: Any = module.twin_of
-    module.__class__ = original
-    return module
 
 
 def check_mask(name: str, own: Tensor, mask: object) -> Tensor:

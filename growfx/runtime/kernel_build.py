@@ -1,4 +1,4 @@
-"""The library of the C++ kernel: compiled once for a source, torch and processor, kept in torch's extension folder."""
+"""Libraries of C++ kernels: compiled once for a source, torch and processor, kept in torch's extension folder."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import threading
 from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,10 +20,27 @@ from filelock import FileLock
 
 from growfx.quiet import ignored_warnings
 
-__all__ = ["kernel_status"]
+__all__ = ["INFERENCE", "Library", "kernel_status"]
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library of kernels.
+
+    Attributes:
+        name: of its folder and file, before the fingerprint.
+        source: the file to compile.
+        headers: growfx's own files that it includes.
+    """
+
+    name: str
+    source: Path
+    headers: tuple[Path, ...]
+
 
 SOURCE = Path(__file__).with_name("sparse_kernel.cpp")
 HEADERS = [SOURCE.with_name("sparse_planes.h"), SOURCE.with_name("sparse_vectors.h")]
+INFERENCE = Library("growfx_sparse", SOURCE, tuple(HEADERS))
 # A product may be fused with its sum; nothing is reordered, so NaN and infinities keep their meaning.
 FLAGS = ("-O3", "-fopenmp", "-ffp-contract=fast")
 NATIVE = "-march=native"
@@ -30,8 +48,8 @@ OFF = "GROWFX_NO_KERNEL"
 _ONE_THREAD = threading.Lock()
 
 
-def kernel_status() -> str:
-    """Loads the kernel, compiling it the first time: "" when it is there, else the reason why it is not.
+def kernel_status(library: Library = INFERENCE) -> str:
+    """Loads a library, compiling it the first time: "" when it is there, else the reason why it is not.
 
     `GROWFX_NO_KERNEL=1` in the environment switches it off, `CXX` names the compiler (GCC or Clang), and
     `TORCH_EXTENSIONS_DIR` the folder that keeps what was built. Processes that start together compile once.
@@ -39,21 +57,21 @@ def kernel_status() -> str:
     if os.environ.get(OFF, "0") not in ("", "0"):
         return f"switched off by `{OFF}`"
     with _ONE_THREAD:  # the others find what it found
-        return _load()
+        return _load(library)
 
 
 @functools.cache
-def _load() -> str:
+def _load(library: Library = INFERENCE) -> str:
     try:
         with _quiet():
             from torch.utils import cpp_extension
 
-            name = f"growfx_sparse_{_fingerprint()}"
+            name = f"{library.name}_{_fingerprint(library)}"
             root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
             folder = Path(root) / name
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / "growfx.lock"):
-                return _load_from(folder, name)
+                return _load_from(folder, name, library.source)
     except ImportError as error:
         return f"`torch.utils.cpp_extension` cannot be imported: {error}"
     except OSError as error:
@@ -73,7 +91,7 @@ def _quiet() -> Generator[None]:
         logger.setLevel(level)
 
 
-def _load_from(folder: Path, name: str) -> str:
+def _load_from(folder: Path, name: str, source: Path) -> str:
     # Written last, so what an interrupted build left behind is built again.
     done = folder / "done"
     if done.exists():
@@ -87,13 +105,13 @@ def _load_from(folder: Path, name: str) -> str:
         native = _accepts(compiler, NATIVE)
     except (OSError, ValueError) as error:
         return f"no C++ compiler: `{compiler}` cannot be run ({error})"
-    reason = _build(folder, name, [*FLAGS, NATIVE] if native else [*FLAGS])
+    reason = _build(folder, name, source, [*FLAGS, NATIVE] if native else [*FLAGS])
     if not reason:
         done.touch()
     return reason
 
 
-def _build(folder: Path, name: str, flags: list[str]) -> str:
+def _build(folder: Path, name: str, source: Path, flags: list[str]) -> str:
     from torch.utils import cpp_extension
 
     if not cpp_extension.is_ninja_available():
@@ -103,7 +121,7 @@ def _build(folder: Path, name: str, flags: list[str]) -> str:
     try:
         cpp_extension.load(
             name,
-            [str(SOURCE)],
+            [str(source)],
             extra_cflags=flags,
             extra_ldflags=["-fopenmp"],
             build_directory=str(folder),
@@ -125,9 +143,9 @@ def _first_error(output: str) -> str:
     return next((line for line in lines if "error:" in line), lines[0])
 
 
-def _fingerprint() -> str:
+def _fingerprint(library: Library = INFERENCE) -> str:
     """Changes with everything that the compiled file depends on."""
-    sources = [file.read_text() for file in (SOURCE, *HEADERS)]
+    sources = [file.read_text() for file in (library.source, *library.headers)]
     facts = [*sources, *FLAGS, torch.__version__, os.environ.get("CXX", "c++"), _processor()]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
 

@@ -19,22 +19,14 @@ from growfx.distributed.sharded import HOW_TO_GATHER, require_whole
 from growfx.errors import ConfigError, TraceError
 from growfx.masked.doors import as_masked_graph
 from growfx.masked.graph import MaskedGraph
-from growfx.masked.layers import (
-    MaskedLayer,
-    MaskedParameter,
-    has_names_of_a_twin,
-    is_maskable,
-    maskable_reason,
-    to_plain,
-    to_twin,
-    weight_name_of,
-)
+from growfx.masked.layers import MaskedLayer, MaskedParameter
 from growfx.masked.module_copy import copy_modules
 from growfx.masked.modules import chain_tensors
 from growfx.masked.plain_state import hide_masks
 from growfx.masked.registry import LAYER_OF
 from growfx.masked.shadowed_names import shadowed_names
 from growfx.masked.torch_pruning import take_over
+from growfx.masked.twins import has_names_of_a_twin, is_maskable, maskable_reason, to_plain, to_twin, weight_name_of
 from growfx.masked.weight_reads import WatchedParameters
 from growfx.models.build import default_input_shape, identity_of, remember
 from growfx.notices import warn_once

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from growfx.masked.layers import to_twin
 from growfx.masked.module_copy import copy_modules
+from growfx.masked.twins import to_twin
 
 
 class Odd(nn.Module):

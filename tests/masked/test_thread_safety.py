@@ -148,7 +148,7 @@ def test_a_kernel_asked_for_by_several_threads_is_built_once(tmp_path: Path, mon
     inside, most, calls = 0, 0, []
     guard = threading.Lock()
 
-    def build(folder: Path, name: str) -> str:
+    def build(folder: Path, name: str, source: Path) -> str:
         nonlocal inside, most
         with guard:
             inside += 1

@@ -1,0 +1,6 @@
+"""Sparse kernels for training: built on first use, chosen for each layer from a table of times."""
+
+from growfx.runtime.train.report import KernelReport
+from growfx.runtime.train.switch import use_kernels
+
+__all__ = ["KernelReport", "use_kernels"]

@@ -1,0 +1,128 @@
+"""The active entries of a masked layer, as the kernels walk through them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+__all__ = ["LIMIT", "Entries", "Geometry", "geometry_of", "product"]
+
+# Offsets are 32-bit.
+LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a layer does besides its weights, for each axis of its images; a linear layer has none.
+
+    Attributes:
+        kernel, stride, dilation: sizes.
+        front, back: zeros added before and after the images.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    front: tuple[int, ...]
+    back: tuple[int, ...]
+
+    def out_size(self, size: tuple[int, ...]) -> list[int]:
+        """Sizes of the output for images of `size`; below 1 where the kernel does not fit."""
+        axes = zip(size, self.kernel, self.stride, self.dilation, self.front, self.back, strict=True)
+        return [(n + p + q - d * (k - 1) - 1) // s + 1 for n, k, s, d, p, q in axes]
+
+
+def geometry_of(layer: nn.Module) -> Geometry | str:
+    """The geometry of a convolution or linear layer, or why no sparse kernel computes it."""
+    if isinstance(layer, nn.Linear):
+        return Geometry((), (), (), (), ())
+    if not isinstance(layer, _ConvNd) or layer.transposed:
+        return f"there is no sparse kernel for `{type(layer).__name__}`"
+    if layer.groups != 1:
+        return f"it has {layer.groups} groups"
+    if layer.padding_mode != "zeros":
+        return f"its padding is `{layer.padding_mode}`"
+    kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
+    if layer.padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        front = tuple(n // 2 for n in total)
+        return Geometry(kernel, stride, dilation, front, tuple(n - p for n, p in zip(total, front, strict=True)))
+    padding = (0,) * len(kernel) if layer.padding == "valid" else tuple(int(p) for p in layer.padding)
+    return Geometry(kernel, stride, dilation, padding, padding)
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The entries of a mask, in the orders that `entries.h` gives; all int32.
+
+    Attributes:
+        index: (nnz), where each entry lies in the weight's memory.
+        start, channel: (O * taps + 1) and (nnz), entries by output channel, tap, input channel.
+        back_start, back_channel, back_order: (I * taps + 1) and (nnz) twice, entries by input channel.
+        strides: of the weight and mask they were made for.
+    """
+
+    index: Tensor
+    start: Tensor
+    channel: Tensor
+    back_start: Tensor
+    back_channel: Tensor
+    back_order: Tensor
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, mask: Tensor, strides: tuple[int, ...], geometry: Geometry) -> Entries:
+        """The entries of `mask` for a weight with these strides; a pass over the mask."""
+        found = torch.ops.growfx.index_mask(mask, strides, geometry.stride, geometry.dilation)
+        start, channel, index, back_start, back_channel, back_order = found
+        return cls(index, start, channel, back_start, back_channel, back_order, strides)
+
+    @property
+    def nnz(self) -> int:
+        """Number of entries."""
+        return self.index.numel()
+
+    def are_of(self, mask: Tensor, strides: tuple[int, ...]) -> bool:
+        """Whether these are the entries of `mask` as it is now, whoever wrote to it; reads the mask once."""
+        if self.strides != strides:
+            return False
+        if mask.stride() != strides:
+            mask = torch.empty_strided(mask.shape, strides, dtype=mask.dtype).copy_(mask)
+        return torch.ops.growfx.has_entries(mask, self.index)
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    entries: Entries,
+    geometry: Geometry,
+    out_size: list[int],
+    *,
+    inner: bool = False,
+) -> Tensor:
+    """A layer's output over its entries alone, differentiable.
+
+    Args:
+        x: (N, I, ...) of a convolution, (..., I) of a linear layer; float32 or bfloat16, as the output will be.
+        weight: the whole parameter, float32; read, and given a gradient, at the entries.
+        bias: (O), float32.
+        entries, geometry: of the layer.
+        out_size: sizes of the output's images.
+        inner: leave the output with the batch innermost in memory (float32).
+    """
+    rows = x if geometry.kernel else x.reshape(-1, x.shape[-1])
+    out: Tensor = torch.ops.growfx.sparse_layer(
+        rows,
+        weight,
+        bias,
+        entries.index,
+        *(entries.start, entries.channel, entries.back_start, entries.back_channel, entries.back_order),
+        *(geometry.stride, geometry.front, geometry.dilation),
+        out_size,
+        inner,
+    )
+    return out if geometry.kernel else out.view(*x.shape[:-1], out.shape[-1])

@@ -1,0 +1,138 @@
+"""The kernel of one masked layer: when its own forward may be computed over active entries alone, and how."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from growfx.masked.layers import MaskedLayer
+from growfx.runtime.train.choice import Chooser
+from growfx.runtime.train.entries import LIMIT, Entries, Geometry, geometry_of, product
+from growfx.runtime.train.flow import is_flowing
+
+__all__ = ["LayerKernel"]
+
+
+class LayerKernel:
+    """What `use_kernels` gives a masked layer: called with its input, returns the output or None for dense kernels.
+
+    Nothing is remembered that could go stale: the entries are compared with the mask at each use and made anew when it
+    has changed, values are read from the parameter, and what was chosen holds for one shape of inputs and for
+    densities within a fifth.
+
+    Attributes:
+        name: of the layer.
+        never: why the layer never has a sparse kernel; "" where it can.
+        reason: why the last call took the kernel that it took.
+        took_sparse: whether the last call took the sparse kernel.
+    """
+
+    def __init__(self, name: str, layer: MaskedLayer, chooser: Chooser) -> None:
+        self.name, self.chooser = name, chooser
+        found = geometry_of(layer)
+        self.geometry = found if isinstance(found, Geometry) else Geometry((), (), (), (), ())
+        self.never = found if isinstance(found, str) else _refusal(layer)
+        self.reason = self.never or "it has not been called"
+        self.took_sparse = False
+        self._entries: Entries | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None  # a copy computes dense until `use_kernels` is called on it
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def __call__(self, layer: MaskedLayer, x: Tensor) -> Tensor | None:
+        """The output over active entries alone, with its gradients; None: dense kernels are to compute it."""
+        self.took_sparse = False
+        self.reason = self.never or self._reason_of_call(layer, x)
+        if self.reason:
+            return None
+        with torch._C.DisableTorchFunction():
+            half = torch.is_autocast_enabled("cpu")
+            images = x.to(torch.bfloat16) if half else x
+            out_size = self._out_size(images)
+            if out_size is None:
+                self.reason = f"its input has the shape {tuple(x.shape)}"
+                return None
+            entries, inner = self.entries_of(layer), self._keeps_inner(images)
+            self.took_sparse, self.reason = self.chooser.takes_sparse(
+                self.name, layer, self.geometry, entries, images, out_size, inner
+            )
+            if not self.took_sparse:
+                return None
+            bias: Any = layer.bias
+            return product(images, layer.weight_of_entries(), bias, entries, self.geometry, out_size, inner=inner)
+
+    def _keeps_inner(self, x: Tensor) -> bool:
+        """Whether the output is to stay with the batch innermost."""
+        return bool(self.geometry.kernel) and x.dtype == torch.float32 and is_flowing()
+
+    def entries_of(self, layer: MaskedLayer) -> Entries:
+        """The entries of the mask as it is now, checked or made anew."""
+        strides = layer.parameter.stride()
+        if self._entries is None or not self._entries.are_of(layer.mask, strides):
+            self._entries = Entries.of(layer.mask, strides, self.geometry)
+        return self._entries
+
+    def _out_size(self, x: Tensor) -> list[int] | None:
+        """Sizes of the output beside batch and channels; None where the input does not fit."""
+        kernel = self.geometry.kernel
+        if not kernel:
+            return [] if x.dim() > 0 and x.numel() else None
+        if x.dim() != len(kernel) + 2 or not x.numel():
+            return None
+        size = self.geometry.out_size(tuple(x.shape[2:]))
+        return size if min(size) > 0 else None
+
+    def _reason_of_call(self, layer: MaskedLayer, x: Tensor) -> str:
+        """Why this call takes dense kernels; "" where it may take sparse ones."""
+        if torch.compiler.is_compiling():
+            return "torch.compile runs the layer"
+        reason = layer.refuses_entries()
+        if reason:
+            return reason
+        if type(x) is not Tensor and type(x) is not nn.Parameter:
+            return f"its input is a {type(x).__name__}"
+        if not x.is_cpu:
+            return f"its input is on {x.device}"
+        if forward_ad._current_level >= 0:
+            return "a forward derivative is wanted"
+        weight: Any = layer.parameter
+        channel = 1 if self.geometry.kernel else -1
+        if x.dim() <= len(self.geometry.kernel) or x.shape[channel] != weight.shape[1]:
+            return f"its input has the shape {tuple(x.shape)}"
+        if torch.is_autocast_enabled("cpu"):
+            if torch.get_autocast_dtype("cpu") != torch.bfloat16:
+                return f"autocast computes in {torch.get_autocast_dtype('cpu')}"
+        elif x.dtype != torch.float32:
+            return f"its input is {x.dtype}"
+        if x.dtype not in (torch.float32, torch.bfloat16):
+            return f"its input is {x.dtype}"
+        if weight.dtype != torch.float32:
+            return f"its weight is {weight.dtype}"
+        if max(x.numel(), x.numel() // max(x.shape[channel], 1) * weight.shape[0]) * 2 > LIMIT:
+            return "its input is too large for 32-bit offsets"
+        return ""
+
+
+def _refusal(layer: MaskedLayer) -> str:
+    """Why the layer as it is never has a sparse kernel here; "" where it can."""
+    weight = layer.parameter
+    if not layer.calls_kernel:
+        return f"`{layer.twin_of.__name__}` has a forward of its own"
+    if weight.device.type != "cpu":
+        return f"its weight is on {weight.device}"
+    if weight.dtype != torch.float32:
+        return f"its weight is {weight.dtype}"
+    if weight.numel() > LIMIT:
+        return "its weight is too large for 32-bit offsets"
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if not weight.is_contiguous() and not (
+        weight.dim() in formats and weight.is_contiguous(memory_format=formats[weight.dim()])
+    ):
+        return "its weight does not lie in one piece"
+    return ""

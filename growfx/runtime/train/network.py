@@ -1,0 +1,96 @@
+"""The kernels of a whole network: how its forward runs, and the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from growfx.errors import TraceError
+from growfx.masked.graph import MaskedGraph
+from growfx.runtime.train.chains import Chain, chains_of
+from growfx.runtime.train.choice import Chooser
+from growfx.runtime.train.flow import Flow
+from growfx.runtime.train.layer import LayerKernel
+from growfx.runtime.train.report import KernelReport, LayerChoice
+
+__all__ = ["NetworkKernels"]
+
+# Of all modules, whatever network they belong to.
+_GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+)
+
+
+class NetworkKernels:
+    """The kernels that `use_kernels` gave a network.
+
+    Attributes:
+        chooser: what chooses between dense and sparse kernels, with the table of times; None where all are dense.
+        missing: why there are no sparse kernels on this machine; "" where there are.
+    """
+
+    def __init__(self, net: MaskedGraph, chooser: Chooser | None, missing: str) -> None:
+        self.chooser, self.missing = chooser, missing
+        self.flow = "" if chooser is not None else "all kernels are dense"
+        self._chains = {} if chooser is None else _chains(net)
+        if not self.flow and not any(isinstance(module, _BatchNorm) for module in net.modules()):
+            self.flow = "there are no batch norms"
+
+    def run(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
+        """What `model` returns: its own forward, with activations kept innermost by batch where that is faster."""
+        chooser = self.chooser
+        if self.flow or chooser is None or self._reason_of_call(model):
+            return model(*args, **kwargs)
+        if chooser.kernels == "auto" and not chooser.flow_pays():
+            return model(*args, **kwargs)
+        return Flow(self._chains).run(model, args, kwargs)
+
+    def _reason_of_call(self, model: nn.Module) -> str:
+        """Why this call keeps torch's layout; "" where it need not."""
+        if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+            return "a transform or dispatch mode is active"
+        if any(_GLOBAL_HOOKS):
+            return "modules have hooks"
+        for module in model.modules():
+            if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+                return "modules have hooks"
+        return ""
+
+    def report(self, net: MaskedGraph) -> KernelReport:
+        """What the layers of `net` take, as of their last calls."""
+        kernels = "dense" if self.chooser is None else self.chooser.kernels
+        notes = (f"there are no sparse kernels: {self.missing}",) if self.missing else ()
+        return KernelReport(kernels, {name: self._choice(name, layer) for name, layer in net.layers.items()}, notes)
+
+    def _choice(self, name: str, layer: Any) -> LayerChoice:
+        kernel = layer.kernel
+        if not isinstance(kernel, LayerKernel) or self.chooser is None:
+            reason = "there is no sparse kernel" if self.missing else "asked for"
+            return LayerChoice("dense", reason, None, None, layer.density)
+        times = self.chooser.last_times(name)
+        took = "sparse" if kernel.took_sparse else "dense"
+        if times is None:
+            return LayerChoice(took, kernel.reason, None, None, layer.density)
+        return LayerChoice(took, kernel.reason, times.dense, times.sparse, layer.density)
+
+
+def _chains(net: MaskedGraph) -> dict[int, Chain]:
+    """What follows each batch norm, by the id of its weight, where the recording is sure of it."""
+    try:
+        recording = net.recording(net.example(), training=True)
+    except TraceError:
+        return {}
+    if not recording.faithful or recording.own_gradient:
+        return {}
+    found = chains_of(recording.graph, net.shell)
+    modules = dict(net.shell.named_modules(remove_duplicate=False))
+    weights = [module.weight for module in modules.values() if isinstance(module, _BatchNorm)]
+    once = {id(weight) for weight in weights if sum(other is weight for other in weights) == 1}
+    chains = {id(modules[name].weight): chain for name, chain in found.items()}
+    return {key: chain for key, chain in chains.items() if key in once}

@@ -1,0 +1,71 @@
+"""`use_kernels`: give each masked layer of a network its fastest kernel."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+
+from growfx.errors import ConfigError
+from growfx.masked.doors import as_masked_graph
+from growfx.masked.graph import MaskedGraph
+from growfx.masked.isolation import undisturbed
+from growfx.runtime.train.choice import KERNELS, Chooser
+from growfx.runtime.train.layer import LayerKernel
+from growfx.runtime.train.library import training_status
+from growfx.runtime.train.network import NetworkKernels
+
+__all__ = ["use_kernels"]
+
+
+def use_kernels(net: Any, kernels: str = "auto", *, example_inputs: Any = None) -> MaskedGraph:
+    """Let each masked layer compute by the fastest of dense-masked and sparse kernels, forward and backward, on a CPU.
+
+    Sparse kernels compute over active entries alone: the same sums as the masked dense layer, in another order. They
+    are bit-identical for any number of threads. Whatever has no sparse kernel (groups, transposed convolutions, other
+    devices and dtypes, steps that need the gradient of absent edges) takes dense kernels; `net.kernel_report` says
+    what was taken and why. The kernels are compiled on first use; without a compiler all layers stay dense.
+
+    Args:
+        net: a masked network, or what `torch.compile` or a data-parallel class made of one.
+        kernels: "auto" times both for each geometry, batch and density, once on this machine, and looks a layer up
+            anew when its density has changed by a fifth; "sparse" takes sparse kernels wherever there is one; "dense"
+            undoes it.
+        example_inputs: a batch as in training, as of `growfx.wrap`, to be timed now; default: the first batch seen.
+
+    Returns:
+        the masked network, changed in place.
+
+    Raises:
+        ConfigError: unknown `kernels`; "sparse" for a network that is not on a CPU in float32.
+    """
+    found = as_masked_graph(net, "growfx.use_kernels")
+    if kernels not in KERNELS:
+        close = difflib.get_close_matches(str(kernels), KERNELS, n=1)
+        hint = f"; did you mean `{close[0]}`?" if close else ""
+        allowed = ", ".join(f"`{name}`" for name in KERNELS)
+        raise ConfigError(f"`kernels` = {kernels!r} is unknown; allowed: {allowed}{hint}")
+    if kernels == "sparse":
+        _check_sparse(found)
+    layers = found.layers
+    missing = "" if kernels == "dense" else training_status()
+    chooser = None if kernels == "dense" or missing else Chooser(kernels)
+    for name, layer in layers.items():
+        layer.kernel = None if chooser is None else LayerKernel(name, layer, chooser)
+    found.kernels = NetworkKernels(found, chooser, missing)
+    if example_inputs is not None and chooser is not None:
+        inputs = found.inputs_like(example_inputs)
+        with undisturbed(found), torch.enable_grad():
+            found(*inputs.args, **inputs.kwargs)
+    return found
+
+
+def _check_sparse(net: MaskedGraph) -> None:
+    for name, layer in net.layers.items():
+        weight = layer.parameter
+        if weight.device.type != "cpu" or weight.dtype != torch.float32:
+            raise ConfigError(
+                f"`kernels` = `sparse` needs weights in torch.float32 on a CPU, those of `{name}` are {weight.dtype} "
+                f"on {weight.device}; use `auto`, or move and convert the network first"
+            )

@@ -1,0 +1,185 @@
+"""Activations kept with the batch innermost: the same results under any forward a model may have."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import growfx
+from growfx.runtime.train import flow
+from growfx.runtime.train.library import training_status
+
+pytestmark = pytest.mark.skipif(bool(training_status()), reason=training_status() or "the kernels are there")
+
+
+class Block(nn.Module):
+    """Two convolutions with norms and a way around them, put together as `join` says."""
+
+    def __init__(self, join: Callable[["Block", Tensor], Tensor], stride: int = 1) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        # Without biases: before a norm their gradients are nothing but rounding.
+        self.a, self.b = nn.Conv2d(8, 12, 3, stride, 1, bias=False), nn.Conv2d(12, 12, 3, padding=1, bias=False)
+        self.way = nn.Conv2d(8, 12, 1, stride, bias=False)
+        self.norm_a, self.norm_b, self.norm_way = nn.BatchNorm2d(12), nn.BatchNorm2d(12), nn.BatchNorm2d(12)
+        self.relu, self.nothing = nn.ReLU(inplace=True), nn.Identity()
+        self.fc = nn.Linear(12, 4)
+        self.join = join
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.join(self, self.stem(x)).mean((2, 3)))
+
+
+def residual(m: Block, x: Tensor) -> Tensor:
+    y = m.relu(m.norm_a(m.a(x)))
+    y = m.norm_b(m.b(y))
+    y += m.norm_way(m.way(x))
+    return m.relu(y)
+
+
+def plain_sum(m: Block, x: Tensor) -> Tensor:
+    return m.norm_b(m.b(F.relu(m.nothing(m.norm_a(m.a(x)))))) + m.norm_way(m.way(x))
+
+
+def added_in_place(m: Block, x: Tensor) -> Tensor:
+    y = m.norm_b(m.b(m.norm_a(m.a(x)).relu()))
+    y.add_(m.way(x))
+    return torch.relu(y)
+
+
+def seen_twice(m: Block, x: Tensor) -> Tensor:
+    y = m.norm_a(m.a(x))
+    return F.relu(y) + 0.5 * y
+
+
+def pooled(m: Block, x: Tensor) -> Tensor:
+    y = F.max_pool2d(F.relu(m.norm_a(m.a(x))), 3, 2, 1)
+    y = torch.cat([m.b(y), F.avg_pool2d(y, 1)], 1)
+    return F.interpolate(y, scale_factor=2).chunk(2, 1)[0]
+
+
+def viewed(m: Block, x: Tensor) -> Tensor:
+    y = m.norm_a(m.a(x))
+    n, c, h, w = y.shape
+    return F.gelu(y.view(n, c, h * w).transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2))
+
+
+def sum_of_three(m: Block, x: Tensor) -> Tensor:
+    return (m.norm_a(m.a(x)) + m.norm_way(m.way(x)) + 1.0).relu_() * 2
+
+
+def inner_checkpoint(m: Block, x: Tensor) -> Tensor:
+    return checkpoint(lambda t: residual(m, t), x, use_reentrant=False)
+
+
+JOINS = [residual, plain_sum, added_in_place, seen_twice, pooled, viewed, sum_of_three, inner_checkpoint]
+
+
+def results(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    images = x.clone().requires_grad_()
+    net.zero_grad()
+    out = net(images)
+    out.square().sum().backward()
+    assert images.grad is not None
+    grads = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    return {"out": out.detach(), "images": images.grad, **grads, **{k: v.clone() for k, v in net.named_buffers()}}
+
+
+def pair(join: Callable[[Block, Tensor], Tensor], stride: int = 1) -> tuple[growfx.MaskedGraph, growfx.MaskedGraph]:
+    torch.manual_seed(0)
+    net = growfx.wrap(Block(join, stride), torch.randn(2, 3, 8, 8), density=0.3)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, -1, 1)
+            nn.init.uniform_(module.bias, -1, 1)
+    return net, growfx.use_kernels(copy.deepcopy(net), "sparse")
+
+
+def count_norms(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each norm was computed in the flow."""
+    seen: list[bool] = []
+    before = flow.Flow._norm
+
+    def counted(self: flow.Flow, *args: object, **kwargs: object) -> object:
+        found = before(self, *args, **kwargs)
+        seen.append(found is not None)
+        return found
+
+    monkeypatch.setattr(flow.Flow, "_norm", counted)
+    return seen
+
+
+@pytest.mark.parametrize("batch", [20, 32])
+@pytest.mark.parametrize("join", JOINS)
+def test_any_forward_gives_the_same_as_without_kernels(
+    join: Callable[[Block, Tensor], Tensor], batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, sparse = pair(join)
+    seen = count_norms(monkeypatch)
+    x = torch.randn(batch, 3, 8, 8)
+    for training in (True, False):
+        net.train(training)
+        sparse.train(training)
+        expected, found = results(net, x), results(sparse, x)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-5 * float(value.double().abs().max() + 1))
+    assert bool(seen) != (join is inner_checkpoint)
+    assert all(seen)
+
+
+def test_outputs_are_laid_out_as_torch_lays_them_out() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    net = growfx.use_kernels(growfx.wrap(model, torch.randn(1, 3, 8, 8), density=0.5), "sparse")
+    assert net(torch.randn(16, 3, 8, 8)).is_contiguous()
+
+
+def test_hooks_see_what_they_see_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, sparse = pair(residual)
+    seen = count_norms(monkeypatch)
+    outputs: list[Tensor] = []
+    for one in (net, sparse):
+        one.get_submodule("norm_a").register_forward_hook(lambda _, __, out: outputs.append(out.detach().clone()))
+        one(torch.ones(16, 3, 8, 8).normal_(generator=torch.Generator().manual_seed(1)))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
+    assert outputs[1].is_contiguous()
+    assert not seen
+
+
+def test_gradients_of_gradients_pass_through_norms() -> None:
+    found = []
+    for one in pair(residual):
+        x = torch.ones(16, 3, 8, 8).normal_(generator=torch.Generator().manual_seed(1)).requires_grad_()
+        (gradient,) = torch.autograd.grad(one(x).square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+        found.append({name: p.grad for name, p in one.named_parameters() if p.grad is not None})
+    for name, value in found[0].items():
+        scale = float(value.abs().max() + 1)
+        torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_every_number_of_threads_gives_the_same_bits() -> None:
+    _, sparse = pair(residual, 2)
+    x, found = torch.randn(70, 3, 16, 16), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        one = copy.deepcopy(sparse)
+        found.append(results(growfx.use_kernels(one, "sparse"), x))
+    for other in found[1:]:
+        for name, value in found[0].items():
+            if not name.startswith("fc") and name != "out":  # torch's own products
+                torch.testing.assert_close(other[name], value, rtol=0, atol=0)
+
+
+def test_a_norm_that_stays_constant_and_one_value_a_channel_are_left_to_torch() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    net = growfx.wrap(model, torch.randn(2, 3, 8, 8), density=0.5)
+    growfx.use_kernels(net, "sparse")
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        net(torch.randn(1, 3, 3, 3))

@@ -1,0 +1,252 @@
+"""`growfx.use_kernels`: what is chosen, when it is chosen anew, and when dense kernels are taken instead."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import growfx
+from growfx.errors import ConfigError
+from growfx.methods.masks import collect_gradients
+from growfx.runtime.train import choice, switch
+from growfx.runtime.train.library import training_status
+
+built = pytest.mark.skipif(bool(training_status()), reason=training_status() or "the kernels are there")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GROWFX_CACHE", str(tmp_path / "cache"))
+
+
+class Net(nn.Module):
+    def __init__(self, **geometry: object) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3, padding=1, **geometry)
+        self.fc = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.conv(x).relu().mean((2, 3)))
+
+
+def wrapped(density: float = 0.3, **geometry: object) -> tuple[growfx.MaskedGraph, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(16, 4, 6, 6)
+    return growfx.wrap(Net(**geometry), x[:2], density=density), x
+
+
+def kernels_of(net: growfx.MaskedGraph) -> dict[str, str]:
+    return {name: layer.kernel for name, layer in net.kernel_report.layers.items()}
+
+
+def test_an_unknown_choice_is_refused_with_what_is_allowed() -> None:
+    net, x = wrapped()
+    before = net(x)
+    with pytest.raises(ConfigError, match=r"`kernels` = 'sprase'.*`auto`, `dense`, `sparse`.*`sparse`\?"):
+        growfx.use_kernels(net, "sprase")
+    assert net.kernel_report is None
+    assert torch.equal(net(x), before)
+
+
+def test_a_network_without_masks_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"growfx\.use_kernels expects a growfx\.MaskedGraph, got `Linear`"):
+        growfx.use_kernels(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("moved", [{"dtype": torch.float64}, {"device": "meta"}])
+def test_sparse_kernels_are_refused_for_other_devices_and_dtypes(moved: dict[str, object]) -> None:
+    net, _ = wrapped()
+    net.to(**moved)
+    with pytest.raises(ConfigError, match=r"`sparse`.*`conv`"):
+        growfx.use_kernels(net, "sparse")
+    assert net.kernel_report is None
+    growfx.use_kernels(net, "auto")
+    assert set(kernels_of(net).values()) == {"dense"}
+
+
+@built
+def test_dense_undoes_it() -> None:
+    net, x = wrapped()
+    before = net(x)
+    growfx.use_kernels(net, "sparse")(x)
+    assert set(kernels_of(net).values()) == {"sparse"}
+    growfx.use_kernels(net, "dense")
+    assert torch.equal(net(x), before)
+    assert set(kernels_of(net).values()) == {"dense"}
+
+
+@built
+def test_a_changed_mask_is_seen_however_it_was_written() -> None:
+    net, x = wrapped()
+    growfx.use_kernels(net, "sparse")
+    net(x)
+    for write in (
+        lambda mask: mask.copy_(~mask),
+        lambda mask: mask.data.fill_(True),
+        lambda mask: mask.numpy().__setitem__((0, 0, 0, 0), False),
+    ):
+        write(net.layers["conv"].mask)
+        found = net(x)
+        growfx.use_kernels(net, "dense")
+        torch.testing.assert_close(found, net(x))
+        growfx.use_kernels(net, "sparse")
+        net(x)
+
+
+@built
+def test_changed_weights_are_seen_however_they_were_written() -> None:
+    net, x = wrapped()
+    growfx.use_kernels(net, "sparse")
+    net(x)
+    net.layers["conv"].weight.data.mul_(2)
+    found = net(x)
+    torch.testing.assert_close(found, growfx.use_kernels(net, "dense")(x))
+
+
+@built
+def test_a_step_that_collects_gradients_of_absent_edges_takes_dense_kernels() -> None:
+    net, x = wrapped()
+    growfx.use_kernels(net, "sparse")
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    collect_gradients(net.layers.values(), True)
+    net(x).square().sum().backward()
+    optimizer.step()
+    assert kernels_of(net) == {"conv": "dense", "fc": "dense"}
+    gradient = net.layers["conv"].dense_gradient
+    assert gradient is not None
+    assert gradient[~net.layers["conv"].mask].any()
+    collect_gradients(net.layers.values(), False)
+    net(x).sum().backward()
+    assert kernels_of(net) == {"conv": "sparse", "fc": "sparse"}
+
+
+@built
+def test_gradients_need_no_masking_after_sparse_kernels() -> None:
+    net, x = wrapped()
+    growfx.use_kernels(net, "sparse")
+    net(x).sum().backward()
+    layer = net.layers["conv"]
+    assert layer.weight.grad is not None
+    assert layer._stored.mark.is_of(layer.weight.grad)
+
+
+@built
+@pytest.mark.parametrize(
+    ("geometry", "reason"), [({"groups": 2}, "2 groups"), ({"padding_mode": "reflect"}, "padding is `reflect`")]
+)
+def test_layers_without_a_sparse_kernel_stay_dense_and_say_why(geometry: dict[str, object], reason: str) -> None:
+    net, x = wrapped(**geometry)
+    expected = net(x)
+    growfx.use_kernels(net, "sparse")
+    torch.testing.assert_close(net(x), expected)
+    report = net.kernel_report.layers
+    assert (report["conv"].kernel, report["fc"].kernel) == ("dense", "sparse")
+    assert reason in report["conv"].reason
+
+
+@built
+def test_each_layer_takes_what_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {4: choice.Times(100.0, 10.0, 100.0, 10.0), 2: choice.Times(10.0, 100.0, 10.0, 100.0)}
+    monkeypatch.setattr(choice, "_measure", lambda layer, *_: times[layer.weight.dim()])
+    net, x = wrapped()
+    growfx.use_kernels(net, "auto", example_inputs=x)
+    assert kernels_of(net) == {"conv": "sparse", "fc": "dense"}
+    report = net.kernel_report
+    assert (report.layers["conv"].dense, report.layers["conv"].sparse) == (100.0, 10.0)
+    assert "conv" in str(report)
+    rows = json.loads(report.to_json())["layers"]
+    assert rows["fc"]["kernel"] == "dense"
+
+
+@built
+def test_a_layer_is_looked_up_anew_when_its_density_has_changed_by_a_fifth(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def measured(layer: growfx.MaskedGraph, *_: object) -> choice.Times:
+        asked.append(layer.density)
+        return choice.Times(2.0, 1.0, 2.0, 1.0)
+
+    monkeypatch.setattr(choice, "_measure", measured)
+    net, x = wrapped(1.0)
+    growfx.use_kernels(net, "auto")
+    layer, order = net.layers["conv"], torch.rand(net.layers["conv"].mask.shape)
+    for density, times in [(0.5, 2), (0.5, 2), (0.45, 2), (0.35, 3), (0.9, 4), (0.5, 4)]:
+        layer.mask.copy_(order < order.flatten().sort().values[int(density * order.numel())])
+        net(x)
+        assert len(asked) == times, density  # the first also asks for the linear layer
+
+
+@built
+def test_times_are_measured_once_on_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = wrapped()
+    growfx.use_kernels(net, "auto", example_inputs=x)
+    known = net.kernel_report.layers
+    monkeypatch.setattr(choice, "_measure", lambda *_: pytest.fail("measured again"))
+    again = copy.deepcopy(net)
+    growfx.use_kernels(again, "auto", example_inputs=x)
+    assert again.kernel_report.layers == known
+
+
+@built
+def test_a_batch_of_another_shape_gets_a_choice_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def measured(layer: object, geometry: object, entries: object, x: Tensor, *_: object) -> choice.Times:
+        shapes.append(tuple(x.shape))
+        return choice.Times(2.0, 1.0, 2.0, 1.0)
+
+    monkeypatch.setattr(choice, "_measure", measured)
+    net, x = wrapped()
+    growfx.use_kernels(net, "auto")
+    for images in (x, x[:5], x[:, :, :4], x):
+        growfx.use_kernels(copy.deepcopy(net), "dense")
+        torch.testing.assert_close(net(images), growfx.unwrap(copy.deepcopy(net)).train()(images))
+    assert sum(len(shape) == 4 for shape in shapes) == 3
+
+
+@built
+def test_looking_at_example_inputs_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5))
+    net = growfx.wrap(model, torch.randn(2, 3, 8, 8), density=0.5)
+    before, state = {name: value.clone() for name, value in net.state_dict().items()}, torch.get_rng_state()
+    growfx.use_kernels(net, "auto", example_inputs=torch.randn(8, 3, 8, 8, generator=torch.Generator()))
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert net.kernel_report.layers["0"].dense is not None
+
+
+def test_without_a_compiler_all_layers_stay_dense_and_the_report_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(switch, "training_status", lambda: "no C++ compiler: `c++` cannot be run")
+    net, x = wrapped()
+    expected = net(x)
+    growfx.use_kernels(net, "auto", example_inputs=x)
+    assert torch.equal(net(x), expected)
+    assert "no C++ compiler" in str(net.kernel_report)
+    assert set(kernels_of(net).values()) == {"dense"}
+
+
+@built
+def test_copies_and_plain_models_have_no_kernels() -> None:
+    net, x = wrapped()
+    growfx.use_kernels(net, "sparse")
+    expected = net(x)
+    again = copy.deepcopy(net)
+    assert again.kernel_report is None
+    torch.testing.assert_close(again(x), expected)
+    plain = growfx.unwrap(again)
+    assert all("kernel" not in vars(module) for module in plain.modules())
+
+
+@built
+def test_an_empty_layer_gives_its_bias_and_no_gradient() -> None:
+    net, x = wrapped()
+    net.set_masks({"conv": torch.zeros_like(net.layers["conv"].mask)})
+    growfx.use_kernels(net, "auto")
+    net(x).sum().backward()
+    gradient = net.layers["conv"].weight.grad
+    assert gradient is not None
+    assert not gradient.any()
