@@ -1,6 +1,6 @@
 """A Lightning callback: any step-by-step method of growfx in a Lightning `Trainer`.
 
-Needs the package `lightning` (`pip install 'growfx[lightning]'`); importing this module without it is a
+Needs the package `lightning` (`pip install lightning`); importing this module without it is a
 `ConfigError`.
 """
 
@@ -25,7 +25,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "lightning":
         raise
-    raise ConfigError("growfx.lightning needs the package `lightning`: pip install 'growfx[lightning]'") from error
+    raise ConfigError("growfx.lightning needs the package `lightning`: pip install lightning") from error
 
 
 class SparseTraining(_pytorch.Callback):

@@ -138,7 +138,7 @@ def _open_digits(options: DataOptions) -> DataSource:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError("`digits` needs scikit-learn; install it with `pip install growfx[demo]`") from error
+        raise DataError("`digits` needs scikit-learn; install it with `pip install scikit-learn`") from error
     bunch = cast(Any, load_digits())
     images = _DigitImages(bunch.images, bunch.target)
     targets = bunch.target.tolist()

@@ -44,7 +44,7 @@ class Scalars:
     def require() -> None:
         """Raise `ConfigError` where the package is missing."""
         if importlib.util.find_spec("tensorboard") is None:
-            raise ConfigError("`tensorboard` = True needs the package `tensorboard`: pip install 'growfx[tensorboard]'")
+            raise ConfigError("`tensorboard` = True needs the package `tensorboard`: pip install tensorboard")
 
     def write(self, record: Mapping[str, Any], step: int) -> None:
         """Write the numbers of one record of the log, of an epoch or a round, at once."""

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from error_facts import facts
 from loop_nets import BATCH, EPOCHS, STEPS, data, net, optimizer_of, plain_loop, pwmpr, rigl
 from torch import nn
 
@@ -157,7 +158,7 @@ def test_a_method_that_trains_several_times_over_is_refused():
 @pytest.mark.parametrize(
     ("package", "module"), [("lightning", "growfx.lightning"), ("transformers", "growfx.hf_trainer")]
 )
-def test_a_missing_package_is_named_with_its_extra(monkeypatch, package, module):
+def test_a_missing_package_is_named(monkeypatch, package, module):
     really = importlib.import_module
 
     def without(name, *args):
@@ -167,6 +168,5 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, package, module)
 
     monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setattr(importlib, "import_module", without)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=facts(module, f"`{package}`", "pip install")):
         really(module)
-    assert str(caught.value) == f"{module} needs the package `{package}`: pip install 'growfx[{package}]'"
