@@ -48,6 +48,12 @@ def to_numpy(path: str | Path, *, max_bytes: int = DEFAULT_MAX_BYTES) -> dict[st
 
     Raises:
         ArtifactError: no artifact, damaged, newer, or too large.
+
+    Example:
+        >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4), density=0.5)
+        >>> _ = growfx.save(net, "out")
+        >>> {name: array.shape for name, array in growfx.to_numpy("out").items()}
+        {'0.bias': (2,), '0.weight': (2, 4)}
     """
     with opened(path, max_bytes=max_bytes) as weights:
         manifest = weights.manifest
@@ -72,6 +78,13 @@ def to_scipy(path: str | Path, *, max_bytes: int = DEFAULT_MAX_BYTES) -> dict[st
 
     Raises:
         ArtifactError: no artifact, damaged, newer, or too large.
+
+    Example:
+        >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4), density=0.5)
+        >>> _ = growfx.save(net, "out")
+        >>> matrix = growfx.to_scipy("out")["0"]
+        >>> matrix.shape, matrix.nnz
+        ((2, 4), 4)
     """
     with opened(path, max_bytes=max_bytes) as weights:
         entries = [weights.manifest.tensors[x.tensor] for x in weights.manifest.layers]

@@ -121,6 +121,13 @@ def inspect(path: str | Path) -> ArtifactInfo:
 
     Raises:
         ArtifactError: no artifact, or its header is damaged or newer than this reader.
+
+    Example:
+        >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4), density=0.5)
+        >>> _ = growfx.save(net, "out")
+        >>> info = growfx.inspect("out")
+        >>> info.nnz, info.numel, info.density
+        (4, 8, 0.5)
     """
     with opened(path, max_bytes=None) as weights:
         return describe(weights.manifest, weights.size)

@@ -58,6 +58,15 @@ def load(
         ArtifactError: no artifact, damaged, newer, too large, or of another network; `model` is unchanged.
         ConfigError: `dtype` is not a floating one, `device` is not there, or the runtime cannot have them.
         TraceError: sparse: the network fails on the example inputs.
+
+    Example:
+        >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4), density=0.5)
+        >>> _ = growfx.save(net, "out")
+        >>> own = torch.nn.Sequential(torch.nn.Linear(4, 2))  # no library builds this one by a name
+        >>> model = growfx.load("out", model=own)
+        >>> x = torch.randn(3, 4)
+        >>> torch.equal(model(x), net.eval()(x))
+        True
     """
     if runtime not in _RUNTIMES:
         raise ConfigError(f"`runtime={runtime}` is unknown; allowed: {', '.join(_RUNTIMES)}")

@@ -51,6 +51,11 @@ def export_onnx(
     Raises:
         ConfigError: `onnx` and `onnxscript` are not installed, or the network cannot be expressed in ONNX.
         ArtifactError: no artifact at the path, or the file cannot be written.
+
+    Example:
+        >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4), density=0.5)
+        >>> growfx.export_onnx(net, "net.onnx").name
+        'net.onnx'
     """
     require_onnx()
     target = onnx_target(file)

@@ -45,6 +45,19 @@ class Method(ABC):
             them like any other (see `growfx.methods.scope`).
         warns_of_loss: False for one that is told which masks to take, or that chooses among the edges the network has:
             nobody is surprised when its masks replace others.
+
+    Example:
+        >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4))
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> method = growfx.methods.create("set", density=0.5, update_every=1, drop_fraction=0.5)
+        >>> method.attach(net, optimizer, total_steps=2, steps_per_epoch=1)
+        >>> for _ in range(2):
+        ...     net(torch.randn(8, 4)).square().sum().backward()
+        ...     optimizer.step()
+        ...     changed = method.step()
+        ...     optimizer.zero_grad()
+        >>> net.nnz
+        4
     """
 
     name: ClassVar[str]

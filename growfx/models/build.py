@@ -81,6 +81,11 @@ def create_model(spec: str, **kwargs: Any) -> nn.Module:
 
     Raises:
         ConfigError: the name is unknown (close names are given), or its builder refuses the arguments.
+
+    Example:
+        >>> model = growfx.create_model("torchvision/squeezenet1_1", num_classes=10)
+        >>> growfx.create_model("torch.nn:Linear", in_features=4, out_features=2)
+        Linear(in_features=4, out_features=2, bias=True)
     """
     if not isinstance(spec, str):
         raise ConfigError(
