@@ -1,4 +1,4 @@
-"""Every error a caller can cause, in one tree.
+"""The exception classes of growfx, in one tree.
 
     GrowfxError
     ├── TraceError                  a model that cannot be recorded
@@ -9,8 +9,8 @@
     ├── DataError                   an empty, corrupt or missing data set
     └── ConfigError                 an option out of its range, or options that exclude each other
 
-A message says what arrived, what is allowed and what to do; names stand in backticks. What is not an error but must
-be known is a `GrowfxWarning` (see `growfx.notices`).
+A message says what was expected, what was given and what to do, with names in backticks. A condition that is not an
+error but affects the result is a `GrowfxWarning` (see `growfx.notices`).
 """
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
 
 
 class GrowfxError(Exception):
-    """Base of all errors that a caller can cause.
+    """Base class of the errors that a caller can cause.
 
     >>> try:
     ...     growfx.create_model("resnet18", depth=-1)
@@ -131,7 +131,7 @@ class ConfigError(GrowfxError):
 
 
 class GrowfxWarning(UserWarning):
-    """What is not an error but must be known: it also stands on the object that was returned.
+    """A condition that is not an error but affects the result; the returned object carries its text too.
 
     >>> import warnings
     >>> with warnings.catch_warnings():
@@ -141,7 +141,7 @@ class GrowfxWarning(UserWarning):
 
 
 def one_line(error: BaseException) -> str:
-    """Return kind and text of an error without line breaks.
+    """Return class and text of an error in one line.
 
     One raised in a loading process carries that process's traceback before its own text, which is left out.
     """

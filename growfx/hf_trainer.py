@@ -1,4 +1,4 @@
-"""A callback for the Hugging Face `Trainer`: any step-by-step method of growfx in it.
+"""Hugging Face `Trainer` callback that runs a step-by-step method.
 
 Needs the package `transformers` (`pip install 'transformers[torch]'`); importing this module without it is a
 `ConfigError`.

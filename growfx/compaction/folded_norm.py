@@ -14,7 +14,7 @@ def folding_refusal(norm: nn.Module) -> str:
     """Why no layer could take over a module as a batch norm; "" when one could."""
     kind = type(norm).__name__
     if not isinstance(norm, _BatchNorm):
-        return f"a {kind} is no batch norm"
+        return f"a {kind} is not a batch norm"
     if type(norm).forward is not _BatchNorm.forward and not {"act", "drop"} <= norm._modules.keys():
         return f"a {kind} does more than a batch norm"
     if norm.running_mean is None or norm.running_var is None:

@@ -96,7 +96,7 @@ def _check_target(dtype: torch.dtype | None, device: Any, batch: int | None) -> 
     if device is not None and torch.device(device).type != "cpu":
         raise ConfigError(f'`device={device}` has no sparse runtime; allowed: `cpu`; or load with `runtime="dense"`')
     if batch is not None and (not isinstance(batch, int) or isinstance(batch, bool) or batch < 1):
-        raise ConfigError(f"`batch={batch}` is no number of rows; allowed: 1 and more")
+        raise ConfigError(f"`batch={batch}` is not a number of rows; allowed: 1 and more")
 
 
 def _dtype_of(plain: nn.Module, wanted: torch.dtype | None) -> torch.dtype:

@@ -328,7 +328,7 @@ def test_what_no_run_could_do_is_said_at_once_and_leaves_nothing(tmp_path, capsy
     assert call("compare", *MODEL, "--methods", "dense", "--out", tmp_path / "out", "--sweep", "dense.lr") == 1
     assert "has no values" in capsys.readouterr().err
     assert call("compare", *MODEL, "--methods", "dense", "--out", tmp_path / "out", "--seeds", "zero") == 2
-    assert "is no list of numbers" in capsys.readouterr().err
+    assert "is not a list of numbers" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

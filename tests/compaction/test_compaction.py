@@ -112,7 +112,7 @@ HOSTILE: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda p: p["tensors"]["a.weight"].update({"0": [["0", 2]]}), "no pair of integers"),
     (lambda p: p["tensors"]["a.weight"].update({"9": [[0, 1]]}), "has no axis `9`"),
     (lambda p: p["tensors"]["a.weight"].update({"5": [[0, 1]]}), "has no index 0 on axis 5"),
-    (lambda p: p["modules"].update(a={"out_channels": 10**12}), "`a` has a size that is no positive integer"),
+    (lambda p: p["modules"].update(a={"out_channels": 10**12}), "`a` has a size that is not a positive integer"),
     (lambda p: p["modules"].update(a={"out_channels": 0}), "no positive integer"),
     (lambda p: p["modules"]["a"].update(out_channels=1), "`out_channels` of `a` does not agree with its tensors"),
     (lambda p: p["modules"]["deep"].update(groups=1), "of `deep` does not agree with its tensors"),
@@ -120,10 +120,10 @@ HOSTILE: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda p: p["modules"].update({"": {"training": 1}}), "has no size `training`"),
     (lambda p: p["modules"].update(nowhere={"groups": 1}), "the model has no module `nowhere`"),
     (lambda p: p["modules"].pop("norm"), "`num_features` of `norm` does not agree with its tensors"),
-    (lambda p: p.update(biases=["a"]), "`a` is no layer without a bias"),
-    (lambda p: p.update(biases=["pool"]), "`pool` is no layer without a bias"),
-    (lambda p: p.update(biases="c"), "`biases` is no list of names"),
-    (lambda p: p.update(tensors=[]), "is no object of objects"),
+    (lambda p: p.update(biases=["a"]), "`a` is not a layer without a bias"),
+    (lambda p: p.update(biases=["pool"]), "`pool` is not a layer without a bias"),
+    (lambda p: p.update(biases="c"), "`biases` is not a list of names"),
+    (lambda p: p.update(tensors=[]), "is not an object of objects"),
     (lambda p: p["tensors"].pop("a.bias"), "the bias of `a` does not agree with its weight"),
     (lambda p: p["tensors"].clear() or p["modules"].clear(), "the model is not the artifact's"),
 ]
@@ -168,14 +168,14 @@ def test_an_artifact_whose_groups_lost_different_channels_loads(grouped_folder: 
 BLOCKS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda m: m.update(requires=["compaction"]), "fields `compaction` and `requires` do not agree"),
     (lambda m: m["compaction"].pop("blocks"), "fields `compaction` and `requires` do not agree"),
-    (lambda m: m["compaction"].update(blocks=[]), "`blocks` is no object"),
+    (lambda m: m["compaction"].update(blocks=[]), "`blocks` is not an object"),
     (lambda m: m["compaction"].update(blocks={"2.weight": [[0, 10**18]]}), "has 6 channels along its second axis"),
     (lambda m: m["compaction"].update(blocks={"2.weight": [[-1, 2]]}), "do not ascend"),
     (lambda m: m["compaction"].update(blocks={"2.weight": [[0, 3], [4, 5]]}), "its groups would be uneven"),
     (lambda m: m["compaction"].update(blocks={"2.weight": [[0, 3]]}), "its groups would be uneven"),
     (lambda m: m["compaction"].update(blocks={"2.weight": [[0, 1], [3, 4]]}), "does not agree with its tensors"),
-    (lambda m: m["compaction"].update(blocks={"4.weight": [[0, 1]]}), "`4.weight` is no weight of a grouped conv"),
-    (lambda m: m["compaction"].update(blocks={"2.bias": [[0, 1]]}), "`2.bias` is no weight of a grouped conv"),
+    (lambda m: m["compaction"].update(blocks={"4.weight": [[0, 1]]}), "`4.weight` is not a weight of a grouped conv"),
+    (lambda m: m["compaction"].update(blocks={"2.bias": [[0, 1]]}), "`2.bias` is not a weight of a grouped conv"),
     (lambda m: m["compaction"].update(blocks={"nowhere": [[0, 1]]}), "the model has no tensor `nowhere`"),
     (lambda m: m["compaction"]["tensors"].update({"2.weight": {"0": [[0, 1]]}}), "its groups would be uneven"),
     (lambda m: m["compaction"]["tensors"].update({"2.weight": {"0": [[0, 7]]}}), "has no index 6 on axis 0"),
@@ -249,7 +249,7 @@ def test_what_a_reader_does_not_know_is_refused_by_name(tmp_path: Path) -> None:
     for edit, text in (
         (lambda m: m.update(requires=["compaction", "origami"]), "requires `origami`, unknown to this growfx; known"),
         (lambda m: m.update(requires=[]), "fields `compaction` and `requires` do not agree"),
-        (lambda m: m.update(requires="compaction"), "field `requires` is no list of names"),
+        (lambda m: m.update(requires="compaction"), "field `requires` is not a list of names"),
     ):
         shutil.copytree(COMPACTED, tmp_path / "out", dirs_exist_ok=True)
         forge(tmp_path / "out" / "sparse.safetensors", edit)
