@@ -1,4 +1,4 @@
-"""Which methods there are, and how one is made from its name and options."""
+"""List the methods, and create one from its name and options."""
 
 import dataclasses
 import importlib

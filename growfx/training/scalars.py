@@ -1,4 +1,4 @@
-"""Scalars of a run for TensorBoard, beside its log: what `log.jsonl` records, over optimizer steps."""
+"""Write the scalars of a run for TensorBoard, beside its log: what `log.jsonl` records, over optimizer steps."""
 
 import importlib.util
 from collections.abc import Mapping

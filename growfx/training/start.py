@@ -1,4 +1,4 @@
-"""Training a masked network: growth rounds while the method asks for them, then one full schedule.
+"""Train a masked network: growth rounds while the method asks for them, then one full schedule.
 
 A growth round is a short cosine that anneals to near zero, so that rounds can be compared; what is scored on
 the validation split are the averaged (EMA) weights under the masks of the moment. When the method stops, the
@@ -53,7 +53,7 @@ def train(
     about: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Result:
-    """Train `net` in place; with `out` everything is kept in a run folder.
+    """Train `net` in place; with `out`, write config, log, checkpoints and result to a run folder.
 
     Under an initialised process group of `torch.distributed` the ranks train one network together, in
     `DistributedDataParallel`: every rank calls this with the same arguments and its own part of the images, rank 0
@@ -62,9 +62,9 @@ def train(
     Args:
         net: from `growfx.wrap`. It is moved to `options.device`.
         train_loader: gives (images (B, ...), class numbers (B)); its length must be known. Its order follows
-            torch's global generator, or a `generator` of its own, which is then seeded every epoch.
+            torch's global generator, or the loader's `generator`, which is then seeded every epoch.
         val_loader: scores growth rounds and epochs, always in the same order.
-        method: from `growfx.methods.create`, not yet attached; None trains the masks as they are.
+        method: from `growfx.methods.create`, not yet attached; None trains under the current masks.
         test_loader: scored once, at the end.
         options: see `TrainOptions`; `changes` are single fields of it (`epochs=10`).
         out: run folder. `resume` continues the run in it (or starts one), `overwrite` replaces it.

@@ -125,7 +125,7 @@ def test_the_network_is_found_and_what_cannot_be_found_is_said():
         find_net(holder, None)
     with pytest.raises(ConfigError, match=r"`Linear` has 0 growfx.MaskedGraph \(none\); wrap the model"):
         find_net(nn.Linear(1, 1), None)
-    with pytest.raises(ConfigError, match=r"`net` = `c` is not a growfx.MaskedGraph of `ModuleDict`; there are: `a`, `b`"):
+    with pytest.raises(ConfigError, match=facts("`net` = `c`", "`ModuleDict`", "`a`, `b`")):
         find_net(holder, "c")
 
 
@@ -143,7 +143,7 @@ def test_a_metric_that_is_not_there_or_no_fraction_is_refused():
     model = net()
     loop = ForeignLoop(rigl())
     loop.start(model, optimizer_of(model), **CLOCK)
-    with pytest.raises(ConfigError, match="`monitor` = `acc` is not a metric of this validation; there are: `loss`"):
+    with pytest.raises(ConfigError, match=facts("`monitor` = `acc`", "`loss`")):
         loop.report({"loss": 1.0}, "acc")
     with pytest.raises(ConfigError, match="97"):
         loop.report({"acc": 97.0}, "acc")

@@ -172,7 +172,7 @@ class _Check:
         return self.rebuild() if self.rebuild else self.model
 
     def wrap(self) -> None:
-        """Wrap at the model's own input size, which must leave the model as it is."""
+        """Wrap at the model's own input size, which must not change the model."""
         facts = self.facts
         with self._stage("wrap", "recorded", fatal=True):
             before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
