@@ -322,7 +322,7 @@ def test_casting_an_own_instance_keeps_its_parameters(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"dtype": torch.int8}, "`dtype=torch.int8` is not a floating dtype; allowed: torch.float32"),
+        ({"dtype": torch.int8}, "`dtype=torch.int8` is not a floating dtype; expected e.g. torch.float32"),
         ({"dtype": "float16"}, "`dtype=float16` is not a floating dtype"),
         ({"device": "toaster"}, "`device=toaster` cannot be used here"),
         ({"device": "meta"}, "`device=meta` holds no weights"),
