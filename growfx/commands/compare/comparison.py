@@ -297,9 +297,7 @@ def compare(
         _train_all(planned, work, jobs, threads, meter, errors)
         if controls:
             ended = {run.name: finished(work / run.name) for run in planned}
-            known = {
-                name: FinishedRun(r["epochs"], r["nnz"] / r["numel"]) for name, r in ended.items() if r is not None
-            }
+            known = {n: FinishedRun(r["epochs"], r["nnz"] / r["numel"]) for n, r in ended.items() if r is not None}
             more = plan_controls(comparison, planned, known, work)
             meter.keep(run.name for run in [*planned, *more])
             _expect(meter, more)
