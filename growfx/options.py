@@ -1,4 +1,4 @@
-"""Options: frozen dataclasses whose constructors refuse values out of range.
+"""Option dataclasses: frozen, with values checked in the constructor.
 
 The same names are keyword arguments in Python, `--set key=value` on the command line, and keys of
 `config.json`.
@@ -20,7 +20,7 @@ __all__ = ["DataOptions", "DefaultFloat", "TrainOptions", "as_count", "as_json",
 
 
 class DefaultFloat(float):
-    """A default that can be told from the same number given; `check_ranges` makes a plain float of it."""
+    """A float default that differs in type from the same value given; `check_ranges` makes it a plain float."""
 
 
 def option(
@@ -48,7 +48,7 @@ def check_ranges(options: Any) -> None:
     """Check every field of a dataclass of `option`s: its type, then its range; None passes where allowed.
 
     Raises:
-        ConfigError: names the option, what arrived and what is allowed.
+        ConfigError: names the option, the value given and the values allowed.
     """
     hints = typing.get_type_hints(type(options))
     for f in dataclasses.fields(options):
@@ -106,7 +106,7 @@ def _interval(limits: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How a network is trained. Learning rates are per step of the optimizer; lengths are in epochs.
+    """Options of training. Learning rates are per optimizer step; lengths are in epochs.
 
     Attributes:
         epochs: length of the (final) training; growth rounds come on top.
@@ -183,11 +183,11 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How a data set is read.
+    """Options of reading a data set.
 
     Attributes:
         batch_size: images a training step, on each rank; a smaller training set gives smaller batches.
-        img_size: height and width in pixels; None fits data and model (see `growfx.loaders.fit_size`).
+        img_size: height and width in pixels; None fits data and model (see `growfx.data.loaders.fit_size`).
         workers: loading processes; 0 loads in the training process.
         augment: "crop" (random resized crop and flip), "none", or "auto": "none" for `digits`, else "crop".
         crop_scale: smallest area of a random crop, as a fraction of the image.

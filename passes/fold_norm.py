@@ -1,4 +1,4 @@
-"""Batch norms folded into the convolutions and linear layers before them: fewer operations, the same outputs.
+"""Fold batch norms into the convolutions and linear layers before them: fewer operations, the same outputs.
 
 In evaluation mode a batch norm with running statistics is one factor and one summand per channel. Where it reads
 nothing but the output of one layer, and nothing else reads that, both go into the layer's weight and bias. Exact up to

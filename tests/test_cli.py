@@ -63,7 +63,7 @@ def test_wrong_usage_ends_with_status_2(arguments, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "dense", "--data", "nowhere"], "DataError: data `nowhere` is not there"),
+        (["--method", "dense", "--data", "nowhere"], "DataError: data `nowhere` was not found"),
         (["--method", "magic"], "ConfigError: method `magic` is unknown"),
         (["--method", "pwmpr"], "(that one is `growfx grow`)"),
         (["--method", "dense", "--density", "0.5"], "ConfigError: method `dense` has density 1"),

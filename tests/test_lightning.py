@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from error_facts import facts
 from loop_nets import BATCH, EPOCHS, data, net, optimizer_of, plain_loop, pwmpr, rigl
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -96,12 +97,12 @@ def test_a_second_fit_of_the_same_network_continues_and_one_of_another_begins_an
 
 
 def test_an_endless_training_and_a_metric_that_is_not_logged_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="no end of this training; give `total_steps`"):
+    with pytest.raises(ConfigError, match="`total_steps`"):
         fit(Module(), SparseTraining(rigl()), tmp_path, epochs=-1)
     callback = SparseTraining(pwmpr(), total_steps=1000)
     fit(Module(), callback, tmp_path, epochs=-1, max_time={"seconds": 1})
     assert len(callback.state_dict()["trace"]) > 1  # an epoch has its length all the same
-    with pytest.raises(ConfigError, match="`monitor` = `top1` is no metric of this validation; there are: `val_acc`"):
+    with pytest.raises(ConfigError, match=facts("`monitor` = `top1`", "`val_acc`")):
         fit(Module(), SparseTraining(rigl(), monitor="top1"), tmp_path, num_sanity_val_steps=2)
 
 

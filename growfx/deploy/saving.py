@@ -140,6 +140,12 @@ def save(
         ArtifactError: no masked network, a tensor that cannot be stored, a path that cannot be written, or `dense`
             together with `compact`: programs that load the dense file would build the model in its full size.
         TraceError: the network has no values to compact it by.
+
+    Example:
+        >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4), density=0.5)
+        >>> info = growfx.save(net, "out")
+        >>> info.nnz, info.layers[0].name
+        (4, '0')
     """
     net = as_masked_graph(net, "growfx.save")
     if not compact:

@@ -75,6 +75,15 @@ class MaskedGraph(fx.GraphModule):
     Attributes:
         trace_report: what was recorded and what was left out.
         replicated: whether `DistributedDataParallel` holds it, so that all ranks must have the same masks.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> net = growfx.wrap(model, torch.randn(1, 4))
+        >>> isinstance(net, growfx.MaskedGraph), list(net.state_dict())
+        (True, ['0.weight', '0.bias', '0.mask'])
+        >>> net.set_masks({"0": torch.eye(2, 4, dtype=torch.bool)})
+        >>> net.density, net.layers["0"].nnz
+        (0.25, 2)
     """
 
     trace_report: TraceReport

@@ -28,7 +28,7 @@ def draw_growth(path: Path, title: str, rounds: Sequence[Mapping[str, Any]], sto
 
     Args:
         rounds: one record a round with `round`, `density`, `val_accuracy` (fraction), `noise` (fraction or
-            None), and `fit`: None or what `growfx.plateau.Decision.to_json` gives.
+            None), and `fit`: None or what `growfx.methods.growth.plateau.Decision.to_json` gives.
 
     Returns:
         False when matplotlib is not installed; then nothing is written.

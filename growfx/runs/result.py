@@ -1,4 +1,4 @@
-"""What a training run came to."""
+"""The result of a training run (the contents of `result.json`)."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +8,7 @@ __all__ = ["Result"]
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to; `result.json` holds the same fields. Accuracies are fractions.
+    """The result of a training run; `result.json` holds the same fields. Accuracies are fractions in [0, 1].
 
     Attributes:
         dense_equivalent_epochs: training FLOPs the sparse network needs over those of one dense epoch.

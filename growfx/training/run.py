@@ -335,7 +335,7 @@ class Run:
             self.folder.checkpoints.save(content, steps=steps, best=best)
 
     def _put_away(self, stop: Stopped) -> None:
-        """Keep what an interrupted epoch has come to, and say so; without one the last checkpoint has it all."""
+        """Keep the done part of an interrupted epoch, and say so; without one the last checkpoint has it all."""
         if self.state.part is not None and self.state.part.random is not None:
             self._checkpoint()
         if self.folder is not None:

@@ -1,6 +1,6 @@
-"""The state of a run: what changes while it trains, what a checkpoint holds of it, and how it is taken up again.
+"""The state of a run: what changes during training, what a checkpoint stores, and how it is restored.
 
-It is written at the end of an epoch, or in the middle of one: then with what the epoch has come to (`EpochPart`), the
+It is written at the end of an epoch, or in the middle of one: then with the partial epoch (`EpochPart`), the
 state of every random generator among it. Everything else random follows from the run's seed and the epoch's number.
 """
 
@@ -44,7 +44,7 @@ class Position:
 
 @dataclass
 class EpochPart:
-    """What an epoch under way has come to.
+    """The part of the current epoch that is done.
 
     Attributes:
         loss: sum over its steps, on the run's device.
@@ -91,7 +91,7 @@ class RunState:
     Attributes:
         net, optimizer, method, step, meter: keep their own state.
         at: position at the beginning of the epoch under way.
-        part: what this epoch has come to; None between epochs.
+        part: the part of this epoch that is done; None between epochs.
         ema: average of the network over an averaged stage, over the `averaged_epochs` of one; None elsewhere.
         val_accuracy: of the last validation, NaN before the first.
         best, best_nnz: validation accuracy and number of edges of the best epoch so far.
@@ -138,7 +138,7 @@ class RunState:
             self.ema = self._average(stage)
 
     def open_epoch(self) -> EpochPart:
-        """Return what the epoch under way has come to, nothing at its beginning."""
+        """Return the part of the current epoch that is done, an empty one at its beginning."""
         if self.part is None:
             self.part = EpochPart(torch.zeros((), device=self.device))
         return self.part
@@ -159,7 +159,7 @@ class RunState:
     def state_dict(self, parts: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
         """Return everything that a run goes on from.
 
-        `parts`: what the epoch under way has come to on every rank, this one first; None between epochs.
+        `parts`: the part of the current epoch that is done on every rank, this one first; None between epochs.
         """
         return {
             "position": dataclasses.asdict(self.at),

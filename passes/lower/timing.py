@@ -44,7 +44,7 @@ def time_layers(
         plain: the model that the layers come from, for their weights.
         inputs: of the network.
         before: what an earlier run took, under the same conditions: the least of both counts.
-        spreads: gets those of every call timed, as of `growfx.timing.interleaved_minima`.
+        spreads: gets those of every call timed, as of `growfx.runtime.timing.interleaved_minima`.
     """
     found: dict[str, LayerLowering] = {}
     # No inference mode: what a model keeps from a run (anchors, masks) it may write into later.

@@ -72,6 +72,12 @@ def wrap(
         ConfigError: density outside (0, 1], or so small that no weight is active; density below 1 where no layer can be
             masked; an `exclude`, `masked` or `opaque` pattern that matches nothing; weights spread over processes
             (`fully_shard`), without a shape yet (lazy modules), or made inside `torch.inference_mode`.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> net = growfx.wrap(model, torch.randn(1, 4), density=0.25)
+        >>> list(net.layers), net.nnz, net.numel
+        (['0', '2'], 12, 48)
     """
     _check_options(density, seed)
     notes: list[str] = []
@@ -238,6 +244,12 @@ def unwrap(net: MaskedGraph) -> nn.Module:
     Raises:
         ConfigError: the weights are spread over processes (`fully_shard`).
         MaskError: a masked layer was replaced since the model was wrapped.
+
+    Example:
+        >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4), density=0.5)
+        >>> model = growfx.unwrap(net)
+        >>> type(model).__name__, int(model[0].weight.count_nonzero())
+        ('Sequential', 4)
     """
     net = as_masked_graph(net, "growfx.unwrap")
     for parameter in net.parameters():

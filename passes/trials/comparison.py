@@ -1,4 +1,4 @@
-"""Inputs to try a changed model on, and how far its outputs are from those of the model it was made of."""
+"""Compare the outputs of a transformed model with the original's."""
 
 from __future__ import annotations
 

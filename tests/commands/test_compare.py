@@ -16,7 +16,7 @@ import torch
 from training_nets import untimed
 
 from growfx.cli import main
-from growfx.commands.compare.comparison import Comparison, Known, _open, plan_controls
+from growfx.commands.compare.comparison import Comparison, FinishedRun, _open, plan_controls
 from growfx.commands.compare.pool import RunSpec, processes, run_all
 from growfx.commands.compare.progress import LogTail, Meter, epochs_logged
 from growfx.commands.compare.report import comparison_rows, comparison_text, summarise
@@ -46,7 +46,7 @@ def planned(*methods, **options) -> Comparison:
 def test_excluded_layers_are_those_of_every_run_and_part_of_what_the_comparison_is():
     comparison = planned("dense", "static", "pwmpr", densities=(0.2,), exclude=("fc", "layer1*"))
     assert all(run.spec.exclude == ("fc", "layer1*") for run in comparison.runs())
-    known = {run.name: Known(3, 0.2) for run in comparison.runs()}
+    known = {run.name: FinishedRun(3, 0.2) for run in comparison.runs()}
     controls = plan_controls(comparison, comparison.runs(), known, Path("somewhere"))
     assert controls
     assert all(run.spec.exclude == ("fc", "layer1*") for run in controls)
@@ -167,9 +167,9 @@ def test_jobs_are_the_cores_unless_given_and_have_one_thread_each():
 def test_controls_are_dense_as_long_phew_as_dense_and_tickets_of_the_masks():
     comparison = planned("dense", "static", "pwmpr", densities=(0.2,), seeds=(0, 1), epochs=4, controls=True)
     runs = comparison.runs()
-    known = {run.name: Known(4, 0.2) for run in runs if run.spec.method == "static"}
-    known |= {run.name: Known(4, 1.0) for run in runs if run.spec.method == "dense"}
-    known |= {"pwmpr-s0": Known(20, 0.25), "pwmpr-s1": Known(11, 0.5)}
+    known = {run.name: FinishedRun(4, 0.2) for run in runs if run.spec.method == "static"}
+    known |= {run.name: FinishedRun(4, 1.0) for run in runs if run.spec.method == "dense"}
+    known |= {"pwmpr-s0": FinishedRun(20, 0.25), "pwmpr-s1": FinishedRun(11, 0.5)}
     found = {run.name: run for run in plan_controls(comparison, runs, known, Path("out/runs"))}
     # the mean of 20 and 11 epochs; static is as long as the dense runs that are there
     assert {name for name in found if name.startswith("dense")} == {"dense-e16-s0", "dense-e16-s1"}
@@ -194,7 +194,7 @@ def test_controls_are_dense_as_long_phew_as_dense_and_tickets_of_the_masks():
 def test_a_dense_control_is_made_once_for_all_rows_of_its_length_and_none_of_runs_without_result():
     comparison = planned("static", "set", densities=(0.2,), epochs=4, controls=True)
     runs = comparison.runs()
-    both = plan_controls(comparison, runs, {run.name: Known(4, 0.2) for run in runs}, Path())
+    both = plan_controls(comparison, runs, {run.name: FinishedRun(4, 0.2) for run in runs}, Path())
     assert [run.name for run in both if run.spec.method == "dense"] == ["dense-e4-s0"]
     assert plan_controls(comparison, runs, {}, Path()) == []
 
@@ -329,7 +329,7 @@ def test_what_no_run_could_do_is_said_at_once_and_leaves_nothing(tmp_path, capsy
     assert call("compare", *MODEL, "--methods", "dense", "--out", tmp_path / "out", "--sweep", "dense.lr") == 1
     assert "has no values" in capsys.readouterr().err
     assert call("compare", *MODEL, "--methods", "dense", "--out", tmp_path / "out", "--seeds", "zero") == 2
-    assert "is no list of numbers" in capsys.readouterr().err
+    assert "is not a list of numbers" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

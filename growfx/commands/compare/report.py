@@ -1,4 +1,4 @@
-"""What a comparison came to: facts of every run, means over seeds, a table, JSON and plots."""
+"""Report a comparison: facts of every run, means over seeds, a table, JSON and plots."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _row(label: str, asked: float | None, runs: Sequence[Mapping[str, Any]], spl
 
 
 def comparison_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Return the rows of `summarise` as texts for `growfx.report.table`."""
+    """Return the rows of `summarise` as texts for `growfx.reporting.table`."""
     split = rows[0]["split"] if rows else "test"
     return [
         {
