@@ -133,6 +133,10 @@ class TrainOptions:
             Weights, gradients and validation keep the weights' own.
         channels_last: memory format of weights and images.
         compile: run the training steps through `torch.compile`.
+        kernels: on a CPU, "auto" lets each masked layer take the fastest of dense and sparse kernels (see
+            `growfx.use_kernels`), "sparse" takes sparse ones wherever there are some, "dense" none.
+        deterministic: let "auto" choose kernels by density alone, not by their times on this machine; two runs of one
+            seed are then equal bit for bit, as they are with `kernels` = "dense". Ranks always choose so.
         ema_decay: of the averaged weights that score a growth round, at most; their memory is otherwise a tenth
             of the round.
         seed: of the data order and of everything drawn in training.
@@ -165,6 +169,8 @@ class TrainOptions:
     amp: str = option("none", choices=("none", "bf16", "fp16"))
     channels_last: bool = False
     compile: bool = False
+    kernels: str = option("auto", choices=("auto", "dense", "sparse"))
+    deterministic: bool = False
     ema_decay: float = option(0.999, low=0, high=1, open_high=True)
     seed: int = option(0, low=0, high=2**63 - 1)
     device: str = "auto"

@@ -13,7 +13,18 @@ import torch
 from growfx.cli import main
 from growfx.runs.checkpoint import content_digest, read
 
-RUN = ["test_resnet", "--data", "digits", "--quiet", "--set", "img_size=16", "--set", "lr=0.05"]
+RUN = [
+    "test_resnet",
+    "--data",
+    "digits",
+    "--quiet",
+    "--set",
+    "img_size=16",
+    "--set",
+    "lr=0.05",
+    "--set",
+    "kernels=dense",
+]
 
 
 def call(*arguments) -> int:

@@ -23,6 +23,7 @@ from growfx.options import TrainOptions
 from growfx.reporting.run import write_report
 from growfx.runs.folder import RunFolder, finite
 from growfx.runs.result import Result
+from growfx.runtime.train import kernels_taken, use_kernels
 from growfx.training.config import model_name
 from growfx.training.evaluation import Score, count_classes, evaluate, paired_noise
 from growfx.training.interrupts import Interrupts, Stopped
@@ -65,6 +66,7 @@ class Run:
         self.device = pick_device(options.device)
         self.epoch_steps = math.ceil(steps_of(train_loader) / options.accumulate)
         self.interrupts, self._saved_at = Interrupts(), time.monotonic()
+        self._kernels: dict[str, Any] = {}  # of the last training step
 
     def all(self) -> Result:
         """The whole run, or what is left of it."""
@@ -89,6 +91,7 @@ class Run:
         self.net.to(self.device)
         if self.options.channels_last:
             self.net.to(memory_format=torch.channels_last)
+        self._take_kernels()
         seed_globally(self.options.seed, -1)
         optimizer = make_optimizer(self.net, self.options)
         loss = make_loss(self.options).to(self.device)
@@ -110,6 +113,14 @@ class Run:
         step.mix = make_mixup(self.options, count_classes(self.net, example))
         meter = CostMeter(self.net, example)
         self.state = RunState(self.net, optimizer, self.method, step, meter, self._average)
+
+    def _take_kernels(self) -> None:
+        """Let the layers choose their kernels; "auto" leaves networks that are not on a CPU alone."""
+        kernels, shared = self.options.kernels, ranks.world_size() > 1
+        on_cpu = torch.device(self.device).type == "cpu"
+        if kernels != "auto" or on_cpu:
+            # Ranks that time for themselves could choose differently.
+            use_kernels(self.net, kernels, deterministic=self.options.deterministic or shared)
 
     def _moved(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         layout = torch.channels_last if self.options.channels_last and images.ndim == 4 else torch.preserve_format
@@ -219,6 +230,7 @@ class Run:
             steps=self.state.at.steps,
             stop_reason=method.stop_reason or "end of the schedule",
             trace=[finite(entry) for entry in method.trace],
+            kernels=self._kernels or kernels_taken(net),
             **self.state.clock.seconds(),
         )
         if self.folder:
@@ -262,6 +274,7 @@ class Run:
             raise DataError(
                 f"the training loader gave batches for {part.done} steps; its length says {self.epoch_steps}"
             )
+        self._kernels = kernels_taken(self.net)
         part.mark(self.train_loader)
         return part.mean_loss()
 

@@ -23,6 +23,7 @@ from growfx.masked.graph import MaskedGraph
 from growfx.masked.modules import chain_tensors
 from growfx.methods.base import Method
 from growfx.methods.session import Stage
+from growfx.runtime.train import choices_of, take_choices
 from growfx.training.clock import Clock
 from growfx.training.evaluation import Score
 from growfx.training.randomness import randomness_of, set_randomness
@@ -172,6 +173,7 @@ class RunState:
             "val_accuracy": self.val_accuracy,
             "last_score": None if self.last_score is None else self.last_score.correct,
             "seconds": self.clock.seconds(),
+            "kernels": choices_of(self.net),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], where: str) -> None:
@@ -215,9 +217,10 @@ class RunState:
             "scores": lambda: self._load_scores(state),
             "part": lambda: self._load_part(state),
             "seconds": lambda: self.clock.load(state["seconds"]),
+            "kernels": lambda: take_choices(self.net, state["kernels"]),
         }
-        # Checkpoints of older versions have no `step` and no `seconds`.
-        return {name: load for name, load in loaders.items() if name not in ("step", "seconds") or name in state}
+        # Checkpoints of older versions lack some.
+        return {name: load for name, load in loaders.items() if name not in _LATER or name in state}
 
     def _load_average(self, state: Mapping[str, Any] | None) -> None:
         stage = self.method.next_stage()
@@ -264,6 +267,8 @@ class RunState:
             )
 
 
+# What checkpoints of older versions do not have.
+_LATER = ("step", "seconds", "kernels")
 # What loading the state of another run raises.
 _MISFITS = (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError, GrowfxError)
 _STATES: dict[str, Callable[[RunState], Any]] = {

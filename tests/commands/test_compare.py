@@ -25,7 +25,18 @@ from growfx.reporting import plots
 from growfx.runs.checkpoint import read
 
 MODEL = ["test_resnet", "--data", "digits"]
-OPTIONS = ["--epochs", "1", "--set", "img_size=16", "--set", "lr=0.05", "--set", "static.epochs=2"]
+OPTIONS = [
+    "--epochs",
+    "1",
+    "--set",
+    "img_size=16",
+    "--set",
+    "lr=0.05",
+    "--set",
+    "static.epochs=2",
+    "--set",
+    "kernels=dense",
+]
 # a density of one edge in ten million ends the run that is asked for it, and no other
 COMPARED = ["--methods", "dense,static", "--densities", "0.2,0.0000001", "--seeds", "0,1", "--jobs", "2", *OPTIONS]
 

@@ -95,7 +95,7 @@ def test_a_run_in_use_is_refused_by_its_process_until_that_is_killed(tmp_path):
 
 def test_sigterm_ends_a_command_with_status_143_after_a_checkpoint_of_the_step_under_way(tmp_path):
     options = ["test_resnet", "--data", "digits", "--quiet", "--method", "static", "--density", 0.2, "--epochs", 2]
-    options += ["--set", "img_size=16", "--set", "checkpoint_minutes=0"]
+    options += ["--set", "img_size=16", "--set", "checkpoint_minutes=0", "--set", "kernels=dense"]
     out, said = tmp_path / "parts", tmp_path / "said.txt"
     with process_of(command_line, said, "train", *options, "--out", out) as process:
         until(Checkpoints(out / "checkpoint").exists, process)
