@@ -346,8 +346,12 @@ class MaskedGraph(fx.GraphModule):
         # What is drawn by chance is drawn anew in a graph that leaves such modules whole.
         by_chance = all("random number" in why for why in self.trace_report.opaque.values())
         looks = bool(self.trace_report.opaque) and (look_inside or not (training or by_chance))
+        # Passes that follow values have no use for checks of them.
+        looks |= look_inside and recording.holds is not None
         if looks or not recording.faithful:
             key = (training, given.keyed(batch_is_free=False))
+            if recording.holds is not None and key[1] is not None:
+                key = (training, (key[1], recording.code.src))  # which names the values read
             found = self._looks_inside.get(key)
             if found is None or key[1] is None:
                 with _without_compiler(), torch.inference_mode(False):
@@ -400,7 +404,7 @@ class MaskedGraph(fx.GraphModule):
         for free in (True, False):
             key = self._key(inputs, training, free)
             found = None if key[1] is None else self.recordings.get(key)
-            if found is not None and found.batch_is_free >= free:
+            if found is not None and found.batch_is_free >= free and _holds(found, self.shell, inputs):
                 return found
         return self._record(inputs, training)
 
@@ -670,6 +674,10 @@ class MaskedGraph(fx.GraphModule):
 def _names(layers: Mapping[str, Any], limit: int = 6) -> str:
     shown = ", ".join(f"`{name}`" for name in list(layers)[:limit])
     return f"the masked layers are {shown}{f' and {len(layers) - limit} more' if len(layers) > limit else ''}"
+
+
+def _holds(recording: RecordedGraph, shell: nn.Module, inputs: Inputs) -> bool:
+    return recording.holds is None or recording.holds(shell, inputs)
 
 
 _UNWRAP_FIRST = (

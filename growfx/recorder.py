@@ -69,6 +69,7 @@ _DATA_TO_PYTHON = {
     "__array__", "__bool__", "__complex__", "__contains__", "__float__", "__index__", "__int__", "allclose", "equal",
     "is_nonzero", "item", "numpy", "tolist",
 }  # fmt: skip
+_ARRAYS = {"__array__", "numpy"}
 # How many rows their results have depends on values; `where` and indexing only in the forms that select by a mask.
 _SIZED_BY_DATA = {
     "argwhere", "bincount", "masked_select", "nms", "nonzero", "unique", "unique_consecutive",
@@ -120,6 +121,8 @@ class Recorder(TorchFunctionMode):
         home: the module the graph is for, where `root` is a copy of it.
         without_values: `root` is on the meta device though `home` is not.
         look_inside: record what autograd functions compute, not their application, in eval mode.
+        pinned: where the model's own forward takes values out of data computed from the input, take them as constants
+            and let the graph check them.
 
     Attributes:
         graph: what was recorded.
@@ -129,6 +132,7 @@ class Recorder(TorchFunctionMode):
             module recorded whole.
         own_gradient: whether something was met whose gradient its operators do not tell (an autograd function, a hook).
         left_out: what the model returned that a graph cannot hold.
+        branches: values that the model read and the graph holds for alone, one phrase each.
         thread: the one that records; module calls of others pass by.
     """
 
@@ -140,9 +144,10 @@ class Recorder(TorchFunctionMode):
         home: nn.Module | None = None,
         without_values: bool = False,
         look_inside: bool = False,
+        pinned: bool = False,
     ):
         super().__init__()
-        self.root, self.opaque, self.allow_data = root, opaque, allow_data
+        self.root, self.opaque, self.allow_data, self.pinned = root, opaque, allow_data, pinned
         self.home = root if home is None else home
         self.device = next((t.device for t in chain(self.home.parameters(), self.home.buffers())), None)
         self.without_values = without_values
@@ -153,6 +158,7 @@ class Recorder(TorchFunctionMode):
         self.used: dict[str, str] = {}
         self.own_gradient = False
         self.left_out: list[str] = []
+        self.branches: list[str] = []
         self.randomness: tuple[Any, ...] = ()
         self.running: list[nn.Module] = []  # as `stack`, modules inside those recorded whole included
         self.graph = fx.Graph()
@@ -374,9 +380,22 @@ class Recorder(TorchFunctionMode):
         sizes = [traced(int(n), self, self._size(tensor, i), by_data) for i, n in enumerate(tensor.shape)]
         return torch.Size(sizes)
 
-    def decide(self) -> None:
-        """Python is about to branch on a size that depends on data."""
-        self._refuse_data(-1, "a branch on a size that depends on values of the input")
+    def decide(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """Python is about to branch on ``function(*args)`` of sizes that depend on data."""
+        what = "a branch on a size that depends on values of the input"
+        if self._pins():
+            self._pin(self.emit_number(function, args), function(*map(plain, args)), what)
+        else:
+            self._refuse_data(-1, what)
+
+    def _pins(self) -> bool:
+        """Whether a value read now is taken as a constant; inside a submodule, that is recorded whole instead."""
+        return self.pinned and not self.stack
+
+    def _pin(self, node: fx.Node, value: Any, what: str) -> None:
+        """Let the graph check that it reads what the recording saw."""
+        self._emit("call_function", graph_ops.require_value, (node, value, f"{what}, at {source_line()}"), {}, None)
+        self.branches.append(f"{what} gives {value!r}, at {source_line()}")
 
     def check_randomness(self, *, allowed: bool = False) -> None:
         """Stop in the module that is running where Python's or numpy's generator drew since the last check."""
@@ -438,7 +457,7 @@ class Recorder(TorchFunctionMode):
         if name == "__setitem__":
             return self._set_item(*args)
         if name in ("__iter__", "__len__") and self._is_sized_by_data(args[0]):
-            self.decide()
+            self.decide(operator.pos, (self.traced_shape(args[0])[0],))
         if name == "__iter__":
             return iter(self.__torch_function__(Tensor.unbind, (), (args[0], 0)))
         if changes_in_place(name) and isinstance(args[0], Tensor) and self._rewritable(args[0]):
@@ -522,10 +541,17 @@ class Recorder(TorchFunctionMode):
     def _to_python(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = [a for a in chain(args, kwargs.values()) if isinstance(a, Tensor)]
         read = [self.node_of(t) for t in tensors if self._entry(t)]
-        if any(node in self.from_data for node in read):
-            of = "a tensor computed from the input" if any(map(_has_input, read)) else "a random number"
-            self._refuse_data(-1, f"`{name.strip('_')}` of {of}")
-        return func(*args, **kwargs)
+        if not any(node in self.from_data for node in read):
+            return func(*args, **kwargs)
+        from_input = any(map(_has_input, read))
+        what = f"`{name.strip('_')}` of {'a tensor computed from the input' if from_input else 'a random number'}"
+        if not (self._pins() and from_input) or name in _ARRAYS:
+            self._refuse_data(-1, what)
+            return func(*args, **kwargs)
+        node_args, node_kwargs = self.as_argument(args), self.as_argument(kwargs)
+        value = func(*args, **kwargs)
+        self._pin(self._emit(*operation(func, name), node_args, node_kwargs, None), value, what)
+        return value
 
     def _set_item(self, base: Tensor, index: Any, value: Any) -> None:
         args = (base, index, value)

@@ -41,6 +41,7 @@ from growfx.trace_report import TraceReport
 __all__ = ["Recorded", "record_checked"]
 
 _SEEDS = (0, 1, 2)
+_REDRAWN = (1, 2, 3)  # seeds of inputs under which a value read from data has to be the same
 
 
 class Recorded(Protocol):
@@ -107,6 +108,7 @@ class _Work:
         self.flags = _flags(self.shell, training)
         self.on_meta = _on_meta(self.shell)
         self.drew = False  # whether a run drew random numbers on the CPU
+        self.pinned = ""  # why the model itself was recorded for the values that it reads from its data
 
     # -- recording ------------------------------------------------------------------------------------------------
 
@@ -129,6 +131,9 @@ class _Work:
             given = self._as_given(inputs)
             if given is not None:
                 return given, ""
+        if made is not None and self.pinned:  # and for other sizes it reads others
+            self.report.opaque.setdefault("", self.pinned)
+            return self._run(small, batch_is_free=False), ""
         if made is not None:
             return made, difference
         assert refusal is not None
@@ -186,6 +191,9 @@ class _Work:
             try:
                 made = self._record(inputs, without_values=without_values)
             except DataDependentError as stop:
+                pinned = None if stop.module else self._pinned(inputs, batch_is_free, stop.reason)
+                if pinned is not None:
+                    return pinned
                 self.report.opaque[stop.module] = stop.reason
             else:
                 return self.finished(made, batch_is_free)
@@ -193,7 +201,36 @@ class _Work:
         made = self.finished(self.with_values(inputs), batch_is_free=False)
         return dataclasses.replace(made, faithful=False, holds_for_values=True)
 
-    def _record(self, inputs: Inputs, *, without_values: bool) -> Recording:
+    def _pinned(self, inputs: Inputs, batch_is_free: bool, reason: str) -> RecordedGraph | None:
+        """A recording in which values that the model itself reads from its data are constants that the graph checks.
+
+        None where other inputs give other values, so that it would hold for these alone, or where what it reads cannot
+        be a constant.
+        """
+        if self.on_meta:
+            return None
+        opaque = dict(self.report.opaque)
+        while True:
+            try:
+                recording = self._record(inputs, without_values=False, pinned=True)
+            except DataDependentError as stop:
+                if stop.module:
+                    self.report.opaque[stop.module] = stop.reason
+                    continue
+                self.report.opaque.clear()
+                self.report.opaque.update(opaque)
+                return None
+            break
+        made = self.finished(recording, batch_is_free)
+        others = [*(inputs.redrawn(seed) for seed in _REDRAWN), inputs.copied(_negated)]
+        if any(self.difference(made, [other, inputs]) for other in others):
+            return None
+        self.pinned = reason
+        self.report.branches += [read for read in recording.branches if read not in self.report.branches]
+        holds = functools.partial(_holds, made.run, self.training)
+        return dataclasses.replace(made, holds=holds)
+
+    def _record(self, inputs: Inputs, *, without_values: bool, pinned: bool = False) -> Recording:
         run_on = meta_copy(self.shell) if without_values else working_copy(self.shell)
         _set_flags(run_on, self.flags)
         return record(
@@ -204,6 +241,7 @@ class _Work:
             run_on=run_on,
             without_values=without_values,
             look_inside=self.look_inside,
+            pinned=pinned,
         )
 
     def with_values(self, inputs: Inputs) -> Recording:
@@ -343,6 +381,23 @@ class _Work:
     def _obeys(self) -> bool:
         """Whether all weights are zero outside their masks, so that a step in train mode writes nothing."""
         return all(layer.obeys() for layer in self.shell.modules() if isinstance(layer, MaskedLayer))
+
+
+def _holds(run: Callable[..., Any], training: bool, shell: nn.Module, given: Inputs) -> bool:
+    """Whether a graph that checks the values it reads from its data accepts those of these inputs."""
+    copied = working_copy(shell)
+    _set_flags(copied, _flags(shell, training))
+    given = given.copied()
+    try:
+        with generators_restored(cuda_devices(shell)), tables_restored(copied), torch.no_grad():
+            run(copied, *given.args, **given.kwargs)
+    except Exception:  # another value, or a failure that a recording for these inputs will show
+        return False
+    return True
+
+
+def _negated(tensor: Tensor) -> Tensor:
+    return -tensor.detach() if tensor.is_floating_point() else tensor.clone()
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -51,6 +51,7 @@ class Recording:
         own_gradient: whether the gradient may be another than that of the operators in the graph.
         side_effects: what the forward did besides returning a value, one phrase each.
         left_out: classes of returned objects that the graph leaves out.
+        branches: values read from data that the graph holds for alone, one phrase each.
     """
 
     graph: fx.Graph
@@ -61,6 +62,7 @@ class Recording:
     own_gradient: bool
     side_effects: list[str]
     left_out: list[str]
+    branches: list[str]
 
 
 # Recording replaces `nn.Module.__call__` for as long as it takes: one at a time in a process.
@@ -77,6 +79,7 @@ def record(
     run_on: nn.Module | None = None,
     without_values: bool = False,
     look_inside: bool = False,
+    pinned: bool = False,
 ) -> Recording:
     """Run ``module(*args, **kwargs)`` once and return what it did as a graph.
 
@@ -92,6 +95,8 @@ def record(
         run_on: the copy to run; made when not given.
         without_values: it is a `meta_copy`: shapes alone are computed, which costs a fraction.
         look_inside: in eval mode, record what autograd functions compute instead of their application.
+        pinned: take values that the model's own forward, not a submodule's, reads from data computed from the input as
+            constants; the graph checks each of them.
 
     Raises:
         TraceError: the forward itself failed; names the module and the source line.
@@ -100,7 +105,7 @@ def record(
     """
     with _ONE_AT_A_TIME:
         root = working_copy(module) if run_on is None else run_on
-        recorder = Recorder(root, frozenset(opaque), allow_data, module, without_values, look_inside)
+        recorder = Recorder(root, frozenset(opaque), allow_data, module, without_values, look_inside, pinned)
         return _recorded(recorder, Inputs(args, dict(kwargs or {})))
 
 
@@ -136,6 +141,7 @@ def _recorded(recorder: Recorder, given: Inputs) -> Recording:
         recorder.own_gradient,
         _changes(before, (_attributes(root), _contents(inputs))),
         list(dict.fromkeys(recorder.left_out)),
+        list(dict.fromkeys(recorder.branches)),
     )
 
 
