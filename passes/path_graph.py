@@ -24,7 +24,7 @@ from growfx.layers import MaskedLayer
 from growfx.passes.path_constants import evaluating_copy, execute, writes_in_place
 from growfx.passes.path_endings import ended_by, is_selection, placeholder, without_ends
 from growfx.passes.path_factors import PathFactors
-from growfx.passes.path_rules import function_rule, is_moving, method_rule, module_rule, sees_ends
+from growfx.passes.path_rules import carries_steps, function_rule, is_moving, method_rule, module_rule, sees_ends
 from growfx.passes.path_rules_arithmetic import bounded, identity
 from growfx.passes.path_values import (
     Combined,
@@ -193,10 +193,7 @@ class PathGraph(PathFactors):
         def carried(item: Any) -> Any:
             if not isinstance(item, Judged) or not item.tensor.is_floating_point():
                 return item
-            source = item.sources[0]
-            if len(item.sources) == 1 and source.tensor.shape == item.tensor.shape:
-                return source.same()
-            return Judged(item.tensor.to(self.model_dtype), item.sources)
+            return item.carried() or Judged(item.tensor.to(self.model_dtype), item.sources)
 
         return map_leaves(carried, nest)
 
@@ -237,7 +234,32 @@ class PathGraph(PathFactors):
         result = self._constant(node, args, kwargs)
         if not sources:
             return result
-        return map_leaves(lambda item: Judged(raw(item), sources) if isinstance(raw(item), Tensor) else item, result)
+        steps = leaves(self._moved_steps(node, args, kwargs))
+
+        def judged(item: Any) -> Any:
+            step = next(steps, None)
+            if isinstance(item, Judged) or not isinstance(raw(item), Tensor):
+                return item
+            return Judged(raw(item), sources, step if isinstance(step, PathValue) else None)
+
+        return map_leaves(judged, result)
+
+    def _moved_steps(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What steps carry that the node moves, joins or averages; () where it does something else with them."""
+        if not carries_steps(node.op, node.target):
+            return ()
+        rule = function_rule(node.target) if node.op == "call_function" else method_rule(str(node.target))
+        given = map_leaves(lambda item: item.carried() or item if isinstance(item, Judged) else item, (args, kwargs))
+        if rule is None or not paths_in(given):
+            return ()
+        try:
+            with torch.enable_grad():
+                moved = rule(self, *given[0], **given[1])
+        except NoPathRuleError:
+            return ()
+        for value in paths_in(moved):
+            value.peak = _largest(value.tensor.detach())
+        return moved
 
     def _check_write(self, node: fx.Node) -> None:
         """Refuse to write into a part of a path value whose whole is read again: the whole would miss the write."""
@@ -323,6 +345,8 @@ class PathGraph(PathFactors):
                 yield item
             elif isinstance(item, Judged):
                 yield from item.sources
+                if item.step is not None:
+                    yield item.step
 
     def _scale(self, live: Iterable[PathValue], exponent: int) -> None:
         """Multiply all live path values by 2**exponent: they are a cut of the graph, so all scores change alike."""
@@ -339,6 +363,8 @@ class PathGraph(PathFactors):
         known = {id(value.tensor) for value in self._ends}
         outputs = [value for value in paths_in(output) if id(value.tensor) not in known]
         values = [value for value in (*self._ends, *outputs) if not value.divisor]
+        if not values:  # a network of spikes to the end: its rates
+            values = [step for item in leaves(output) if isinstance(item, Judged) and (step := item.carried())]
         if not values:
             raise TraceError("no path leads from the network's input to its output; path products need one")
         self.total = torch.stack([value.tensor.sum() for value in values]).sum()

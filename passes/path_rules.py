@@ -37,6 +37,7 @@ __all__ = [
     "FUNCTIONS",
     "METHODS",
     "MODULES",
+    "carries_steps",
     "function_rule",
     "is_moving",
     "method_rule",
@@ -90,6 +91,7 @@ _SEES_ENDS = (
 
 _CONTAINERS = (dict, list, tuple, collections.OrderedDict)
 _CASTS = {"to", "type_as", "float", "double", "contiguous", "clone", "detach", "type"}
+_RATES = {"mean", "sum", torch.mean, torch.sum}
 _SUMS = {"sum", "cumsum", "nansum", torch.sum, torch.cumsum, torch.nn.functional.fold}
 
 
@@ -123,6 +125,11 @@ def module_rule(module: nn.Module) -> Rule | None:
 def sees_ends(rule: Rule) -> bool:
     """Whether a rule treats what data judged or selected in its own way, not as a constant."""
     return rule in _SEES_ENDS
+
+
+def carries_steps(operation: str, target: Any) -> bool:
+    """Whether an operator on spikes gives spikes or their rates: it moves, joins, sums or averages elements."""
+    return is_moving(operation, target) or target in _RATES or target in path_rules_shape.JOINING
 
 
 def is_moving(operation: str, target: Any) -> bool:

@@ -15,7 +15,7 @@ from growfx.passes.path_values import Learned, NoPathRuleError, PathValue, map_l
 if TYPE_CHECKING:
     from growfx.passes.path_graph import PathGraph
 
-__all__ = ["FUNCTIONS", "METHODS", "MOVING_FUNCTIONS", "MOVING_METHODS", "zeros_for_constants"]
+__all__ = ["FUNCTIONS", "JOINING", "METHODS", "MOVING_FUNCTIONS", "MOVING_METHODS", "zeros_for_constants"]
 
 
 def moving(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -174,7 +174,7 @@ def _unknown_peak(item: Any) -> Any:
 
 
 _SUMMING = (torch.sum, torch.cumsum, F.fold)
-_JOINING = (
+JOINING = (
     torch.cat,
     torch.concat,
     torch.concatenate,
@@ -188,7 +188,7 @@ _JOINING = (
 FUNCTIONS: dict[Any, Any] = {
     **{function: moving(function) for function in MOVING_FUNCTIONS},
     **{function: _summed(function) for function in _SUMMING},
-    **{function: joining(function) for function in _JOINING},
+    **{function: joining(function) for function in JOINING},
     F.pad: padding,
     builtins.getattr: attribute,
 }

@@ -168,6 +168,49 @@ def test_elementwise_functions_and_steps_that_go_on_as_data_pass_every_path(kind
     check(ELEMENTWISE[kind], lambda x: factor * x)
 
 
+def spikes(x: Tensor) -> Tensor:
+    return (x > 0).float()
+
+
+MOVED_STEPS: dict[str, tuple[Map, Map]] = {
+    "one moment of several": (lambda x: torch.stack([spikes(x), spikes(2 * x)])[1], lambda x: 2 * x),
+    "their rate": (lambda x: torch.stack([spikes(x), spikes(3 * x)]).mean(0), lambda x: 2 * x),
+    "their number": (lambda x: torch.stack([spikes(x), spikes(3 * x)]).sum(0), lambda x: 4 * x),
+    "halves, the other way round": (
+        lambda x: torch.cat(spikes(x).chunk(2, 1)[::-1], 1),
+        lambda x: torch.cat([x[:, 3:], x[:, :3]], 1),
+    ),
+    "beside constants": (
+        lambda x: torch.cat([spikes(x)[:, :3], torch.ones(len(x), 3)], 1),
+        lambda x: torch.cat([x[:, :3], 0 * x[:, 3:]], 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MOVED_STEPS)
+def test_steps_carry_their_paths_where_they_are_moved_joined_or_averaged(kind: str) -> None:
+    check(*MOVED_STEPS[kind])
+
+
+def test_a_network_that_gives_spikes_is_scored_by_their_rates() -> None:
+    class Spiking(nn.Module):
+        def __init__(self, last: Map) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(3, 5), nn.Linear(5, 2), last
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.second(spikes(self.first(x)))
+            return torch.stack([self.last(y), self.last(2 * y)]).mean(0)
+
+    torch.manual_seed(0)
+    spiking, graded = (growfx.wrap(Spiking(last).eval(), torch.randn(2, 3)) for last in (spikes, same))
+    graded.load_state_dict(spiking.state_dict())
+    one, other = growfx.path_products(spiking), growfx.path_products(graded)
+    assert one.scores.keys() == {"first", "second"}
+    for name, score in one.scores.items():
+        torch.testing.assert_close(score, other.scores[name])
+
+
 def test_coordinates_carry_no_path() -> None:
     places = torch.linspace(0, 3, 6)
     check(lambda x: x * places.sin(), lambda x: x * places.sin().abs().double())
