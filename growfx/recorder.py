@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import threading
 import weakref
@@ -23,7 +24,7 @@ from growfx.layer_classes import is_known
 from growfx.layers import MaskedLayer
 from growfx.lowered_layer import LoweredLayer
 from growfx.meta_shapes import function_shapes, module_shapes
-from growfx.parts import Parts
+from growfx.parts import MovedAxes, Parts, are_apart
 from growfx.recorded_call import (
     RECORDED_CONSTANT,
     all_can_be_written,
@@ -367,8 +368,11 @@ class Recorder(TorchFunctionMode):
         return node
 
     def _size(self, tensor: Tensor, dim: int) -> Callable[[], fx.Node]:
+        # A number outlives its tensor, which must not be seen as one that shares memory for it.
+        of_tensor = self._entry(tensor) or functools.partial(self.node_of, tensor)
+
         def make() -> fx.Node:
-            node = self.graph.create_node("call_method", "size", (self.node_of(tensor), dim))
+            node = self.graph.create_node("call_method", "size", (of_tensor(), dim))
             node.meta.update(shape=None, source="", module=self.stack[-1] if self.stack else "", number=True)
             return node
 
@@ -516,10 +520,11 @@ class Recorder(TorchFunctionMode):
 
     def _number_result(self, name: str, args: Any, kwargs: Any, value: Any) -> Any:
         tensor = args[0]
-        if self._entry(tensor) is None:
+        of_tensor = self._entry(tensor)
+        if of_tensor is None:
             return value
         if name == "numel":
-            make = lambda: self._emit("call_method", "numel", (tensor,), {}, None)  # noqa: E731
+            make = lambda: self._emit("call_method", "numel", (of_tensor(),), {}, None)  # noqa: E731
             return traced(value, self, make, self._is_sized_by_data(tensor))
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
         return self.traced_shape(tensor) if dim is None else self.traced_shape(tensor)[int(dim)]
@@ -558,7 +563,7 @@ class Recorder(TorchFunctionMode):
         # Looked up before the write, as any argument.
         node_args = self.as_argument(args)
         # `base[i] += x` ends in storing the part that was changed.
-        functional = self._rewritable(base) if base._is_view() else self._owned(base, [base, value])
+        functional = self._rewritable(base, value) if base._is_view() else self._owned(base, [base, value])
         base[plain_arguments(index)] = plain_arguments(value)
         if not functional:
             self._emit("call_function", operator.setitem, node_args, {}, None)
@@ -579,25 +584,32 @@ class Recorder(TorchFunctionMode):
         self._write_back(part)
         return value
 
-    def _rewritable(self, part: Tensor) -> bool:
-        """Whether all that sees a write into `part` is the chain of tensors it was taken from."""
+    def _rewritable(self, part: Tensor, *written: Any) -> bool:
+        """Whether all that sees a write into `part` is the chain it was taken from, and what is `written`."""
         seen = self.parts.chain(part)
-        return len(seen) > 1 and self._owned(seen[-1], seen)
+        return len(seen) > 1 and self._owned(seen[-1], [*seen, *written], part)
 
-    def _owned(self, whole: Tensor, known: list[Any]) -> bool:
-        """Whether `whole` was computed in this run and nothing but the `known` tensors shares its memory."""
+    def _owned(self, whole: Tensor, known: list[Any], part: Tensor | None = None) -> bool:
+        """Whether `whole` was computed in this run and nothing but the `known` tensors shares its memory.
+
+        Given a `part`, the memory of that part.
+        """
         if whole._is_view() or self.node_of(whole).op in ("get_attr", "placeholder"):
             return False
         others = (reference() for reference, _ in self.nodes.values())
-        return not any(t is not None and t._base is whole and all(t is not k for k in known) for t in others)
+        sharing = [t for t in others if t is not None and t._base is whole and all(t is not k for k in known)]
+        return all(part is not None and are_apart(t, part) for t in sharing)
 
     def _write_back(self, part: Tensor) -> None:
         while (link := self.parts.whole_of(part)) is not None:
             whole, index = link
             if index is None:
                 node = self._emit("call_method", "reshape_as", (part, whole), {}, whole)
+            elif isinstance(index, MovedAxes):
+                node = self._emit("call_method", index.method, (part, *index.args), {}, whole)
             else:
                 node = self._emit("call_function", graph_ops.set_item, (whole, index, part), {}, whole)
+            node.meta["carried_back"] = True
             self._track(whole, lambda node=node: node)
             part = whole
 

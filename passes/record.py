@@ -384,7 +384,7 @@ def _drop_unseen_writes(graph: fx.Graph) -> None:
     """Where nobody reads the whole after a write into its part, write into the part itself, as the model did."""
     position = {node: i for i, node in enumerate(graph.nodes)}
     for node in reversed(graph.nodes):
-        if not node.users and (node.target is graph_ops.set_item or node.target == "reshape_as"):
+        if not node.users and (node.target is graph_ops.set_item or node.meta.get("carried_back")):
             graph.erase_node(node)
     for node in graph.nodes:
         if node.meta.get("for_write") and all(
