@@ -349,13 +349,13 @@ class MaskedGraph(fx.GraphModule):
         # Passes that follow values have no use for checks of them.
         looks |= look_inside and recording.holds is not None
         if looks or not recording.faithful:
-            key = (training, given.keyed(batch_is_free=False))
-            if recording.holds is not None and key[1] is not None:
-                key = (training, (key[1], recording.code.src))  # which names the values read
+            values = recording.code.src if recording.holds is not None else ""  # which names those read from data
+            keyed = given.keyed(batch_is_free=False)
+            key = (training, (keyed, values, look_inside))
             found = self._looks_inside.get(key)
-            if found is None or key[1] is None:
+            if found is None or keyed is None:
                 with _without_compiler(), torch.inference_mode(False):
-                    found = self._recorder(self, given, training, holds_for_values=True)
+                    found = self._recorder(self, given, training, holds_for_values=True, look_inside=look_inside)
                 self._looks_inside[key] = found
             recording = found
         elif look_inside and recording.own_gradient and not training:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["caches_bypassed", "generators_restored", "python_randomness", "tables_restored"]
+__all__ = ["caches_bypassed", "enrolled", "generators_restored", "python_randomness", "tables_restored"]
 
 _CACHED = type(functools.lru_cache(lambda: None))
 # Their caches hold nothing of a model's sizes; what they compute may be slow, or allowed once only.
@@ -49,18 +49,62 @@ def _model_code(root: nn.Module) -> list[ModuleType]:
 
 
 @contextmanager
-def tables_restored(root: nn.Module) -> Generator[None]:
+def tables_restored(root: nn.Module, original: nn.Module) -> Generator[None]:
     """Put dicts, lists and sets that a model's Python modules hold back to what they held.
 
     A table keyed by size would keep what a recording computed, which is no value, for the model's own calls.
+
+    Args:
+        root: the model that is run, a copy of `original`: meanwhile registries of modules that hold parts of the
+            original hold those of the copy alone.
+        original: the model it is a copy of.
     """
     kept = [(table, table.copy()) for module in _model_code(root) for table in _tables(module)]
+    twins = _twins(original, root)
+    for table, _ in kept:
+        parts = _parts_in(table, twins)
+        if parts:
+            _refill(table, parts)
     try:
         yield
     finally:
         for table, before in kept:
             if len(table) != len(before) or not _holds_same(table, before):
                 _refill(table, before)
+
+
+@contextmanager
+def enrolled(original: nn.Module, copied: nn.Module) -> Generator[None]:
+    """Add the parts of a copied model to every registry of modules that holds the originals; not if the block fails.
+
+    Classes that list their instances when they are made (to reset them all) know nothing of copies.
+    """
+    twins = _twins(original, copied)
+    tables = [table for module in _model_code(original) for table in _tables(module)]
+    found = [(table, parts) for table in tables if (parts := _parts_in(table, twins))]
+    for table, parts in found:
+        table.extend(parts) if isinstance(table, list) else table.update(parts)
+    try:
+        yield
+    except BaseException:
+        for table, parts in found:
+            added = set(map(id, parts))
+            _refill(table, [value for value in table if id(value) not in added])
+        raise
+
+
+def _twins(original: nn.Module, copied: nn.Module) -> dict[int, nn.Module]:
+    """What stands for each module of a model in a copy of it, by id."""
+    parts = dict(copied.named_modules(remove_duplicate=False))
+    named = original.named_modules(remove_duplicate=False)
+    return {id(part): parts[name] for name, part in named if name in parts and parts[name] is not part}
+
+
+def _parts_in(table: Any, twins: dict[int, nn.Module]) -> list[nn.Module]:
+    """What stands for the modules in a registry, a list or set that holds nothing but modules; others hold none."""
+    if isinstance(table, dict) or not all(isinstance(value, nn.Module) for value in table):
+        return []
+    return [twins[id(value)] for value in table if id(value) in twins]
 
 
 _TABLES_OF: dict[str, tuple[int, list[tuple[Any, str]]]] = {}

@@ -160,7 +160,7 @@ class _Work:
         for module in copied.modules():
             module.register_forward_pre_hook(lambda module, _: called.setdefault(names[id(module)]) and None)
         try:
-            with generators_restored(cuda_devices(self.shell)), tables_restored(copied), torch.no_grad():
+            with generators_restored(cuda_devices(self.shell)), tables_restored(copied, self.shell), torch.no_grad():
                 given = inputs.copied()
                 copied(*given.args, **given.kwargs)
         except Exception:
@@ -248,7 +248,9 @@ class _Work:
         """Record what the shell does on these very values, whatever it takes out of them."""
         run_on = working_copy(self.shell)
         _set_flags(run_on, self.flags)
-        return record(self.shell, inputs.args, inputs.kwargs, allow_data=True, run_on=run_on, look_inside=True)
+        return record(
+            self.shell, inputs.args, inputs.kwargs, allow_data=True, run_on=run_on, look_inside=self.look_inside
+        )
 
     def unseen(self, made: RecordedGraph, inputs: Inputs) -> str:
         """Whether the graph holds a constant that other inputs make another one: what no operator computed."""
@@ -366,7 +368,7 @@ class _Work:
         with (
             generators_restored(cuda_devices(self.shell)),
             caches_bypassed(),
-            tables_restored(copied),
+            tables_restored(copied, module),
             torch.set_grad_enabled(gradients),
             short_shapes() if self.on_meta else contextlib.nullcontext(),
         ):
@@ -389,7 +391,7 @@ def _holds(run: Callable[..., Any], training: bool, shell: nn.Module, given: Inp
     _set_flags(copied, _flags(shell, training))
     given = given.copied()
     try:
-        with generators_restored(cuda_devices(shell)), tables_restored(copied), torch.no_grad():
+        with generators_restored(cuda_devices(shell)), tables_restored(copied, shell), torch.no_grad():
             run(copied, *given.args, **given.kwargs)
     except Exception:  # another value, or a failure that a recording for these inputs will show
         return False
@@ -410,8 +412,10 @@ def _gradients(module: nn.Module, outputs: list[Any]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     total: Any = 0
     for value in outputs:
-        if isinstance(value, Tensor) and value.requires_grad and value.is_floating_point():
-            total = total + (value * torch.randn(value.shape, generator=generator).to(value)).sum()
+        if isinstance(value, Tensor) and value.is_floating_point():
+            # Drawn for each of them: model and graph need not agree on constants that ask for a gradient.
+            factors = torch.randn(value.shape, generator=generator).to(value)
+            total = total + (value * factors).sum() if value.requires_grad else total
     if not isinstance(total, Tensor):
         return []
     found = cast(list[Tensor | None], torch.autograd.grad(total, trained, allow_unused=True))

@@ -18,6 +18,7 @@ from growfx.doors import as_masked_graph
 from growfx.errors import ConfigError, TraceError
 from growfx.graph import MaskedGraph
 from growfx.inputs import Inputs, as_inputs
+from growfx.isolation import enrolled
 from growfx.layers import (
     MaskedLayer,
     MaskedParameter,
@@ -93,29 +94,30 @@ def wrap(
     handles = {**_swap_in(shell, exclude, report), **_masked_parameters(shell, masked)}
     _declare_opaque(shell, opaque, report)
     first = functools.partial(record_checked, model=model)
-    net = MaskedGraph(shell, example, first, report, functools.partial(identity_of, model))
-    net.place_layers(handles, ())
-    recordings = [net.recording(example, training=False)]
-    try:
-        recordings.append(net.recording(example, training=True))
-    except TraceError as refusal:
-        # Detectors want targets to train on: a call with them will run.
-        report.notes.append(f"train mode was not recorded: {refusal}")
-    net._recorder = record_checked
-    called = dict.fromkeys(name for recording in recordings for name in recording.called)
-    order = {name: i for i, name in enumerate(called)}
-    for name in dict.fromkeys(name for recording in recordings for name in recording.used):
-        order[name] = order.get(name.rpartition(".")[0], len(order))
-    _name_layers(net, handles, order)
-    report.faithful = all(recording.faithful for recording in recordings)
-    if not report.faithful:
-        report.opaque.setdefault("", " ".join(report.notes))
-    _note_direct_reads(net)
-    if density < 1:
-        _draw(net, density, seed)
-    elif pruned:
-        net.set_masks({name: mask for name, mask in pruned.items() if name in net.layers})
-        warn_once("the masks of torch.nn.utils.prune were taken over as the network's own", notes)
+    with enrolled(model, shell):
+        net = MaskedGraph(shell, example, first, report, functools.partial(identity_of, model))
+        net.place_layers(handles, ())
+        recordings = [net.recording(example, training=False)]
+        try:
+            recordings.append(net.recording(example, training=True))
+        except TraceError as refusal:
+            # Detectors want targets to train on: a call with them will run.
+            report.notes.append(f"train mode was not recorded: {refusal}")
+        net._recorder = record_checked
+        called = dict.fromkeys(name for recording in recordings for name in recording.called)
+        order = {name: i for i, name in enumerate(called)}
+        for name in dict.fromkeys(name for recording in recordings for name in recording.used):
+            order[name] = order.get(name.rpartition(".")[0], len(order))
+        _name_layers(net, handles, order)
+        report.faithful = all(recording.faithful for recording in recordings)
+        if not report.faithful:
+            report.opaque.setdefault("", " ".join(report.notes))
+        _note_direct_reads(net)
+        if density < 1:
+            _draw(net, density, seed)
+        elif pruned:
+            net.set_masks({name: mask for name, mask in pruned.items() if name in net.layers})
+            warn_once("the masks of torch.nn.utils.prune were taken over as the network's own", notes)
     return net
 
 
@@ -223,7 +225,8 @@ def unwrap(net: MaskedGraph) -> nn.Module:
         model._non_persistent_buffers_set.discard(name)
     if net.identity is not None:
         remember(model, net.identity)
-    return model
+    with enrolled(net.shell, model):
+        return model
 
 
 def _example(model: nn.Module, example_inputs: Any) -> Inputs:

@@ -152,7 +152,7 @@ def _quiet(recorder: Recorder) -> Generator[None]:
     with (
         generators_restored(cuda_devices(recorder.home)),
         caches_bypassed(),
-        tables_restored(root),
+        tables_restored(root, recorder.home),
         torch.enable_grad(),  # as a training step has it, so that switches of it are seen
         _default_device(recorder),
     ):
