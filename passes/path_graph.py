@@ -218,10 +218,14 @@ class PathGraph(PathFactors):
 
     def _select(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Data decides what the node takes: what it takes from and decides by are outputs, the result is ended."""
-        for value in ended_by(node, args, kwargs):
+        self._end(ended_by(node, args, kwargs))
+        return placeholder(node, args, kwargs, self.model_dtype)
+
+    def _end(self, values: Iterable[PathValue]) -> None:
+        """Let paths end at values, as at outputs of the network."""
+        for value in values:
             if not any(value.tensor is known.tensor for known in self._ends):
                 self._ends.append(value)
-        return placeholder(node, args, kwargs, self.model_dtype)
 
     def _without_paths(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = list(leaves((args, kwargs)))
@@ -234,6 +238,10 @@ class PathGraph(PathFactors):
         result = self._constant(node, args, kwargs)
         if not sources:
             return result
+        if self._embeds(node):  # codes chosen by data (a quantiser's): paths end at the choice, and begin at the codes
+            self._end(sources)
+            with torch.enable_grad():
+                return self._source(raw(result).shape)
         steps = leaves(self._moved_steps(node, args, kwargs))
 
         def judged(item: Any) -> Any:
@@ -297,11 +305,9 @@ class PathGraph(PathFactors):
             return args[0][raw(args[1])]
         inputs = list(leaves((args, kwargs)))
         token = any(isinstance(item, Token) for item in inputs)
-        embeds = node.target in _EMBEDDINGS
         if node.op == "call_module":
             module = self.net.get_submodule(str(node.target))
             self._note_fed(self.constant_fed, module)
-            embeds = isinstance(module, nn.Embedding)
             result = evaluating_copy(module)(*raw(args), **raw(kwargs))
             learned = next(module.parameters(), None) is not None
         else:
@@ -309,10 +315,15 @@ class PathGraph(PathFactors):
                 return changed_weights(self, node, args, kwargs)
             result = execute(node, raw(args), raw(kwargs))
             learned = any(isinstance(item, Learned) for item in inputs)
-        if token and embeds:
+        if token and self._embeds(node):
             return self._source(result.shape)
         kind = Token if token else Learned
         return map_leaves(lambda item: kind(item) if isinstance(item, Tensor) and (learned or token) else item, result)
+
+    def _embeds(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self.net.get_submodule(str(node.target)), nn.Embedding)
+        return node.target in _EMBEDDINGS
 
     def _note_fed(self, fed: set[str], module: nn.Module) -> None:
         fed.update(name for part in module.modules() if (name := self.layer_of(part)) is not None)

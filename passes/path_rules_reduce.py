@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from growfx.passes.path_rules_arithmetic import add
-from growfx.passes.path_values import Ended, Judged, NoPathRuleError, PathValue
+from growfx.passes.path_values import Ended, Judged, NoPathRuleError, PathValue, raw
 
 if TYPE_CHECKING:
     from growfx.passes.path_graph import PathGraph
@@ -50,6 +50,18 @@ def norm(
 ) -> Any:
     """Norms: the mean, so that they scale like what they measure."""
     return mean(run, value, dim, keepdim)
+
+
+def distance(run: PathGraph, x1: Any, x2: Any, *args: Any, **kwargs: Any) -> Any:
+    """`cdist`: a norm, so the mean over coordinates, of each row of either side; a constant side carries no path."""
+    sides = [
+        item.tensor.mean(-1).unsqueeze(dim) if isinstance(item, PathValue) else raw(item)[..., 0].unsqueeze(dim)
+        for item, dim in ((x1, -1), (x2, -2))
+    ]
+    values = [
+        PathValue(side) if isinstance(item, PathValue) else side for side, item in zip(sides, (x1, x2), strict=True)
+    ]
+    return add(run, *values)
 
 
 def extreme(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -164,6 +176,7 @@ FUNCTIONS: dict[Any, Any] = {
     **dict.fromkeys((torch.var, torch.std), spread),
     **dict.fromkeys((torch.var_mean, torch.std_mean), spread_and_mean),
     **dict.fromkeys((torch.norm, torch.functional.norm, torch.linalg.norm, torch.linalg.vector_norm), norm),
+    **dict.fromkeys((torch.cdist, torch.functional.cdist), distance),
     torch.max: extreme(torch.max),
     torch.min: extreme(torch.min),
     torch.median: extreme(torch.median),

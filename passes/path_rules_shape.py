@@ -57,6 +57,13 @@ def joining(function: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
+def broadcasting(run: PathGraph, *tensors: Any) -> Any:
+    """`broadcast_tensors`: each in the common shape; constants stay constants."""
+    items = list(tensors[0]) if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)) else list(tensors)
+    shape = torch.broadcast_shapes(*(raw(item).shape for item in items))
+    return [moving(Tensor.expand)(run, item, shape) for item in items]
+
+
 def padding(run: PathGraph, input: PathValue, pad: Any, mode: str = "constant", value: Any = None) -> Any:  # noqa: A002
     """Padding; a constant is written as zero, whatever its value (-inf before a maximum must not leak in)."""
     return move(F.pad, input, pad, mode=mode)
@@ -189,6 +196,7 @@ FUNCTIONS: dict[Any, Any] = {
     **{function: moving(function) for function in MOVING_FUNCTIONS},
     **{function: _summed(function) for function in _SUMMING},
     **{function: joining(function) for function in JOINING},
+    **dict.fromkeys((torch.broadcast_tensors, torch.functional.broadcast_tensors), broadcasting),
     F.pad: padding,
     builtins.getattr: attribute,
 }

@@ -133,6 +133,32 @@ def test_a_write_to_places_chosen_by_data_is_spread_over_all() -> None:
     check(chosen, lambda x: x.mean(1, keepdim=True).expand(-1, 6))
 
 
+TABLE = torch.linspace(-1, 1, 36).view(6, 6)
+
+CONSTANTS: dict[str, tuple[Map, Map]] = {
+    "tensordot over one axis": (lambda x: torch.tensordot(x, TABLE, 1), lambda x: x @ TABLE.abs().double()),
+    "tensordot over named axes": (
+        lambda x: torch.tensordot(x.view(-1, 2, 3), TABLE.view(3, 2, 6), dims=([-1, 1], [0, 1])),
+        lambda x: x.view(-1, 2, 3).transpose(1, 2).flatten(1) @ TABLE.abs().double(),
+    ),
+    "tensordot from the right": (
+        lambda x: torch.tensordot(TABLE, x, dims=((1,), (1,))).t(),
+        lambda x: x @ TABLE.abs().double().T,
+    ),
+    "broadcast tensors": (
+        lambda x: torch.stack(torch.broadcast_tensors(x[:, :1], 2 * x, TABLE[:1])).sum(0),
+        lambda x: x[:, :1] + 2 * x,
+    ),
+    "distances to points": (lambda x: torch.cdist(x, TABLE), lambda x: x.mean(1, keepdim=True).expand(-1, 6)),
+    "distances from points": (lambda x: torch.cdist(TABLE, x).t(), lambda x: x.mean(1, keepdim=True).expand(-1, 6)),
+}
+
+
+@pytest.mark.parametrize("kind", CONSTANTS)
+def test_constants_beside_a_path_value(kind: str) -> None:
+    check(*CONSTANTS[kind])
+
+
 class Spike(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
