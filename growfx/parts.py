@@ -26,9 +26,19 @@ class MovedAxes:
     args: tuple[Any, ...]
 
 
+def _index(name: str, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The index that takes what `select` and `narrow` take; None for others, or for unusual arguments."""
+    if name not in ("select", "narrow") or not all(isinstance(arg, int) for arg in args[1:]):
+        return None
+    before = (slice(None),) * (int(args[1]) % args[0].ndim)
+    if name == "select" and len(args) == 3:
+        return *before, args[2]
+    return (*before, slice(args[2], args[2] + args[3])) if len(args) == 4 and args[2] >= 0 else None
+
+
 def _moved_back(name: str, dims: tuple[Any, ...]) -> MovedAxes | None:
     """What undoes a change of the order of axes; None where `name` does not change it, or its arguments are unusual."""
-    if name in _EXCHANGES and len(dims) == 2:
+    if (name in _EXCHANGES and len(dims) == 2) or name == "t":
         return MovedAxes(name, dims)
     if name == "permute" and dims:
         order = dims[0] if isinstance(dims[0], (tuple, list)) else dims
@@ -75,7 +85,7 @@ class Parts:
 
     def note(self, name: str, args: tuple[Any, ...], part: Tensor) -> None:
         """Remember that the tensor method `name` made `part`, a view, of ``args[0]``."""
-        index = args[1] if name == "__getitem__" else _moved_back(name, args[1:])
+        index = args[1] if name == "__getitem__" else _index(name, args) or _moved_back(name, args[1:])
         if index is None and name != "__getitem__" and name not in _RESHAPES:
             return
         key = id(part)

@@ -187,8 +187,8 @@ _TAB_TRANSFORMER: Final = {
 
 def _tensor_product(e3nn: Any) -> nn.Module:
     o3 = import_module("e3nn.o3")
-    first = o3.Linear("4x0e + 4x1o", "8x0e + 4x1o")
-    gate = import_module("e3nn.nn").Gate("4x0e", [torch.relu], "4x0e", [torch.sigmoid], "4x1o")
+    first = o3.Linear("16x0e + 16x1o", "32x0e + 16x1o")
+    gate = import_module("e3nn.nn").Gate("16x0e", [torch.relu], "16x0e", [torch.sigmoid], "16x1o")
     return nn.Sequential(first, gate, o3.Linear(gate.irreps_out, "3x0e"))
 
 
@@ -199,7 +199,7 @@ def _irreps(e3nn: Any) -> nn.Module:
 
 
 _E3NN: Final = {
-    "linear-gate": Guest(_tensor_product, _row(16)),
+    "linear-gate": Guest(_tensor_product, _row(64), masked=("?.weight",)),
     "fully-connected": Guest(_irreps, _row(8)),
     "tensor-product": Guest(
         lambda _: import_module("e3nn.o3").FullyConnectedTensorProduct("4x0e + 2x1o", "1x0e + 1x1o", "4x0e + 2x1o"),

@@ -314,6 +314,8 @@ def test_a_write_into_a_part_becomes_functional() -> None:
         lambda y: torch.permute(y, (2, 1, 0)),
         lambda y: y.movedim(0, -1),
         lambda y: y.swapaxes(0, 2)[1:].transpose(0, 1),
+        lambda y: y.narrow(2, 1, 3).permute(2, 0, 1),
+        lambda y: y.select(-2, 2).t().unsqueeze(1),
     ],
 )
 def test_a_write_into_a_part_behind_moved_axes_becomes_functional(
