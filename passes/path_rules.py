@@ -70,7 +70,8 @@ _FILES = (
     path_rules_shape,
     path_rules_spectral,
 )
-FUNCTIONS: dict[Any, Rule] = _merged("FUNCTIONS", *_FILES, path_rules_norm, path_rules_attention, path_rules_sampling)
+_FUNCTIONS_ALONE = (path_rules_norm, path_rules_attention, path_rules_sampling, path_rules_recurrent)
+FUNCTIONS: dict[Any, Rule] = _merged("FUNCTIONS", *_FILES, *_FUNCTIONS_ALONE)
 METHODS: dict[str, Rule] = _merged("METHODS", *_FILES)
 MODULES: dict[Any, Rule] = _merged(
     "MODULES",

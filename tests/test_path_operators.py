@@ -237,6 +237,50 @@ def test_a_network_that_gives_spikes_is_scored_by_their_rates() -> None:
         torch.testing.assert_close(score, other.scores[name])
 
 
+LIBRARIES: list[torch.library.Library] = []
+
+
+def neuron(name: str, *parameters: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """An operator as spikingjelly registers it; its values do not matter, its shapes do."""
+
+    def forward(x: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        everything = options[len(parameters) + 4]
+        return (x > 0).float(), (x if everything else v).clone(), x.clone()
+
+    if not hasattr(getattr(torch.ops, name), "forward"):
+        library = torch.library.Library(name, "FRAGMENT")
+        given = ", ".join(("Tensor x", "Tensor v", *parameters))
+        usual = "float threshold, float? reset, bool detach_reset, float alpha, bool store_v_seq, int surrogate_id"
+        library.define(f"forward({given}, {usual}) -> (Tensor, Tensor, Tensor)")
+        library.impl("forward", forward, "CompositeExplicitAutograd")
+        LIBRARIES.append(library)
+    return getattr(torch.ops, name).forward.default
+
+
+NEURONS: dict[str, tuple[tuple[str, ...], tuple[Any, ...], float, float]] = {
+    "sj_if": ((), (), 1.0, 1.0),
+    "sj_lif": (("float tau", "bool decay_input"), (4.0, True), 0.75, 0.25),
+    "sj_plif": (("Tensor w", "bool decay_input"), (torch.zeros(()), False), 0.5, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", NEURONS)
+def test_neurons_add_what_comes_in_to_what_they_keep(name: str) -> None:
+    parameters, given, keeps, takes = NEURONS[name]
+    operator, usual = neuron(name, *parameters), (1.0, 0.0, True, 2.0)
+
+    def steps(x: Tensor) -> Tensor:
+        spikes, last, _ = operator(torch.stack([x, 2 * x]), torch.zeros_like(x), *given, *usual, False, 1)
+        after, _, _ = operator(x[None], last, *given, *usual, True, 1)
+        return torch.cat([spikes[1], after[0]], 1)
+
+    def rule(x: Tensor) -> Tensor:
+        second = keeps * takes * x + takes * 2 * x
+        return torch.cat([second, keeps * second + takes * x], 1)
+
+    check(steps, rule)
+
+
 def test_coordinates_carry_no_path() -> None:
     places = torch.linspace(0, 3, 6)
     check(lambda x: x * places.sin(), lambda x: x * places.sin().abs().double())
