@@ -60,11 +60,8 @@ def tables_restored(root: nn.Module, original: nn.Module) -> Generator[None]:
         original: the model it is a copy of.
     """
     kept = [(table, table.copy()) for module in _model_code(root) for table in _tables(module)]
-    twins = _twins(original, root)
-    for table, _ in kept:
-        parts = _parts_in(table, twins)
-        if parts:
-            _refill(table, parts)
+    for table, parts in _registered([table for table, _ in kept], original, root):
+        _refill(table, parts)
     try:
         yield
     finally:
@@ -79,9 +76,8 @@ def enrolled(original: nn.Module, copied: nn.Module) -> Generator[None]:
 
     Classes that list their instances when they are made (to reset them all) know nothing of copies.
     """
-    twins = _twins(original, copied)
     tables = [table for module in _model_code(original) for table in _tables(module)]
-    found = [(table, parts) for table in tables if (parts := _parts_in(table, twins))]
+    found = _registered(tables, original, copied)
     for table, parts in found:
         table.extend(parts) if isinstance(table, list) else table.update(parts)
     try:
@@ -93,18 +89,16 @@ def enrolled(original: nn.Module, copied: nn.Module) -> Generator[None]:
         raise
 
 
-def _twins(original: nn.Module, copied: nn.Module) -> dict[int, nn.Module]:
-    """What stands for each module of a model in a copy of it, by id."""
+def _registered(tables: list[Any], original: nn.Module, copied: nn.Module) -> list[tuple[Any, list[nn.Module]]]:
+    """Registries (lists and sets of nothing but modules) that hold parts of a model, and those parts of a copy."""
+    tables = [t for t in tables if t and not isinstance(t, dict) and all(isinstance(value, nn.Module) for value in t)]
+    if not tables:
+        return []
     parts = dict(copied.named_modules(remove_duplicate=False))
     named = original.named_modules(remove_duplicate=False)
-    return {id(part): parts[name] for name, part in named if name in parts and parts[name] is not part}
-
-
-def _parts_in(table: Any, twins: dict[int, nn.Module]) -> list[nn.Module]:
-    """What stands for the modules in a registry, a list or set that holds nothing but modules; others hold none."""
-    if isinstance(table, dict) or not all(isinstance(value, nn.Module) for value in table):
-        return []
-    return [twins[id(value)] for value in table if id(value) in twins]
+    twins = {id(part): parts[name] for name, part in named if name in parts and parts[name] is not part}
+    found = [(table, [twins[id(value)] for value in table if id(value) in twins]) for table in tables]
+    return [(table, twin) for table, twin in found if twin]
 
 
 _TABLES_OF: dict[str, tuple[int, list[tuple[Any, str]]]] = {}

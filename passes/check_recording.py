@@ -93,6 +93,9 @@ def record_checked(
         difference = work.difference(made, [inputs]) or work.unseen(made, inputs)
     else:
         made, difference = work.recorded(inputs)
+        if made.holds is not None:
+            branches = net.trace_report.branches
+            branches += [read for read in work.branches if read not in branches]
     if difference:
         net.trace_report.notes.append(f"{'train' if training else 'eval'} mode: {difference}")
     return dataclasses.replace(made, faithful=made.faithful and not difference)
@@ -108,7 +111,8 @@ class _Work:
         self.flags = _flags(self.shell, training)
         self.on_meta = _on_meta(self.shell)
         self.drew = False  # whether a run drew random numbers on the CPU
-        self.pinned = ""  # why the model itself was recorded for the values that it reads from its data
+        self.pinned = ""  # why the model itself was recorded for the values that it reads from its data, and these
+        self.branches: list[str] = []
 
     # -- recording ------------------------------------------------------------------------------------------------
 
@@ -225,8 +229,7 @@ class _Work:
         others = [*(inputs.redrawn(seed) for seed in _REDRAWN), inputs.copied(_negated)]
         if any(self.difference(made, [other, inputs]) for other in others):
             return None
-        self.pinned = reason
-        self.report.branches += [read for read in recording.branches if read not in self.report.branches]
+        self.pinned, self.branches = reason, recording.branches
         holds = functools.partial(_holds, made.run, self.training)
         return dataclasses.replace(made, holds=holds)
 
