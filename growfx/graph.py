@@ -351,7 +351,7 @@ class MaskedGraph(fx.GraphModule):
         if looks or not recording.faithful:
             values = recording.code.src if recording.holds is not None else ""  # which names those read from data
             keyed = given.keyed(batch_is_free=False)
-            key = (training, (keyed, values, look_inside))
+            key = (training, (keyed, values, look_inside, given.digest))
             found = self._looks_inside.get(key)
             if found is None or keyed is None:
                 with _without_compiler(), torch.inference_mode(False):

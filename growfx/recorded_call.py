@@ -18,8 +18,8 @@ from growfx.traced_number import TracedFloat, TracedInt, plain
 
 __all__ = [
     "RECORDED_CONSTANT",
-    "all_can_be_written", "can_be_written", "changes_in_place", "forward_parameters", "holds_tensor", "is_own_or_torch",
-    "operation", "plain_arguments", "plain_tensor_names", "source_line",
+    "all_can_be_written", "can_be_written", "changes_in_place", "contents", "forward_parameters", "holds_tensor",
+    "is_own_or_torch", "operation", "plain_arguments", "plain_tensor_names", "source_line",
 ]  # fmt: skip
 
 _IN_PLACE_OPERATORS = {
@@ -86,6 +86,15 @@ def plain_arguments(value: Any) -> Any:
     if type(value) is dict:
         return {k: plain_arguments(v) for k, v in value.items()}
     return value
+
+
+def contents(nest: Any) -> Any:
+    """What the lists, tuples and dicts in a nest hold, by identity: another value after something was written there."""
+    if isinstance(nest, dict):
+        return tuple((key, contents(value)) for key, value in nest.items())
+    if isinstance(nest, (list, tuple)):
+        return tuple(map(contents, nest))
+    return id(nest)
 
 
 def holds_tensor(value: Any) -> bool:

@@ -30,6 +30,7 @@ from growfx.recorded_call import (
     all_can_be_written,
     can_be_written,
     changes_in_place,
+    contents,
     forward_parameters,
     holds_tensor,
     operation,
@@ -628,11 +629,16 @@ class Recorder(TorchFunctionMode):
     def as_one_node(self, op: str, target: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run something without looking inside."""
         node_args, node_kwargs = self.as_argument(tuple(args)), self.as_argument(kwargs)
+        given = plain_arguments(tuple(args)), plain_arguments(kwargs)
+        before = contents(given)
         self.inside_leaf += 1
         try:
-            value = run(*plain_arguments(args), **plain_arguments(kwargs))
+            value = run(*given[0], **given[1])
         finally:
             self.inside_leaf -= 1
+        if contents(given) != before:  # which no node says; where the module that called it is whole, nobody need know
+            level = -2 if op == "call_module" else -1
+            self._refuse_data(level, f"`{target}` writes into a list or dict that it is given")
         node = self._emit(op, target, node_args, node_kwargs, value)
         self._track(value, lambda: node)
         self._note_size(str(target), args, kwargs, value, node)

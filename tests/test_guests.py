@@ -503,6 +503,35 @@ def test_a_state_inside_a_graph_that_a_buffer_holds_is_copied_without_it():
     assert growfx.unwrap(net)[1].state.grad_fn is None
 
 
+def test_a_module_recorded_whole_that_writes_into_a_dict_it_is_given_leaves_its_caller_whole():
+    class Fills(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x, found):
+            found["best"] = self.fc(x)[: int((x.sum() * 10).abs()) % 3 + 1]
+
+    class Collects(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fills, self.fc = Fills(), nn.Linear(4, 2)
+
+        def forward(self, x):
+            found = {}
+            self.fills(x, found)
+            return self.fc(found["best"])
+
+    model = Collects().eval()
+    net = growfx.wrap(model, torch.randn(3, 4)).eval()
+    assert "`fills` writes into" in net.trace_report.opaque[""]
+    assert not net.trace_report.faithful
+    for _ in range(3):
+        x = torch.randn(3, 4)
+        assert torch.equal(net(x), model(x))
+        assert torch.equal(fx.GraphModule(net.shell, net.graph_at(x))(x), model(x))
+
+
 # -- names of a twin that a layer has itself --------------------------------------------------------------------------
 
 
