@@ -677,7 +677,7 @@ def _names(layers: Mapping[str, Any], limit: int = 6) -> str:
 
 
 def _holds(recording: RecordedGraph, shell: nn.Module, inputs: Inputs) -> bool:
-    return recording.holds is None or recording.holds(shell, inputs)
+    return recording.holds is None or bool(recording.holds(shell, inputs))
 
 
 _UNWRAP_FIRST = (

@@ -35,7 +35,7 @@ class RecordedGraph:
         own_gradient: whether the model does something whose gradient the operators do not tell.
         used: the parameters it reads that no mask, embedding or norm accounts for, in order.
         holds: where the graph holds for some values that the model reads from its data alone: whether these inputs
-            give them, in the given shell. None where it holds for all.
+            give them, in the given shell (None: it fails on them). None where it holds for all.
     """
 
     graph: fx.Graph
@@ -47,7 +47,7 @@ class RecordedGraph:
     holds_for_values: bool = False
     own_gradient: bool = False
     used: tuple[str, ...] = ()
-    holds: Callable[[nn.Module, Inputs], bool] | None = None
+    holds: Callable[[nn.Module, Inputs], bool | None] | None = None
 
 
 # Records the net's shell for these inputs in a mode and checks the graph against the model; with `holds_for_values` on

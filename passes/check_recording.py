@@ -41,7 +41,7 @@ from growfx.trace_report import TraceReport
 __all__ = ["Recorded", "record_checked"]
 
 _SEEDS = (0, 1, 2)
-_REDRAWN = (1, 2, 3)  # seeds of inputs under which a value read from data has to be the same
+_REDRAWN = (1, 2)  # seeds of inputs under which a value read from data has to be the same
 
 
 class Recorded(Protocol):
@@ -226,11 +226,12 @@ class _Work:
                 return None
             break
         made = self.finished(recording, batch_is_free)
-        others = [*(inputs.redrawn(seed) for seed in _REDRAWN), inputs.copied(_negated)]
-        if any(self.difference(made, [other, inputs]) for other in others):
+        # Outputs are compared by the caller; what decides here is whether others read the same.
+        others = [inputs.copied(_negated), *(inputs.redrawn(seed) for seed in _REDRAWN)]
+        if any(_reads(made.run, self.training, self.shell, other) is False for other in others):
             return None
         self.pinned, self.branches = reason, recording.branches
-        holds = functools.partial(_holds, made.run, self.training)
+        holds = functools.partial(_reads, made.run, self.training)
         return dataclasses.replace(made, holds=holds)
 
     def _record(self, inputs: Inputs, *, without_values: bool, pinned: bool = False) -> Recording:
@@ -388,16 +389,18 @@ class _Work:
         return all(layer.obeys() for layer in self.shell.modules() if isinstance(layer, MaskedLayer))
 
 
-def _holds(run: Callable[..., Any], training: bool, shell: nn.Module, given: Inputs) -> bool:
-    """Whether a graph that checks the values it reads from its data accepts those of these inputs."""
+def _reads(run: Callable[..., Any], training: bool, shell: nn.Module, given: Inputs) -> bool | None:
+    """Whether a graph that checks the values it reads from its data accepts those of these inputs; None: it fails."""
     copied = working_copy(shell)
     _set_flags(copied, _flags(shell, training))
     given = given.copied()
     try:
         with generators_restored(cuda_devices(shell)), tables_restored(copied, shell), torch.no_grad():
             run(copied, *given.args, **given.kwargs)
-    except Exception:  # another value, or a failure that a recording for these inputs will show
+    except TraceError:
         return False
+    except Exception:  # the model may refuse such inputs, too
+        return None
     return True
 
 
