@@ -8,6 +8,7 @@ the network. Masks are stored, never inferred from values: a freshly grown weigh
 read the tensors and the masks without building a model.
 """
 
+import copy
 import hashlib
 import json
 import struct
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from growfx.artifact.codec import encode_index, encode_values
 from growfx.artifact.dtypes import DTYPE_NAMES
@@ -109,7 +110,7 @@ def save(
     net = as_masked_graph(net, "growfx.save")
     for parameter in net.parameters():
         require_whole(parameter, f"an artifact has whole ones; {HOW_TO_GATHER}")
-    target = artifact_target(path)
+    net, target = _evaluating(net), artifact_target(path)
     if provenance is not None and not isinstance(provenance, Mapping):
         raise ArtifactError(f"`provenance` expects a mapping of JSON values, got `{type(provenance).__name__}`")
     content, found = _encode(net, dict(provenance or {}), origin)
@@ -123,6 +124,16 @@ def save(
         why = "; ".join(found.notes)
         warn_once(f"`{target}` does not say how its model is built, for {why}; load it with `model=`, an instance", [])
     return info
+
+
+def _evaluating(net: MaskedGraph) -> MaskedGraph:
+    """The net, or a copy in eval mode where modules change weights when the mode changes (LoRA merges its own).
+
+    What is loaded is in eval mode.
+    """
+    if not net.training or all(type(module).train is nn.Module.train for module in net.shell.modules()):
+        return net
+    return copy.deepcopy(net).eval()
 
 
 def artifact_target(path: str | Path) -> Path:
