@@ -37,28 +37,14 @@ __all__ = ["MaskedGraph", "RecordFunction", "RecordedGraph"]
 
 
 _REGISTRIES = (
-    "_parameters",
-    "_buffers",
-    "_modules",
-    "_non_persistent_buffers_set",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
+    "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set",
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
 # Of the original alone, or made anew for a copy.
 _NOT_COPIED = {
-    *_REGISTRIES,
-    "_compiled_call_impl",
-    "_graph",
-    "_identity",
-    "_looks_inside",
-    "_places",
-    "_recorder",
-    "_shell",
-    "kernels",
-    "meta",
-    "recordings",
-}
+    *_REGISTRIES, "_compiled_call_impl", "_graph", "_identity", "_looks_inside", "_places",
+    "_recorder", "_shell", "kernels", "meta", "recordings",
+}  # fmt: skip
 # Recordings kept for passes; the oldest goes first.
 _MOST_RECORDINGS = 32
 
