@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import growfx
+from growfx.recorded.inputs import Inputs
 
 
 def gap(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -90,7 +91,7 @@ def test_equal_or_mutated_arguments_are_told_apart(values):
     x = torch.randn(3, 4)
     for value in (*values, *values):
         assert torch.equal(net(x, value), model(x, value))
-        program = net.recording(growfx.inputs.Inputs((x, value), {}), training=False)
+        program = net.recording(Inputs((x, value), {}), training=False)
         torch.testing.assert_close(program.run(net.shell, x, value), model(x, value))
 
 
