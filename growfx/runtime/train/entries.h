@@ -121,6 +121,16 @@ inline at::Tensor gather_entries(const at::Tensor& weight, const at::Tensor& ind
   return values;
 }
 
+inline void put_entries(const at::Tensor& weight, const at::Tensor& index, const at::Tensor& values) {
+  const int64_t count = index.numel();
+  const int32_t* const n = index.const_data_ptr<int32_t>();
+  const float* const v = values.const_data_ptr<float>();
+  float* const w = weight.mutable_data_ptr<float>();
+  at::parallel_for(0, count, 32768, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) w[n[k]] = v[k];
+  });
+}
+
 inline at::Tensor scatter_entries(const at::Tensor& values, const at::Tensor& index, at::IntArrayRef sizes,
                                   at::IntArrayRef strides) {
   at::Tensor weight = at::empty_strided(sizes, strides, values.options()).zero_();

@@ -19,6 +19,7 @@
 #include "entries.h"
 #include "layout.h"
 #include "norm_operators.h"
+#include "pool.h"
 #include "products.h"
 
 namespace {
@@ -210,6 +211,13 @@ TORCH_LIBRARY_FRAGMENT(growfx, library) {
   library.def(
       "index_mask(Tensor mask, int[] weight_strides, int[] stride, int[] dilation) -> (Tensor, Tensor, Tensor, Tensor, "
       "Tensor, Tensor)");
+  library.def(
+      "max_pool(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, int[] out_size) -> (Tensor, "
+      "Tensor)");
+  library.def(
+      "max_pool_backward(Tensor grad, Tensor which, int[] in_sizes, int[] kernel, int[] stride, int[] padding, int[] "
+      "dilation) -> Tensor");
+  library.def("put_entries(Tensor(a!) weight, Tensor index, Tensor values) -> ()");
   library.def("has_entries(Tensor mask, Tensor index) -> bool");
   library.def("batch_inner(Tensor x) -> Tensor");
   library.def("batch_outer(Tensor x, ScalarType dtype) -> Tensor");
@@ -237,6 +245,9 @@ TORCH_LIBRARY_IMPL(growfx, CPU, library) {
   library.impl("sparse_product", &sparse_product);
   library.impl("sparse_product_backward", &sparse_product_backward);
   library.impl("norm", &norm);
+  library.impl("max_pool", &max_pool);
+  library.impl("max_pool_backward", &max_pool_backward);
+  library.impl("put_entries", &put_entries);
   library.impl("norm_backward", &norm_backward);
 }
 TORCH_LIBRARY_IMPL(growfx, Autograd, library) {
@@ -258,6 +269,10 @@ TORCH_LIBRARY_IMPL(growfx, Autograd, library) {
                           const Optional& variance, const Optional& added, double eps, bool relu) {
     const variable_list found = Norm::apply(x, weight, bias, mean, variance, added, eps, relu);
     return std::make_tuple(found[0], found[1], found[2]);
+  });
+  library.impl("max_pool", [](const at::Tensor& x, Ints kernel, Ints stride, Ints padding, Ints dilation, Ints out) {
+    const variable_list found = MaxPool::apply(x, kernel, stride, padding, dilation, out);
+    return std::make_tuple(found[0], found[1]);
   });
 }
 TORCH_LIBRARY_IMPL(growfx, CompositeImplicitAutograd, library) { library.impl("sparse_layer", &sparse_layer); }
