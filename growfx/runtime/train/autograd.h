@@ -138,8 +138,9 @@ inline at::Tensor dense_product(const at::Tensor& x, const at::Tensor& values, c
   const int32_t* const start = a.tables[0].const_data_ptr<int32_t>();
   const int32_t* const channel = a.tables[1].const_data_ptr<int32_t>();
   int64_t* const n = index.mutable_data_ptr<int64_t>();
-  for (int64_t s = 0; s < rows * taps; ++s)
-    for (int64_t k = start[s]; k < start[s + 1]; ++k) n[k] = (s / taps * columns + channel[k]) * taps + s % taps;
+  for (int64_t s = 0; s + 1 < a.tables[0].numel(); ++s)
+    for (int64_t k = start[s]; k < start[s + 1]; ++k)
+      n[k] = (s / taps % rows * columns + channel[k]) * taps + s % taps;
   std::vector<int64_t> sizes{rows, columns};
   sizes.insert(sizes.end(), kernel.begin(), kernel.end());
   const at::Tensor flat = at::zeros({rows * columns * taps}, values.options()).index_put({index}, values);
