@@ -31,7 +31,7 @@ from tqdm import tqdm
 import growfx
 from growfx.commands.bench.measure import bench
 from growfx.commands.bench.variants import COMPILED, DENSE
-from growfx.masked.inputs import Inputs
+from growfx.recorded.inputs import Inputs
 
 MODELS = ("resnet50", "mobilenetv3_large_100", "vit_small_patch16_224")
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2)

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 @contextmanager
 def _warnings_as_lines() -> Generator[None]:
-    """Print what must be known as a line of its own; warnings of libraries look as they always do."""
+    """Print each `GrowfxWarning` as one line; warnings of other libraries keep their form."""
     with warnings.catch_warnings():
         usual = warnings.showwarning
 
@@ -62,7 +62,7 @@ def _warnings_as_lines() -> Generator[None]:
 
 
 class _Commands(click.Group):
-    """The commands; Ctrl-C says how to go on where a command can."""
+    """The command group; on Ctrl-C it says how to resume where a command can."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -92,7 +92,7 @@ def _listed(kind: Callable[[str], Any]) -> Callable[..., tuple[Any, ...]]:
         try:
             return tuple(kind(part.strip()) for part in text.split(",")) if text else ()
         except ValueError as error:
-            raise click.BadParameter(f"`{text}` is no list of numbers between commas", context, parameter) from error
+            raise click.BadParameter(f"`{text}` is not a list of numbers", context, parameter) from error
 
     return parse
 
@@ -428,7 +428,7 @@ def _run(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Put a run together from the options of `grow` and `train`, and train."""
+    """Assemble a run from the options of `grow` and `train`, and train."""
     import dataclasses
 
     from growfx.commands.compare.pool import RunSpec

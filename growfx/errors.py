@@ -1,4 +1,4 @@
-"""Every error a caller can cause, in one tree.
+"""The exception classes of growfx, in one tree.
 
     GrowfxError
     ├── TraceError                  a model that cannot be recorded
@@ -9,8 +9,8 @@
     ├── DataError                   an empty, corrupt or missing data set
     └── ConfigError                 an option out of its range, or options that exclude each other
 
-A message says what arrived, what is allowed and what to do; names stand in backticks. What is not an error but must
-be known is a `GrowfxWarning` (see `growfx.notices`).
+A message says what was expected, what was given and what to do, with names in backticks. A condition that is not an
+error but affects the result is a `GrowfxWarning` (see `growfx.notices`).
 """
 
 __all__ = [
@@ -28,43 +28,120 @@ __all__ = [
 
 
 class GrowfxError(Exception):
-    """Base of all errors that a caller can cause."""
+    """Base class of the errors that a caller can cause.
+
+    >>> try:
+    ...     growfx.create_model("resnet18", depth=-1)
+    ... except growfx.GrowfxError as error:
+    ...     print(type(error).__name__)
+    ConfigError
+    """
 
 
 class TraceError(GrowfxError):
-    """A model could not be recorded; names the module, the operator and the source line."""
+    """A model could not be recorded; names the module, the operator and the source line.
+
+    >>> class Broken(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         return self.missing(x)
+    >>> try:
+    ...     growfx.wrap(Broken(), torch.randn(1, 4))
+    ... except growfx.TraceError as error:
+    ...     print("missing" in str(error))
+    True
+    """
 
 
 class UnsupportedOperatorError(TraceError):
-    """An operator on a path has no path rule; names node, operator and source line."""
+    """An operator on a path has no path rule; names node, operator and source line.
+
+    >>> class Sorted(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.fc = torch.nn.Linear(4, 4)
+    ...     def forward(self, x):
+    ...         return torch.cdist(self.fc(x), x)
+    >>> try:
+    ...     growfx.path_products(growfx.wrap(Sorted(), torch.randn(1, 4)))
+    ... except growfx.UnsupportedOperatorError as error:
+    ...     print("cdist" in str(error))
+    True
+    """
 
 
 class MaskError(GrowfxError):
-    """A mask has an unknown layer name, a wrong shape or a wrong dtype, or masks differ between ranks."""
+    """A mask has an unknown layer name, a wrong shape or a wrong dtype, or masks differ between ranks.
+
+    >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4))
+    >>> try:
+    ...     net.set_masks({"0": torch.ones(3, 4, dtype=torch.bool)})
+    ... except growfx.MaskError as error:
+    ...     print("(2, 4)" in str(error))
+    True
+    """
 
 
 class CheckpointError(GrowfxError):
-    """A checkpoint or run folder is damaged, of another model, or of other options."""
+    """A checkpoint or run folder is damaged, of another model, or of other options.
+
+    >>> method = growfx.methods.create("static", density=0.5)
+    >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4))
+    >>> method.attach(net, torch.optim.SGD(net.parameters(), lr=0.1), total_steps=10, steps_per_epoch=5)
+    >>> try:
+    ...     method.load_state_dict({"method": "rigl"})
+    ... except growfx.CheckpointError as error:
+    ...     print(error)
+    the state is of method `rigl`, not `static`
+    """
 
 
 class ArtifactError(GrowfxError):
-    """An artifact is damaged, written by a newer version, or does not fit the model."""
+    """An artifact is damaged, written by a newer version, or does not fit the model.
+
+    >>> try:
+    ...     growfx.load("nowhere")
+    ... except growfx.ArtifactError as error:
+    ...     print("nowhere" in str(error))
+    True
+    """
 
 
 class DataError(GrowfxError):
-    """A data set is missing, empty or corrupt."""
+    """A data set is missing, empty or corrupt.
+
+    >>> from growfx.data.sources import open_data
+    >>> from growfx.options import DataOptions
+    >>> try:
+    ...     open_data("nowhere", DataOptions())
+    ... except growfx.DataError as error:
+    ...     print("nowhere" in str(error))
+    True
+    """
 
 
 class ConfigError(GrowfxError):
-    """An option is out of its range, unknown, or excluded by another one."""
+    """An option is out of its range, unknown, or excluded by another one.
+
+    >>> try:
+    ...     growfx.methods.create("rigl", density=2)
+    ... except growfx.ConfigError as error:
+    ...     print("density" in str(error))
+    True
+    """
 
 
 class GrowfxWarning(UserWarning):
-    """What is not an error but must be known: it also stands on the object that was returned."""
+    """A condition that is not an error but affects the result; the returned object carries its text too.
+
+    >>> import warnings
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", growfx.GrowfxWarning)  # make an error of what must be known
+    ...     net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4))
+    """
 
 
 def one_line(error: BaseException) -> str:
-    """Return kind and text of an error without line breaks.
+    """Return class and text of an error in one line.
 
     One raised in a loading process carries that process's traceback before its own text, which is left out.
     """

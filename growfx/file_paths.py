@@ -1,4 +1,4 @@
-"""Paths that come in at public functions."""
+"""Check the path arguments of public functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["as_path"]
 
 
 def as_path(path: Any, door: str, kind: type[GrowfxError]) -> Path:
-    """The path, or an error of this kind; `door`: the public function, as in "growfx.save"."""
+    """Return `path` as a `Path`, or raise `kind`; `door` names the public function, as in "growfx.save"."""
     if isinstance(path, (str, os.PathLike)):
         found = os.fspath(path)
         if isinstance(found, str) and found and "\0" not in found:

@@ -1,6 +1,6 @@
-"""A callback for the Hugging Face `Trainer`: any step-by-step method of growfx in it.
+"""Hugging Face `Trainer` callback that runs a step-by-step method.
 
-Needs the package `transformers` (`pip install 'growfx[transformers]'`); importing this module without it is a
+Needs the package `transformers` (`pip install 'transformers[torch]'`); importing this module without it is a
 `ConfigError`.
 """
 
@@ -31,7 +31,7 @@ except ModuleNotFoundError as error:
     if error.name != "transformers":
         raise
     raise ConfigError(
-        "growfx.hf_trainer needs the package `transformers`: pip install 'growfx[transformers]'"
+        "growfx.hf_trainer needs the package `transformers`: pip install 'transformers[torch]'"
     ) from error
 
 

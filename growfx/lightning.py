@@ -1,6 +1,6 @@
-"""A Lightning callback: any step-by-step method of growfx in a Lightning `Trainer`.
+"""Lightning callback that runs a step-by-step method in a Lightning `Trainer`.
 
-Needs the package `lightning` (`pip install 'growfx[lightning]'`); importing this module without it is a
+Needs the package `lightning` (`pip install lightning`); importing this module without it is a
 `ConfigError`.
 """
 
@@ -25,7 +25,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "lightning":
         raise
-    raise ConfigError("growfx.lightning needs the package `lightning`: pip install 'growfx[lightning]'") from error
+    raise ConfigError("growfx.lightning needs the package `lightning`: pip install lightning") from error
 
 
 class SparseTraining(_pytorch.Callback):
@@ -57,7 +57,7 @@ class SparseTraining(_pytorch.Callback):
         total = trainer.estimated_stepping_batches if self.total_steps is None else self.total_steps
         if not math.isfinite(total):
             raise ConfigError(
-                "Lightning knows no end of this training; give `total_steps`, or `max_epochs` to the Trainer"
+                "expected a training with an end, got one without; give `total_steps`, or `max_epochs` to the Trainer"
             )
         batches = trainer.num_training_batches
         steps = math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else int(total)
@@ -78,7 +78,7 @@ class SparseTraining(_pytorch.Callback):
             self.loop.report(trainer.callback_metrics, self.monitor)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Let go of the optimizer; a further `fit` of the same network continues."""
+        """Release the optimizer; a further `fit` of the same network continues."""
         net = self.loop.net
         if net is not None:
             self._state, self._trained = self.loop.method.state_dict(), weakref.ref(net)

@@ -1,4 +1,4 @@
-"""The machine and the library versions that figures depend on."""
+"""Describe the machine and the library versions that measurements depend on."""
 
 import importlib.metadata
 import os
@@ -12,7 +12,7 @@ __all__ = ["machine_facts", "processor", "versions"]
 
 
 def versions() -> dict[str, str]:
-    """Versions that results depend on."""
+    """Return the versions of Python and the libraries that results depend on."""
     others = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy", "scipy")}
     return {"growfx": __version__, "python": platform.python_version(), **others}
 

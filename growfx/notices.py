@@ -1,4 +1,4 @@
-"""Tell the user what is not an error but must be known, once for each cause."""
+"""Warn about conditions that are not errors but affect the result, once for each cause."""
 
 from __future__ import annotations
 

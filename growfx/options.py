@@ -1,4 +1,4 @@
-"""Options: frozen dataclasses whose constructors refuse values out of range.
+"""Option dataclasses: frozen, with values checked in the constructor.
 
 The same names are keyword arguments in Python, `--set key=value` on the command line, and keys of
 `config.json`.
@@ -20,7 +20,7 @@ __all__ = ["DataOptions", "DefaultFloat", "TrainOptions", "as_count", "as_json",
 
 
 class DefaultFloat(float):
-    """A default that can be told from the same number given; `check_ranges` makes a plain float of it."""
+    """A float default that differs in type from the same value given; `check_ranges` makes it a plain float."""
 
 
 def option(
@@ -48,7 +48,7 @@ def check_ranges(options: Any) -> None:
     """Check every field of a dataclass of `option`s: its type, then its range; None passes where allowed.
 
     Raises:
-        ConfigError: names the option, what arrived and what is allowed.
+        ConfigError: names the option, the value given and the values allowed.
     """
     hints = typing.get_type_hints(type(options))
     for f in dataclasses.fields(options):
@@ -106,7 +106,7 @@ def _interval(limits: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How a network is trained. Learning rates are per step of the optimizer; lengths are in epochs.
+    """Options of training. Learning rates are per optimizer step; lengths are in epochs.
 
     Attributes:
         epochs: length of the (final) training; growth rounds come on top.
@@ -133,6 +133,10 @@ class TrainOptions:
             Weights, gradients and validation keep the weights' own.
         channels_last: memory format of weights and images.
         compile: run the training steps through `torch.compile`.
+        kernels: on a CPU, "auto" lets each masked layer take the fastest of dense and sparse kernels (see
+            `growfx.use_kernels`), "sparse" takes sparse ones wherever there are some, "dense" none.
+        deterministic: let "auto" choose kernels by density alone, not by their times on this machine; two runs of one
+            seed are then equal bit for bit, as they are with `kernels` = "dense". Ranks always choose so.
         ema_decay: of the averaged weights that score a growth round, at most; their memory is otherwise a tenth
             of the round.
         seed: of the data order and of everything drawn in training.
@@ -165,6 +169,8 @@ class TrainOptions:
     amp: str = option("none", choices=("none", "bf16", "fp16"))
     channels_last: bool = False
     compile: bool = False
+    kernels: str = option("auto", choices=("auto", "dense", "sparse"))
+    deterministic: bool = False
     ema_decay: float = option(0.999, low=0, high=1, open_high=True)
     seed: int = option(0, low=0, high=2**63 - 1)
     device: str = "auto"
@@ -183,11 +189,11 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How a data set is read.
+    """Options of reading a data set.
 
     Attributes:
         batch_size: images a training step, on each rank; a smaller training set gives smaller batches.
-        img_size: height and width in pixels; None fits data and model (see `growfx.loaders.fit_size`).
+        img_size: height and width in pixels; None fits data and model (see `growfx.data.loaders.fit_size`).
         workers: loading processes; 0 loads in the training process.
         augment: "crop" (random resized crop and flip), "none", or "auto": "none" for `digits`, else "crop".
         crop_scale: smallest area of a random crop, as a fraction of the image.

@@ -1,4 +1,4 @@
-"""Ignore warnings of other libraries for a while, without a trace under threads."""
+"""Ignore warnings of other libraries within a block; safe under threads."""
 
 from __future__ import annotations
 

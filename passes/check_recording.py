@@ -18,12 +18,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from growfx.errors import TraceError
-from growfx.masked.inputs import Inputs
-from growfx.masked.isolation import caches_bypassed, generators_restored, python_randomness, tables_restored
+from growfx.masked.isolation import (
+    caches_bypassed,
+    clock_shifted,
+    generators_restored,
+    python_randomness,
+    tables_restored,
+)
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.modules import chain_tensors
-from growfx.masked.recording import RECORDED_CONSTANT, RecordedGraph, compiled
-from growfx.masked.trace_report import TraceReport
+from growfx.masked.weight_reads import ModelCode
 from growfx.passes.free_batch import free_batch
 from growfx.passes.list_unmasked import list_unmasked
 from growfx.passes.record.call import can_be_written
@@ -37,6 +41,9 @@ from growfx.passes.record.recording import (
     record,
     working_copy,
 )
+from growfx.recorded.inputs import Inputs
+from growfx.recorded.recording import RECORDED_CONSTANT, RecordedGraph, compiled
+from growfx.recorded.trace_report import TraceReport
 
 __all__ = ["Recorded", "record_checked"]
 
@@ -107,6 +114,7 @@ class _Work:
         self.flags = _flags(self.shell, training)
         self.on_meta = _on_meta(self.shell)
         self.drew = False  # whether a run drew random numbers on the CPU
+        self.writes = True  # whether a run may write into parameters, which is not known before one was recorded
 
     # -- recording ------------------------------------------------------------------------------------------------
 
@@ -148,14 +156,14 @@ class _Work:
         Raises:
             TraceError: it does not run at all.
         """
-        copied = working_copy(self.shell)
+        copied = working_copy(self.shell, own_values=True)
         _set_flags(copied, self.flags)
         names = {id(module): name for name, module in copied.named_modules()}
         called: dict[str, None] = {}
         for module in copied.modules():
             module.register_forward_pre_hook(lambda module, _: called.setdefault(names[id(module)]) and None)
         try:
-            with generators_restored(cuda_devices(self.shell)), tables_restored(copied), torch.no_grad():
+            with generators_restored(cuda_devices(self.shell), copied), tables_restored(copied), torch.no_grad():
                 given = inputs.copied()
                 copied(*given.args, **given.kwargs)
         except Exception:
@@ -194,9 +202,9 @@ class _Work:
         return dataclasses.replace(made, faithful=False, holds_for_values=True)
 
     def _record(self, inputs: Inputs, *, without_values: bool) -> Recording:
-        run_on = meta_copy(self.shell) if without_values else working_copy(self.shell)
+        run_on = meta_copy(self.shell) if without_values else working_copy(self.shell, own_values=self.writes)
         _set_flags(run_on, self.flags)
-        return record(
+        made = record(
             self.shell,
             inputs.args,
             inputs.kwargs,
@@ -205,10 +213,12 @@ class _Work:
             without_values=without_values,
             look_inside=self.look_inside,
         )
+        self.writes = made.writes_parameters
+        return made
 
     def with_values(self, inputs: Inputs) -> Recording:
         """Record what the shell does on these very values, whatever it takes out of them."""
-        run_on = working_copy(self.shell)
+        run_on = working_copy(self.shell, own_values=self.writes)
         _set_flags(run_on, self.flags)
         return record(self.shell, inputs.args, inputs.kwargs, allow_data=True, run_on=run_on, look_inside=True)
 
@@ -321,14 +331,16 @@ class _Work:
     ) -> list[Any]:
         """Outputs, and gradients of a sum over them."""
         gradients = gradients and not self.look_inside and not self.on_meta and self._obeys()
-        copied = working_copy(module, trained=gradients)
+        copied = working_copy(module, trained=gradients, own_values=self.writes)
         _set_flags(copied, self.flags)
         function = copied if run is None else functools.partial(run, copied)
         given = given.copied()
         with (
-            generators_restored(cuda_devices(self.shell)),
-            caches_bypassed(),
+            generators_restored(cuda_devices(self.shell), copied),
+            caches_bypassed(copied),
             tables_restored(copied),
+            ModelCode(),
+            clock_shifted() if run is None else contextlib.nullcontext(),
             torch.set_grad_enabled(gradients),
             short_shapes() if self.on_meta else contextlib.nullcontext(),
         ):

@@ -1,4 +1,4 @@
-"""Batch norms folded into the convolutions and linear layers before them: fewer operations, the same outputs.
+"""Fold batch norms into the convolutions and linear layers before them: fewer operations, the same outputs.
 
 In evaluation mode a batch norm with running statistics is one factor and one summand per channel. Where it reads
 nothing but the output of one layer, and nothing else reads that, both go into the layer's weight and bias. Exact up to
@@ -20,10 +20,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from growfx.compaction.folded_norm import folding_refusal, without_norm
 from growfx.errors import TraceError
-from growfx.passes.compact.precision import outputs_of
 from growfx.passes.mask.swap import unwrap
-from growfx.passes.path_products.rules.table import APPLIED, row_of
-from growfx.passes.trials import Trial, difference, example_of, trials_of, working_copy
+from growfx.passes.operators.classes import APPLIED, row_of
+from growfx.passes.trials.comparison import Trial, difference, example_of, trials_of, working_copy
+from growfx.passes.trials.precision import outputs_of
+from growfx.passes.trials.result import PassResult
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph
@@ -34,26 +35,20 @@ _EXACT = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
-class FoldedNorms:
+class FoldedNorms(PassResult[str]):
     """A model with norms folded into layers.
 
     Attributes:
-        model: a plain model of the original class in evaluation mode; folded norms are `nn.Identity`, or the
-            activation they contain.
+        net: a plain model of the original class in evaluation mode; folded norms are `nn.Identity`, or the activation
+            they contain.
         folded: norm -> the layer that took it over.
         kept: norm -> why it stays.
         largest_error: of the outputs, over the largest output.
     """
 
-    model: nn.Module
     folded: dict[str, str]
     kept: dict[str, str]
     largest_error: float
-
-    def __str__(self) -> str:
-        lines = [f"{norm} -> {layer}" for norm, layer in self.folded.items()]
-        lines += [f"{norm} stays: {reason}" for norm, reason in self.kept.items()]
-        return "\n".join([*lines, f"{len(self.folded)} norms folded; largest error {self.largest_error:.1e}"])
 
 
 @torch.inference_mode(False)
@@ -91,7 +86,13 @@ def fold_norm(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None
     error, problem = difference(model, own)
     if problem:
         raise TraceError(f"the model with folded norms computes something else: {problem}")
-    return FoldedNorms(model, folded, kept, error)
+    return FoldedNorms(model, bool(folded), _account(folded, kept, error), folded, kept, error)
+
+
+def _account(folded: dict[str, str], kept: dict[str, str], error: float) -> str:
+    lines = [f"{norm} -> {layer}" for norm, layer in folded.items()]
+    lines += [f"{norm} stays: {reason}" for norm, reason in kept.items()]
+    return "\n".join([*lines, f"{len(folded)} norms folded; largest error {error:.1e}"])
 
 
 def _pairs(model: nn.Module, graph: fx.Graph, trials: Sequence[Trial]) -> tuple[dict[str, str], dict[str, str]]:

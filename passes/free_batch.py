@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from growfx.masked import graph_ops
+from growfx.recorded import graph_ops
 
 __all__ = ["free_batch"]
 

@@ -1,4 +1,4 @@
-"""Name the weights that a model reads and that no mask belongs to.
+"""List the weights that a model reads without a mask.
 
 Masks belong to convolutions, linear layers and attentions. Whatever else a forward reads that has the shape of a matrix
 is named, however it is changed on its way: bare parameters, the weights of recurrent layers, experts, tables, those
@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import fx, nn
 
-from growfx.masked.layers import MaskedLayer, is_maskable, weight_name_of
+from growfx.masked.layers import MaskedLayer
+from growfx.masked.twins import is_maskable, weight_name_of
 from growfx.passes.record.recording import Recording
 
 __all__ = ["list_unmasked"]

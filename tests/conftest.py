@@ -1,7 +1,14 @@
 """Shared settings of the tests: two processes share two cores, and nothing is random between runs."""
 
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
+
+# What is compiled and timed is kept between sessions, but not among what the user has.
+os.environ.setdefault("GROWFX_CACHE", str(Path(tempfile.gettempdir()) / "growfx-tests"))
 
 
 @pytest.fixture(autouse=True)

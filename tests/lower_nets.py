@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import growfx
 from growfx.masked.graph import MaskedGraph
-from growfx.masked.inputs import Inputs
+from growfx.recorded.inputs import Inputs
 
 
 class Residual(nn.Module):

@@ -28,7 +28,7 @@ def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 def session(net: Any = None, epochs: int = 3, optimizer: str = "sgd", **options: Any) -> Session:
     """A run of `epochs` epochs of four steps."""
     net = small_net() if net is None else net
-    train = TrainOptions(epochs=epochs, device="cpu", **options)
+    train = TrainOptions(epochs=epochs, device="cpu", kernels="dense", **options)
     return Session(net, OPTIMIZERS[optimizer](net), train, STEPS, batches, F.cross_entropy)
 
 

@@ -13,7 +13,18 @@ import torch
 from growfx.cli import main
 from growfx.runs.checkpoint import content_digest, read
 
-RUN = ["test_resnet", "--data", "digits", "--quiet", "--set", "img_size=16", "--set", "lr=0.05"]
+RUN = [
+    "test_resnet",
+    "--data",
+    "digits",
+    "--quiet",
+    "--set",
+    "img_size=16",
+    "--set",
+    "lr=0.05",
+    "--set",
+    "kernels=dense",
+]
 
 
 def call(*arguments) -> int:
@@ -63,7 +74,7 @@ def test_wrong_usage_ends_with_status_2(arguments, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "dense", "--data", "nowhere"], "DataError: data `nowhere` is not there"),
+        (["--method", "dense", "--data", "nowhere"], "DataError: data `nowhere` was not found"),
         (["--method", "magic"], "ConfigError: method `magic` is unknown"),
         (["--method", "pwmpr"], "(that one is `growfx grow`)"),
         (["--method", "dense", "--density", "0.5"], "ConfigError: method `dense` has density 1"),

@@ -115,7 +115,7 @@ def test_a_checkpoint_elsewhere_is_given_by_hand_and_a_wrong_one_is_refused(tmp_
 
 
 def test_a_metric_that_is_not_measured_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"`monitor` = `eval_top1` is no metric of this .*`eval_accuracy`"):
+    with pytest.raises(ConfigError, match=r"`monitor` = `eval_top1` is not a metric of this .*`eval_accuracy`"):
         fit(Classifier(), SparseTraining(rigl(), monitor="eval_top1"), tmp_path, epochs=1)
 
 

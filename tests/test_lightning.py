@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from error_facts import facts
 from loop_nets import BATCH, EPOCHS, data, net, optimizer_of, plain_loop, pwmpr, rigl
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -96,12 +97,12 @@ def test_a_second_fit_of_the_same_network_continues_and_one_of_another_begins_an
 
 
 def test_an_endless_training_and_a_metric_that_is_not_logged_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="no end of this training; give `total_steps`"):
+    with pytest.raises(ConfigError, match="`total_steps`"):
         fit(Module(), SparseTraining(rigl()), tmp_path, epochs=-1)
     callback = SparseTraining(pwmpr(), total_steps=1000)
     fit(Module(), callback, tmp_path, epochs=-1, max_time={"seconds": 1})
     assert len(callback.state_dict()["trace"]) > 1  # an epoch has its length all the same
-    with pytest.raises(ConfigError, match="`monitor` = `top1` is no metric of this validation; there are: `val_acc`"):
+    with pytest.raises(ConfigError, match=facts("`monitor` = `top1`", "`val_acc`")):
         fit(Module(), SparseTraining(rigl(), monitor="top1"), tmp_path, num_sanity_val_steps=2)
 
 
@@ -110,3 +111,24 @@ def test_validation_alone_needs_no_method(tmp_path):
     found = trainer.validate(Module(), DataLoader(TensorDataset(*data()), BATCH), verbose=False)
     assert 0 <= found[0]["val_acc"] <= 1
     assert torch.is_grad_enabled()
+
+
+def test_the_mode_of_the_net_is_that_of_the_model_whoever_switches_it(tmp_path):
+    class Modes(Module):
+        def training_step(self, batch, index):
+            seen.append((self.net.training, self.net.shell.training, *(m.training for m in self.net.modules())))
+            return super().training_step(batch, index)
+
+        def validation_step(self, batch, index):
+            seen.append((self.net.training, self.net.shell.training, *(m.training for m in self.net.modules())))
+            super().validation_step(batch, index)
+
+    seen: list[tuple[bool, ...]] = []
+    module = Modes()
+    fit(module, SparseTraining(rigl(), monitor="val_acc"), tmp_path, epochs=2, num_sanity_val_steps=0)
+    assert all(len(set(modes)) == 1 for modes in seen)
+    order = [modes[0] for modes in seen]
+    assert order == ([True] * 4 + [False]) * 2
+    for switch in (module.net.shell.eval, module.net.shell.train, module.eval, module.train, module.net.eval):
+        switch()
+        assert module.net.training is module.net.shell.training is ("train" in switch.__name__)

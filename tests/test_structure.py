@@ -24,6 +24,7 @@ NOUNS, VERBS = ROOT / "growfx", ROOT / "passes"
 LEVELS = [
     ["errors", "version"],
     ["options", "machine", "distributed", "notices", "quiet", "file_paths"],
+    ["recorded"],
     ["masked"],
     ["selection", "analysis", "models", "compaction", "runtime"],
     ["artifact", "runs", "data"],

@@ -1,5 +1,7 @@
 """A tiny network, data it can learn, and runs that stop half way: shared by the tests of training."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -44,7 +46,7 @@ def fresh_net() -> growfx.MaskedGraph:
     return growfx.wrap(Tiny(), torch.randn(1, 1, 8, 8))
 
 
-QUICK = TrainOptions(epochs=3, lr=0.1, warmup_epochs=1, device="cpu")
+QUICK = TrainOptions(epochs=3, lr=0.1, warmup_epochs=1, device="cpu", kernels="dense")
 
 
 def interrupt_at(monkeypatch, epoch: int, step: int) -> None:
@@ -72,8 +74,14 @@ def interrupt_at(monkeypatch, epoch: int, step: int) -> None:
     monkeypatch.setattr(TrainStep, "__call__", stop)
 
 
+def untimed(result: dict[str, Any]) -> dict[str, Any]:
+    """A result without what differs from run to run."""
+    return {name: value for name, value in result.items() if name != "kernels" and not name.endswith("seconds")}
+
+
 def final_state(path) -> dict:
     state = read(path / "checkpoint" / "latest.pt")
     del state["log_position"]  # the log holds times
     del state["config"]  # it holds what may differ
+    del state["seconds"], state["kernels"]
     return state

@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from growfx.errors import CheckpointError
-from growfx.masked.inputs import Inputs
 from growfx.masked.layers import MaskedLayer
+from growfx.recorded.inputs import Inputs
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph

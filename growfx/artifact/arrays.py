@@ -1,4 +1,4 @@
-"""An artifact as numpy and scipy arrays, without torch.
+"""Read an artifact into numpy and scipy arrays, without torch.
 
 numpy has no bfloat16 and no 8-bit floats, and scipy's sparse arrays no float16: such values are widened to
 float32, which is exact.
@@ -40,14 +40,20 @@ _INDEX_BYTES = 8
 
 
 def to_numpy(path: str | Path, *, max_bytes: int = DEFAULT_MAX_BYTES) -> dict[str, NDArray[Any]]:
-    """All tensors of an artifact, dense, under their names in the state dict; tied names share one array.
+    """Read all tensors of an artifact as dense arrays by their names in the state dict; tied names share one array.
 
     Args:
         path: the folder, its weights file alone, or `hf-hub:USER/NAME[@REVISION]`.
         max_bytes: refuse an artifact whose tensors would take more bytes than this.
 
     Raises:
-        ArtifactError: no artifact, damaged, newer, or too large.
+        ArtifactError: not an artifact, damaged, newer, or too large.
+
+    Example:
+        >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4), density=0.5)
+        >>> _ = growfx.save(net, "out")
+        >>> {name: array.shape for name, array in growfx.to_numpy("out").items()}
+        {'0.bias': (2,), '0.weight': (2, 4)}
     """
     with opened(path, max_bytes=max_bytes) as weights:
         manifest = weights.manifest
@@ -60,7 +66,7 @@ def to_numpy(path: str | Path, *, max_bytes: int = DEFAULT_MAX_BYTES) -> dict[st
 
 
 def to_scipy(path: str | Path, *, max_bytes: int = DEFAULT_MAX_BYTES) -> dict[str, sp.csr_array[Any, tuple[int, int]]]:
-    """The masked layers of an artifact as sparse matrices: layer name -> `scipy.sparse.csr_array`.
+    """Read the masked layers of an artifact as sparse matrices: layer name -> `scipy.sparse.csr_array`.
 
     A matrix has the weight's first axis as rows and all other axes, in C order, as columns: output units by
     inputs (and kernel positions) for linear layers and convolutions; a transposed convolution's weight begins with
@@ -71,7 +77,14 @@ def to_scipy(path: str | Path, *, max_bytes: int = DEFAULT_MAX_BYTES) -> dict[st
         max_bytes: refuse an artifact whose matrices would take more bytes than this.
 
     Raises:
-        ArtifactError: no artifact, damaged, newer, or too large.
+        ArtifactError: not an artifact, damaged, newer, or too large.
+
+    Example:
+        >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4), density=0.5)
+        >>> _ = growfx.save(net, "out")
+        >>> matrix = growfx.to_scipy("out")["0"]
+        >>> matrix.shape, matrix.nnz
+        ((2, 4), 4)
     """
     with opened(path, max_bytes=max_bytes) as weights:
         entries = [weights.manifest.tensors[x.tensor] for x in weights.manifest.layers]

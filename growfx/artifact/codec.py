@@ -1,4 +1,4 @@
-"""Byte codecs of the artifact: where the active weights are, and what they are worth. Bit-exact.
+"""Byte codecs for the positions and the values of active weights. Bit-exact.
 
 Index codecs, for ascending positions below `size`:
 
@@ -13,9 +13,9 @@ Value codecs, for the weights' bit patterns as unsigned integers:
 * `raw`: the native bytes, little-endian.
 * `planes`: every pattern is rotated left by one bit, so that the sign becomes the lowest bit and the exponent
   fills the highest byte, then split into byte planes, highest first. A plane shorter than the number of
-  weights is raw deflate with Huffman codes only; one of exactly that length is stored as it is.
+  weights is raw deflate with Huffman codes only; one of exactly that length is stored unchanged.
 
-Decoders take nothing for granted: they never produce more bytes than asked for, and refuse a stream that is
+Decoders do not trust their input: they never produce more bytes than asked for, and refuse a stream that is
 too short, too long, or that points outside the tensor.
 """
 
@@ -88,7 +88,7 @@ def encode_index(positions: Positions, size: int) -> IndexStream:
 
 
 def index_complaint(codec: str, raw_size: int, stored: int, nnz: int, size: int) -> str:
-    """What is wrong with the sizes of an index, before any of it is read; "" when they can be right.
+    """Return why the sizes of an index cannot be right, before it is read; "" when they can.
 
     Args:
         codec: one of INDEX_CODECS.

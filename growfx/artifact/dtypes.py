@@ -1,4 +1,4 @@
-"""The artifact's names of dtypes, which are safetensors', in torch."""
+"""Map dtype names of the artifact (those of safetensors) to torch dtypes."""
 
 import torch
 

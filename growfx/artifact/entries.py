@@ -1,4 +1,4 @@
-"""How one tensor stands in an artifact: its dtype, shape and streams, dense or sparse."""
+"""Manifest entries of one tensor: dtype, shape and streams, dense or sparse."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
-"""An artifact opened for reading: config, manifest and weights file agree, and every stream is checked when read.
+"""Open an artifact for reading; config, manifest and weights file must agree, and every stream is checked when read.
 
-Needs numpy only. Nothing is believed before it is checked: the folder's config names a plain file inside the
+Needs numpy only. Everything is checked before it is used: the folder's config names a plain file inside the
 folder and gives its SHA-256; the manifest gives its own; names, dtypes and shapes of the file are those of the
 manifest; every stream has its CRC-32.
 """
@@ -120,11 +120,11 @@ def opened(path: str | Path, *, max_bytes: int | None) -> Generator[ArtifactFile
 
     Args:
         path: where it is.
-        max_bytes: of the decoded tensors, for who reads them: the whole file is compared with the digest in the
+        max_bytes: limit of the decoded tensors when they are read: the whole file is compared with the digest in the
             folder's config, if it is not too large for that. None: only the header will be read.
 
     Raises:
-        ArtifactError: none there, damaged, or newer; also whatever goes wrong while it is read.
+        ArtifactError: not an artifact, damaged, newer, or unreadable.
     """
     with located(f"`{path}`"):
         try:

@@ -1,4 +1,4 @@
-"""The folder of an artifact: its config, and which file in it holds the weights.
+"""Read the config of an artifact's folder, and find its weights file.
 
 Only plain names of regular files inside the folder are followed. One kind of link is: in the cache of
 `huggingface_hub` every file of a snapshot is a link to `../../blobs/DIGEST` (docs: "Understand caching"), and
@@ -64,7 +64,7 @@ def weights_file(folder: Path, config: Mapping[str, Any]) -> Path:
     """The file that `config` names, if it is one of the folder.
 
     Raises:
-        ArtifactError: no plain name, missing, or a link out of the folder.
+        ArtifactError: not a plain name, missing, or a link out of the folder.
     """
     name = config["growfx"].get("weights")
     if not is_plain_name(name):
@@ -77,7 +77,7 @@ def weights_file(folder: Path, config: Mapping[str, Any]) -> Path:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether `name` is a file name and no path, on any system."""
+    """Whether `name` is a plain file name, not a path, on any system."""
     return (
         isinstance(name, str)
         and 0 < len(name) < 256

@@ -1,4 +1,4 @@
-"""Artifacts on the Hugging Face Hub: `hf-hub:USER/NAME`, as timm spells it, or `hf-hub:USER/NAME@REVISION`.
+"""Fetch artifacts from the Hugging Face Hub: `hf-hub:USER/NAME`, as timm spells it, or `hf-hub:USER/NAME@REVISION`.
 
 Fetched are `config.json` and the one weights file it names, at one commit; nothing of them is run.
 `huggingface_hub` keeps them in its own cache and gives them from there when the Hub cannot be reached.
@@ -35,7 +35,7 @@ def local_path(path: str | Path) -> Path:
         return place
     spec = _SPEC.fullmatch(text.removeprefix(HUB_PREFIX))
     if spec is None or ".." in text:
-        raise ArtifactError("it names no model of the Hub; allowed: `hf-hub:USER/NAME` or `hf-hub:USER/NAME@REVISION`")
+        raise ArtifactError("it names no Hub model; expected `hf-hub:USER/NAME` or `hf-hub:USER/NAME@REVISION`")
     name, revision = spec["name"], spec["revision"]
     with _explained(name):
         folder = _fetch(name, revision, CONFIG)
@@ -54,7 +54,7 @@ def _fetch(name: str, revision: str | None, file: str) -> Path:
 
 @contextmanager
 def _explained(name: str) -> Generator[None]:
-    """Say what the caller can do, whatever the many errors of huggingface_hub are called."""
+    """Turn an error of huggingface_hub into an `ArtifactError` that says what to do."""
     try:
         from huggingface_hub import errors
     except ImportError as error:

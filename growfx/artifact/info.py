@@ -1,4 +1,4 @@
-"""What an artifact holds, layer by layer."""
+"""Describe the contents of an artifact, layer by layer."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""What a network is called with: shapes and dtypes of its example inputs, as an artifact keeps them. Needs no torch."""
+"""Shapes and dtypes of a network's example inputs, as stored in an artifact; independent of torch."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class InputSpec:
 
 
 def input_complaint(entry: object, dtypes: Any) -> str | None:
-    """What is wrong with an input as JSON; None where nothing is.
+    """Return what is wrong with an input in JSON form, or None.
 
     Args:
         entry: what should be one.
@@ -58,7 +58,7 @@ def input_complaint(entry: object, dtypes: Any) -> str | None:
     keyword = entry["keyword"]
     named = keyword is None or (isinstance(keyword, str) and keyword.isidentifier() and len(keyword) < _LONGEST_TEXT)
     if not named:
-        return "its keyword is no name"
+        return "its keyword is not a name"
     if "value" in entry:
         value = entry["value"]
         numeric = isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))

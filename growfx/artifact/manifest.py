@@ -1,4 +1,4 @@
-"""The manifest of an artifact: what the weights file holds, checked before anything of it is used.
+"""The manifest of an artifact: a description of the weights file, checked before use.
 
 It stands as canonical JSON in the weights file's one metadata entry, beside its own SHA-256: two entries
 would be written in an order that differs from run to run. Per tensor it gives dtype, shape and a CRC-32 of
@@ -54,7 +54,7 @@ class LayerEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a weights file says about itself.
+    """The description of a weights file.
 
     Attributes:
         tensors: name in the state dict -> entry.
@@ -150,7 +150,7 @@ def from_metadata(text: str) -> Manifest:
     try:
         outer = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"the artifact is damaged: its manifest is no JSON ({error})") from error
+        raise ArtifactError(f"the artifact is damaged: its manifest is not JSON ({error})") from error
     if not isinstance(outer, dict) or not isinstance(outer.get("manifest"), dict):
         raise ArtifactError("the artifact is damaged: its metadata holds no manifest")
     body: dict[str, Any] = outer["manifest"]
@@ -173,7 +173,7 @@ def check_version(name: object, version: object) -> None:
         raise ArtifactError(f"the artifact's format is `{name}`; this reads `{FORMAT}`")
     major, dot, minor = version.partition(".") if isinstance(version, str) else ("", "", "")
     if not (dot and all(part.isascii() and part.isdigit() and len(part) < 6 for part in (major, minor))):
-        raise ArtifactError(f"the artifact is damaged: `{version}` is no format version")
+        raise ArtifactError(f"the artifact is damaged: `{version}` is not a format version")
     if int(major) > int(VERSION.partition(".")[0]):
         raise ArtifactError(
             f"the artifact was written in format version {version}; this growfx reads versions up to "
@@ -223,7 +223,7 @@ class _Reader:
     def counts(self, key: str) -> tuple[int, ...]:
         values = self.take(key, list)
         if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
-            raise self.fail(f"field `{key}` is no list of sizes")
+            raise self.fail(f"field `{key}` is not a list of sizes")
         return tuple(values)
 
     def inner(self, key: str) -> "_Reader":
@@ -252,7 +252,7 @@ class _Reader:
         aliases = self.take("aliases", dict)
         for alias, name in aliases.items():
             if alias in tensors or not isinstance(name, str) or name not in tensors:
-                raise self.fail(f"`{alias}` is no further name of a stored tensor")
+                raise self.fail(f"`{alias}` is not a further name of a stored tensor")
         return Manifest(
             tensors=tensors,
             aliases=aliases,
@@ -277,7 +277,7 @@ class _Reader:
         notes = self.body.get("notes", [])
         texts = isinstance(notes, list) and all(isinstance(note, str) for note in notes)
         if not texts or len(notes) > _MOST_NOTES or any(len(note) > _LONGEST_NOTE for note in notes):
-            raise self.fail("field `notes` is no list of a few short texts")
+            raise self.fail("field `notes` is not a list of a few short texts")
         return tuple(notes)
 
     def _inputs(self) -> tuple[InputSpec, ...] | None:
@@ -285,7 +285,7 @@ class _Reader:
         if inputs is None:
             return None
         if not isinstance(inputs, list) or not 0 < len(inputs) <= MOST_INPUTS:
-            raise self.fail(f"field `inputs` is no list of up to {MOST_INPUTS} inputs")
+            raise self.fail(f"field `inputs` is not a list of up to {MOST_INPUTS} inputs")
         for entry in inputs:
             complaint = input_complaint(entry, ITEMSIZES)
             if complaint:
@@ -299,7 +299,7 @@ class _Reader:
     def _required(self) -> set[str]:
         required = self.body.get("requires", [])
         if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-            raise self.fail("field `requires` is no list of names")
+            raise self.fail("field `requires` is not a list of names")
         unknown = sorted({*required} - {*FEATURES})
         if unknown:
             raise ArtifactError(
@@ -315,14 +315,14 @@ class _Reader:
         objects = self.take(key, dict)
         for name, value in objects.items():
             if not isinstance(value, dict):
-                raise self.fail(f"`{name}` in `{key}` is no object")
+                raise self.fail(f"`{name}` in `{key}` is not an object")
         return objects
 
     def _layers(self, tensors: Mapping[str, Any]) -> tuple[LayerEntry, ...]:
         pairs = self.take("layers", list)
         for pair in pairs:
             if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) for p in pair)):
-                raise self.fail("field `layers` is no list of name pairs")
+                raise self.fail("field `layers` is not a list of name pairs")
         entries = tuple(LayerEntry(*pair) for pair in pairs)
         owners = {e.tensor: e.layer for e in entries}
         if len(owners) != len(entries) or len({e.layer for e in entries}) != len(entries):

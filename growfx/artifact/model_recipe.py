@@ -1,4 +1,4 @@
-"""How an artifact's model is built again: claimed only where that was tried and gives the network.
+"""Find out how an artifact's model can be rebuilt, and verify it by building it.
 
 A model that was changed after it was made keeps the name it was made under. So `growfx.save` builds what `growfx.load`
 would build, and compares settings and, on the example inputs, outputs with the network's.
@@ -24,13 +24,14 @@ from growfx.artifact.manifest import canonical
 from growfx.artifact.model_settings import setting_differences
 from growfx.errors import ArtifactError, ConfigError, one_line
 from growfx.masked.graph import MaskedGraph
-from growfx.masked.inputs import Inputs
 from growfx.masked.isolation import generators_restored
-from growfx.masked.layers import MaskedLayer, to_plain
+from growfx.masked.layers import MaskedLayer
 from growfx.masked.module_copy import copy_modules, separate_hooks
-from growfx.masked.recording import RECORDED_CONSTANT
+from growfx.masked.twins import to_plain
 from growfx.models.build import ModelIdentity, blueprint, build_unfilled, has_builder, likely_identity
 from growfx.quiet import ignored_warnings
+from growfx.recorded.inputs import Inputs
+from growfx.recorded.recording import RECORDED_CONSTANT
 
 __all__ = ["FoundRecipe", "find_recipe"]
 
@@ -42,7 +43,7 @@ _FLOAT32_TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class FoundRecipe:
-    """What an artifact says of how its model is built.
+    """How a model can be rebuilt, as stored in an artifact.
 
     Attributes:
         recipe: `library`, `name` and `kwargs`; None where no name is known, or it would give another network.
@@ -89,7 +90,7 @@ def find_recipe(net: MaskedGraph) -> FoundRecipe:
 
 @contextmanager
 def _undisturbed(net: MaskedGraph) -> Generator[None]:
-    """Leave the global generators as they are, and let foreign builders say nothing."""
+    """Restore the global generators afterwards, and silence the builders of other libraries."""
     devices = {t.device.index or 0 for t in net.parameters() if t.device.type == "cuda"}
     with generators_restored(sorted(devices)), torch.no_grad(), ignored_warnings():
         yield

@@ -31,11 +31,11 @@ _LONGEST = 60
 
 @dataclass(frozen=True)
 class SettingDifference:
-    """One thing that two models do not have in common.
+    """One difference between two models.
 
     Attributes:
         text: a sentence part: "`conv1.stride` is (1, 1), not (2, 2)".
-        decisive: whether the models are different whatever they compute on some inputs: an argument of a constructor, a
+        decisive: whether the models differ even if their outputs agree on some inputs: an argument of a constructor, a
             class, a shape, a function. Counters, caches and hooks are not: outputs decide about these.
     """
 

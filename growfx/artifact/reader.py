@@ -1,6 +1,6 @@
-"""Reading an artifact that may be damaged, hostile, or of another network.
+"""Load an artifact that may be damaged, hostile, or of another network.
 
-`growfx.artifact_file` checks what the file says; here it becomes a network. The decoded size is bounded and the
+`growfx.artifact.file` checks the file; this module builds the network. The decoded size is bounded and the
 tensors are those of the model before anything is decoded. No code, no pickle: only timm's and torchvision's own
 builders are called, by their registered names, with arguments that bring no weights and build no more than is
 stored.
@@ -61,7 +61,7 @@ def load(
     device: torch.device | str | int | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> nn.Module:
-    """The network of an artifact as a plain module in eval mode, every bit of its weights as saved.
+    """Load the network of an artifact as a plain module in eval mode, its weights bit for bit as saved.
 
     `growfx.wrap` of it starts from inputs as the network had when it was saved.
 
@@ -70,12 +70,12 @@ def load(
         model: an instance of the network's own class, to load into; needed where the artifact does not name a
             timm or torchvision model. Its tensors take the dtype of the stored ones.
         dtype: cast to after exact decoding, as `model.to(dtype)` does: floating parameters and buffers only.
-        device: where the network is to be; as it is built, or where `model` is, by default.
+        device: of the network; default: where it is built, or where `model` is.
         max_bytes: refuse an artifact whose tensors would take more bytes than this. Decoding the largest tensor
             takes a multiple of its size on top.
 
     Raises:
-        ArtifactError: no artifact, damaged, newer, too large, or of another network; `model` is unchanged.
+        ArtifactError: not an artifact, damaged, newer, too large, or of another network; `model` is unchanged.
         ConfigError: `dtype` is not a floating one, or `device` is not there.
     """
     check_target(dtype, device)
@@ -106,10 +106,10 @@ def load(
 
 
 def load_state(path: str | Path, *, max_bytes: int = DEFAULT_MAX_BYTES) -> dict[str, Tensor]:
-    """The state dict of the plain network, without building a model; tied names share one tensor.
+    """Load the state dict of the plain network without building a model; tied names share one tensor.
 
     Raises:
-        ArtifactError: no artifact, damaged, newer, or too large.
+        ArtifactError: not an artifact, damaged, newer, or too large.
     """
     with opened(path, max_bytes=max_bytes) as weights:
         check_size(weights.manifest, max_bytes)
@@ -117,17 +117,24 @@ def load_state(path: str | Path, *, max_bytes: int = DEFAULT_MAX_BYTES) -> dict[
 
 
 def inspect(path: str | Path) -> ArtifactInfo:
-    """What an artifact holds, from its header alone: no weight is read.
+    """Read what an artifact holds from its header, without reading its weights.
 
     Raises:
-        ArtifactError: no artifact, or its header is damaged or newer than this reader.
+        ArtifactError: not an artifact, or its header is damaged or newer than this reader.
+
+    Example:
+        >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4), density=0.5)
+        >>> _ = growfx.save(net, "out")
+        >>> info = growfx.inspect("out")
+        >>> info.nnz, info.numel, info.density
+        (4, 8, 0.5)
     """
     with opened(path, max_bytes=None) as weights:
         return describe(weights.manifest, weights.size)
 
 
 def load_masks(path: str | Path, *, max_bytes: int = DEFAULT_MAX_BYTES) -> dict[str, Tensor]:
-    """The masks of an artifact: layer name -> bool tensor of the weight's shape, in data-flow order.
+    """Load the masks of an artifact: layer name -> bool tensor of the weight's shape, in data-flow order.
 
     Raises:
         ArtifactError: as `load`.
@@ -167,7 +174,7 @@ def check_target(dtype: torch.dtype | None, device: torch.device | str | int | N
         ConfigError: naming it.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ConfigError(f"`dtype={dtype}` is no floating dtype; allowed: torch.float32, torch.bfloat16 and the like")
+        raise ConfigError(f"`dtype={dtype}` is not a floating dtype; expected e.g. torch.float32 or torch.bfloat16")
     try:
         place = None if device is None else torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
@@ -183,7 +190,7 @@ def check_instance(model: object) -> None:
     """Refuse what cannot be loaded into.
 
     Raises:
-        ArtifactError: it is a masked network, or no module.
+        ArtifactError: it is a masked network, or not a module.
     """
     if model is None:
         return
@@ -215,7 +222,7 @@ def _identity(manifest: Manifest) -> ModelIdentity:
     _check_arguments(kwargs)
     identity = ModelIdentity(library, name, kwargs)
     if ":" in identity.spec:
-        raise ArtifactError(f"`{name}` is no registered name of {library}")
+        raise ArtifactError(f"`{name}` is not a registered name of {library}")
     return identity
 
 

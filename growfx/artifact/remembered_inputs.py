@@ -1,4 +1,4 @@
-"""Which inputs a network takes: taken from the net that is saved, kept on the model that is loaded."""
+"""Example inputs of a network: stored when it is saved, remembered on the model that is loaded."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from growfx.artifact.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from growfx.artifact.input_specs import MOST_INPUTS, InputSpec, input_complaint
-from growfx.masked.inputs import Inputs
 from growfx.models.build import INPUTS_ATTRIBUTE
+from growfx.recorded.inputs import Inputs
 
 __all__ = ["as_example", "default_inputs", "inputs_from", "remember_inputs", "specs_of"]
 
@@ -54,7 +54,7 @@ def as_example(inputs: Inputs) -> Any:
 
 
 def remember_inputs(model: nn.Module, specs: Sequence[InputSpec] | None) -> nn.Module:
-    """Note on `model` what it is called with; it is not in the state dict. Returns the model."""
+    """Remember the example inputs on `model`, outside its state dict; returns the model."""
     if specs is not None:
         model.__dict__[INPUTS_ATTRIBUTE] = tuple(specs)
     return model

@@ -1,4 +1,4 @@
-"""A model that is changed in place, and is as it was when that does not succeed."""
+"""Change a model in place, and restore it if that fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def unchanged_on_error(model: nn.Module) -> Generator[None]:
     """Undo, if an exception leaves the block, what it did to the attributes and tensors of all modules.
 
     Tensors get back their storage: what was written into that in place stays written. Lists and the like that are
-    attributes of a module are the same objects, whatever was done to them.
+    attributes of a module stay the same objects; changes inside them are not undone.
     """
     attributes = [(module, dict(vars(module))) for module in model.modules()]
     own = [vars(module)[key] for module in model.modules() for key in _REGISTRIES]

@@ -1,4 +1,4 @@
-"""A safetensors file read from one open handle, its header checked as a stranger's.
+"""Read a safetensors file through one open handle, without trusting its header.
 
 The format (github.com/huggingface/safetensors, README): eight bytes with the length of the header, the header
 as JSON (`__metadata__`, then name -> dtype, shape, data_offsets), then the tensors back to back without holes.
@@ -75,10 +75,10 @@ class WeightsFile:
         header = parse_json(self._read_at(8, length), "its header")
         metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
         if not isinstance(header, dict) or not isinstance(metadata, dict):
-            raise ArtifactError("the artifact is damaged: its header is no safetensors header")
+            raise ArtifactError("the artifact is damaged: its header is not a safetensors header")
         if not isinstance(metadata.get("growfx"), str):
             raise ArtifactError(
-                "it is no growfx artifact: its metadata has no entry `growfx`. A plain safetensors file is read by "
+                "not a growfx artifact: its metadata has no entry `growfx`. A plain safetensors file is read by "
                 "safetensors.torch.load_file"
             )
         self.metadata: str = metadata["growfx"]
@@ -86,7 +86,7 @@ class WeightsFile:
         self.tensors = _tensors(header, self.size - self._data)
 
     def read(self, name: str) -> NDArray[np.uint8]:
-        """The bytes of a tensor, in memory of their own."""
+        """Read the bytes of a tensor into new memory."""
         tensor = self.tensors[name]
         return self._read_at(self._data + tensor.start, tensor.nbytes)
 
@@ -99,7 +99,7 @@ class WeightsFile:
         if len(start) < 8 or not start[8:].startswith(b"{") or length < 2:
             if 2 <= length <= MAX_HEADER and len(start) <= 8:
                 raise ArtifactError(f"it ends after {self.size} bytes: the download is incomplete, fetch it again")
-            raise ArtifactError("it is no safetensors file, so no artifact; or its first bytes are damaged")
+            raise ArtifactError("not a safetensors file, so not an artifact; or its first bytes are damaged")
         if length > MAX_HEADER:
             raise ArtifactError(f"its header claims {length} bytes; allowed are {MAX_HEADER}: the artifact is damaged")
         if length > self.size - 8:
@@ -118,14 +118,14 @@ def open_regular(file: Path) -> BufferedReader:
     """Open a regular file for reading; a device, pipe or socket is refused without waiting for it.
 
     Raises:
-        ArtifactError: no regular file.
+        ArtifactError: not a regular file.
         OSError: it cannot be opened.
     """
     # Opening a pipe would wait for its writer.
     handle = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise ArtifactError(f"`{file.name}` is no regular file but a folder, device, pipe or socket")
+        raise ArtifactError(f"`{file.name}` is not a regular file but a folder, device, pipe or socket")
     return os.fdopen(handle, "rb")
 
 
@@ -133,12 +133,12 @@ def parse_json(data: NDArray[np.uint8] | bytes, what: str) -> Any:
     """JSON in which no key stands twice in an object.
 
     Raises:
-        ArtifactError: no UTF-8, no JSON, nested too deep, or a repeated key.
+        ArtifactError: not UTF-8, not JSON, nested too deep, or a repeated key.
     """
     try:
         return json.loads(bytes(data).decode("utf-8"), object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"the artifact is damaged: {what} is no JSON ({error})") from error
+        raise ArtifactError(f"the artifact is damaged: {what} is not JSON ({error})") from error
 
 
 def wrong_file(start: bytes) -> str | None:
@@ -192,7 +192,7 @@ def _tensor(name: str, entry: Any) -> StoredTensor:
     if not isinstance(dtype, str) or dtype not in _STORED:
         raise ArtifactError(f"the artifact is damaged: dtype `{dtype}` of `{name}` is none of {', '.join(_STORED)}")
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2 or len(shape) > 64:
-        raise ArtifactError(f"the artifact is damaged: shape or offsets of `{name}` in its header are no sizes")
+        raise ArtifactError(f"the artifact is damaged: shape or offsets of `{name}` in its header are not sizes")
     start, end = offsets
     if end - start != prod(shape) * ITEMSIZES[dtype]:
         raise ArtifactError(f"the artifact is damaged: `{name}` does not have the bytes of {dtype} {tuple(shape)}")

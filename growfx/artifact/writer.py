@@ -1,6 +1,6 @@
-"""The artifact: a pruned network on disk, near the entropy of its masks and weights.
+"""Write the artifact: a pruned network on disk, near the entropy of its masks and weights.
 
-A folder with `sparse.safetensors` (all tensors and a manifest, see `growfx.manifest` and `growfx.codec`),
+A folder with `sparse.safetensors` (all tensors and a manifest, see `growfx.artifact.manifest`),
 `config.json` (timm's keys and a `growfx` block) and a model card. The weights file alone is enough to load
 the network. Masks are stored, never inferred from values: a freshly grown weight is active and zero.
 
@@ -103,7 +103,7 @@ def save(
         What was written, as `inspect` would tell; its `notes` say why the model is not named.
 
     Raises:
-        ArtifactError: no masked network, a tensor that cannot be stored, or a path that cannot be written.
+        ArtifactError: not a masked network, a tensor that cannot be stored, or a path that cannot be written.
         ConfigError: the weights are spread over processes (`fully_shard`).
     """
     net = as_masked_graph(net, "growfx.save")

@@ -43,7 +43,7 @@ class Job:
     exclude: tuple[str, ...] = ()
 
     def loader(self, split: str, *, train: bool = False) -> DataLoader[Any]:
-        """A loader of one split, see `growfx.loaders.make_loader`."""
+        """A loader of one split, see `growfx.data.loaders.make_loader`."""
         pin = torch.accelerator.is_available()
         return make_loader(self.source, split, self.form, self.options, train=train, pin_memory=pin)
 

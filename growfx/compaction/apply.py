@@ -198,7 +198,9 @@ def _selected(plan: CompactionPlan, name: str, owner: nn.Module, tensor: Tensor)
             raise damaged_plan(f"`{name}` of shape {tuple(tensor.shape)} has no index {kept[-1][1] - 1} on axis {axis}")
     if name in plan.blocks:
         if not isinstance(owner, _ConvNd) or owner.groups == 1 or not name.endswith("weight") or axes.keys() - {0}:
-            raise damaged_plan(f"`{name}` is no weight of a grouped convolution, or is cut along its second axis too")
+            raise damaged_plan(
+                f"`{name}` is not a weight of a grouped convolution, or is cut along its second axis too"
+            )
         if plan.blocks[name][-1][1] > tensor.shape[1] * owner.groups:
             raise damaged_plan(f"`{name}` has {tensor.shape[1] * owner.groups} channels along its second axis")
         rows = kept_indices(axes[0]) if 0 in axes else torch.arange(len(tensor))
@@ -235,7 +237,7 @@ def _check_names(model: nn.Module, plan: CompactionPlan) -> None:
     for name in plan.biases:
         module = modules[name]
         if not isinstance(module, (_ConvNd, nn.Linear)) or module.bias is not None:
-            raise damaged_plan(f"`{name}` is no layer without a bias")
+            raise damaged_plan(f"`{name}` is not a layer without a bias")
     _check_norms(modules, plan)
     check_widths(modules, plan.widths)
     touched = (*plan.tensors, *plan.blocks, *plan.modules, *plan.biases, *plan.norms, *plan.widths)

@@ -14,7 +14,7 @@ def folding_refusal(norm: nn.Module) -> str:
     """Why no layer could take over a module as a batch norm; "" when one could."""
     kind = type(norm).__name__
     if not isinstance(norm, _BatchNorm):
-        return f"a {kind} is no batch norm"
+        return f"a {kind} is not a batch norm"
     if type(norm).forward is not _BatchNorm.forward and not {"act", "drop"} <= norm._modules.keys():
         return f"a {kind} does more than a batch norm"
     if norm.running_mean is None or norm.running_var is None:
@@ -23,7 +23,7 @@ def folding_refusal(norm: nn.Module) -> str:
 
 
 def without_norm(norm: Any) -> nn.Module:
-    """What a batch norm does besides (timm's contain an activation): modules of its own, else an identity."""
+    """What a batch norm does besides (timm's contain an activation): an activation, else an identity."""
     rest = [norm._modules[name] for name in ("drop", "act") if norm._modules.get(name) is not None]
     rest = [module for module in rest if not isinstance(module, nn.Identity)]
     return (nn.Identity() if not rest else rest[0] if len(rest) == 1 else nn.Sequential(*rest)).eval()

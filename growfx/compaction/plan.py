@@ -77,12 +77,12 @@ class CompactionPlan:
         widths = value.get("widths", {})
         for key, part in (("modules", modules), ("tensors", tensors), ("widths", widths)):
             if not isinstance(part, dict) or not all(isinstance(inner, dict) for inner in part.values()):
-                raise damaged_plan(f"`{key}` is no object of objects")
+                raise damaged_plan(f"`{key}` is not an object of objects")
         if not isinstance(blocks, dict):
-            raise damaged_plan("`blocks` is no object")
+            raise damaged_plan("`blocks` is not an object")
         for name, sizes in (*modules.items(), *widths.items()):
             if not all(_is_count(size) for size in sizes.values()):
-                raise damaged_plan(f"`{name}` has a size that is no positive integer")
+                raise damaged_plan(f"`{name}` has a size that is not a positive integer")
         read = {
             name: {_axis(name, axis): _spans(name, kept) for axis, kept in axes.items()}
             for name, axes in tensors.items()
@@ -102,7 +102,7 @@ def damaged_plan(what: str) -> ArtifactError:
 
 def _names(key: str, value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise damaged_plan(f"`{key}` is no list of names")
+        raise damaged_plan(f"`{key}` is not a list of names")
     if len({*value}) < len(value):
         raise damaged_plan(f"`{key}` has a name twice")
     return tuple(value)
@@ -125,7 +125,7 @@ def _spans(name: str, kept: object) -> Spans:
     for span in kept:
         good = isinstance(span, list) and len(span) == 2
         if not good or not all(isinstance(i, int) and not isinstance(i, bool) for i in span):
-            raise damaged_plan(f"`{name}` has a span that is no pair of integers")
+            raise damaged_plan(f"`{name}` has a span that is not a pair of integers")
         if not last < span[0] < span[1]:
             raise damaged_plan(f"the spans of `{name}` do not ascend")
         last = span[1]

@@ -1,4 +1,4 @@
-"""The batches of an epoch that is continued in its middle: the same order, the same augmentation."""
+"""Continue an epoch in its middle with the same order and augmentation."""
 
 import random
 from abc import ABC, abstractmethod

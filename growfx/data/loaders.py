@@ -1,4 +1,4 @@
-"""How images enter a model: size, channels and scaling that fit both; loaders with timm's transforms.
+"""Fit images to a model (size, channels, normalization), and make loaders with timm's transforms.
 
 Shuffling and augmentation draw from torch's, numpy's and python's global generators, which
 `growfx.training` seeds at the start of every epoch: the order is a function of seed and epoch alone. Loading processes
@@ -29,7 +29,7 @@ _IMAGE_MODES = {1: "L", 3: "RGB"}
 
 @dataclass(frozen=True)
 class InputFormat:
-    """How an image enters the model: (C, H, W), then (x - mean) / std per channel of values in [0, 1].
+    """The model's input: (C, H, W), then (x - mean) / std per channel of values in [0, 1].
 
     `crop_pct` is the part of the resized image that evaluation keeps, as in timm.
     """
@@ -60,7 +60,7 @@ def fit_size(native: int, model_size: int) -> int:
 
 
 def fit_input(source: DataSource, model: nn.Module, options: DataOptions) -> InputFormat:
-    """How images of `source` enter `model`: its channels, its statistics, a size that fits both.
+    """Return the input format for images of `source` in `model`: channels, statistics, and a size that fits both.
 
     Raises:
         DataError: the model takes neither one nor three channels.

@@ -1,9 +1,9 @@
-"""Image data: a DATA spec becomes an opened data set with fixed train, validation and test splits.
+"""Open a DATA spec as an image data set with fixed train, validation and test splits.
 
 A spec is `digits` (scikit-learn's bundled 8x8 digits), a folder with `train/` and `val/` or `test/` of class
 folders, or one of timm's map-style specs such as `torch/cifar10`. Reading is timm's
 (`timm.data.create_dataset`); what is added is a fixed hold-out where there is no validation split, and refusal
-of data that would train silently wrong. `growfx.loaders` makes loaders of it.
+of data that would train silently wrong. `growfx.data.loaders` makes loaders of it.
 """
 
 import hashlib
@@ -88,7 +88,7 @@ def open_data(spec: str, options: DataOptions | None = None) -> DataSource:
         return _open_folder(spec, options)
     specs = ", ".join(f"`torch/{name}`" for name in (*_TORCH_TEST, *_TORCH_VAL))
     raise DataError(
-        f"data `{spec}` is not there; allowed: `digits`, a folder with `train/` and `val/` or `test/` of "
+        f"data `{spec}` was not found; expected `digits`, a folder with `train/` and `val/` or `test/` of "
         f"class folders, or a timm spec among {specs}"
     )
 
@@ -138,7 +138,7 @@ def _open_digits(options: DataOptions) -> DataSource:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError("`digits` needs scikit-learn; install it with `pip install growfx[demo]`") from error
+        raise DataError("`digits` needs scikit-learn; install it with `pip install scikit-learn`") from error
     bunch = cast(Any, load_digits())
     images = _DigitImages(bunch.images, bunch.target)
     targets = bunch.target.tolist()

@@ -35,18 +35,18 @@ def load(
     batch: int | None = None,
     example_inputs: Tensor | tuple[Any, ...] | None = None,
 ) -> nn.Module:
-    """The network of an artifact as a module in eval mode.
+    """Load the network of an artifact as a module in eval mode.
 
     Args:
         path: the folder, its weights file alone, or `hf-hub:USER/NAME[@REVISION]`.
         model: an instance of the network's own class, to load into; needed where the artifact does not name a
             timm or torchvision model. Its tensors take the dtype of the stored ones.
         dtype: cast to after exact decoding, as `model.to(dtype)` does: floating parameters and buffers only.
-        device: where the network is to be; as it is built, or where `model` is, by default.
+        device: of the network; default: where it is built, or where `model` is.
         max_bytes: refuse an artifact whose tensors would take more bytes than this. Decoding the largest tensor
             takes a multiple of its size on top.
         runtime: `dense`: a plain module, every bit of its weights as saved. `sparse`: a `SparseRuntime` for inference
-            on a CPU in float32 or bfloat16, with norms folded and each layer computed by whatever is fastest here:
+            on a CPU in float32 or bfloat16, with norms folded and each layer computed by the fastest kernel here:
             torch, a sparse-dense product, or a direct sparse kernel (built on first use, where there is a C++
             compiler). What is fastest is timed once for these inputs, this processor and `torch.get_num_threads()`,
             and kept in the user's cache folder (`GROWFX_CACHE` names another).
@@ -55,9 +55,18 @@ def load(
             work.
 
     Raises:
-        ArtifactError: no artifact, damaged, newer, too large, or of another network; `model` is unchanged.
+        ArtifactError: not an artifact, damaged, newer, too large, or of another network; `model` is unchanged.
         ConfigError: `dtype` is not a floating one, `device` is not there, or the runtime cannot have them.
         TraceError: sparse: the network fails on the example inputs.
+
+    Example:
+        >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4), density=0.5)
+        >>> _ = growfx.save(net, "out")
+        >>> own = torch.nn.Sequential(torch.nn.Linear(4, 2))  # no library builds this one by a name
+        >>> model = growfx.load("out", model=own)
+        >>> x = torch.randn(3, 4)
+        >>> torch.equal(model(x), net.eval()(x))
+        True
     """
     if runtime not in _RUNTIMES:
         raise ConfigError(f"`runtime={runtime}` is unknown; allowed: {', '.join(_RUNTIMES)}")
@@ -73,11 +82,11 @@ def load(
     if known is not None and not known.kwargs:
         example_inputs = known.args
     try:
-        network, report = lower_network(plain, masks, _dtype_of(plain, dtype), example_inputs, batch)
+        lowered = lower_network(plain, masks, _dtype_of(plain, dtype), example_inputs, batch)
     except TraceError as error:
         # Its advice is for those who call `growfx.wrap`.
         raise TraceError(str(error).replace("`growfx.wrap`", "`growfx.load`")) from error
-    return SparseRuntime(network, report)
+    return SparseRuntime(lowered.net, lowered.report)
 
 
 def _check_target(dtype: torch.dtype | None, device: Any, batch: int | None) -> None:
@@ -87,7 +96,7 @@ def _check_target(dtype: torch.dtype | None, device: Any, batch: int | None) -> 
     if device is not None and torch.device(device).type != "cpu":
         raise ConfigError(f'`device={device}` has no sparse runtime; allowed: `cpu`; or load with `runtime="dense"`')
     if batch is not None and (not isinstance(batch, int) or isinstance(batch, bool) or batch < 1):
-        raise ConfigError(f"`batch={batch}` is no number of rows; allowed: 1 and more")
+        raise ConfigError(f"`batch={batch}` is not a number of rows; expected 1 or more")
 
 
 def _dtype_of(plain: nn.Module, wanted: torch.dtype | None) -> torch.dtype:

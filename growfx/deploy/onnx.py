@@ -1,4 +1,4 @@
-"""A network as an ONNX file, for runtimes other than torch.
+"""Export a network as an ONNX file, for runtimes other than torch.
 
 ONNX runtimes compute densely: the file is as large as the dense network and its zeros bring no speed.
 """
@@ -36,7 +36,7 @@ def export_onnx(
     example_inputs: Tensor | tuple[Any, ...] | None = None,
     batch: bool = True,
 ) -> Path:
-    """Write a network as one ONNX file, whole or not at all; inputs are `input_0` ..., outputs `output_0` ...
+    """Write a network as one ONNX file, atomically; inputs are `input_0` ..., outputs `output_0` ...
 
     Args:
         path_or_net: an artifact (as `growfx.load` takes), a `growfx.MaskedGraph`, or any module.
@@ -51,6 +51,11 @@ def export_onnx(
     Raises:
         ConfigError: `onnx` and `onnxscript` are not installed, or the network cannot be expressed in ONNX.
         ArtifactError: no artifact at the path, or the file cannot be written.
+
+    Example:
+        >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4), density=0.5)
+        >>> growfx.export_onnx(net, "net.onnx").name
+        'net.onnx'
     """
     require_onnx()
     target = onnx_target(file)
@@ -91,7 +96,7 @@ def require_onnx() -> None:
 
 
 def _prepared(source: str | Path | nn.Module, example: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """The plain network in eval mode, its inputs on its device and by keyword; a network given stays as it is."""
+    """The plain network in eval mode, its inputs on its device and by keyword; a network given is not changed."""
     from growfx.artifact.remembered_inputs import default_inputs
     from growfx.artifact.writer import load
     from growfx.models.build import default_input_shape

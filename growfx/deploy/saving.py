@@ -16,7 +16,7 @@ from growfx.compaction.plan import CompactionPlan
 from growfx.errors import ArtifactError, TraceError
 from growfx.masked.doors import as_masked_graph
 from growfx.masked.graph import MaskedGraph
-from growfx.masked.layers import is_maskable
+from growfx.masked.twins import is_maskable
 from growfx.passes.compact.network import compact
 from growfx.passes.compact.report import CompactionReport
 from growfx.passes.fold_norm import fold_norm
@@ -140,6 +140,12 @@ def save(
         ArtifactError: no masked network, a tensor that cannot be stored, a path that cannot be written, or `dense`
             together with `compact`: programs that load the dense file would build the model in its full size.
         TraceError: the network has no values to compact it by.
+
+    Example:
+        >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4), density=0.5)
+        >>> info = growfx.save(net, "out")
+        >>> info.nnz, info.layers[0].name
+        (4, '0')
     """
     net = as_masked_graph(net, "growfx.save")
     if not compact:

@@ -1,6 +1,6 @@
-"""Starting as one of several processes: `torchrun -m growfx grow ...`.
+"""Join a process group started by torchrun: `torchrun -m growfx grow ...`.
 
-torchrun says in the environment which process this is. Nothing here imports torch before it is needed.
+torchrun sets the rank in environment variables. torch is imported only when it is needed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FAILURE = "growfx failure"  # key of the first failure, in the store that the r
 class RankError(GrowfxError):
     """A run of several ranks failed.
 
-    `first`: whether this rank did before the others, so that the message is its own and it is the one to tell.
+    `first`: whether this rank failed before the others, and so prints the message.
     """
 
     def __init__(self, message: str, first: bool = True) -> None:
@@ -38,13 +38,13 @@ def launched() -> bool:
 
 
 def speaks() -> bool:
-    """Whether this process prints: rank 0 does, and every process that is no rank."""
+    """Whether this process prints: true on rank 0 and outside a process group."""
     return not launched() or os.environ["RANK"] == "0"
 
 
 @contextmanager
 def process_group(device: str = "auto") -> Generator[None]:
-    """Join the other processes that torchrun started, and leave them at the end, also after an error.
+    """Join the process group that torchrun started, and leave it at the end, also after an error.
 
     Tensors on the CPU travel by gloo, those of an accelerator by its own backend (nccl for CUDA); each process of a
     machine takes the accelerator of its local number. Not started by torchrun, or alone: nothing is done.
@@ -96,7 +96,7 @@ def _backend(device: str) -> str:
     local, count = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
     if local >= count:
         raise ConfigError(
-            f"process {local} of this machine has no accelerator of its own: there are {count}; start "
+            f"process {local} of this machine needs an accelerator per process, got {count}; start "
             f"`--nproc-per-node {count}`, or train on the CPU with `--set device=cpu`"
         )
     torch.accelerator.set_device_index(local)

@@ -1,8 +1,8 @@
-"""Processes that train one network together: who they are, and what they tell each other.
+"""Rank, world size and collective operations of distributed training.
 
-Each of them (a rank) has the whole network and other images. `torch.distributed` carries what is said; without an
-initialised process group there is one rank, and nothing here does anything. Every function is called by all ranks, in
-the same order, or by none.
+Each process (a rank) has the whole network and its part of the images; they communicate through `torch.distributed`.
+Without an initialised process group there is one rank, and these functions are no-ops. Every function is collective:
+all ranks call it, in the same order, or none does.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ _made: dict[str, Any] = {}  # the group of `_cpu_group`, and the ranks it was ma
 
 
 def world_size() -> int:
-    """How many ranks there are; 1 without a process group."""
+    """Return the number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this one, from 0; 0 without a process group."""
+    """Return the index of this rank, from 0; 0 without a process group."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def within_ddp() -> bool:
-    """Whether the forward under way is one of `DistributedDataParallel`.
+    """Whether the running forward is called by `DistributedDataParallel`.
 
     Raises:
         ConfigError: one that other ranks may drop out of (`model.join()`).

@@ -1,4 +1,4 @@
-"""Weights of which each rank has some rows: `torch.distributed.fsdp.fully_shard`, and what is done with the rows.
+"""Weights sharded by rows over the ranks (`torch.distributed.fsdp.fully_shard`), and access to the local shard.
 
 A sharded parameter is a DTensor, cut along dimension 0 as `torch.chunk` cuts: the last part may be shorter, or empty.
 Masks are whole on every rank. In forward and backward the layer has the unsharded parameter, a plain one; in between,
@@ -78,14 +78,14 @@ def rows_a_rank(sharded: Any) -> int:
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """The rows that this rank has, in the same memory and without gradient; all of a tensor that is not sharded."""
+    """Return the local shard: the rows on this rank, sharing memory, detached; all of an unsharded tensor."""
     found: Any = tensor.detach()
     with torch.no_grad():
         return found.to_local() if is_sharded(found) else found
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all values are finite, those in the parts of other ranks among them: each rank gets the same answer."""
+    """Whether all values are finite on all ranks; each rank gets the same answer."""
     fine = all(bool(torch.isfinite(own_part(tensor)).all()) for tensor in tensors)
     sharded: Any = next(filter(is_sharded, tensors), None)
     if sharded is None:
@@ -97,7 +97,7 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
 
 
 def part_of(whole: Tensor, sharded: Any) -> Tensor:
-    """The rows of `whole` that this rank has of `sharded`, a view; all of them where `sharded` is not."""
+    """Return the rows of `whole` that belong to the local shard of `sharded`, a view; all where it is unsharded."""
     if not is_sharded(sharded):
         return whole
     rows = rows_a_rank(sharded)
@@ -106,7 +106,7 @@ def part_of(whole: Tensor, sharded: Any) -> Tensor:
 
 
 def like_part(part: Tensor, sharded: Any) -> Tensor:
-    """A tensor sharded as `sharded`, of which this rank has `part`."""
+    """Return a tensor sharded like `sharded` whose local shard is `part`."""
     from torch.distributed.tensor import DTensor
 
     shape, stride = sharded.shape, sharded.stride()
@@ -119,7 +119,7 @@ def like_part(part: Tensor, sharded: Any) -> Tensor:
 
 
 def fsdp_modules(net: nn.Module) -> list[Any]:
-    """`net` and modules inside, those that `fully_shard` was called on."""
+    """Return the modules of `net`, itself included, that `fully_shard` was called on."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     return [] if fsdp is None else [module for module in net.modules() if isinstance(module, fsdp.FSDPModule)]
 
@@ -134,6 +134,6 @@ def check_recordable(shell: nn.Module) -> None:
 
 
 def reshard(net: nn.Module) -> None:
-    """Let the layers have their sharded parameters: after a forward without backward they have the whole ones."""
+    """Give the layers their sharded parameters back: after a forward without backward they hold the whole ones."""
     for module in fsdp_modules(net):
         module.reshard()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from torch import nn
@@ -10,18 +11,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from growfx.masked.layers import MaskedLayer
+from growfx.masked.weight_reads import ModelCode
 
-__all__ = ["MaskedUses"]
+__all__ = ["MaskedUses", "masked_reads"]
 
 
-_TRANSPOSED = {"T", "mT", "H", "mH"}
+_VALUES = {"T", "mT", "H", "mH", "data"}  # attributes that are tensors of the same values
 
 
 class MaskedUses(TorchFunctionMode):
     """Replace masked parameters among the arguments of torch's functions by the effective weights of their layers.
 
     Most of the time the stored parameter is the effective weight and nothing has to be replaced; this is for layers
-    where it is not (`MaskedLayer.can_be_read`).
+    where it is not (`MaskedLayer.can_be_read`), and for code that keeps the parameter elsewhere than under a name of a
+    module, where growfx.weight_reads would see it (a list, a closure).
     """
 
     def __init__(self, layers: Iterable[MaskedLayer]):
@@ -38,7 +41,28 @@ class MaskedUses(TorchFunctionMode):
             return value if layer is None else layer.effective_weight
 
         name = getattr(func, "__name__", "")
-        if name in ("__set__", "size", "dim") or (name == "__get__" and func.__self__.__name__ not in _TRANSPOSED):
+        if name in ("__set__", "size", "dim") or (name == "__get__" and func.__self__.__name__ not in _VALUES):
             return func(*args, **(kwargs or {}))
         args, kwargs = pytree.tree_map(effective, (tuple(args), kwargs or {}))
         return func(*args, **kwargs)
+
+
+def masked_reads(layers: Iterable[MaskedLayer]) -> AbstractContextManager[Any]:
+    """The context in which the model's own code runs: whichever weight it reads is the effective one.
+
+    Args:
+        layers: those whose weights are known, or likely, to be read without a call of the layer.
+    """
+    readable: set[int] = set()
+    replaced: list[MaskedLayer] = []
+    for layer in layers:
+        if not layer.can_be_read():
+            replaced.append(layer)
+        elif layer.read_directly:  # then its gradient is masked too
+            readable.add(id(layer))
+    if not replaced:
+        return ModelCode(readable)
+    stack = ExitStack()
+    stack.enter_context(ModelCode(readable))
+    stack.enter_context(MaskedUses(replaced))
+    return stack

@@ -6,10 +6,8 @@ import copy
 import functools
 import hashlib
 import inspect
-import sys
-import threading
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -21,17 +19,19 @@ from growfx.distributed import ranks
 from growfx.distributed.sharded import check_recordable, fsdp_modules, is_sharded, own_part, part_of
 from growfx.errors import MaskError, TraceError
 from growfx.masked.agreement import require_same_masks
-from growfx.masked.direct_uses import MaskedUses
-from growfx.masked.inputs import Inputs, as_inputs
+from growfx.masked.averages import copy_masks_into_averages
+from growfx.masked.direct_uses import masked_reads
 from growfx.masked.layers import MaskedLayer, MaskedParameter, check_mask
 from growfx.masked.module_copy import copy_modules
 from growfx.masked.modules import chain_tensors, settings_of
 from growfx.masked.optimizers import watch_optimizers
 from growfx.masked.placement import Places
-from growfx.masked.plain_state import hide_masks
-from growfx.masked.recording import RecordedGraph, RecordFunction, plain_graph_module
+from growfx.masked.plain_state import hide_masks, load_by_model, state_by_model
 from growfx.masked.torch_pruning import translated
-from growfx.masked.trace_report import TraceReport
+from growfx.masked.weight_reads import watch_parameter
+from growfx.recorded.inputs import Inputs, as_inputs
+from growfx.recorded.recording import RecordedGraph, RecordFunction, plain_graph_module, without_compiler
+from growfx.recorded.trace_report import TraceReport
 
 __all__ = ["MaskedGraph", "RecordFunction", "RecordedGraph"]
 
@@ -75,6 +75,15 @@ class MaskedGraph(fx.GraphModule):
     Attributes:
         trace_report: what was recorded and what was left out.
         replicated: whether `DistributedDataParallel` holds it, so that all ranks must have the same masks.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> net = growfx.wrap(model, torch.randn(1, 4))
+        >>> isinstance(net, growfx.MaskedGraph), list(net.state_dict())
+        (True, ['0.weight', '0.bias', '0.mask'])
+        >>> net.set_masks({"0": torch.eye(2, 4, dtype=torch.bool)})
+        >>> net.density, net.layers["0"].nnz
+        (0.25, 2)
     """
 
     trace_report: TraceReport
@@ -90,6 +99,7 @@ class MaskedGraph(fx.GraphModule):
     ):
         nn.Module.__init__(self)
         watch_optimizers()
+        copy_masks_into_averages()
         self._adopt(shell)
         self._example, self._recorder = example, recorder
         self.recordings: dict[tuple[bool, Any], RecordedGraph] = {}
@@ -107,8 +117,6 @@ class MaskedGraph(fx.GraphModule):
         self._named_layers: tuple[dict[str, MaskedLayer]] = ({},)
         self._tied: tuple[list[list[MaskedLayer]]] = ([],)
         self._read_directly: tuple[list[MaskedLayer]] = ([],)
-        # (module, name of its parameter, layer) wherever a weight that is read directly is held.
-        self._readers: tuple[list[tuple[nn.Module, str, MaskedLayer]]] = ([],)
         self._places: Places | None = None
         self._known_settings = 0
         self._complete = True
@@ -284,13 +292,20 @@ class MaskedGraph(fx.GraphModule):
             self._find_readers()
 
     def _find_readers(self) -> None:
+        """Let modules that hold a weight that is read directly, and are not its layer, find the masked one."""
         layers = {id(layer.parameter): layer for layer in self._read_directly[0]}
-        self._readers[0][:] = [
-            (module, name, layers[id(parameter)])
-            for module in self.shell.modules()
-            for name, parameter in module._parameters.items()
-            if id(parameter) in layers
-        ]
+        for module in self.shell.modules():
+            for name, parameter in list(module._parameters.items()):
+                if id(parameter) in layers and not isinstance(module, MaskedLayer):
+                    self._watch(module, name, layers[id(parameter)])
+
+    def _watch(self, module: nn.Module, name: str, layer: MaskedLayer) -> None:
+        registry = watch_parameter(module, name, layer)
+        if module is self.shell:
+            self.__dict__["_parameters"] = registry
+        for other in self.masked_parameters.values():
+            if other.__dict__["owner"] is module:
+                other.__dict__["_parameters"] = registry
 
     def _check_places(self) -> None:
         """Check that every masked layer is still where it was, with its weight."""
@@ -360,7 +375,7 @@ class MaskedGraph(fx.GraphModule):
             key = (training, given.keyed(batch_is_free=False))
             found = self._looks_inside.get(key)
             if found is None or key[1] is None:
-                with _without_compiler(), torch.inference_mode(False):
+                with without_compiler(), torch.inference_mode(False):
                     found = self._recorder(self, given, training, holds_for_values=True)
                 self._looks_inside[key] = found
             recording = found
@@ -377,7 +392,7 @@ class MaskedGraph(fx.GraphModule):
         key = (False, ("inside", given.keyed(batch_is_free=batch_is_free)))
         found = self._looks_inside.get(key)
         if found is None or key[1][1] is None:
-            with _without_compiler(), torch.inference_mode(False):
+            with without_compiler(), torch.inference_mode(False):
                 found = self._looks_inside[key] = self._recorder(self, given, False, look_inside=True)
         return found
 
@@ -429,7 +444,7 @@ class MaskedGraph(fx.GraphModule):
 
     def _record(self, inputs: Inputs, training: bool) -> RecordedGraph:
         check_recordable(self.shell)
-        with _without_compiler(), torch.inference_mode(False):  # constants may be used in training later
+        with without_compiler(), torch.inference_mode(False):  # constants may be used in training later
             made = self._recorder(self, inputs, training)
         key = self._key(inputs, training, made.batch_is_free)
         if key[1] is not None or not self.recordings:
@@ -467,8 +482,7 @@ class MaskedGraph(fx.GraphModule):
             TraceError: a tracer of another kind is at work, which would see masks as constants.
         """
         if torch.compiler.is_compiling():
-            with _masked_attributes(self._readers[0]):
-                return self.shell(*args, **kwargs)
+            return self.shell(*args, **kwargs)
         self._before_call(args, kwargs)
         with self._masked_reads():
             if self.kernels is not None:
@@ -490,10 +504,7 @@ class MaskedGraph(fx.GraphModule):
 
         `layers`: whose weights may be read; default: those that the forward was seen to read.
         """
-        replaced = [
-            layer for layer in (self._read_directly[0] if layers is None else layers) if not layer.can_be_read()
-        ]
-        return MaskedUses(replaced) if replaced else nullcontext()
+        return masked_reads(self._read_directly[0] if layers is None else layers)
 
     def __prepare_scriptable__(self) -> Any:
         raise TraceError(_UNWRAP_FIRST)
@@ -520,12 +531,26 @@ class MaskedGraph(fx.GraphModule):
         shell: Any = self.shell
         return shell[index]
 
+    def __len__(self) -> int:
+        shell: Any = self.shell
+        return len(shell)
+
+    def __iter__(self) -> Any:
+        shell: Any = self.shell
+        return iter(shell)
+
+    def __contains__(self, item: object) -> bool:
+        shell: Any = self.shell
+        return item in shell
+
+    def __bool__(self) -> bool:
+        return bool(self.shell)
+
     def _with_masked_reads(self, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
-                with _masked_attributes(self._readers[0]):
-                    return method(*args, **kwargs)
+                return method(*args, **kwargs)
             # A method may read what the forward calls.
             with self._masked_reads(self.layers.values()):
                 return method(*args, **kwargs)
@@ -582,7 +607,8 @@ class MaskedGraph(fx.GraphModule):
         if not given:
             own = {name: self.get_buffer(name) for name in names}
             state_dict = {**state_dict, **own}
-        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        load = load_by_model(self.shell, names) or super().load_state_dict
+        result = load(state_dict, strict=strict, assign=assign)
         self._tie_masks()
         self._adopt_parameters()  # `assign` puts others in place
         self.settle()
@@ -593,7 +619,7 @@ class MaskedGraph(fx.GraphModule):
         modules = list(self.named_modules(remove_duplicate=False))
         found = {f"{name}.mask": name for name, module in modules if isinstance(module, MaskedLayer)}
         for label, layer in self.masked_parameters.items():
-            owner = layer.__dict__["owner"]
+            owner = self if layer.__dict__["owner"] is self.shell else layer.__dict__["owner"]
             for name in (name for name, module in modules if module is owner):
                 found[f"{name}.{layer.mask_name}".lstrip(".")] = label
         return found
@@ -601,11 +627,12 @@ class MaskedGraph(fx.GraphModule):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The model's state dict with one mask per masked layer; weights are +0.0 outside their masks."""
         self._check_places()
-        found = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "")
+        found = state_by_model(self.shell, self._mask_names(), args, kwargs)
+        found = super().state_dict(*args, **kwargs) if found is None else found
         dirty = {} if kwargs.get("keep_vars", False) else self._dirty_weights()
         for name, parameter in self.named_parameters(remove_duplicate=False) if dirty else ():
-            if id(parameter) in dirty:  # under every name it has
+            if id(parameter) in dirty and f"{prefix}{name}" in found:  # under every name it has
                 found[f"{prefix}{name}"] = dirty[id(parameter)]
         return found
 
@@ -619,6 +646,8 @@ class MaskedGraph(fx.GraphModule):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MaskedGraph:
         super()._apply(fn, recurse)
+        for layer in self.masked_parameters.values():
+            layer.keep_mask_bool()
         self._tie_masks()
         self._adopt_parameters()
         return self
@@ -689,29 +718,3 @@ _UNWRAP_FIRST = (
     "a MaskedGraph cannot be traced or scripted: its masks would become constants; work on the plain model, "
     "growfx.unwrap(net), which has zeros in their place"
 )
-
-
-@contextmanager
-def _masked_attributes(readers: list[tuple[nn.Module, str, MaskedLayer]]) -> Generator[None]:
-    """Let compiled code find effective weights under the names of the parameters, for one call."""
-    for module, name, layer in readers:
-        module.__dict__[name] = layer.effective_weight
-    try:
-        yield
-    finally:
-        for module, name, _ in readers:
-            module.__dict__.pop(name, None)
-
-
-@contextmanager
-def _without_compiler() -> Generator[None]:
-    """A recording started from compiled code runs as plain Python.
-
-    The compiler's stance is one for the process: threads that change it at once would not leave it as it was.
-    """
-    # The stance comes second: it takes effect when it is made.
-    with _ONE_AT_A_TIME, torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
-        yield
-
-
-_ONE_AT_A_TIME = threading.RLock()

@@ -6,9 +6,10 @@ import functools
 import random
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
-from types import ModuleType
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,31 +19,115 @@ from torch import nn
 from growfx.masked.graph import MaskedGraph
 from growfx.masked.modules import in_mode
 
-__all__ = ["caches_bypassed", "generators_restored", "python_randomness", "tables_restored", "undisturbed"]
+__all__ = [
+    "caches_bypassed",
+    "clock_shifted",
+    "generators_restored",
+    "own_generators",
+    "python_randomness",
+    "tables_restored",
+    "undisturbed",
+]
 
 _CACHED = type(functools.lru_cache(lambda: None))
 # Their caches hold nothing of a model's sizes; what they compute may be slow, or allowed once only.
 _LIBRARIES = ("torch", "numpy", "scipy", "growfx", "sympy", "triton", "_pytest", "pytest")
 _NOT_MODELS = {*_LIBRARIES, *sys.stdlib_module_names}
 _TABLES = (dict, list, set)
+_PLAIN = (bool, int, float, str, type(None))
 
 
 @contextmanager
-def generators_restored(devices: list[int]) -> Generator[None]:
-    """Put the generators of torch (CPU and the CUDA `devices`), numpy and Python back to where they were."""
+def generators_restored(devices: list[int], root: nn.Module | None = None) -> Generator[None]:
+    """Put the generators of torch (CPU and the CUDA `devices`), numpy and Python back to where they were.
+
+    Those too that the model `root` holds in attributes, or its code in globals and closures.
+    """
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    own = [(generator, _state_of(generator)) for generator in ([] if root is None else own_generators(root))]
     with torch.random.fork_rng(devices):
         try:
             yield
         finally:
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
+            for generator, state in own:
+                _set_generator(generator, state)
 
 
-def python_randomness() -> tuple[Any, ...]:
-    """What is another value after Python's or numpy's global generator drew a number."""
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+
+
+def own_generators(root: nn.Module) -> list[Any]:
+    """Generators of random numbers that a model has: in attributes, and in what the code of its classes names."""
+    found: dict[int, Any] = {}
+    for part in root.modules():
+        found |= {id(value): value for value in vars(part).values() if _draws(value)}
+    for kind in _model_classes(root):
+        for member in list(vars(kind).values()):
+            found |= {id(value): value for value in _named_by(member) if _draws(value)}
+    return list(found.values())
+
+
+def _draws(value: Any) -> bool:
+    return isinstance(value, _GENERATORS) and not isinstance(value, random.SystemRandom)
+
+
+def _named_by(member: Any) -> Iterator[Any]:
+    """A class attribute itself; of a function, also the globals that it names and what it closes over."""
+    yield member
+    function = getattr(member, "__func__", member)
+    if isinstance(function, FunctionType):
+        yield from (function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__)
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):  # empty
+                yield cell.cell_contents
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    return generator.get_state() if isinstance(generator, np.random.RandomState) else generator.bit_generator.state
+
+
+def _set_generator(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, (torch.Generator, np.random.RandomState)):
+        generator.set_state(state)
+    else:
+        generator.bit_generator.state = state
+
+
+def python_randomness(others: Sequence[Any] = ()) -> tuple[Any, ...]:
+    """What is another value after Python's or numpy's global generator, or one of the `others`, drew a number."""
     kind, keys, position, *rest = np.random.get_state()  # noqa: NPY002
-    return random.getstate(), kind, keys.tobytes(), position, *rest  # type: ignore[union-attr]
+    states = [state.tolist() if isinstance(state, torch.Tensor) else repr(state) for state in map(_state_of, others)]
+    return random.getstate(), kind, keys.tobytes(), position, *rest, *states  # type: ignore[union-attr]
+
+
+_CLOCKS = ("time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time")
+_SHIFT = 123456789.678  # seconds, some years; not a whole number of any unit
+
+
+@contextmanager
+def clock_shifted() -> Generator[None]:
+    """Let this thread read another time than it is: what a model computes from it becomes another value."""
+    thread = threading.get_ident()
+
+    def shifted(clock: Callable[[], Any], shift: Any) -> Callable[[], Any]:
+        return lambda: clock() + (shift if threading.get_ident() == thread else 0)
+
+    before = {name: getattr(time, name) for name in _CLOCKS}
+    for name, clock in before.items():
+        setattr(time, name, shifted(clock, int(_SHIFT * 1e9) if name.endswith("_ns") else _SHIFT))
+    try:
+        yield
+    finally:
+        for name, clock in before.items():
+            setattr(time, name, clock)
 
 
 def _model_code(root: nn.Module) -> list[ModuleType]:
@@ -57,13 +142,27 @@ def tables_restored(root: nn.Module) -> Generator[None]:
 
     A table keyed by size would keep what a recording computed, which is no value, for the model's own calls.
     """
-    kept = [(table, table.copy()) for module in _model_code(root) for table in _tables(module)]
+    classes = _model_classes(root)
+    tables = [table for module in _model_code(root) for table in _tables(module)]
+    tables += [value for kind in classes for value in vars(kind).values() if type(value) in _TABLES]
+    kept = [(table, table.copy()) for table in {id(table): table for table in tables}.values()]
+    counters = [(kind, {k: v for k, v in vars(kind).items() if type(v) in _PLAIN}) for kind in classes]
     try:
         yield
     finally:
         for table, before in kept:
             if len(table) != len(before) or not _holds_same(table, before):
                 _refill(table, before)
+        for kind, values in counters:  # a class that counts its calls
+            for name, value in values.items():
+                if vars(kind).get(name) is not value:
+                    setattr(kind, name, value)
+
+
+def _model_classes(root: nn.Module) -> list[type]:
+    """The classes that a model's modules are of, libraries' left out."""
+    kinds = {kind: None for part in root.modules() for kind in type(part).__mro__}
+    return [kind for kind in kinds if kind.__module__.partition(".")[0] not in {*_LIBRARIES, "builtins"}]
 
 
 _TABLES_OF: dict[str, tuple[int, list[tuple[Any, str]]]] = {}
@@ -96,8 +195,10 @@ def _refill(table: Any, before: Any) -> None:
 
 
 @contextmanager
-def caches_bypassed() -> Generator[None]:
+def caches_bypassed(root: nn.Module) -> Generator[None]:
     """Let this thread pass by the `functools.lru_cache` of functions of models: nothing is taken from, or left in, one.
+
+    Those of all loaded modules, and of the classes of `root` wherever these were made.
 
     A cache keyed by a size would hand out the result of another call, in which the size was a plain number, and would
     keep results of this one. Within the context each such function has a cache of its own.
@@ -105,7 +206,10 @@ def caches_bypassed() -> Generator[None]:
     thread = threading.get_ident()
     stand_ins: dict[int, Callable[..., Any]] = {}
     with ExitStack() as stack:
-        for owner, key, cached in _all_cached_functions():
+        found = _all_cached_functions()
+        known = {(id(owner), key) for owner, key, _ in found}
+        of_classes = [place for kind in _model_classes(root) for place in _cached_in_class(kind)]
+        for owner, key, cached in [*found, *(p for p in of_classes if (id(p[0]), p[1]) not in known)]:
             function = cached.__func__ if isinstance(cached, staticmethod) else cached
             stand_in = stand_ins.setdefault(id(function), _bypass(function, thread))
             setattr(owner, key, staticmethod(stand_in) if function is not cached else stand_in)
@@ -135,9 +239,13 @@ def _cached_functions(module: ModuleType) -> Iterator[tuple[Any, str, Any]]:
         if type(value) is _CACHED:
             yield module, name, value
         elif isinstance(value, type) and value.__module__ == module.__name__:
-            for key, member in list(vars(value).items()):
-                if type(member) is _CACHED or (type(member) is staticmethod and type(member.__func__) is _CACHED):
-                    yield value, key, member
+            yield from _cached_in_class(value)
+
+
+def _cached_in_class(kind: type) -> Iterator[tuple[type, str, Any]]:
+    for key, member in list(vars(kind).items()):
+        if type(member) is _CACHED or (type(member) is staticmethod and type(member.__func__) is _CACHED):
+            yield kind, key, member
 
 
 def _bypass(cached: Any, thread: int) -> Callable[..., Any]:

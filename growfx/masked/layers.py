@@ -18,14 +18,11 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import UninitializedParameter
 
 from growfx.distributed.sharded import check_cut, is_sharded, like_part, own_part, part_of, require_whole
 from growfx.errors import MaskError
@@ -40,27 +37,14 @@ from growfx.masked.gradients import (
     obeys,
 )
 from growfx.masked.registry import LAYER_OF
+from growfx.masked.weight_reads import THREAD
 
-__all__ = [
-    "MaskedLayer",
-    "MaskedParameter",
-    "check_mask",
-    "has_names_of_a_twin",
-    "is_maskable",
-    "maskable_reason",
-    "masked_class",
-    "to_plain",
-    "to_twin",
-    "weight_name_of",
-]
+__all__ = ["MaskedLayer", "MaskedParameter", "check_mask"]
 
 _OUTSIDE = (
     "outside of a forward no rank has all of it; work between `net.unshard()` and `net.reshard()`, and where a layer "
     "is sharded alone, call the layer itself"
 )
-
-# Convolutions that do not say so by their base class; named, so that nothing has to be imported.
-_CONVOLUTIONS = {"timm.layers.cond_conv2d.CondConv2d"}
 
 
 class _Stored:
@@ -138,7 +122,7 @@ class MaskedLayer(nn.Module):
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter the mask belongs to, as stored (outside the mask it may wait for its next use)."""
-        parameter = self._parameters[self.weight_name]
+        parameter = self._parameters.get(self.weight_name)  # `[]` would be a read by others: see growfx.weight_reads
         assert parameter is not None
         return parameter
 
@@ -200,6 +184,8 @@ class MaskedLayer(nn.Module):
             self.adopt()
             stored = self._stored
         if not mask.is_meta:
+            if (self.read_directly or stored.seen != self.mask_marker()) and torch._C._is_any_autocast_enabled():
+                torch.clear_autocast_cache()  # it may hold the weight of the mask before
             # Through `.data`: a backward pass under way must not take this for a change of its saved weight.
             mask_in_place(weight.data, mask)
         stored.seen = self.mask_marker()
@@ -207,7 +193,7 @@ class MaskedLayer(nn.Module):
     def _weight(self, own: bool) -> Tensor:
         """The effective weight; `own`: for the one use that the layer itself makes of it."""
         # Every step passes here once per layer: registries are read directly, calls are few.
-        weight, mask = self._parameters[self.weight_name], self._buffers[self.mask_name]
+        weight, mask = self._parameters.get(self.weight_name), self._buffers[self.mask_name]
         assert weight is not None
         assert mask is not None
         if self.gate is not None:
@@ -279,6 +265,39 @@ class MaskedLayer(nn.Module):
             stored.mask, stored.address = mask, weight.data_ptr()
         return stored.weight
 
+    def weight_for_reader(self, weight: Tensor) -> Tensor:
+        """What code finds that reads the parameter under its name, of the model or of anybody else.
+
+        The layer's own code, and the model's while the net runs it, find the effective weight. Elsewhere it is the
+        parameter itself, made to obey the mask before: a submodule that is called alone computes what the net does.
+        """
+        if torch.compiler.is_compiling():
+            return self._weight(own=False)
+        own = THREAD.own.get(id(self))
+        if own is not None:
+            return own[-1]
+        if THREAD.calls:
+            readable = THREAD.calls[-1]
+            if readable is None or id(self) in readable:
+                return weight
+            self.read_directly = True  # in a branch that was not seen before
+            return weight if self.can_be_read() else self.effective_weight
+        with torch._C.DisableTorchFunction():
+            if torch._C._current_graph_task_id() != -1:  # a forward that is run anew for its backward pass
+                return weight if self.can_be_read() else self.effective_weight
+            if self.gate is None and not _is_watched() and not self.sharded and not is_sharded(weight):
+                self._settle_for_reader(weight)
+        return weight
+
+    def _settle_for_reader(self, weight: Tensor) -> None:
+        mask = self.mask
+        if not isinstance(weight, nn.Parameter) or mask.is_meta or weight.shape != mask.shape:
+            return
+        if not self._store_obeys(weight, mask):
+            self._settle_whole()
+        if self.read_directly and self._stored.parameter is weight and torch.is_grad_enabled() and weight.requires_grad:
+            self._with_masked_gradient(weight, mask, own=False)
+
     def refuses_entries(self) -> str:
         """Why this call must compute with the whole weight; "" where the active entries of the parameter are enough."""
         weight, stored = self.parameter, self._stored
@@ -307,17 +326,24 @@ class MaskedLayer(nn.Module):
     @contextmanager
     def _effective_parameters(self) -> Generator[None]:
         """Let the code of the original class read the effective weight under the parameter's own name."""
-        # An entry of the instance's dict is found before nn.Module looks among the parameters.
-        before = self.__dict__.get(self.weight_name)
-        self.__dict__[self.weight_name] = self.effective_weight
+        weight = self.effective_weight
+        if torch.compiler.is_compiling():
+            # An entry of the instance's dict is found first.
+            self.__dict__[self.weight_name] = weight
+            try:
+                yield
+            finally:
+                self.__dict__.pop(self.weight_name, None)
+            return
+        # Of this thread alone, and again within itself where the forward calls the layer anew.
+        weights = THREAD.own.setdefault(id(self), [])
+        weights.append(weight)
         try:
             yield
         finally:
-            # Other threads may be here too.
-            if before is None:
-                self.__dict__.pop(self.weight_name, None)
-            else:
-                self.__dict__[self.weight_name] = before
+            weights.pop()
+            if not weights:
+                del THREAD.own[id(self)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the original class's forward on the effective weight."""
@@ -370,9 +396,28 @@ class MaskedLayer(nn.Module):
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> MaskedLayer:
         super()._apply(fn, recurse)
-        self._collects = fn(self._collects).fill_(self._collecting)
+        self._collects = fn(self._collects).bool().fill_(self._collecting)
+        self.keep_mask_bool()
         self.adopt()
         return self
+
+    def keep_mask_bool(self) -> None:
+        """Undo what `net.type(torch.float64)` does to every buffer."""
+        mask = self._buffers[self.mask_name]
+        if mask is not None and mask.dtype != torch.bool:
+            self._buffers[self.mask_name] = mask != 0
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        before = self._buffers[self.mask_name]
+        super()._load_from_state_dict(*args, **kwargs)
+        after = self._buffers[self.mask_name]
+        if before is None or after is None or after is before or before.is_meta:
+            return
+        if after.shape != before.shape or after.device != before.device:
+            return
+        # `assign` put another tensor in place; layers that share a weight share their mask, so it is written into.
+        before.copy_(after)
+        self._buffers[self.mask_name] = before
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -395,31 +440,28 @@ class MaskedLayer(nn.Module):
             "_collects": torch.zeros_like(self._collects),
         }
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _empty_twin, (self.twin_of,), {**self.__dict__, **self.state_of_a_copy()}
-
 
 class MaskedParameter(MaskedLayer):
     """A mask on a parameter of a module that stays what it is: what `net.layers` has where there is no masked twin.
 
     For parameters that belong to no layer growfx knows (`masked=` of `growfx.wrap`), and for layers that have a `mask`
-    or other names of a masked twin themselves. The mask is a buffer of the parameter's module, `<parameter>_mask`; the
-    module reads the parameter itself, so it counts as read directly. It shares the registries of that module and is not
-    part of the model.
+    or other names of a masked twin themselves. The mask is a buffer of the parameter's module, `<parameter>_mask`
+    (`<parameter>_mask_` where the module has something of that name itself); the module reads the parameter itself, so
+    it counts as read directly. It shares the registries of that module and is not part of the model.
     """
 
     read_directly = True
     twin_of = nn.Module
 
-    def __init__(self, owner: nn.Module, weight_name: str, mask: Tensor | None = None) -> None:
+    def __init__(self, owner: nn.Module, weight_name: str, mask_name: str | None = None) -> None:
         super().__init__()
         self.__dict__["owner"] = owner
         for registry in ("_parameters", "_buffers"):
             self.__dict__[registry] = owner.__dict__[registry]
-        self.weight_name, self.mask_name = weight_name, f"{weight_name}_mask"
+        self.weight_name, self.mask_name = weight_name, mask_name or _free_name(owner, f"{weight_name}_mask")
         weight = self.parameter
-        if mask is not None or self.mask_name not in owner._buffers:
-            owner.register_buffer(self.mask_name, torch.ones_like(weight, dtype=torch.bool) if mask is None else mask)
+        if mask_name is None:
+            owner.register_buffer(self.mask_name, torch.ones_like(weight, dtype=torch.bool))
         self._stored = _Stored(weight, self.mask)
         self._collects = torch.zeros((), dtype=torch.bool, device=weight.device)
         LAYER_OF[id(weight)] = self
@@ -458,52 +500,16 @@ class MaskedParameter(MaskedLayer):
         del self._buffers[self.mask_name]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedParameter:
-        clone = MaskedParameter(copy.deepcopy(self.__dict__["owner"], memo), self.weight_name)
+        clone = MaskedParameter(copy.deepcopy(self.__dict__["owner"], memo), self.weight_name, self.mask_name)
         clone.gate = copy.deepcopy(self.gate, memo)
         return clone
 
 
-class _MaskedConv(MaskedLayer):
-    """A convolution that takes its weight as an argument: its gradient belongs to nobody else."""
-
-    calls_kernel = True
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of the original
-        if self.kernel is not None:
-            output = self.kernel(self, input)
-            if output is not None:
-                return output
-        return self._conv_forward(input, self._weight(own=True), self.bias)  # type: ignore[operator]
-
-
-class _MaskedLinear(MaskedLayer):
-    calls_kernel = True
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of the original
-        if self.kernel is not None:
-            output = self.kernel(self, input)
-            if output is not None:
-                return output
-        return F.linear(input, self._weight(own=True), self.bias)  # type: ignore[arg-type]
-
-
-class _MaskedAttention(MaskedLayer):
-    """Multi-head attention: the mask belongs to the joint input projection; the output projection is a layer itself."""
-
-    weight_name = "in_proj_weight"
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The joint projection of queries, keys and values: shape (3 embed_dim, embed_dim)."""
-        return self.parameter
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # The original reads `out_proj.weight` without calling `out_proj`.
-        out_projection: Any = self.out_proj
-        with ExitStack() as stack:
-            if isinstance(out_projection, MaskedLayer):
-                stack.enter_context(out_projection._effective_parameters())
-            return super().forward(*args, **kwargs)
+def _free_name(owner: nn.Module, name: str) -> str:
+    """`name`, or that with underscores after it where the module has something of the name itself."""
+    while hasattr(owner, name):
+        name += "_"
+    return name
 
 
 def _is_watched() -> bool:
@@ -526,115 +532,6 @@ def _gradient_hook(layer: MaskedLayer) -> Callable[[Tensor], Tensor | None]:
         return masked
 
     return hook
-
-
-_MASKED_CLASSES: dict[type[nn.Module], type[MaskedLayer]] = {}
-_CONV_FORWARDS = {(kind.forward, kind._conv_forward) for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
-
-
-def masked_class(original: type[nn.Module]) -> type[MaskedLayer]:
-    """The masked twin of a layer class; one class for each original."""
-    if original not in _MASKED_CLASSES:
-        forwards = (getattr(original, "forward", None), getattr(original, "_conv_forward", None))
-        if issubclass(original, _ConvNd) and forwards in _CONV_FORWARDS:
-            base: type[MaskedLayer] = _MaskedConv
-        elif issubclass(original, nn.Linear) and original.forward is nn.Linear.forward:
-            base = _MaskedLinear
-        elif issubclass(original, nn.MultiheadAttention):
-            base = _MaskedAttention
-        else:
-            base = MaskedLayer
-        members = {
-            "twin_of": original,
-            "__doc__": f"Masked twin of {original.__name__}.",
-            "__module__": __name__,
-        }
-        _MASKED_CLASSES[original] = cast(
-            type[MaskedLayer], type(f"Masked{original.__name__}", (base, original), members)
-        )
-    return _MASKED_CLASSES[original]
-
-
-def _empty_twin(original: type[nn.Module]) -> MaskedLayer:
-    kind = masked_class(original)
-    return kind.__new__(kind)
-
-
-def is_maskable(module: nn.Module) -> bool:
-    """Whether `module` is of a kind that masks are for: a convolution, linear layer or attention."""
-    if isinstance(module, (_ConvNd, nn.Linear, nn.MultiheadAttention)):
-        return True
-    return any(f"{kind.__module__}.{kind.__qualname__}" in _CONVOLUTIONS for kind in type(module).__mro__)
-
-
-def weight_name_of(module: nn.Module) -> str:
-    """The name of the parameter that the mask of a maskable module belongs to."""
-    return "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
-
-
-def maskable_reason(module: nn.Module) -> str | None:
-    """Why `module` cannot have a mask though it is a convolution, linear layer or attention; None when it can.
-
-    Raises:
-        TypeError: `module` is none of these.
-    """
-    if not is_maskable(module):
-        raise TypeError(f"`{type(module).__name__}` is no convolution, linear layer or attention")
-    name = weight_name_of(module)
-    weight = module._parameters.get(name)
-    if weight is None and isinstance(module, nn.MultiheadAttention):
-        return (
-            "its projections of queries, keys and values are three parameters (`kdim` or `vdim` is not `embed_dim`); "
-            "`masked=` can name them"
-        )
-    if weight is None:
-        return f"`{name}` is computed by a parametrization or a hook; `masked=` can name the parameter behind it"
-    if isinstance(weight, UninitializedParameter):
-        return "its weight has no shape before the first call"
-    if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}, not a floating-point tensor"
-    return None
-
-
-def has_names_of_a_twin(module: nn.Module) -> bool:
-    """Whether a layer has a `mask`, or another name of a masked twin, of its own that becoming one would hide."""
-    own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
-    for kind in type(module).__mro__:
-        if kind.__module__.startswith("torch.nn.modules"):
-            break
-        own |= {*vars(kind)}
-    return not own.isdisjoint(_NAMES)
-
-
-_NAMES = {*vars(MaskedLayer), "mask", "twin_of"} - {*dir(nn.Module), "__annotations__", "forward", "weight"}
-
-
-def to_twin(module: nn.Module, mask: Tensor | None = None) -> MaskedLayer:
-    """Turn `module` into its masked twin, in place, with all weights active unless `mask` is given."""
-    kind = masked_class(type(module))
-    module.__class__ = kind
-    assert isinstance(module, MaskedLayer)
-    weight = module.parameter
-    module.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool) if mask is None else mask)
-    module._stored = _Stored(weight, module.mask)
-    module._collects = torch.zeros((), dtype=torch.bool, device=weight.device)
-    LAYER_OF[id(weight)] = module
-    return module
-
-
-def to_plain(module: MaskedLayer) -> nn.Module:
-    """Turn a masked twin back into the layer it stands for, in place, +0.0 outside its mask."""
-    module.settle()
-    if LAYER_OF.get(id(module.parameter)) is module:
-        del LAYER_OF[id(module.parameter)]
-    if module._stored.hook is not None:
-        module._stored.hook.remove()
-    del module._buffers["mask"], module._stored, module._collects
-    for name in ("read_directly", "sharded", "dense_gradient", "gate", "kernel", "_collecting"):
-        module.__dict__.pop(name, None)
-    original: Any = module.twin_of
-    module.__class__ = original
-    return module
 
 
 def check_mask(name: str, own: Tensor, mask: object) -> Tensor:

@@ -45,8 +45,9 @@ def copy_modules(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     # All modules are known before any attribute is copied: an attribute may name a module anywhere in the tree.
     for part in plain:
         memo[id(part)] = type(part).__new__(type(part))
-    for part in parts:
+    for part in reversed(parts):  # what is inside first
         if id(part) not in memo:
+            _link(plain, memo)
             _copy_by_itself(part, memo)
     for part in plain:
         state = memo[id(part)].__dict__
@@ -67,6 +68,15 @@ def copy_modules(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
             state.update(memo[id(part)].state_of_a_copy())
     memo.setdefault(id(memo), []).append(parts)  # as deepcopy does: an id is good while its object lives
     return memo[id(module)]
+
+
+def _link(parts: list[nn.Module], memo: dict[int, Any]) -> None:
+    """Let copies under way find one another's modules: a class may look for them when it is copied."""
+    for part in parts:
+        children = {name: memo[id(child)] for name, child in part._modules.items() if id(child) in memo}
+        known: dict[str, Any] = {name: value for name, value in vars(part).items() if isinstance(value, _ATOMS)}
+        known.update(_parameters={}, _buffers={}, _modules=children, _non_persistent_buffers_set=set())
+        memo[id(part)].__dict__.update(known)
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
-__all__ = ["hide_masks"]
+__all__ = ["hide_masks", "load_by_model", "state_by_model"]
 
 
 def hide_masks(shell: nn.Module, names: Sequence[str] = ()) -> None:
@@ -28,3 +30,56 @@ def _without_masks(names: Sequence[str], module: nn.Module, state: Any, prefix: 
         return
     for name in names:
         state.pop(f"{prefix}{name}", None)
+
+
+def state_by_model(shell: nn.Module, names: Iterable[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a `state_dict` that the model's class defines itself returns, with the masks; None where it defines none.
+
+    Args:
+        shell: the model.
+        names: of the masks.
+        args: of `state_dict`.
+        kwargs: of `state_dict`.
+    """
+    if type(shell).state_dict is nn.Module.state_dict:
+        return None
+    found = shell.state_dict(*args, **kwargs)
+    prefix = kwargs.get("prefix", "")
+    for name in names:
+        mask = shell.get_buffer(name)
+        found[f"{prefix}{name}"] = mask if kwargs.get("keep_vars", False) else mask.detach()
+    return found
+
+
+def load_by_model(shell: nn.Module, names: Iterable[str]) -> Callable[..., Any] | None:
+    """What loads a state dict with masks by the model's own `load_state_dict`; None where it defines none."""
+    if type(shell).load_state_dict is nn.Module.load_state_dict:
+        return None
+
+    def load(state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        options = {name: value for name, value, usual in (("strict", strict, True), ("assign", assign, False))
+                   if value is not usual}  # fmt: skip
+        rest = {name: value for name, value in state.items() if name not in names}
+        with _not_persistent(shell, names):
+            result = shell.load_state_dict(rest, **options)
+        with torch.no_grad():
+            for name in names:
+                shell.get_buffer(name).copy_(state[name])
+        return result
+
+    return load
+
+
+@contextmanager
+def _not_persistent(shell: nn.Module, names: Iterable[str]) -> Generator[None]:
+    """Let nobody miss the named buffers in a state dict."""
+    places = [name.rpartition(".") for name in names]
+    registries = [(shell.get_submodule(owner)._non_persistent_buffers_set, leaf) for owner, _, leaf in places]
+    added = [(registry, leaf) for registry, leaf in registries if leaf not in registry]
+    for registry, leaf in added:
+        registry.add(leaf)
+    try:
+        yield
+    finally:
+        for registry, leaf in added:
+            registry.discard(leaf)

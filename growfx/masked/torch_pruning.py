@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
-from growfx.masked.layers import is_maskable, weight_name_of
+from growfx.masked.twins import is_maskable, weight_name_of
 
 __all__ = ["take_over", "translated"]
 

@@ -1,4 +1,4 @@
-"""What every method is: options in a frozen dataclass, run state in an object of its own, one clock.
+"""The interface of all methods: options in a frozen dataclass, run state in a separate object, one clock.
 
 A method is attached to a network and its optimizer, told of every optimizer step and, if it listens, of
 every measured accuracy; it changes masks and says so. `growfx.train` asks it for one stage of training after
@@ -38,13 +38,26 @@ class Method(ABC):
 
     Attributes:
         name: as in `growfx.methods.create`.
-        changes_masks: False for one that leaves every mask as it is.
+        changes_masks: False for one that never changes a mask.
         needs_whole: why it cannot work where each rank has a part of the weights (`fully_shard`); "" where it can.
         off_path: what it does with layers that no path crosses: "left" keeps their masks, as its rule ranks edges by
             paths; "spare" does so as long as they leave at least half of the edges to the others; "changed" treats
             them like any other (see `growfx.methods.scope`).
         warns_of_loss: False for one that is told which masks to take, or that chooses among the edges the network has:
             nobody is surprised when its masks replace others.
+
+    Example:
+        >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4))
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> method = growfx.methods.create("set", density=0.5, update_every=1, drop_fraction=0.5)
+        >>> method.attach(net, optimizer, total_steps=2, steps_per_epoch=1)
+        >>> for _ in range(2):
+        ...     net(torch.randn(8, 4)).square().sum().backward()
+        ...     optimizer.step()
+        ...     changed = method.step()
+        ...     optimizer.zero_grad()
+        >>> net.nnz
+        4
     """
 
     name: ClassVar[str]
@@ -127,7 +140,7 @@ class Method(ABC):
         """
 
 
-# -- what arrives ---------------------------------------------------------------------------------------------
+# -- arguments ------------------------------------------------------------------------------------------------
 
 
 def check_accuracy(accuracy: float, noise: float | None) -> None:
@@ -161,7 +174,7 @@ def check_state(state: Mapping[str, Any], name: str) -> None:
 
 @contextmanager
 def reading_state(name: str) -> Generator[None]:
-    """Turn what a state of another version, or a damaged one, leads its reader into, into a `CheckpointError`."""
+    """Raise a `CheckpointError` for any error that a damaged state, or one of another version, causes its reader."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Which methods there are, and how one is made from its name and options."""
+"""List the methods, and create one from its name and options."""
 
 import dataclasses
 import importlib
@@ -39,12 +39,22 @@ _METHODS: Final[Mapping[str, str]] = {
 
 
 def names() -> list[str]:
-    """Return the names that `create` knows."""
+    """Return the names that `create` knows.
+
+    Example:
+        >>> "pwmpr" in growfx.methods.names()
+        True
+    """
     return sorted(_METHODS)
 
 
 def kind_of(name: str) -> type[Method]:
-    """Return the class of the method `name`; `ConfigError` naming the known ones when there is none."""
+    """Return the class of the method `name`; `ConfigError` naming the known ones when there is none.
+
+    Example:
+        >>> growfx.methods.kind_of("rigl").__name__
+        'RigL'
+    """
     if not isinstance(name, str) or name not in _METHODS:
         allowed = ", ".join(f"`{known}`" for known in names())
         raise ConfigError(f"method `{name}` is unknown; allowed: {allowed}")
@@ -57,6 +67,10 @@ def create(name: str, **options: Any) -> Method:
 
     Raises `ConfigError` for an unknown method or option (naming the allowed ones) or a value out of its
     range.
+
+    Example:
+        >>> growfx.methods.create("static", density=0.2, distribution="uniform")
+        Static(init='dense', seed=0, density=0.2, masks='drawn', distribution='uniform')
     """
     kind: Any = kind_of(name)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}

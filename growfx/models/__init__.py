@@ -1,4 +1,4 @@
-"""Models by name, and the name of a model."""
+"""Build models by name, and find the name of a model."""
 
 from growfx.models.build import ModelIdentity, create_model
 

@@ -1,4 +1,4 @@
-"""How much a builder may build when its arguments come from a file.
+"""Limit what a model builder may build when its arguments come from a file.
 
 A few bytes of arguments can ask for a million layers. What is stored says how large the network is, so a builder
 that registers far more modules, tensors or elements than that, or calls torch far more often than it takes to
@@ -34,7 +34,7 @@ _MAKING_MANY = {"__iter__", "chunk", "split", "tolist", "unbind"}
 
 
 class BudgetExceeded(ConfigError):  # noqa: N818 - a reason to stop, told as a ConfigError
-    """A builder makes a network far larger than the one stored; to try it in another way would not help."""
+    """A builder makes a network far larger than the one stored; trying it another way would not help."""
 
 
 class _CountedCalls(TorchFunctionMode):

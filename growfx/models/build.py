@@ -1,4 +1,4 @@
-"""Models by name, and the name a model was made under.
+"""Build a model by name, and remember the name on it.
 
 A spec is a timm name (`resnet18`, `resnet18.a1_in1k`), `torchvision/NAME`, or `package.module:callable`.
 The name and the arguments are remembered on the model as a plain attribute: it is not in the state dict
@@ -81,6 +81,11 @@ def create_model(spec: str, **kwargs: Any) -> nn.Module:
 
     Raises:
         ConfigError: the name is unknown (close names are given), or its builder refuses the arguments.
+
+    Example:
+        >>> model = growfx.create_model("torchvision/squeezenet1_1", num_classes=10)
+        >>> growfx.create_model("torch.nn:Linear", in_features=4, out_features=2)
+        Linear(in_features=4, out_features=2, bias=True)
     """
     if not isinstance(spec, str):
         raise ConfigError(
@@ -95,13 +100,13 @@ def create_model(spec: str, **kwargs: Any) -> nn.Module:
 
 
 def remember(model: nn.Module, identity: ModelIdentity | None) -> nn.Module:
-    """Note on `model` how it was built; None forgets. Returns the model."""
+    """Remember on `model` how it was built; None forgets. Returns the model."""
     model.__dict__[_ATTRIBUTE] = identity
     return model
 
 
 def identity_of(model: nn.Module) -> ModelIdentity | None:
-    """How `model` was built: as remembered, else read back from a timm or torchvision model, else None.
+    """Return how `model` was built: as remembered, else read back from a timm or torchvision model, else None.
 
     timm models carry their name; class count, channels and image size are read from the model itself. A
     torchvision model is recognised when exactly one builder of its library gives the same modules with the
@@ -177,7 +182,7 @@ _FILLING = {
 
 
 class _WithoutInitialisation(TorchFunctionMode):
-    """Leaves tensors of the meta device, or all parameters, as they are: filling takes most of the time of a build."""
+    """Skips initialisation on the meta device, or of all parameters, which takes most of a build's time."""
 
     def __init__(self, *, parameters: bool = False) -> None:
         super().__init__()
@@ -282,7 +287,7 @@ def _build_python(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
 
 
 def _call(build: Callable[[], Any], name: str) -> Any:
-    """Foreign builders raise whatever they like on bad arguments; the caller sees one kind."""
+    """Call a builder; any error it raises on bad arguments becomes a `ConfigError`."""
     try:
         return build()
     except BudgetExceeded:
@@ -410,4 +415,4 @@ def _settings(model: nn.Module) -> list[Any]:
 
 
 def _shapes(model: nn.Module) -> list[Any]:
-    return [(name, tuple(t.shape)) for name, t in model.state_dict().items()]
+    return [(name, tuple(t.shape)) for name, t in model.state_dict().items() if isinstance(t, Tensor)]

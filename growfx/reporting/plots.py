@@ -19,6 +19,7 @@ _NAMES = 24  # names below each other beside a plot
 _X_LABELS = {
     "density": "density, % of the masked weights",
     "dense_equivalent_epochs": "training cost, dense-equivalent epochs",
+    "train_seconds": "training, seconds of wall time",
 }
 
 
@@ -27,7 +28,7 @@ def draw_growth(path: Path, title: str, rounds: Sequence[Mapping[str, Any]], sto
 
     Args:
         rounds: one record a round with `round`, `density`, `val_accuracy` (fraction), `noise` (fraction or
-            None), and `fit`: None or what `growfx.plateau.Decision.to_json` gives.
+            None), and `fit`: None or what `growfx.methods.growth.plateau.Decision.to_json` gives.
 
     Returns:
         False when matplotlib is not installed; then nothing is written.
@@ -69,7 +70,7 @@ def draw_methods(path: Path, title: str, rows: Sequence[Mapping[str, Any]], key:
 
     Args:
         rows: with `label`, `accuracy` and its `spread` (fractions, None for one seed), and `key`.
-        key: "density" (a fraction) or "dense_equivalent_epochs".
+        key: "density" (a fraction), "dense_equivalent_epochs" or "train_seconds".
     """
     series: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:

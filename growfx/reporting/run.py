@@ -69,6 +69,7 @@ def result_rows(result: Mapping[str, Any], size: int | None = None) -> list[dict
         "validation accuracy": percent(result["val_accuracy"]),
         "test accuracy": percent(result["test_accuracy"]),
         "cost": f"{result['dense_equivalent_epochs']:.2f} dense-equivalent epochs",
+        "time": seconds_text(result),
         "epochs run": f"{result['epochs']} ({result['steps']:,} steps)",
         "stopped by": result["stop_reason"],
         "masks": result["mask_digest"][:16],
@@ -76,6 +77,16 @@ def result_rows(result: Mapping[str, Any], size: int | None = None) -> list[dict
     if size is not None:
         facts["artifact"] = f"{size:,} bytes"
     return [{"": name, "value": value} for name, value in facts.items()]
+
+
+def seconds_text(result: Mapping[str, Any]) -> str:
+    """The seconds of a result; "-" for a result of an older version, which has none."""
+    if result.get("train_seconds") is None:
+        return "-"
+    return (
+        f"{result['train_seconds']:.1f} s of training ({result['train_cpu_seconds']:.1f} s of processor time), "
+        f"{result['eval_seconds']:.1f} s of evaluation"
+    )
 
 
 def layer_rows(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
-"""Checkpoints: written whole or not at all, checked when read, the last ones kept.
+"""Write and read checkpoints atomically, verify them on reading, and keep the last ones.
 
 A file is what `torch.save` writes of `{"format", "version", "digest", "state"}` with tensors, numbers, texts,
 lists, tuples and dictionaries in it, so `torch.load(path, weights_only=True)` reads it. `digest` is a sha256
-over the content of `state`: torch itself loads a flipped bit without a word. It guards against damage, not
+over the content of `state`: torch itself loads a flipped bit silently. It guards against damage, not
 against forgery.
 """
 
@@ -27,7 +27,7 @@ _FORMAT, _VERSION = "growfx-checkpoint", 1
 
 
 class _DamageError(CheckpointError):
-    """A file whose content is not what was written; what others wrote is no damage."""
+    """The content of a file is not what was written. A file of another program is not damaged."""
 
 
 class Checkpoints:
@@ -44,12 +44,12 @@ class Checkpoints:
 
     @property
     def latest(self) -> Path:
-        """Where the newest checkpoint is."""
+        """The path of the newest checkpoint."""
         return self.folder / "latest.pt"
 
     @property
     def best(self) -> Path:
-        """Where the checkpoint of the best validation accuracy is."""
+        """The path of the checkpoint with the best validation accuracy."""
         return self.folder / "best.pt"
 
     def numbered(self) -> list[Path]:
@@ -146,7 +146,7 @@ class Checkpoints:
         Nothing on disk is changed; the next `save` renames damaged files to `<name>.damaged.pt`.
 
         Raises:
-            CheckpointError: there is none, all are damaged, or one is none of growfx or of a newer version.
+            CheckpointError: there is none, all are damaged, or one is of another program or a newer version.
         """
         problems: list[str] = []
         self._damaged = []

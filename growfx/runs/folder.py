@@ -146,7 +146,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
-        """Read an existing run folder; CheckpointError when it is none."""
+        """Read an existing run folder; CheckpointError when it is not one."""
         try:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
             if not isinstance(config, dict) or "train" not in config:

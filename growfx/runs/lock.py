@@ -1,8 +1,7 @@
-"""One process at a time works on a run: a lock of the operating system's on a file in the run's folder.
+"""Lock a run folder against other processes, by an operating-system lock on a file in it.
 
-The system takes the lock back however its process ends, so a file that was left behind means nothing; it names the
-process, for the message of another one that is refused. Where there are no such locks (Windows, some network file
-systems) nobody is refused.
+The system releases the lock however its process ends, so a leftover file does not block; it names the process for the
+error message of others. Where such locks are missing (Windows, some network file systems) nothing is refused.
 """
 
 import errno

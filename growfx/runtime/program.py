@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from growfx.masked.inputs import Inputs
-from growfx.masked.recording import RecordedGraph, RecordFunction
-from growfx.masked.trace_report import TraceReport
+from growfx.recorded.inputs import Inputs
+from growfx.recorded.recording import RecordedGraph, RecordFunction
+from growfx.recorded.trace_report import TraceReport
 
 __all__ = ["Program"]
 

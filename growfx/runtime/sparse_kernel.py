@@ -1,4 +1,4 @@
-"""Convolution and linear layers with an unstructured-sparse weight on a CPU, in a C++ kernel of their own.
+"""Convolution and linear layers with an unstructured-sparse weight on a CPU, by a C++ kernel.
 
 The kernel (`sparse_kernel.cpp`) is compiled on first use, see `kernel_status`; without it `conv2d` and `linear` raise.
 It is for inference: nothing here has a gradient. Sums run in an order that depends on shapes alone, so the number of

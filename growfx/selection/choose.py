@@ -1,7 +1,7 @@
 """Choose exactly k edges over all layers at once: the best by score, or a random draw proportional to score.
 
-The one door for all methods. Counts are exact, and the same edges are chosen whether this process holds the scores
-whole or each rank has a part of them.
+All methods choose edges here. Counts are exact, and the same edges are chosen whether this process holds whole scores
+or each rank a shard of them.
 """
 
 from collections.abc import Mapping

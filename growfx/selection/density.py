@@ -1,4 +1,4 @@
-"""How many edges each layer gets at a total density, and random masks of exactly those counts.
+"""Distribute a total density over the layers, and draw random masks of exactly those counts.
 
 Densities are the fraction of weights that are active (1 - sparsity), over the layers given.
 

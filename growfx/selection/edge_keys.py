@@ -1,4 +1,4 @@
-"""Random numbers addressed by edge: one uniform number for (seed, stream, layer, flat index of the edge).
+"""Counter-based random numbers: one uniform number for each (seed, stream, layer, flat index of the edge).
 
 The generator is counter-based (Philox 4x64, Salmon et al., SC 2011): a layer's stream is keyed by its name
 and *advanced* to an edge's index. A draw therefore does not depend on the order of the layers, on the device,
@@ -29,7 +29,7 @@ class EdgeKeys:
     def generator(self, layer: str, start: int = 0) -> np.random.Generator:
         """Return a generator whose next double belongs to edge `start` (flat index) of `layer`."""
         if start < 0:
-            raise ValueError(f"`start` is a flat index, not {start}")
+            raise ValueError(f"expected a flat index `start`, got {start}")
         digest = hashlib.sha256(f"{int(self.seed)}\0{self.stream}\0{layer}".encode()).digest()
         philox = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
         philox.advance(start // _WORDS_PER_COUNT)

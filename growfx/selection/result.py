@@ -1,4 +1,4 @@
-"""Chosen edges, and the check of how many are asked for."""
+"""The result of a selection of edges, and the check of the number asked for."""
 
 import numbers
 from dataclasses import dataclass
@@ -24,6 +24,6 @@ class Selection:
 
 
 def check_count(k: int) -> None:
-    """Raise `ConfigError` for what is not a number of edges to choose."""
+    """Raise `ConfigError` unless `k` is a number of edges."""
     if not isinstance(k, numbers.Integral) or isinstance(k, bool) or k < 0:
         raise ConfigError(f"the number of edges to choose is {k!r}; allowed is 0 or more, a whole number")

@@ -1,7 +1,7 @@
-"""`growfx.selection` for scores of which each rank has some rows: the same edges, without gathering scores.
+"""Choose edges by sharded scores, the same ones as `growfx.selection` would, without gathering the scores.
 
-What is sent to find the k best of all ranks: histograms of the values, finer and finer around the last one chosen, and
-in the end the few values that share its bin. Then which edges were chosen, one bit an edge, as masks are whole on every
+To find the k best of all ranks they exchange histograms of the values, finer and finer around the last one chosen, and
+finally the few values that share its bin. Then which edges were chosen, one bit an edge, as masks are whole on every
 rank. Values are numbers whose order as unsigned integers is that of the scores, so the last one is found exactly; equal
 scores are ordered as `growfx.selection` orders them: by seeded keys, then by layer name and index.
 """
@@ -31,11 +31,11 @@ _SIGN = np.uint64(1 << 63)
 
 
 class World(Protocol):
-    """What ranks tell each other. Shapes agree between ranks."""
+    """The collective operations that selection needs. Shapes agree between ranks."""
 
     @property
     def rank(self) -> int:
-        """The number of this one, from 0."""
+        """The index of this rank, from 0."""
         ...
 
     def total(self, counts: np.ndarray) -> np.ndarray:
@@ -63,7 +63,7 @@ class _Group:
 
 @dataclass(frozen=True)
 class Part:
-    """What this rank has of one layer, flat.
+    """The local shard of one layer, flat.
 
     name: of the layer. size: edges of the whole layer. span: edges in each rank's part, but for those at the end, which
     have fewer. start: index in the layer of the first edge here. scores: float. allowed: bool, None for all.
@@ -253,20 +253,20 @@ def _parts(scores: Mapping[str, Any], allowed: Mapping[str, Tensor] | None) -> l
     parts = []
     for name in sorted(scores):
         score = scores[name]
-        may = None if allowed is None else allowed.get(name)
-        if may is not None and (may.shape != score.shape or may.dtype != torch.bool):
+        allowed_mask = None if allowed is None else allowed.get(name)
+        if allowed_mask is not None and (allowed_mask.shape != score.shape or allowed_mask.dtype != torch.bool):
             raise ConfigError(
-                f"`allowed` of layer `{name}` is {may.dtype} of shape {tuple(may.shape)}; "
-                f"allowed is torch.bool of the scores' shape {tuple(score.shape)}"
+                f"`allowed` of layer `{name}`: expected torch.bool of the scores' shape {tuple(score.shape)}, "
+                f"got {allowed_mask.dtype} of shape {tuple(allowed_mask.shape)}"
             )
-        own = own_part(score).reshape(-1).cpu()
-        if own.dtype not in (torch.float32, torch.float64):
-            own = own.double()
+        local = own_part(score).reshape(-1).cpu()
+        if local.dtype not in (torch.float32, torch.float64):
+            local = local.double()
         size = score.numel()
         span = rows_a_rank(score) * math.prod(score.shape[1:])
         start = min(score.device_mesh.get_local_rank() * span, size)
-        here = None if may is None else part_of(may, score).reshape(-1).cpu().numpy()
-        parts.append(Part(name, size, span, start, own.numpy(), here))
+        here = None if allowed_mask is None else part_of(allowed_mask, score).reshape(-1).cpu().numpy()
+        parts.append(Part(name, size, span, start, local.numpy(), here))
     return parts
 
 

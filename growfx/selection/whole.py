@@ -1,11 +1,11 @@
-"""Choose the best k edges, or draw k in proportion to score, of scores that this process holds whole.
+"""Choose the best k edges, or draw k in proportion to score, from unsharded scores.
 
-What is random comes from `EdgeKeys`, so a choice depends on the seed, the layer names and the scores, and on nothing
-else: not on the order of the layers, the device, the number of threads or the size of the chunks worked on.
+Random numbers come from `EdgeKeys`, so a choice depends on the seed, the layer names and the scores alone: not on the
+order of the layers, the device, the number of threads or the chunk size.
 
 `draw` is an exponential race: edge i arrives at time `Exp(1) / score_i` and the k earliest win, which is
 exactly sequential drawing without replacement with probability proportional to score (Efraimidis & Spirakis
-2006; the Gumbel top-k trick in other clothes). Only arrivals before a deadline are computed: as `-log(1 - u)
+2006; equivalent to the Gumbel top-k trick). Only arrivals before a deadline are computed: as `-log(1 - u)
 >= u`, edges with `u > deadline * score` cannot arrive in time and cost neither a logarithm nor memory. The
 deadline is a guess from a sample and has no influence on the result: it is moved until at least k edges
 arrive.
@@ -63,7 +63,7 @@ class _Chunk:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Candidates:
     """Edges of one chunk with the value they compete by: the smallest values win."""
 
     chunk: _Chunk
@@ -86,9 +86,9 @@ def draw(
         return _selection(scores, [], k)
     deadline = _guess_deadline(layers, k)
     while True:
-        found = _for_each(chunks, lambda part, limit=deadline: _arrivals(part, keys, limit))
-        if sum(len(part.index) for part in found) >= k or deadline == math.inf:
-            return _selection(scores, _smallest(found, k), k)
+        candidates = _for_each(chunks, lambda part, limit=deadline: _arrivals(part, keys, limit))
+        if sum(len(part.index) for part in candidates) >= k or deadline == math.inf:
+            return _selection(scores, _smallest(candidates, k), k)
         deadline = deadline * 4 if deadline < 1e300 else math.inf
 
 
@@ -110,8 +110,8 @@ def top(
     if k_here == 0:
         return _selection(scores, [], k)
     edge = _value_at(layers, chunks, k_here if largest else total - k_here + 1, total)
-    found = _for_each(chunks, lambda part: _better(part, keys, edge, largest))
-    return _selection(scores, _smallest(found, k), k)
+    candidates = _for_each(chunks, lambda part: _better(part, keys, edge, largest))
+    return _selection(scores, _smallest(candidates, k), k)
 
 
 def _flatten(scores: Mapping[str, Tensor], allowed: Mapping[str, Tensor] | None) -> list[_Layer]:
@@ -147,7 +147,7 @@ def _for_each(chunks: list[_Chunk], work: Callable[[_Chunk], _T]) -> list[_T]:
         return list(pool.map(work, chunks))
 
 
-def _arrivals(chunk: _Chunk, keys: EdgeKeys, deadline: float) -> _Found:
+def _arrivals(chunk: _Chunk, keys: EdgeKeys, deadline: float) -> _Candidates:
     """Return the edges of a chunk that arrive by `deadline`, with their arrival times."""
     scores = chunk.scores
     lowest, highest = scores.min(), scores.max()
@@ -164,10 +164,10 @@ def _arrivals(chunk: _Chunk, keys: EdgeKeys, deadline: float) -> _Found:
             index = index[chunk.allowed[index]]
         time = -np.log1p(-uniform[index]) / scores[index].astype(np.float64)
     in_time = time <= deadline
-    return _Found(chunk, index[in_time], time[in_time])
+    return _Candidates(chunk, index[in_time], time[in_time])
 
 
-def _better(chunk: _Chunk, keys: EdgeKeys, edge: np.floating, largest: bool) -> _Found:
+def _better(chunk: _Chunk, keys: EdgeKeys, edge: np.floating, largest: bool) -> _Candidates:
     """Return the edges beyond the value `edge` (competing with 0) and those equal to it (with their key)."""
     scores = chunk.scores
     index = np.flatnonzero(scores >= edge if largest else scores <= edge)
@@ -177,7 +177,7 @@ def _better(chunk: _Chunk, keys: EdgeKeys, edge: np.floating, largest: bool) -> 
     value = np.zeros(len(index))
     if ties.any():
         value[ties] = chunk.keys(keys)[index[ties]]
-    return _Found(chunk, index, value)
+    return _Candidates(chunk, index, value)
 
 
 def _count(chunk: _Chunk) -> int:
@@ -252,26 +252,26 @@ def _guess_deadline(layers: list[_Layer], k: int) -> float:
     return float(time) if 0.0 < time < math.inf else math.inf
 
 
-def _smallest(found: list[_Found], k: int) -> list[_Found]:
+def _smallest(candidates: list[_Candidates], k: int) -> list[_Candidates]:
     """Return the `k` smallest values; equal ones by layer name and index (chunks come in that order)."""
-    if not found:  # no layers
-        return found
-    values = np.concatenate([part.value for part in found])
+    if not candidates:  # no layers
+        return candidates
+    values = np.concatenate([part.value for part in candidates])
     if len(values) <= k:
-        return found
+        return candidates
     limit = np.partition(values, k - 1)[k - 1]
     spare = k - int(np.count_nonzero(values < limit))
     chosen = []
-    for part in found:
+    for part in candidates:
         keep = part.value < limit
         ties = np.flatnonzero(part.value == limit)[:spare]
         keep[ties] = True
         spare -= len(ties)
-        chosen.append(_Found(part.chunk, part.index[keep], part.value[keep]))
+        chosen.append(_Candidates(part.chunk, part.index[keep], part.value[keep]))
     return chosen
 
 
-def _selection(scores: Mapping[str, Tensor], chosen: list[_Found], asked: int) -> Selection:
+def _selection(scores: Mapping[str, Tensor], chosen: list[_Candidates], asked: int) -> Selection:
     flat = {name: np.zeros(score.numel(), dtype=bool) for name, score in scores.items()}
     for part in chosen:
         flat[part.chunk.layer.name][part.chunk.start + part.index] = True

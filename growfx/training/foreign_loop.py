@@ -1,7 +1,7 @@
 """A method in a training loop that is not growfx's: what the callbacks of such loops share.
 
 The method is told of a step by the optimizer itself, so that accumulated batches and steps that a gradient scaler
-skips do not count, whatever the loop calls a step.
+skips do not count, even where the loop counts a step.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class ForeignLoop:
         """
         if name not in metrics:
             known = ", ".join(f"`{key}`" for key in sorted(metrics)) or "none"
-            raise ConfigError(f"`monitor` = `{name}` is no metric of this validation; there are: {known}")
+            raise ConfigError(f"`monitor` = `{name}` is not a metric of this validation; expected one of {known}")
         # Validation runs without gradients, often in inference mode, whose tensors training could not use.
         with torch.inference_mode(False), torch.enable_grad():
             self.method.report(float(metrics[name]))
@@ -125,7 +125,7 @@ def find_net(module: nn.Module, path: str | None) -> MaskedGraph:
     if path is not None:
         if path not in found:
             raise ConfigError(
-                f"`net` = `{path}` is no growfx.MaskedGraph of `{type(module).__name__}`; there are: {listed}"
+                f"`net` = `{path}` is not a growfx.MaskedGraph of `{type(module).__name__}`; expected one of {listed}"
             )
         return found[path]
     if len(found) != 1:

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: taken note of, and answered where the run can be continued from."""
+"""Defer SIGTERM and Ctrl-C until the run can be resumed."""
 
 import signal
 import threading

@@ -67,7 +67,7 @@ class Progress:
             self._epochs.update()
 
     def end_stage(self) -> None:
-        """Leave the bar of the stage as it is."""
+        """Keep the bar of the stage."""
         if self._epochs is not None:
             self._epochs.close()
             self._epochs = None

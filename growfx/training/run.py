@@ -23,6 +23,7 @@ from growfx.options import TrainOptions
 from growfx.reporting.run import write_report
 from growfx.runs.folder import RunFolder, finite
 from growfx.runs.result import Result
+from growfx.runtime.train import kernels_taken, use_kernels
 from growfx.training.config import model_name
 from growfx.training.evaluation import Score, count_classes, evaluate, paired_noise
 from growfx.training.interrupts import Interrupts, Stopped
@@ -65,6 +66,7 @@ class Run:
         self.device = pick_device(options.device)
         self.epoch_steps = math.ceil(steps_of(train_loader) / options.accumulate)
         self.interrupts, self._saved_at = Interrupts(), time.monotonic()
+        self._kernels: dict[str, Any] = {}  # of the last training step
 
     def all(self) -> Result:
         """The whole run, or what is left of it."""
@@ -89,6 +91,7 @@ class Run:
         self.net.to(self.device)
         if self.options.channels_last:
             self.net.to(memory_format=torch.channels_last)
+        self._take_kernels()
         seed_globally(self.options.seed, -1)
         optimizer = make_optimizer(self.net, self.options)
         loss = make_loss(self.options).to(self.device)
@@ -111,6 +114,14 @@ class Run:
         meter = CostMeter(self.net, example)
         self.state = RunState(self.net, optimizer, self.method, step, meter, self._average)
 
+    def _take_kernels(self) -> None:
+        """Let the layers choose their kernels; "auto" leaves networks that are not on a CPU alone."""
+        kernels, shared = self.options.kernels, ranks.world_size() > 1
+        on_cpu = torch.device(self.device).type == "cpu"
+        if kernels != "auto" or on_cpu:
+            # Ranks that time for themselves could choose differently.
+            use_kernels(self.net, kernels, deterministic=self.options.deterministic or shared)
+
     def _moved(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         layout = torch.channels_last if self.options.channels_last and images.ndim == 4 else torch.preserve_format
         images = images.to(self.device, non_blocking=True, memory_format=layout)
@@ -127,7 +138,8 @@ class Run:
         while done < total:
             # an epoch that rewinding enters in the middle is a shorter one
             steps = self.epoch_steps - done % self.epoch_steps
-            loss = self._epoch(stage, schedule, done, steps)
+            with self.state.clock.training():
+                loss = self._epoch(stage, schedule, done, steps)
             done += steps
             scores = self._measure(stage, last=done == total)
             self.state.close_epoch(steps)
@@ -142,13 +154,14 @@ class Run:
 
     def _end_stage(self, stage: Stage) -> None:
         before = [parameter._version for parameter in self.net.parameters()]
-        self.method.end_stage(stage)
+        with self.state.clock.training():
+            self.method.end_stage(stage)
         self.state.meter.read_masks()
         self.state.at.stage, self.state.at.stage_step = self.state.at.stage + 1, 0
         changed = before != [parameter._version for parameter in self.net.parameters()]
         if changed and self.method.next_stage() is None:
             # what was validated is not what the run ends with (an average of tickets, say)
-            self.state.val_accuracy = evaluate(self.net, self.val_loader, self.device).accuracy
+            self.state.val_accuracy = self._evaluate(self.net, self.val_loader).accuracy
             self._log({"event": "replaced", "epoch": self.state.at.epoch, "val_accuracy": self.state.val_accuracy})
 
     def _average(self, stage: Stage) -> Any:
@@ -162,7 +175,11 @@ class Run:
             assert self.state.ema is not None
             nets = [self.state.ema.module, self.net] if last else []
         with self.interrupts.at_once():
-            return [evaluate(net, self.val_loader, self.device) for net in nets]
+            return [self._evaluate(net, self.val_loader) for net in nets]
+
+    def _evaluate(self, net: Any, loader: Iterable[Any]) -> Score:
+        with self.state.clock.evaluating():
+            return evaluate(net, loader, self.device)
 
     def _report(self, stage: Stage, scores: Sequence[Score]) -> float | None:
         """Tell the method what was measured; returns an accuracy for the log."""
@@ -197,7 +214,7 @@ class Run:
     def _finish(self) -> Result:
         test = None
         if self.test_loader is not None:
-            test = evaluate(self.net, self.test_loader, self.device).accuracy
+            test = self._evaluate(self.net, self.test_loader).accuracy
         method, net = self.method, self.net
         result = Result(
             method=method.name if method.changes_masks else "dense" if net.nnz == net.numel else "fixed masks",
@@ -213,6 +230,8 @@ class Run:
             steps=self.state.at.steps,
             stop_reason=method.stop_reason or "end of the schedule",
             trace=[finite(entry) for entry in method.trace],
+            kernels=self._kernels or kernels_taken(net),
+            **self.state.clock.seconds(),
         )
         if self.folder:
             notice = write_report(self.folder, net, dataclasses.asdict(result))
@@ -255,6 +274,7 @@ class Run:
             raise DataError(
                 f"the training loader gave batches for {part.done} steps; its length says {self.epoch_steps}"
             )
+        self._kernels = kernels_taken(self.net)
         part.mark(self.train_loader)
         return part.mean_loss()
 
@@ -328,7 +348,7 @@ class Run:
             self.folder.checkpoints.save(content, steps=steps, best=best)
 
     def _put_away(self, stop: Stopped) -> None:
-        """Keep what an interrupted epoch has come to, and say so; without one the last checkpoint has it all."""
+        """Keep the done part of an interrupted epoch, and say so; without one the last checkpoint has it all."""
         if self.state.part is not None and self.state.part.random is not None:
             self._checkpoint()
         if self.folder is not None:

@@ -1,4 +1,4 @@
-"""Scalars of a run for TensorBoard, beside its log: what `log.jsonl` records, over optimizer steps."""
+"""Write the scalars of a run for TensorBoard, beside its log: what `log.jsonl` records, over optimizer steps."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ class Scalars:
     def require() -> None:
         """Raise `ConfigError` where the package is missing."""
         if importlib.util.find_spec("tensorboard") is None:
-            raise ConfigError("`tensorboard` = True needs the package `tensorboard`: pip install 'growfx[tensorboard]'")
+            raise ConfigError("`tensorboard` = True needs the package `tensorboard`: pip install tensorboard")
 
     def write(self, record: Mapping[str, Any], step: int) -> None:
         """Write the numbers of one record of the log, of an epoch or a round, at once."""

@@ -1,4 +1,4 @@
-"""Training a masked network: growth rounds while the method asks for them, then one full schedule.
+"""Train a masked network: growth rounds while the method asks for them, then one full schedule.
 
 A growth round is a short cosine that anneals to near zero, so that rounds can be compared; what is scored on
 the validation split are the averaged (EMA) weights under the masks of the moment. When the method stops, the
@@ -53,7 +53,7 @@ def train(
     about: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Result:
-    """Train `net` in place; with `out` everything is kept in a run folder.
+    """Train `net` in place; with `out`, write config, log, checkpoints and result to a run folder.
 
     Under an initialised process group of `torch.distributed` the ranks train one network together, in
     `DistributedDataParallel`: every rank calls this with the same arguments and its own part of the images, rank 0
@@ -62,9 +62,9 @@ def train(
     Args:
         net: from `growfx.wrap`. It is moved to `options.device`.
         train_loader: gives (images (B, ...), class numbers (B)); its length must be known. Its order follows
-            torch's global generator, or a `generator` of its own, which is then seeded every epoch.
+            torch's global generator, or the loader's `generator`, which is then seeded every epoch.
         val_loader: scores growth rounds and epochs, always in the same order.
-        method: from `growfx.methods.create`, not yet attached; None trains the masks as they are.
+        method: from `growfx.methods.create`, not yet attached; None trains under the current masks.
         test_loader: scored once, at the end.
         options: see `TrainOptions`; `changes` are single fields of it (`epochs=10`).
         out: run folder. `resume` continues the run in it (or starts one), `overwrite` replaces it.
@@ -76,6 +76,16 @@ def train(
         CheckpointError: the run folder exists, is of another run, is damaged, or cannot be written.
         DataError: an empty loader.
         GrowfxError: the loss is not finite.
+
+    Example:
+        >>> images, classes = torch.randn(64, 1, 4, 4), torch.arange(64) % 2
+        >>> data = torch.utils.data.TensorDataset(images, classes)
+        >>> loader = torch.utils.data.DataLoader(data, batch_size=32)
+        >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2)), images[:1])
+        >>> method = growfx.methods.create("static", density=0.5)
+        >>> result = growfx.train(net, loader, loader, method=method, epochs=1, device="cpu", progress=False)
+        >>> result.epochs, result.steps, result.density
+        (1, 2, 0.5)
     """
     net = as_masked_graph(net, "growfx.train")
     _check_method(method)
@@ -83,19 +93,9 @@ def train(
         raise ConfigError(f"`options` expects a growfx.options.TrainOptions, got {type(options).__name__}")
     options = _changed(options or TrainOptions(), changes)
     chosen = Fixed() if method is None else method
-    for parameter in net.parameters():
-        require_whole(
-            parameter,
-            "growfx.train keeps networks whole, in `DistributedDataParallel`; call it with the network as it was "
-            "before, or write the loop: `method.attach(net, optimizer, ...)`, then `method.step()` after each step",
-        )
+    _check_whole(net)
     run = Run(net, train_loader, val_loader, test_loader, chosen, options, progress)
-    if out is None and resume:
-        raise ConfigError("`resume` needs `out`, the folder of the run to continue")
-    if options.tensorboard:
-        Scalars.require()
-        if out is None:
-            raise ConfigError("`tensorboard` writes into the run folder; give `out`, or leave `tensorboard` out")
+    _check_folder(out, resume, options)
     config = {**describe_run(net, method, options), **(about or {})}
     with private_randomness():
         if out is not None:
@@ -115,6 +115,24 @@ def train(
         finally:
             if run.folder is not None:
                 run.folder.close()
+
+
+def _check_whole(net: MaskedGraph) -> None:
+    for parameter in net.parameters():
+        require_whole(
+            parameter,
+            "growfx.train keeps networks whole, in `DistributedDataParallel`; call it with the network as it was "
+            "before, or write the loop: `method.attach(net, optimizer, ...)`, then `method.step()` after each step",
+        )
+
+
+def _check_folder(out: str | Path | None, resume: bool, options: TrainOptions) -> None:
+    if out is None and resume:
+        raise ConfigError("`resume` needs `out`, the folder of the run to continue")
+    if options.tensorboard:
+        Scalars.require()
+        if out is None:
+            raise ConfigError("`tensorboard` writes into the run folder; give `out`, or leave `tensorboard` out")
 
 
 def _check_method(method: object) -> None:

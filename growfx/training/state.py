@@ -1,6 +1,6 @@
-"""The state of a run: what changes while it trains, what a checkpoint holds of it, and how it is taken up again.
+"""The state of a run: what changes during training, what a checkpoint stores, and how it is restored.
 
-It is written at the end of an epoch, or in the middle of one: then with what the epoch has come to (`EpochPart`), the
+It is written at the end of an epoch, or in the middle of one: then with the partial epoch (`EpochPart`), the
 state of every random generator among it. Everything else random follows from the run's seed and the epoch's number.
 """
 
@@ -23,6 +23,8 @@ from growfx.masked.graph import MaskedGraph
 from growfx.masked.modules import chain_tensors
 from growfx.methods.base import Method
 from growfx.methods.session import Stage
+from growfx.runtime.train import choices_of, take_choices
+from growfx.training.clock import Clock
 from growfx.training.evaluation import Score
 from growfx.training.randomness import randomness_of, set_randomness
 from growfx.training.step import TrainStep
@@ -43,7 +45,7 @@ class Position:
 
 @dataclass
 class EpochPart:
-    """What an epoch under way has come to.
+    """The part of the current epoch that is done.
 
     Attributes:
         loss: sum over its steps, on the run's device.
@@ -90,11 +92,12 @@ class RunState:
     Attributes:
         net, optimizer, method, step, meter: keep their own state.
         at: position at the beginning of the epoch under way.
-        part: what this epoch has come to; None between epochs.
+        part: the part of this epoch that is done; None between epochs.
         ema: average of the network over an averaged stage, over the `averaged_epochs` of one; None elsewhere.
         val_accuracy: of the last validation, NaN before the first.
         best, best_nnz: validation accuracy and number of edges of the best epoch so far.
         last_score: what the last growth round was measured by.
+        clock: seconds of training and evaluation so far.
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class RunState:
         self.val_accuracy = math.nan
         self.best, self.best_nnz = -1.0, net.numel + 1
         self.last_score: Score | None = None
+        self.clock = Clock()
 
     @property
     def device(self) -> torch.device:
@@ -135,7 +139,7 @@ class RunState:
             self.ema = self._average(stage)
 
     def open_epoch(self) -> EpochPart:
-        """Return what the epoch under way has come to, nothing at its beginning."""
+        """Return the part of the current epoch that is done, an empty one at its beginning."""
         if self.part is None:
             self.part = EpochPart(torch.zeros((), device=self.device))
         return self.part
@@ -156,7 +160,7 @@ class RunState:
     def state_dict(self, parts: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
         """Return everything that a run goes on from.
 
-        `parts`: what the epoch under way has come to on every rank, this one first; None between epochs.
+        `parts`: the part of the current epoch that is done on every rank, this one first; None between epochs.
         """
         return {
             "position": dataclasses.asdict(self.at),
@@ -168,6 +172,8 @@ class RunState:
             "best_nnz": self.best_nnz,
             "val_accuracy": self.val_accuracy,
             "last_score": None if self.last_score is None else self.last_score.correct,
+            "seconds": self.clock.seconds(),
+            "kernels": choices_of(self.net),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], where: str) -> None:
@@ -210,9 +216,11 @@ class RunState:
             "cost": lambda: self._load_cost(state["cost"]),
             "scores": lambda: self._load_scores(state),
             "part": lambda: self._load_part(state),
+            "seconds": lambda: self.clock.load(state["seconds"]),
+            "kernels": lambda: take_choices(self.net, state["kernels"]),
         }
-        # Checkpoints of older versions have no `step`.
-        return {name: load for name, load in loaders.items() if name != "step" or "step" in state}
+        # Checkpoints of older versions lack some.
+        return {name: load for name, load in loaders.items() if name not in _LATER or name in state}
 
     def _load_average(self, state: Mapping[str, Any] | None) -> None:
         stage = self.method.next_stage()
@@ -259,6 +267,8 @@ class RunState:
             )
 
 
+# What checkpoints of older versions do not have.
+_LATER = ("step", "seconds", "kernels")
 # What loading the state of another run raises.
 _MISFITS = (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError, GrowfxError)
 _STATES: dict[str, Callable[[RunState], Any]] = {

@@ -46,7 +46,7 @@ def windows(batches: Iterable[Any], length: int) -> Iterator[list[Any]]:
 
 @dataclass(frozen=True)
 class _Moment:
-    """What a forward pass in training moves besides gradients: the buffers of a network, and the random generators.
+    """State that a forward pass in training changes besides gradients: buffers of the network, and random generators.
 
     buffers: module, name, tensor and a copy of it. random: see `randomness_of`, of `device`.
     """
@@ -73,7 +73,7 @@ class _Moment:
 
 
 class TrainStep:
-    """What is done with the batches of one step, in the order of a loop of one's own (`growfx.methods`).
+    """Train on the batches of one step, in the order of a hand-written loop (see `growfx.methods`).
 
     Gradients are those of the mean loss over all images of the window; batch norm sees one batch at a time. They are
     unscaled, and those of absent edges taken, before they are clipped: what a method reads depends on neither. A step
@@ -84,7 +84,7 @@ class TrainStep:
     Attributes:
         net, optimizer, method: attached to each other before the first step.
         criterion: of class scores (B, classes), and class numbers (B) or mixed targets (B, classes).
-        mix: turns images and class numbers into mixed images and targets; None leaves a batch as it is.
+        mix: turns images and class numbers into mixed images and targets; None leaves a batch unchanged.
     """
 
     def __init__(

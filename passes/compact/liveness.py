@@ -23,9 +23,9 @@ from torch.utils import _pytree as pytree
 from growfx.analysis.connectivity import Connectivity
 from growfx.analysis.signal_graph import Origin, Reach
 from growfx.compaction.apply import columns_axis
-from growfx.masked.inputs import Inputs
-from growfx.passes.compact.precision import largest_result, widened
-from growfx.passes.trials import with_rows
+from growfx.passes.trials.comparison import with_rows
+from growfx.passes.trials.precision import largest_result, widened
+from growfx.recorded.inputs import Inputs
 
 __all__ = ["Liveness", "edges", "find_liveness"]
 

@@ -26,17 +26,18 @@ from growfx.compaction.apply import apply_plan, columns_axis, select_blocks, sha
 from growfx.compaction.plan import CompactionPlan
 from growfx.compaction.widths import state_widths
 from growfx.errors import TraceError
-from growfx.masked.inputs import Inputs
 from growfx.passes.compact.choice import Chooser, Removal, fold_constants, make_plan
 from growfx.passes.compact.liveness import find_liveness
-from growfx.passes.compact.precision import outputs_of
 from growfx.passes.compact.report import CompactionReport, LayerChange
 from growfx.passes.compact.unused import find_unused
 from growfx.passes.compact.widths import find_widths
 from growfx.passes.connect.interpreter import connect
 from growfx.passes.mask.swap import unwrap
 from growfx.passes.record.recording import meta_copy
-from growfx.passes.trials import Trial, difference, example_of, trials_of, working_copy
+from growfx.passes.trials.comparison import Trial, difference, example_of, trials_of, working_copy
+from growfx.passes.trials.precision import outputs_of
+from growfx.passes.trials.result import PassResult
+from growfx.recorded.inputs import Inputs
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph
@@ -45,21 +46,19 @@ __all__ = ["Compacted", "compact"]
 
 
 @dataclass(frozen=True)
-class Compacted:
+class Compacted(PassResult[CompactionReport]):
     """A network without its dead units.
 
     Attributes:
-        model: a plain model of the original class in evaluation mode, with smaller modules.
+        net: a plain model of the original class in evaluation mode, with smaller modules.
         masks: masked layer that is still there -> its mask in the smaller shape; `growfx.wrap(model)` and `set_masks`
             make a net of it.
         plan: what was left out; makes another instance of the original class as small.
         report: per layer the units before and after and why dead ones stayed; prints as a table.
     """
 
-    model: nn.Module
     masks: dict[str, Tensor]
     plan: CompactionPlan
-    report: CompactionReport
 
 
 @torch.inference_mode(False)
@@ -108,13 +107,13 @@ def compact(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None =
         left_out=left_out,
         unread=unread,
     )
-    return Compacted(result, _masks(net, removal, result, left_out), plan, report)
+    return Compacted(result, bool(plan), report, _masks(net, removal, result, left_out), plan)
 
 
 def _whole(net: MaskedGraph, model: nn.Module, reason: str) -> Compacted:
     masks = {name: layer.mask.detach().clone() for name, layer in net.layers.items()}
     report = CompactionReport((), (_numel(model), _numel(model)), 0.0, (), reason)
-    return Compacted(model, masks, CompactionPlan(), report)
+    return Compacted(model, False, report, masks, CompactionPlan())
 
 
 def _numel(model: nn.Module) -> int:

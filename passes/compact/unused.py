@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from growfx.analysis.connectivity import Connectivity
 from growfx.compaction.apply import apply_plan, sharing_copy
 from growfx.compaction.plan import CompactionPlan
-from growfx.passes.compact.precision import outputs_of
-from growfx.passes.trials import Trial, difference
+from growfx.passes.trials.comparison import Trial, difference
+from growfx.passes.trials.precision import outputs_of
 
 __all__ = ["find_unused"]
 

@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 
 from growfx.compaction.apply import sizes_of
 from growfx.compaction.widths import stated_widths
-from growfx.masked.inputs import Inputs
-from growfx.passes.compact.precision import outputs_of
+from growfx.passes.trials.precision import outputs_of
+from growfx.recorded.inputs import Inputs
 
 __all__ = ["find_widths"]
 

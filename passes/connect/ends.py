@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,12 +10,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from growfx.masked.layers import MaskedLayer
+from growfx.passes.connect.run import UnitRun
 from growfx.passes.connect.signals import MIX, UNIT, filled, narrowed, numbers, tidy
 from growfx.passes.connect.values import Ids, Lost, Token, WeightPart
-from growfx.passes.path_products.values import leaves, map_leaves
-
-if TYPE_CHECKING:
-    from growfx.passes.connect.interpreter import UnitGraph
+from growfx.passes.operators.nests import leaves, map_leaves
 
 __all__ = ["begin", "embeds", "lose", "pin_layers", "selects", "source"]
 
@@ -26,7 +24,7 @@ _BY_INDEX = frozenset(
 _FILLING = frozenset({"where", "masked_fill", "masked_fill_"})
 
 
-def begin(run: UnitGraph, node: fx.Node, value: Any) -> Any:
+def begin(run: UnitRun, node: fx.Node, value: Any) -> Any:
     """An input: units along the channels of images, the features of all else; batch 1 where it is an argument."""
     alone = isinstance(value, Tensor)
 
@@ -45,7 +43,7 @@ def begin(run: UnitGraph, node: fx.Node, value: Any) -> Any:
     return map_leaves(start, value)
 
 
-def source(run: UnitGraph, name: str, shape: Any, axis: int) -> Ids:
+def source(run: UnitRun, name: str, shape: Any, axis: int) -> Ids:
     """Units along one axis where paths begin."""
     if not len(shape):
         units = run.inputs[name] = run.signals.fresh(1, UNIT)
@@ -58,7 +56,7 @@ def source(run: UnitGraph, name: str, shape: Any, axis: int) -> Ids:
     )
 
 
-def _is_convolved(run: UnitGraph, node: fx.Node) -> bool:
+def _is_convolved(run: UnitRun, node: fx.Node) -> bool:
     """Whether the first layer after a three-dimensional input takes its middle axis for channels."""
     modules = (run.net.get_submodule(str(user.target)) for user in node.users if user.op == "call_module")
     return any(isinstance(module, _MIDDLE) for module in modules)
@@ -69,7 +67,7 @@ def embeds(node: fx.Node, module: nn.Module | None) -> bool:
     return isinstance(module, nn.Embedding) or node.target in (F.embedding, torch.embedding)
 
 
-def selects(run: UnitGraph, args: Any, kwargs: Any) -> bool:
+def selects(run: UnitRun, args: Any, kwargs: Any) -> bool:
     """Whether an operator looks at data to decide what it returns, or is given what came of that."""
     items = list(leaves((args, kwargs)))
     if any(isinstance(item, Lost) for item in items):
@@ -77,7 +75,7 @@ def selects(run: UnitGraph, args: Any, kwargs: Any) -> bool:
     return run.name in _BY_INDEX and any(isinstance(item, Ids) for item in leaves((args[1:], kwargs)))
 
 
-def lose(run: UnitGraph, node: fx.Node, args: Any, kwargs: Any) -> Lost:
+def lose(run: UnitRun, node: fx.Node, args: Any, kwargs: Any) -> Lost:
     """What data selects: all units involved stay, and so do those of layers that work on it."""
     for item in leaves((args, kwargs)):
         if isinstance(item, Ids):
@@ -92,7 +90,7 @@ def lose(run: UnitGraph, node: fx.Node, args: Any, kwargs: Any) -> Lost:
     return Lost()
 
 
-def pin_layers(run: UnitGraph, module: nn.Module, target: str, reason: str) -> list[str]:
+def pin_layers(run: UnitRun, module: nn.Module, target: str, reason: str) -> list[str]:
     """The layers in a module, their units pinned."""
     found = []
     for name, part in module.named_modules(prefix=target):

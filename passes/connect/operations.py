@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from growfx.passes.connect.values import Ids, Named
-from growfx.passes.path_products.values import leaves
+from growfx.passes.operators.nests import leaves
 
-if TYPE_CHECKING:
-    from growfx.masked.graph import MaskedGraph
-
-__all__ = ["CASTS", "has_meta", "maker", "meta_module", "of_shapes", "on_meta", "operation", "operator_name", "paired"]
-
-# Methods that leave a weight its layer's: its type and place change at most.
-CASTS = frozenset(
-    {
-        *("to", "type_as", "type", "float", "double", "half", "bfloat16"),
-        *("contiguous", "clone", "detach", "cpu", "cuda"),
-    }
-)
+__all__ = ["has_meta", "of_shapes", "on_meta", "operation", "paired"]
 
 
 def has_meta(nest: Any) -> bool:
     """Whether a constant is without values, so that nothing can be indexed by it."""
     constants = (item.tensor if isinstance(item, Named) else item for item in leaves(nest))
     return any(isinstance(item, Tensor) and item.is_meta for item in constants)
-
-
-def operator_name(node: fx.Node, net: MaskedGraph) -> str:
-    """The name of a function or method, or of a module's class."""
-    if node.op == "call_module":
-        return type(net.get_submodule(str(node.target))).__name__
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-
-
-def maker(rule: Callable[..., Any]) -> str:
-    """The name of a path rule, or of the function that made it."""
-    return rule.__qualname__.partition(".")[0]
 
 
 def operation(node: fx.Node) -> Callable[..., Any]:
@@ -56,16 +32,6 @@ def on_meta(op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run an operation on tensors without values."""
     with torch.no_grad():
         return op(*args, **kwargs)
-
-
-def meta_module(module: nn.Module) -> nn.Module:
-    """A copy of a module in evaluation mode without values."""
-    tensors = {id(t): torch.empty_like(t, device="meta") for t in (*module.parameters(), *module.buffers())}
-    memo: dict[int, Any] = {
-        key: nn.Parameter(value, requires_grad=False) if value.is_floating_point() else value
-        for key, value in tensors.items()
-    }
-    return copy.deepcopy(module, memo).eval()
 
 
 def paired(result: Any, slots: Any) -> Any:

@@ -22,7 +22,7 @@ from growfx.passes.connect.signals import (
     tidy,
     varies,
 )
-from growfx.passes.path_products.values import leaves, map_leaves
+from growfx.passes.operators.nests import leaves, map_leaves
 
 __all__ = [
     "Ids", "Lost", "Named", "Pairs", "Token", "WeightPart", "aligned", "combine", "contract", "known", "moved",

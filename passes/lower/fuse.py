@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 
-from growfx.passes.record.call import changes_in_place
+from growfx.passes.operators.names import changes_in_place, writes_in_place
 from growfx.runtime.lowered_layer import LoweredLayer
 
 __all__ = ["drop_identities", "fuse_into_layers"]
@@ -20,7 +20,6 @@ _RELU_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_}
 _RELU_METHODS = {"relu", "relu_"}
 _ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
 _ADD_METHODS = {"__add__", "__iadd__", "__radd__", "add", "add_"}
-_IN_PLACE_FUNCTIONS = {operator.setitem, *(f for name, f in vars(operator).items() if changes_in_place(f"__{name}__"))}
 
 
 def drop_identities(module: fx.GraphModule) -> None:
@@ -110,9 +109,8 @@ def _writes(module: fx.GraphModule, node: fx.Node) -> bool:
         return not known or _is_inplace(target)
     if "out" in node.kwargs or node.kwargs.get("inplace") or True in node.args:
         return True
-    if node.op == "call_method":
-        return changes_in_place(str(node.target))
-    return node.target in _IN_PLACE_FUNCTIONS or changes_in_place(str(getattr(node.target, "__name__", "_")))
+    unknown = node.op == "call_function" and changes_in_place(str(getattr(node.target, "__name__", "_")))
+    return unknown or writes_in_place(node)
 
 
 def _has_hooks(module: nn.Module) -> bool:

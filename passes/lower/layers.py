@@ -16,8 +16,9 @@ from torch.nn.modules.conv import _ConvNd
 from growfx.errors import ConfigError
 from growfx.passes.lower.fuse import drop_identities, fuse_into_layers
 from growfx.passes.lower.pools import replace_max_pools
+from growfx.passes.operators.classes import APPLIED, row_of
 from growfx.passes.path_products.rules.layers import convolution, linear
-from growfx.passes.path_products.rules.table import APPLIED, module_rule, row_of
+from growfx.passes.path_products.rules.table import module_rule
 from growfx.runtime.layer_kernels import CHOICES, KernelRefusedError, make_kernel, padding_of
 from growfx.runtime.lowered_layer import LoweredLayer
 

@@ -16,17 +16,19 @@ from torch.utils import _pytree as pytree
 from growfx.errors import TraceError
 from growfx.machine import processor
 from growfx.masked.graph import MaskedGraph
-from growfx.masked.inputs import Inputs
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.module_copy import copy_modules
 from growfx.masked.modules import chain_tensors
-from growfx.masked.recording import RecordedGraph, compiled
 from growfx.passes.check_recording import record_checked
-from growfx.passes.compact.precision import outputs_of
 from growfx.passes.fold_norm import fold_norm
 from growfx.passes.lower.layers import lower, lowerable, swap_layers
 from growfx.passes.lower.timing import time_layers
 from growfx.passes.mask.swap import unwrap, wrap
+from growfx.passes.trials.comparison import Trial, difference
+from growfx.passes.trials.precision import outputs_of, tolerance_of
+from growfx.passes.trials.result import PassResult
+from growfx.recorded.inputs import Inputs
+from growfx.recorded.recording import RecordedGraph, compiled
 from growfx.runtime import sparse_kernel
 from growfx.runtime.choice_cache import read_choices, write_choices
 from growfx.runtime.layer_kernels import CHOICES, make_kernel, sparse_choices
@@ -38,8 +40,6 @@ from growfx.version import __version__
 
 __all__ = ["lower_network"]
 
-# Of the largest output; sums in another order, through many layers.
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 _ROUNDS, _SECONDS = 10, 1.0
 # Times whose median is further above the least than this were taken while the machine did something else as well.
 _NOISY = 0.25
@@ -80,7 +80,7 @@ def lower_network(
     dtype: torch.dtype,
     example_inputs: Tensor | tuple[Any, ...] | None = None,
     batch: int | None = None,
-) -> tuple[nn.Module, LoweringReport]:
+) -> PassResult[LoweringReport]:
     """The fastest of: layers by their fastest kernels, all layers dense with norms folded, the network as it is.
 
     Args:
@@ -105,7 +105,7 @@ def lower_network(
     if not recording.faithful:
         reason = net.trace_report.opaque.get("", "") or " ".join(net.trace_report.notes)
         note = f"the network runs as it is, for it could not be recorded: {reason}"
-        return plain.to(dtype), _report("plain", target, dtype, (note,))
+        return _result(plain.to(dtype), _report("plain", target, dtype, (note,)))
     work = _prepared(plain, net, recording, target, dtype)
     return _decide(work, dtype)
 
@@ -157,7 +157,7 @@ def _tensors_of(model: nn.Module) -> dict[int, Any]:
 # -- the choice -------------------------------------------------------------------------------------------------------
 
 
-def _decide(work: _Work, dtype: torch.dtype) -> tuple[nn.Module, LoweringReport]:
+def _decide(work: _Work, dtype: torch.dtype) -> PassResult[LoweringReport]:
     expected = outputs_of(work.plain, work.inputs)
     known = _kept(work)
     kept = known if known is not None and known.settled else None
@@ -176,10 +176,11 @@ def _decide(work: _Work, dtype: torch.dtype) -> tuple[nn.Module, LoweringReport]
         if facts.choice != "dense":
             source: Any = work.folded.get_submodule(name)
             work.layers[name].kernel = make_kernel(source, work.masks.get(name), facts.choice)
-    error = _error(outputs_of(work.network, work.inputs), expected)
-    if not error <= _TOLERANCE[dtype]:
-        work.notes.append(f"its outputs would differ by {error:.2g} of the largest, so the network runs as it is")
-        return work.plain, _finished(work, found, "plain", dtype)
+    trial = Trial(work.inputs, expected, [tolerance_of(dtype, reordered=True)] * len(expected), wide=False)
+    error, problem = difference(work.network, [trial])
+    if problem:
+        work.notes.append(f"{problem}, so the network runs as it is")
+        return _result(work.plain, _finished(work, found, "plain", dtype))
     work.notes.append(f"outputs differ from the plain network's by {error:.1e} of the largest")
     networks = {"lowered": work.network, "dense": dense, "plain": work.plain}
     of_network: list[float] = []
@@ -194,7 +195,11 @@ def _decide(work: _Work, dtype: torch.dtype) -> tuple[nn.Module, LoweringReport]
         refusal = write_choices(work.key, value)
         work.notes += [refusal] if refusal else []
     taken = min(times, key=lambda name: times[name])
-    return networks[taken], _finished(work, found, taken, dtype, times, cached=bool(kept))
+    return _result(networks[taken], _finished(work, found, taken, dtype, times, cached=bool(kept)))
+
+
+def _result(network: nn.Module, report: LoweringReport) -> PassResult[LoweringReport]:
+    return PassResult(network, report.taken != "plain", report)
 
 
 def _time_networks(networks: Mapping[str, nn.Module], inputs: Inputs, spreads: list[float]) -> dict[str, float]:
@@ -204,21 +209,6 @@ def _time_networks(networks: Mapping[str, nn.Module], inputs: Inputs, spreads: l
     # No inference mode: what a model keeps from a run (anchors, masks) it may write into later.
     calls = {name: bound(model) for name, model in networks.items()}
     return interleaved_minima(calls, least_rounds=_ROUNDS, seconds=_SECONDS, spreads=spreads)
-
-
-def _error(got: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest difference over the largest value; nan where they cannot be compared."""
-    if [value.shape for value in got] != [value.shape for value in expected]:
-        return float("nan")
-    worst = 0.0
-    for ours, theirs in zip(got, expected, strict=True):
-        if not theirs.numel():
-            continue
-        if bool((ours.isfinite() != theirs.isfinite()).any()):
-            return float("nan")
-        scale = float(theirs.double().nan_to_num().abs().max()) or 1.0
-        worst = max(worst, float((ours.double() - theirs.double()).nan_to_num().abs().max()) / scale)
-    return worst
 
 
 def _finished(

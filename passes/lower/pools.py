@@ -17,7 +17,7 @@ _NAMES = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", 
 
 
 def replace_max_pools(module: fx.GraphModule) -> None:
-    """Let `growfx.max_pool` compute what two-dimensional max pools compute, where their windows are plain numbers."""
+    """Compute two-dimensional max pools by `growfx.runtime.max_pool` where their windows are plain numbers."""
     for node in list(module.graph.nodes):
         given = _arguments(module, node)
         if given is None or given.pop("return_indices"):

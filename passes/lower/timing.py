@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from growfx.masked.inputs import Inputs
+from growfx.recorded.inputs import Inputs
 from growfx.runtime.layer_kernels import KernelRefusedError, make_kernel, sparse_choices
 from growfx.runtime.lowered_layer import Kernel, LoweredLayer
 from growfx.runtime.report import LayerLowering
@@ -44,7 +44,7 @@ def time_layers(
         plain: the model that the layers come from, for their weights.
         inputs: of the network.
         before: what an earlier run took, under the same conditions: the least of both counts.
-        spreads: gets those of every call timed, as of `growfx.timing.interleaved_minima`.
+        spreads: gets those of every call timed, as of `growfx.runtime.timing.interleaved_minima`.
     """
     found: dict[str, LayerLowering] = {}
     # No inference mode: what a model keeps from a run (anchors, masks) it may write into later.

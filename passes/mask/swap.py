@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import fnmatch
 import functools
+import gc
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,26 +19,21 @@ from growfx.distributed.sharded import HOW_TO_GATHER, require_whole
 from growfx.errors import ConfigError, TraceError
 from growfx.masked.doors import as_masked_graph
 from growfx.masked.graph import MaskedGraph
-from growfx.masked.inputs import Inputs, as_inputs
-from growfx.masked.layers import (
-    MaskedLayer,
-    MaskedParameter,
-    has_names_of_a_twin,
-    is_maskable,
-    maskable_reason,
-    to_plain,
-    to_twin,
-    weight_name_of,
-)
+from growfx.masked.layers import MaskedLayer, MaskedParameter
 from growfx.masked.module_copy import copy_modules
 from growfx.masked.modules import chain_tensors
 from growfx.masked.plain_state import hide_masks
-from growfx.masked.recording import RECORDED_CONSTANT
+from growfx.masked.registry import LAYER_OF
+from growfx.masked.shadowed_names import shadowed_names
 from growfx.masked.torch_pruning import take_over
-from growfx.masked.trace_report import TraceReport
+from growfx.masked.twins import has_names_of_a_twin, is_maskable, maskable_reason, to_plain, to_twin, weight_name_of
+from growfx.masked.weight_reads import WatchedParameters
 from growfx.models.build import default_input_shape, identity_of, remember
 from growfx.notices import warn_once
 from growfx.passes.check_recording import record_checked
+from growfx.recorded.inputs import Inputs, as_inputs
+from growfx.recorded.recording import RECORDED_CONSTANT, RecordedGraph
+from growfx.recorded.trace_report import TraceReport
 from growfx.selection.density import random_masks
 
 __all__ = ["unwrap", "wrap"]
@@ -76,6 +72,12 @@ def wrap(
         ConfigError: density outside (0, 1], or so small that no weight is active; density below 1 where no layer can be
             masked; an `exclude`, `masked` or `opaque` pattern that matches nothing; weights spread over processes
             (`fully_shard`), without a shape yet (lazy modules), or made inside `torch.inference_mode`.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> net = growfx.wrap(model, torch.randn(1, 4), density=0.25)
+        >>> list(net.layers), net.nnz, net.numel
+        (['0', '2'], 12, 48)
     """
     _check_options(density, seed)
     notes: list[str] = []
@@ -86,6 +88,7 @@ def wrap(
         )
     _check_tensors(model)
     example = _example(model, example_inputs)
+    shared_names = _masked_already(model)
     shared: dict[int, Any] = {id(t): t for t in chain_tensors(model)}
     shell = copy_modules(model, shared)
     report = TraceReport(notes=notes)
@@ -102,15 +105,14 @@ def wrap(
         # Detectors want targets to train on: a call with them will run.
         report.notes.append(f"train mode was not recorded: {refusal}")
     net._recorder = record_checked
-    called = dict.fromkeys(name for recording in recordings for name in recording.called)
-    order = {name: i for i, name in enumerate(called)}
-    for name in dict.fromkeys(name for recording in recordings for name in recording.used):
-        order[name] = order.get(name.rpartition(".")[0], len(order))
+    order = _positions(recordings, shell, handles)
     _name_layers(net, handles, order)
     report.faithful = all(recording.faithful for recording in recordings)
     if not report.faithful:
         report.opaque.setdefault("", " ".join(report.notes))
     _note_direct_reads(net)
+    _warn_of_hidden_names(net, notes)
+    _warn_of_another_net(shared_names, notes)
     if density < 1:
         _draw(net, density, seed)
     elif pruned:
@@ -124,6 +126,13 @@ def _check_options(density: Any, seed: Any) -> None:
         raise ConfigError(f"density is {density!r}; it must be a number in (0, 1]")
     if not isinstance(seed, numbers.Integral) or isinstance(seed, bool):
         raise ConfigError(f"seed is {seed!r}; it must be a whole number")
+
+
+def _patterns(option: str, value: Any) -> list[str]:
+    patterns: list[Any] = [value] if isinstance(value, str) or not isinstance(value, Iterable) else [*value]
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(f"{option} is {value!r}; it must be a glob pattern of names, or a list of them")
+    return patterns
 
 
 def _original(model: Any, notes: list[str]) -> nn.Module:
@@ -154,6 +163,37 @@ def _check_tensors(model: nn.Module) -> None:
                 "the model's tensors were made inside `torch.inference_mode`, so nothing can train them or see them "
                 "change; build the model outside of it"
             )
+
+
+def _masked_already(model: nn.Module) -> list[str]:
+    """Names of the parameters that are masked by another network already."""
+
+    def found() -> list[str]:
+        layers = ((name, p, LAYER_OF.get(id(p))) for name, p in model.named_parameters())
+        return [name for name, p, layer in layers if layer is not None and layer.parameter is p]
+
+    if found():
+        gc.collect()  # one that nobody holds any more
+    return found()
+
+
+def _warn_of_another_net(names: list[str], notes: list[str]) -> None:
+    if names:
+        listed = ", ".join(f"`{name}`" for name in names[:3]) + (", ..." if len(names) > 3 else "")
+        warn_once(
+            f"another net masks parameters of this model already ({listed}), and what the masks of one of them leave "
+            "out is zero in both; wrap a copy of the model (copy.deepcopy) for masks that are independent",
+            notes,
+        )
+
+
+def _warn_of_hidden_names(net: MaskedGraph, notes: list[str]) -> None:
+    hidden = shadowed_names(net)
+    if hidden:
+        listed = ", ".join(f"`{name}`" for name in hidden)
+        warn_once(
+            f"the model has {listed}, which on the net name something else; the model's are `net.shell.<name>`", notes
+        )
 
 
 def _draw(net: MaskedGraph, density: float, seed: int) -> None:
@@ -204,6 +244,12 @@ def unwrap(net: MaskedGraph) -> nn.Module:
     Raises:
         ConfigError: the weights are spread over processes (`fully_shard`).
         MaskError: a masked layer was replaced since the model was wrapped.
+
+    Example:
+        >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4), density=0.5)
+        >>> model = growfx.unwrap(net)
+        >>> type(model).__name__, int(model[0].weight.count_nonzero())
+        ('Sequential', 4)
     """
     net = as_masked_graph(net, "growfx.unwrap")
     for parameter in net.parameters():
@@ -218,6 +264,9 @@ def unwrap(net: MaskedGraph) -> nn.Module:
         if isinstance(module, MaskedLayer):
             to_plain(module)
     hide_masks(model)
+    for module in model.modules():
+        if type(module._parameters) is WatchedParameters:
+            module.__dict__["_parameters"] = dict(module._parameters)
     for name in [n for n in model._buffers if n.startswith(RECORDED_CONSTANT)]:
         del model._buffers[name]
         model._non_persistent_buffers_set.discard(name)
@@ -242,7 +291,7 @@ def _example(model: nn.Module, example_inputs: Any) -> Inputs:
 def _swap_in(shell: nn.Module, exclude: Sequence[str], report: TraceReport) -> dict[str, MaskedParameter]:
     """Turn the maskable layers into masked twins; returns those that cannot be one, with a mask on their parameter."""
     handles: dict[str, MaskedParameter] = {}
-    patterns = [exclude] if isinstance(exclude, str) else list(exclude)
+    patterns = _patterns("exclude", exclude)
     unmatched = dict.fromkeys(patterns)
     masks: dict[int, Tensor] = {}
     for name, module in list(shell.named_modules()):
@@ -272,15 +321,20 @@ def _swap_in(shell: nn.Module, exclude: Sequence[str], report: TraceReport) -> d
 def _masked_parameters(shell: nn.Module, patterns: Sequence[str]) -> dict[str, MaskedParameter]:
     """Masks on the parameters that the caller names."""
     taken = {id(part.parameter) for part in shell.modules() if isinstance(part, MaskedLayer)}
-    candidates = {name: p for name, p in shell.named_parameters() if p.is_floating_point() and id(p) not in taken}
+    every = list(shell.named_parameters(remove_duplicate=False))
+    candidates = {name: p for name, p in every if p.is_floating_point() and id(p) not in taken}
+    named: set[int] = set()
     handles: dict[str, MaskedParameter] = {}
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in _patterns("masked", patterns):
         hits = fnmatch.filter(candidates, pattern)
         if not hits:
-            masked_already = fnmatch.filter([name for name, _ in shell.named_parameters()], pattern)
+            masked_already = fnmatch.filter([name for name, _ in every], pattern)
             why = f"`{masked_already[0]}` has a mask already" if masked_already else "no parameter is named like it"
             raise ConfigError(f"masked: `{pattern}` names nothing to mask: {why}")
         for name in hits:
+            if id(candidates[name]) in named:  # another name of a tied one
+                continue
+            named.add(id(candidates[name]))
             owner, _, leaf = name.rpartition(".")
             handles[name] = MaskedParameter(shell.get_submodule(owner), leaf)
     return handles
@@ -288,11 +342,27 @@ def _masked_parameters(shell: nn.Module, patterns: Sequence[str]) -> dict[str, M
 
 def _declare_opaque(shell: nn.Module, opaque: Sequence[str], report: TraceReport) -> None:
     names = [name for name, _ in shell.named_modules() if name]
-    for pattern in [opaque] if isinstance(opaque, str) else opaque:
+    for pattern in _patterns("opaque", opaque):
         hits = fnmatch.filter(names, pattern)
         if not hits:
             raise ConfigError(f"opaque: no module is named like `{pattern}`")
         report.opaque |= dict.fromkeys(hits, f"named by `{pattern}`")
+
+
+def _positions(
+    recordings: Sequence[RecordedGraph], shell: nn.Module, handles: dict[str, MaskedParameter]
+) -> dict[str, int]:
+    """The position of every module and parameter in the recorded runs."""
+    called = dict.fromkeys(name for recording in recordings for name in recording.called)
+    order = {name: i for i, name in enumerate(called)}
+    for name in dict.fromkeys(name for recording in recordings for name in recording.used):
+        order[name] = order.get(name.rpartition(".")[0], len(order))
+    first_names = {id(parameter): name for name, parameter in shell.named_parameters()}
+    for name, handle in handles.items():  # which may go by another of the names of a tied parameter
+        first = first_names[id(handle.parameter)]
+        if first in order:
+            order.setdefault(name, order[first])
+    return order
 
 
 def _name_layers(net: MaskedGraph, handles: dict[str, MaskedParameter], order: dict[str, int]) -> None:

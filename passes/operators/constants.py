@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 from torch import fx, nn
 
-__all__ = ["evaluating_copy", "execute", "writes_in_place"]
-
-_WRITING_FUNCTIONS = (operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv)
+__all__ = ["evaluating_copy", "execute"]
 
 
 def evaluating_copy(module: nn.Module) -> nn.Module:
@@ -21,14 +18,6 @@ def evaluating_copy(module: nn.Module) -> nn.Module:
     }
     twin.__dict__["training"] = False
     return twin
-
-
-def writes_in_place(node: fx.Node) -> bool:
-    """Whether a node changes a tensor that was there before."""
-    if node.op == "call_function":
-        return node.target in _WRITING_FUNCTIONS
-    name = str(node.target)
-    return node.op == "call_method" and name.endswith("_") and not name.startswith("__")
 
 
 def execute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, fx
 
 from growfx.passes.operators.constants import execute
-from growfx.passes.path_products.rules.table import operator_name
-from growfx.passes.path_products.values import Ended, Judged, PathValue, leaves, map_leaves
+from growfx.passes.operators.names import operator_name
+from growfx.passes.operators.nests import leaves, map_leaves
+from growfx.passes.path_products.values import Ended, Judged, PathValue
 
 __all__ = ["ended_by", "is_selection", "placeholder", "without_ends"]
 

@@ -18,14 +18,14 @@ from torch.fx.node import map_arg
 from torch.nn import functional as F
 
 from growfx.errors import TraceError, UnsupportedOperatorError
-from growfx.masked import graph_ops
-from growfx.masked.inputs import Inputs, tensors_in
 from growfx.masked.layers import MaskedLayer
-from growfx.passes.operators.constants import evaluating_copy, execute, writes_in_place
+from growfx.passes.operators.constants import evaluating_copy, execute
+from growfx.passes.operators.names import describe, is_moving, writes_in_place
+from growfx.passes.operators.nests import leaves, map_leaves
 from growfx.passes.path_products.endings import ended_by, is_selection, placeholder, without_ends
 from growfx.passes.path_products.rules.arithmetic import bounded, identity
-from growfx.passes.path_products.rules.table import function_rule, is_moving, method_rule, module_rule, sees_ends
-from growfx.passes.path_products.run import PathFactors
+from growfx.passes.path_products.rules.table import method_rule, module_rule, node_rule, sees_ends
+from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import (
     Combined,
     Ended,
@@ -36,17 +36,17 @@ from growfx.passes.path_products.values import (
     Token,
     Weight,
     is_tensor,
-    leaves,
-    map_leaves,
     paths_in,
     raw,
 )
 from growfx.passes.path_products.weights import changed_weights
+from growfx.recorded import graph_ops
+from growfx.recorded.inputs import Inputs, tensors_in
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph
 
-__all__ = ["PathGraph", "describe"]
+__all__ = ["PathGraph"]
 
 # Live values are rescaled when one passes e^30; float64 ends at e^709, far enough for what one node can do.
 _RESCALE_AT = 2.0**43
@@ -55,21 +55,14 @@ _LAYERS = (F.linear, torch.conv1d, torch.conv2d, torch.conv3d)
 _EMBEDDINGS = (F.embedding, torch.embedding)
 
 
-def describe(node: fx.Node) -> str:
-    """Operator, node and source line, for messages."""
-    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    source = node.meta.get("source")
-    return f"`{target}` (node `{node.name}`{f', {source}' if source else ''})"
-
-
-class PathGraph(PathFactors):
+class PathGraph(PathRun):
     """One run of a network's path graph.
 
     Args:
         net: the masked graph; its parameters, buffers and modes are read, never changed.
         graph: its recorded evaluation graph for the shapes of the inputs.
         rescale: keep live values near one (exact; off only to test that it is).
-        options: as for `PathFactors`.
+        options: as for `PathRun`.
 
     Attributes:
         total: sum of the outputs, after `run`.
@@ -90,20 +83,12 @@ class PathGraph(PathFactors):
         self._position = {node: position for position, node in enumerate(graph.nodes)}
         self._writes = any(writes_in_place(node) for node in graph.nodes)
 
-    # What rules ask for
-
     def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Apply a module's rule."""
         rule = module_rule(module)
         if rule is None:
             raise NoPathRuleError(f"module class `{type(module).__qualname__}` has no path rule")
         return rule(self, module, *args, **kwargs)
-
-    def function(self, target: Any, *args: Any, **kwargs: Any) -> Any:
-        """Apply a function's rule."""
-        rule = function_rule(target)
-        assert rule is not None
-        return rule(self, *args, **kwargs)
 
     # The run
 
@@ -177,7 +162,8 @@ class PathGraph(PathFactors):
         except NoPathRuleError as reason:
             raise UnsupportedOperatorError(
                 f"no path rule for {describe(node)}: {reason}. Path products need a rule for every operator between "
-                "input and output; rewrite the operator with supported ones (`growfx.passes.path_rules` lists them)"
+                "input and output; rewrite the operator with supported ones (the tables of "
+                "`growfx.passes.path_products.rules` list them)"
             ) from None
         except (TraceError, torch.OutOfMemoryError):
             raise
@@ -207,7 +193,7 @@ class PathGraph(PathFactors):
         if node.op == "call_method" and not is_tensor(args[0]):
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)  # a method of a container
         self._check_write(node)
-        rule = function_rule(node.target) if node.op == "call_function" else method_rule(str(node.target))
+        rule = node_rule(node)
         if not args and "input" in kwargs:
             args, kwargs = (
                 (kwargs["input"],),

@@ -21,10 +21,10 @@ from growfx.analysis.weight_layout import joined_units
 from growfx.distributed.sharded import require_whole
 from growfx.errors import ConfigError, MaskError, TraceError
 from growfx.masked.doors import as_masked_graph
-from growfx.masked.inputs import Inputs, tensors_in
 from growfx.notices import warn_once
 from growfx.passes.path_products.interpreter import PathGraph
 from growfx.passes.path_products.zeros import zero_factors
+from growfx.recorded.inputs import Inputs, tensors_in
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph
@@ -62,6 +62,15 @@ def path_products(
         TraceError: the network was not recorded faithfully, is on the meta device, has no layer on a path, or a value
             is not finite.
         ConfigError: an unknown `norm` or a `power` that is not positive.
+
+    Example:
+        >>> import math
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+        >>> for parameter in model.parameters():
+        ...     _ = torch.nn.init.ones_(parameter)
+        >>> paths = growfx.path_products(growfx.wrap(model, torch.randn(1, 2)))
+        >>> paths.scores["2"] * math.exp(paths.log_scale)  # two inputs reach each of the three units
+        tensor([[2., 2., 2.]], dtype=torch.float64)
     """
     paths = path_gradients(net, norm=norm, power=power, example_inputs=example_inputs)
     if paths.notes and paths.log_total == -math.inf:

@@ -1,8 +1,9 @@
-"""What the constants of a path graph count for: layers' weights, learned factors and other tensors."""
+"""A run of a path graph as its rules see it: what layers' weights, learned factors and other constants count for."""
 
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +13,22 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from growfx.analysis.weight_layout import by_unit, from_units
 from growfx.masked.layers import MaskedLayer
-from growfx.passes.path_products.rules.table import APPLIED, row_of
+from growfx.passes.operators.classes import APPLIED, row_of
 from growfx.passes.path_products.values import Combined, Judged, Learned, NoPathRuleError, Token, Weight
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph
 
-__all__ = ["PathFactors"]
+__all__ = ["PathRun"]
 
 # A layer, the axis of its input, and what stands along it where that is not all of the layer's units in order.
 _Watch = tuple[str, int, tuple[Tensor, int] | None]
 
 
-class PathFactors:
-    """The magnitudes in one run of a path graph, and which input units of layers its backward pass finds on a path.
+class PathRun(ABC):
+    """One run of a path graph, as path rules see it: the magnitudes in it, and the rules of other modules.
+
+    It also notes which input units of layers the backward pass finds on a path.
 
     Args:
         net: the masked graph; its parameters and buffers are read, never changed.
@@ -64,6 +67,10 @@ class PathFactors:
         self.unfed: set[str] = set()
         self._layer_names = {id(layer.parameter): name for name, layer in self.layers.items()}
         self._watched: dict[int, tuple[weakref.ref[Tensor], list[_Watch]]] = {}
+
+    @abstractmethod
+    def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Apply a module's rule."""
 
     def layer_of(self, module: nn.Module) -> str | None:
         """The name under which the module's weight is a masked layer (tied weights: once); None when unmasked."""

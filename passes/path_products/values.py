@@ -11,7 +11,7 @@ judged).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from growfx.errors import UnsupportedOperatorError
+from growfx.passes.operators.nests import Leaf, leaves, map_leaves
 
 __all__ = [
     "Combined",
@@ -31,8 +32,6 @@ __all__ = [
     "Weight",
     "broadcast",
     "is_tensor",
-    "leaves",
-    "map_leaves",
     "mean_of",
     "move",
     "paths_in",
@@ -45,7 +44,7 @@ class NoPathRuleError(UnsupportedOperatorError):
 
 
 @dataclass(slots=True, eq=False)
-class PathValue:
+class PathValue(Leaf):
     """Sums of path products, one per unit.
 
     Attributes:
@@ -67,14 +66,14 @@ class PathValue:
 
 
 @dataclass(slots=True, eq=False)
-class Learned:
+class Learned(Leaf):
     """A constant that is a parameter or was computed from parameters."""
 
     tensor: Tensor
 
 
 @dataclass(slots=True, eq=False)
-class Weight:
+class Weight(Leaf):
     """The effective weight of a masked layer, used directly by the graph rather than through its module.
 
     Attributes:
@@ -94,7 +93,7 @@ class Weight:
 
 
 @dataclass(slots=True, eq=False)
-class Combined:
+class Combined(Leaf):
     """What was made of the weights of masked layers: joined, added, multiplied with each other, averaged.
 
     Attributes:
@@ -109,7 +108,7 @@ class Combined:
 
 
 @dataclass(slots=True, eq=False)
-class Judged:
+class Judged(Leaf):
     """A constant found by looking at path values: a comparison, an argmax. It acts as what it is on the path graph.
 
     Attributes:
@@ -122,7 +121,7 @@ class Judged:
 
 
 @dataclass(slots=True, eq=False)
-class Ended:
+class Ended(Leaf):
     """What data selected, and all that is computed from it: no path runs through it, and its value is not known.
 
     Attributes:
@@ -131,40 +130,6 @@ class Ended:
     """
 
     tensor: Tensor | None
-
-
-def map_leaves(function: Callable[[Any], Any], nest: Any) -> Any:
-    """Apply `function` to every element of a nest of tuples, lists, dicts and slices, keeping their classes."""
-    if isinstance(nest, tuple):
-        items = [map_leaves(function, item) for item in nest]
-        if hasattr(nest, "_fields"):
-            return type(nest)(*items)
-        return torch.Size(items) if isinstance(nest, torch.Size) else tuple(items)
-    if isinstance(nest, list):
-        return [map_leaves(function, item) for item in nest]
-    if isinstance(nest, dict):
-        copy = {key: map_leaves(function, item) for key, item in nest.items()}
-        return copy if type(nest) is dict else type(nest)(copy)
-    if isinstance(nest, slice):
-        return slice(*(map_leaves(function, item) for item in (nest.start, nest.stop, nest.step)))
-    return function(nest)
-
-
-def leaves(nest: Any) -> Iterator[Any]:
-    """The elements of a nest, also of objects that hold path values as attributes (model outputs)."""
-    if isinstance(nest, (tuple, list)):
-        for item in nest:
-            yield from leaves(item)
-    elif isinstance(nest, dict):
-        for item in nest.values():
-            yield from leaves(item)
-    elif isinstance(nest, slice):
-        yield from (nest.start, nest.stop, nest.step)
-    elif hasattr(nest, "__dataclass_fields__") and not isinstance(nest, (*_VALUES, type)):
-        for name in nest.__dataclass_fields__:
-            yield from leaves(getattr(nest, name, None))
-    else:
-        yield nest
 
 
 def paths_in(*nests: Any) -> list[PathValue]:

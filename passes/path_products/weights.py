@@ -9,28 +9,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
 from growfx.passes.operators.constants import execute
-from growfx.passes.path_products.rules.table import function_rule, is_moving, method_rule, operator_name
-from growfx.passes.path_products.values import (
-    Combined,
-    Learned,
-    NoPathRuleError,
-    PathValue,
-    Weight,
-    is_tensor,
-    leaves,
-    map_leaves,
-    raw,
-)
-
-if TYPE_CHECKING:
-    from growfx.passes.path_products.run import PathFactors
+from growfx.passes.operators.names import is_moving, operator_name
+from growfx.passes.operators.nests import leaves, map_leaves
+from growfx.passes.path_products.rules.table import node_rule
+from growfx.passes.path_products.run import PathRun
+from growfx.passes.path_products.values import Combined, Learned, NoPathRuleError, PathValue, Weight, is_tensor, raw
 
 __all__ = ["changed_weights"]
 
@@ -46,7 +36,7 @@ _CONTRACTIONS = {
 _TURNS = ("T", "mT", "H", "mH")
 
 
-def changed_weights(run: PathFactors, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def changed_weights(run: PathRun, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of a node without path values that weights of layers go into.
 
     Args:
@@ -106,7 +96,7 @@ def _moved(node: fx.Node, weight: Any, args: tuple[Any, ...], kwargs: dict[str, 
 def _followed(
     weight: Weight | Combined,
     result: Tensor,
-    step: Callable[[PathFactors, Tensor], Tensor],
+    step: Callable[[PathRun, Tensor], Tensor],
     pure: Callable[[Tensor], Tensor] | None = None,
 ) -> Weight | Combined:
     """The weight after one more step on its magnitudes; `pure` where it only moves elements."""
@@ -117,7 +107,7 @@ def _followed(
     return Weight(weight.layer, result, weight.applied, (*weight.steps, step), shifts)
 
 
-def _applied(run: PathFactors, weight: Weight, result: Any) -> Weight | None:
+def _applied(run: PathRun, weight: Weight, result: Any) -> Weight | None:
     """A weight changed elementwise: edges of the resulting magnitudes. None where that cannot be said."""
     if not isinstance(result, Tensor) or result.shape != weight.tensor.shape:
         return None
@@ -151,18 +141,18 @@ def _combined(node: fx.Node, weights: list[Any], args: tuple[Any, ...], kwargs: 
     names = tuple(dict.fromkeys(name for item in weights for name in _layers(item)))
     target = operator_name(node.target)
     series = target in _TIMES | _CONTRACTIONS
-    rule = function_rule(node.target) if node.op == "call_function" else method_rule(str(node.target))
+    rule = node_rule(node)
     if not series and rule is None:
         raise NoPathRuleError(f"the weight of layer `{names[0]}` is transformed in a way that hides its edges")
 
-    def sizes(run: PathFactors, item: Any) -> Any:
+    def sizes(run: PathRun, item: Any) -> Any:
         if isinstance(item, (Weight, Combined)):
             size = run.matrix(item)
             return size if series else PathValue(size)
         counts = series and is_tensor(item) and raw(item).is_floating_point()
         return run.magnitude(item) if counts else item
 
-    def outcome(run: PathFactors) -> Any:
+    def outcome(run: PathRun) -> Any:
         given, options = (map_leaves(lambda item: sizes(run, item), nest) for nest in (args, kwargs))
         if series:
             return execute(node, given, options)

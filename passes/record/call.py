@@ -18,14 +18,9 @@ from growfx.notices import OWN_FOLDERS
 from growfx.passes.record.numbers import TracedFloat, TracedInt, plain
 
 __all__ = [
-    "all_can_be_written", "can_be_written", "changes_in_place", "forward_parameters", "holds_tensor", "is_own_or_torch",
+    "all_can_be_written", "can_be_written", "forward_parameters", "holds_tensor", "is_own_or_torch",
     "operation", "plain_arguments", "plain_tensor_names", "source_line",
 ]  # fmt: skip
-
-_IN_PLACE_OPERATORS = {
-    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
-}
-
 
 _WRITABLE = (
     *base_types, type, types.FunctionType, types.BuiltinFunctionType, types.EllipsisType, types.NoneType,
@@ -51,11 +46,6 @@ def _is_importable(function: types.FunctionType) -> bool:
 def all_can_be_written(nest: Any) -> bool:
     """Whether a graph can hold all the leaves of nested containers."""
     return all(isinstance(value, Tensor) or can_be_written(value) for value in pytree.tree_leaves(nest))
-
-
-def changes_in_place(name: str) -> bool:
-    """Whether a tensor method of this name writes into its first argument."""
-    return name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
 
 
 def operation(func: Any, name: str) -> tuple[str, Any]:

@@ -17,15 +17,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from growfx.masked import graph_ops
-from growfx.masked.isolation import python_randomness
-from growfx.masked.layer_classes import is_known
+from growfx.distributed.sharded import is_sharded
+from growfx.masked.isolation import own_generators, python_randomness
 from growfx.masked.layers import MaskedLayer
-from growfx.masked.recording import RECORDED_CONSTANT
+from growfx.passes.operators.names import changes_in_place
 from growfx.passes.record.call import (
     all_can_be_written,
     can_be_written,
-    changes_in_place,
     forward_parameters,
     holds_tensor,
     operation,
@@ -33,45 +31,21 @@ from growfx.passes.record.call import (
     plain_tensor_names,
     source_line,
 )
+from growfx.passes.record.data import DataDependentError, DataSizes, NeedsValuesError, has_input
 from growfx.passes.record.meta_shapes import function_shapes, module_shapes
 from growfx.passes.record.numbers import TracedFloat, TracedInt, plain, traced
 from growfx.passes.record.parts import Parts
-from growfx.runtime.lowered_layer import LoweredLayer
+from growfx.passes.record.whole import is_one_operator
+from growfx.recorded import graph_ops
+from growfx.recorded.recording import RECORDED_CONSTANT
 
-__all__ = ["DataDependentError", "NeedsValuesError", "Recorder"]
+__all__ = ["Recorder"]
 
-# One node each, whatever is inside.
-_WHOLE_KINDS = (LoweredLayer, nn.RNNBase, torch.jit.ScriptModule)
-# One node each where they compute in a known way; inside others there are operators that are known.
-_LEAF_KINDS = (
-    MaskedLayer,
-    nn.modules.conv._ConvNd,
-    nn.Linear,
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.MultiheadAttention,
-    nn.modules.dropout._DropoutNd,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-# Library modules that are one operator though they are not torch's; named, so that nothing has to be imported.
-_LEAF_NAMES = {
-    "timm.layers.cond_conv2d.CondConv2d",
-    "timm.layers.drop.DropPath",
-    "torchvision.ops.misc.FrozenBatchNorm2d",
-    "torchvision.ops.stochastic_depth.StochasticDepth",
-}
 _DATA_TO_PYTHON = {
     "__array__", "__bool__", "__complex__", "__contains__", "__float__", "__index__", "__int__", "allclose", "equal",
     "is_nonzero", "item", "numpy", "tolist",
-}  # fmt: skip
-# How many rows their results have depends on values; `where` and indexing only in the forms that select by a mask.
-_SIZED_BY_DATA = {
-    "argwhere", "bincount", "masked_select", "nms", "nonzero", "unique", "unique_consecutive",
 }  # fmt: skip
 # Draw random numbers; what a module of dropout draws is drawn in its own node.
 _RANDOM = {
@@ -80,34 +54,10 @@ _RANDOM = {
     "normal_", "poisson", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "random_", "randperm",
     "uniform_",
 }  # fmt: skip
+_WRITES = {"__array__", "__dlpack__", "__setitem__", "data_ptr", "numpy", "untyped_storage"}
 _GRADIENT_HOOKS = {"register_hook", "register_post_accumulate_grad_hook"}
 _ON_DEVICE = {"is_meta": "meta", "is_cpu": "cpu", "is_cuda": "cuda", "is_mps": "mps", "is_xpu": "xpu"}
 _NO_VALUE = {"_assert", "_assert_async", "_log_api_usage_once"}
-
-
-def _has_input(node: fx.Node) -> bool:
-    """Whether a value was computed from an input, and not from random numbers alone."""
-    seen, waiting = set[fx.Node](), [node]
-    while waiting:
-        node = waiting.pop()
-        if node.op == "placeholder":
-            return True
-        if node not in seen:
-            seen.add(node)
-            waiting += node.all_input_nodes
-    return False
-
-
-class DataDependentError(BaseException):
-    """Python took a value out of data inside `module`. A BaseException, so that the model's own code lets it pass."""
-
-    def __init__(self, module: str, reason: str):
-        super().__init__(module, reason)
-        self.module, self.reason = module, reason
-
-
-class NeedsValuesError(RuntimeError):
-    """A recording on the meta device met a tensor whose values it would have to know."""
 
 
 class Recorder(TorchFunctionMode):
@@ -129,6 +79,7 @@ class Recorder(TorchFunctionMode):
             module recorded whole.
         own_gradient: whether something was met whose gradient its operators do not tell (an autograd function, a hook).
         left_out: what the model returned that a graph cannot hold.
+        writes_parameters: whether the forward changed a parameter, or may have (through numpy).
         thread: the one that records; module calls of others pass by.
     """
 
@@ -154,6 +105,9 @@ class Recorder(TorchFunctionMode):
         self.own_gradient = False
         self.left_out: list[str] = []
         self.randomness: tuple[Any, ...] = ()
+        self.generators = own_generators(root)
+        self.writes_parameters = False
+        self.memory_of_parameters = {p.untyped_storage()._cdata for p in root.parameters() if not is_sharded(p)}
         self.running: list[nn.Module] = []  # as `stack`, modules inside those recorded whole included
         self.graph = fx.Graph()
         self.called: dict[str, None] = {}
@@ -169,8 +123,7 @@ class Recorder(TorchFunctionMode):
         # Objects among the inputs, kept alive so that their ids stay theirs.
         self.objects: dict[int, tuple[Any, Callable[[], fx.Node]]] = {}
         self.from_data: set[fx.Node] = set()
-        # Tensors whose shape depends on data.
-        self.sized_by_data: dict[int, weakref.ref[Tensor]] = {}
+        self.data_sizes = DataSizes()
         self.parts = Parts()
         self.grad_switches: list[tuple[bool, fx.Node]] = []
 
@@ -355,7 +308,7 @@ class Recorder(TorchFunctionMode):
         return node
 
     def emit_number(self, function: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
-        """The node of a computed size (see growfx.traced_number)."""
+        """The node of a computed size (see `numbers`)."""
         node = self.graph.create_node("call_function", function, self.as_argument(args))
         node.meta.update(shape=None, source=source_line(), module=self.stack[-1] if self.stack else "", number=True)
         return node
@@ -380,7 +333,7 @@ class Recorder(TorchFunctionMode):
 
     def check_randomness(self, *, allowed: bool = False) -> None:
         """Stop in the module that is running where Python's or numpy's generator drew since the last check."""
-        before, self.randomness = self.randomness, python_randomness()
+        before, self.randomness = self.randomness, python_randomness(self.generators)
         if not allowed and self.randomness != before:
             self._refuse_data(-1, "random numbers of Python or numpy, which a graph does not draw")
 
@@ -391,24 +344,7 @@ class Recorder(TorchFunctionMode):
             raise DataDependentError(module, f"{what}, at {source_line()}")
 
     def _is_sized_by_data(self, tensor: Tensor) -> bool:
-        found = self.sized_by_data.get(id(tensor))
-        return found is not None and found() is tensor
-
-    def _note_size(self, name: str, args: Any, kwargs: Any, value: Any, node: fx.Node) -> None:
-        """Remember results whose shape depends on data."""
-        if not self.sized_by_data and name not in (*_SIZED_BY_DATA, "where", "repeat_interleave", "__getitem__"):
-            return
-        tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
-        selects = name in _SIZED_BY_DATA or (name == "where" and len(tensors) == len(args) + len(kwargs) == 1)
-        if name == "repeat_interleave":
-            selects = len(tensors) > 1 or len(args) + len(kwargs) == 1
-        if name == "__getitem__":
-            selects = any(v.dtype in (torch.bool, torch.uint8) for v in tensors[1:])
-        selects = selects and node in self.from_data
-        if selects or (self.sized_by_data and any(map(self._is_sized_by_data, tensors))):
-            for item in pytree.tree_leaves(value):
-                if isinstance(item, Tensor) and item.ndim:
-                    self.sized_by_data[id(item)] = weakref.ref(item)
+        return tensor in self.data_sizes
 
     # -- what happens in the run ------------------------------------------------------------------------------------
 
@@ -421,6 +357,8 @@ class Recorder(TorchFunctionMode):
             self._refuse_data(-1, "a transform of `torch.func`, inside of which values are not the model's")
             raise RuntimeError("values inside a transform of `torch.func` cannot be followed")
         name = getattr(func, "__name__", "")
+        if changes_in_place(name) or name in _WRITES or "out" in kwargs:
+            self._note_write(args, kwargs)
         if self.inside_leaf:
             if name != "__get__":
                 self.note_uses_inside(name, args, kwargs)
@@ -459,10 +397,15 @@ class Recorder(TorchFunctionMode):
         if name in _RANDOM:  # what Python decides by it is decided anew in every call
             self.from_data.add(node)
         self._track(value, lambda: node)
-        self._note_size(name, args, kwargs, value, node)
+        self.data_sizes.note(name, (args, kwargs), value, node in self.from_data)
         if isinstance(value, Tensor) and value._is_view():
             self.parts.note(name, args, value)
         return value
+
+    def _note_write(self, args: Any, kwargs: Any) -> None:
+        for value in pytree.tree_leaves((args[:1], kwargs.get("out"))):
+            if isinstance(value, Tensor) and value.layout is torch.strided:
+                self.writes_parameters |= value.untyped_storage()._cdata in self.memory_of_parameters
 
     def _where_it_runs(self, arguments: Any) -> Any:
         """The arguments with the device of this run in place of the model's."""
@@ -523,7 +466,7 @@ class Recorder(TorchFunctionMode):
         tensors = [a for a in chain(args, kwargs.values()) if isinstance(a, Tensor)]
         read = [self.node_of(t) for t in tensors if self._entry(t)]
         if any(node in self.from_data for node in read):
-            of = "a tensor computed from the input" if any(map(_has_input, read)) else "a random number"
+            of = "a tensor computed from the input" if any(map(has_input, read)) else "a random number"
             self._refuse_data(-1, f"`{name.strip('_')}` of {of}")
         return func(*args, **kwargs)
 
@@ -597,17 +540,9 @@ class Recorder(TorchFunctionMode):
             self.inside_leaf -= 1
         node = self._emit(op, target, node_args, node_kwargs, value)
         self._track(value, lambda: node)
-        self._note_size(str(target), args, kwargs, value, node)
+        self.data_sizes.note(str(target), (args, kwargs), value, node in self.from_data)
         return value
 
     def is_leaf(self, module: nn.Module, name: str) -> bool:
         """Whether a call of `module` is one node."""
-        if name in self.opaque or isinstance(module, _WHOLE_KINDS):
-            return True
-        if isinstance(module, _LEAF_KINDS):
-            return is_known(module)
-        kind = type(module)
-        if f"{kind.__module__}.{kind.__qualname__}" in _LEAF_NAMES:
-            return True
-        childless = next(module.children(), None) is None
-        return childless and kind.__module__.startswith("torch.nn.")
+        return name in self.opaque or is_one_operator(module)

@@ -25,13 +25,15 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from growfx.errors import TraceError
-from growfx.masked import graph_ops
-from growfx.masked.inputs import Inputs, tensors_in
 from growfx.masked.isolation import caches_bypassed, generators_restored, tables_restored
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.module_copy import copy_modules, separate_hooks
+from growfx.masked.weight_reads import ModelCode
 from growfx.passes.record.call import all_can_be_written, is_own_or_torch
-from growfx.passes.record.recorder import DataDependentError, NeedsValuesError, Recorder
+from growfx.passes.record.data import DataDependentError, NeedsValuesError
+from growfx.passes.record.recorder import Recorder
+from growfx.recorded import graph_ops
+from growfx.recorded.inputs import Inputs, tensors_in
 
 __all__ = ["DataDependentError", "NeedsValuesError", "Recording", "cuda_devices", "meta_copy", "record", "working_copy"]
 
@@ -51,6 +53,7 @@ class Recording:
         own_gradient: whether the gradient may be another than that of the operators in the graph.
         side_effects: what the forward did besides returning a value, one phrase each.
         left_out: classes of returned objects that the graph leaves out.
+        writes_parameters: whether the forward changed a parameter, or may have.
     """
 
     graph: fx.Graph
@@ -61,6 +64,7 @@ class Recording:
     own_gradient: bool
     side_effects: list[str]
     left_out: list[str]
+    writes_parameters: bool = False
 
 
 # Recording replaces `nn.Module.__call__` for as long as it takes: one at a time in a process.
@@ -136,6 +140,7 @@ def _recorded(recorder: Recorder, given: Inputs) -> Recording:
         recorder.own_gradient,
         _changes(before, (_attributes(root), _contents(inputs))),
         list(dict.fromkeys(recorder.left_out)),
+        recorder.writes_parameters,
     )
 
 
@@ -144,9 +149,10 @@ def _quiet(recorder: Recorder) -> Generator[None]:
     """Leave generators, caches and tables as they were; stop where Python's own generators decide."""
     root = recorder.root
     with (
-        generators_restored(cuda_devices(recorder.home)),
-        caches_bypassed(),
+        generators_restored(cuda_devices(recorder.home), root),
+        caches_bypassed(root),
         tables_restored(root),
+        ModelCode(None),  # masked weights are the recorder's concern
         torch.enable_grad(),  # as a training step has it, so that switches of it are seen
         _default_device(recorder),
     ):
@@ -225,14 +231,16 @@ def meta_copy(module: nn.Module) -> nn.Module:
     return copied
 
 
-def working_copy(module: nn.Module, *, trained: bool = False) -> nn.Module:
+def working_copy(module: nn.Module, *, trained: bool = False, own_values: bool = False) -> nn.Module:
     """A copy of the module to run: values are shared, buffers and attributes are its own, as are what hooks keep.
 
     Its parameters are other objects over the same memory; they require gradients where the module's do if `trained`.
+    `own_values`: they have memory of their own, for forwards that write into them.
     """
     memo: dict[int, Any] = {id(part.mask): part.mask for part in module.modules() if isinstance(part, MaskedLayer)}
     for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=trained and parameter.requires_grad)
+        values = parameter.detach().clone() if own_values else parameter.detach()
+        memo[id(parameter)] = nn.Parameter(values, requires_grad=trained and parameter.requires_grad)
     copied = copy_modules(module, memo)
     separate_hooks(copied)
     return copied

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from growfx.analysis.weight_layout import by_unit, canonical, from_canonical, from_units, joined_units
-from growfx.masked.layers import to_twin
+from growfx.masked.twins import to_twin
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...], int]] = {
     "linear": (nn.Linear(4, 6), (1, 4), 1),

@@ -87,7 +87,7 @@ def test_a_download_cut_short_is_called_that(folder: Path, kept: float):
     (folder / WEIGHTS).write_bytes(content[: int(size)])
     assert f"it has {int(size)} bytes instead of {len(content)}: the download is incomplete" in refusal(folder)
     alone = refusal(folder / WEIGHTS)
-    assert "the download is incomplete" in alone or (size < 8 and "no safetensors file" in alone)
+    assert "the download is incomplete" in alone or (size < 8 and "not a safetensors file" in alone)
 
 
 @pytest.mark.parametrize("size", [5, 8])
@@ -134,7 +134,7 @@ HEADERS = [
     (lambda h: h["conv.bias"].update(dtype=["F32"]), "dtype .* of `conv.bias` is none of F64, F32"),
     (lambda h: h["conv.bias"].update(note=1), "says of `conv.bias` not dtype, shape and data_offsets"),
     (lambda h: h.update({"conv.bias": 7}), "says of `conv.bias` not dtype, shape and data_offsets"),
-    (lambda h: h.update(__metadata__=[]), "its header is no safetensors header"),
+    (lambda h: h.update(__metadata__=[]), "its header is not a safetensors header"),
 ]
 
 

@@ -146,16 +146,16 @@ def top(**changes: Any) -> Callable[[Json], None]:
 
 FORGERIES: list[tuple[Callable[[Json], None], str]] = [
     (top(version="2.0"), r"written in format version 2.0; this growfx reads versions up to 1.2: upgrade growfx"),
-    (top(version="one"), "`one` is no format version"),
+    (top(version="one"), "`one` is not a format version"),
     (top(format="other.sparse"), "format is `other.sparse`; this reads `growfx.sparse`"),
     (top(mask="inferred"), "field `mask` is not `explicit`"),
     (top(tensors=[]), "field `tensors` is missing or of the wrong type"),
     (top(layers=[["conv", "no.such"]]), "the masked layers do not agree with the tensors"),
     (top(layers=[]), "the masked layers do not agree with the tensors"),
     (top(layers=[["conv", "conv.weight"], ["conv", "conv.weight"]]), "listed twice"),
-    (top(layers=["conv"]), "no list of name pairs"),
-    (top(aliases={"x": "no.such"}), "`x` is no further name of a stored tensor"),
-    (top(aliases={"conv.weight": "conv.bias"}), "`conv.weight` is no further name"),
+    (top(layers=["conv"]), "not a list of name pairs"),
+    (top(aliases={"x": "no.such"}), "`x` is not a further name of a stored tensor"),
+    (top(aliases={"conv.weight": "conv.bias"}), "`conv.weight` is not a further name"),
     (top(aliases={}), r"the artifact lacks `second.weight`"),
     (tensor("conv.weight", index__codec="lzma"), "codec `lzma` is unknown to this growfx; known: bitmask, gap8"),
     (tensor("conv.weight", values__codec="zstd"), "codec `zstd` is unknown to this growfx; known: planes, raw"),
@@ -163,32 +163,32 @@ FORGERIES: list[tuple[Callable[[Json], None], str]] = [
     (tensor("conv.weight", dtype="C64"), "sparse tensors of dtype `C64` are unknown"),
     (tensor("conv.bias", dtype="C64"), "`tensors` and `requires` do not agree about complex tensors"),
     (top(requires=["complex"]), "`tensors` and `requires` do not agree about complex tensors"),
-    (top(inputs={}), "field `inputs` is no list"),
-    (top(inputs=[]), "field `inputs` is no list"),
-    (top(inputs=[{"dtype": "F32", "keyword": None, "shape": [1]}] * 65), "field `inputs` is no list of up to 64"),
+    (top(inputs={}), "field `inputs` is not a list"),
+    (top(inputs=[]), "field `inputs` is not a list"),
+    (top(inputs=[{"dtype": "F32", "keyword": None, "shape": [1]}] * 65), "field `inputs` is not a list of up to 64"),
     (top(inputs=[None]), "`inputs`: it has neither a shape and a dtype nor a value"),
     (top(inputs=[{"dtype": "F32", "keyword": None, "shape": [2**20, 2**20]}]), "`inputs`: its shape is none"),
     (top(inputs=[{"dtype": "F32", "keyword": None, "shape": [True]}]), "`inputs`: its shape is none"),
     (top(inputs=[{"dtype": "F32", "keyword": None, "shape": [1] * 65}]), "`inputs`: its shape is none"),
     (top(inputs=[{"dtype": "F99", "keyword": None, "shape": [1]}]), "`inputs`: its dtype is unknown"),
     (top(inputs=[{"dtype": ["F32"], "keyword": None, "shape": [1]}]), "`inputs`: its dtype is unknown"),
-    (top(inputs=[{"dtype": "F32", "keyword": "a b", "shape": [1]}]), "`inputs`: its keyword is no name"),
+    (top(inputs=[{"dtype": "F32", "keyword": "a b", "shape": [1]}]), "`inputs`: its keyword is not a name"),
     (top(inputs=[{"keyword": "x", "value": 1}] * 2), "names a keyword twice"),
     (top(inputs=[{"keyword": "x", "value": 1}, {"keyword": None, "value": 1}]), "or has a positional input after it"),
     (top(inputs=[{"keyword": None, "value": [1]}]), "`inputs`: its value is not a number or a short text"),
     (top(inputs=[{"keyword": None, "value": "x" * 300}]), "`inputs`: its value is not a number or a short text"),
     (top(inputs=[{"keyword": None, "value": 2**70}]), "`inputs`: its value is not a number or a short text"),
     (top(identity_checked=1), "field `identity_checked` is neither true nor false"),
-    (top(notes="because"), "field `notes` is no list of a few short texts"),
-    (top(notes=["x" * 3000]), "field `notes` is no list of a few short texts"),
-    (top(notes=["x"] * 17), "field `notes` is no list of a few short texts"),
+    (top(notes="because"), "field `notes` is not a list of a few short texts"),
+    (top(notes=["x" * 3000]), "field `notes` is not a list of a few short texts"),
+    (top(notes=["x"] * 17), "field `notes` is not a list of a few short texts"),
     (tensor("conv.weight", dtype="F16"), "4 byte planes instead of 2"),
     (tensor("conv.weight", nnz=10**6), "1000000 active weights in 648 elements"),
     (tensor("conv.weight", nnz=3), "positions instead of 3|longer than its values"),
     (tensor("conv.weight", nnz=True), "field `nnz` is missing or of the wrong type"),
     (tensor("conv.weight", nnz=-1), "field `nnz` is negative"),
     (tensor("conv.weight", shape=[2**40, 2**40]), "more elements than the format allows"),
-    (tensor("conv.weight", shape=[24, -3, 3, 3]), "field `shape` is no list of sizes"),
+    (tensor("conv.weight", shape=[24, -3, 3, 3]), "field `shape` is not a list of sizes"),
     (tensor("conv.weight", shape=[24, 3, 9]), r"`conv.weight` is \(24, 3, 3, 3\) in the model and \(24, 3, 9\)"),
     (tensor("conv.weight", index__raw=10**9), "of the wrong length|of impossible length"),
     (tensor("conv.weight", index__crc32=1), "mask of `conv.weight`: .*CRC-32 does not agree"),
@@ -226,7 +226,7 @@ def test_a_manifest_that_was_edited_but_not_signed_is_refused(folder: Path):
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
-    [("{", "is no JSON"), ("[" * 100_000, "is no JSON"), ("[]", "no manifest"), ('{"manifest":1}', "no manifest")],
+    [("{", "is not JSON"), ("[" * 100_000, "is not JSON"), ("[]", "no manifest"), ('{"manifest":1}', "no manifest")],
 )
 def test_metadata_without_a_manifest_is_refused(tmp_path: Path, text: str, complaint: str):
     write_header(tmp_path / "x.safetensors", {"__metadata__": {"growfx": text}}, b"")
@@ -293,7 +293,7 @@ def test_what_is_no_artifact_is_refused(tmp_path: Path):
     refuses(tmp_path / "nothing", "there is no artifact at this path")
     refuses(tmp_path, "has no `config.json`")
     (tmp_path / "text").write_text("hello")
-    refuses(tmp_path / "text", "is no safetensors file, so no artifact; or its first bytes are damaged")
+    refuses(tmp_path / "text", "not a safetensors file, so not an artifact; or its first bytes are damaged")
     save_file({"a": torch.zeros(1)}, tmp_path / "plain.safetensors")
     refuses(tmp_path / "plain.safetensors", "its metadata has no entry `growfx`")
     with pytest.raises(ArtifactError, match="there is no artifact at this path"):
@@ -337,8 +337,8 @@ RECIPES: list[tuple[Callable[[Json], None], str]] = [
     (recipe("timm", "resnet10t", checkpoint_path="x.pth"), "`checkpoint_path` would fetch weights from elsewhere"),
     (recipe("timm", "resnet10t", pretrained=True), "`pretrained` would fetch weights from elsewhere"),
     (recipe("torchvision", "resnet18", weights="DEFAULT"), "`weights` would fetch weights from elsewhere"),
-    (recipe("timm", "os:system"), "`os:system` is no registered name of timm"),
-    (recipe("timm", "hf-hub:some/model"), "is no registered name of timm"),
+    (recipe("timm", "os:system"), "`os:system` is not a registered name of timm"),
+    (recipe("timm", "hf-hub:some/model"), "is not a registered name of timm"),
     (recipe("timm", "no_such_model"), "cannot be built here: model `no_such_model` is unknown"),
     (recipe("timm", "test_resnet", num_classes=-5), "cannot be built here|not the artifact's"),
     (recipe("timm", "test_resnet", num_classes=10**6), "`fc.bias` is"),

@@ -12,7 +12,7 @@ from growfx.artifact.remembered_inputs import default_inputs, inputs_from, specs
 from growfx.commands.bench.subject import opened_subject
 from growfx.commands.inspection import facts_of
 from growfx.errors import ArtifactError, ConfigError, TraceError
-from growfx.masked.inputs import Inputs
+from growfx.recorded.inputs import Inputs
 
 CACHE = "GROWFX_CACHE"
 

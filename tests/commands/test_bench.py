@@ -12,7 +12,7 @@ from growfx.cli import main
 from growfx.commands.bench import variants as bench_variants
 from growfx.commands.bench.measure import bench
 from growfx.commands.bench.subject import opened_subject
-from growfx.commands.bench.variants import VARIANTS, Built, Setting, Workshop
+from growfx.commands.bench.variants import VARIANTS, Built, Setting, VariantBuilder
 from growfx.errors import ArtifactError, ConfigError
 
 SHOWN = ["dense", "norms folded", "torch.compile", "onnxruntime", "masked", "compact", "sparse runtime"]
@@ -92,7 +92,7 @@ def test_the_variants_are_those_that_are_promised():
 
 
 def test_the_report_prints_as_tables_and_is_the_same_in_json(artifact: Path, monkeypatch: pytest.MonkeyPatch):
-    def lowered(work: Workshop, _: Setting) -> Built:
+    def lowered(work: VariantBuilder, _: Setting) -> Built:
         return Built(work.dense(), 5_000_000, lowering=Choices())
 
     monkeypatch.setitem(VARIANTS, "sparse runtime", lowered)
@@ -208,7 +208,7 @@ def test_a_variant_that_fails_while_it_is_timed_is_a_row_too(artifact: Path, mon
                 raise RuntimeError("tired")
             return self.model(x)
 
-    def tires(work: Workshop, _: Setting) -> Built:
+    def tires(work: VariantBuilder, _: Setting) -> Built:
         module = Tires()
         module.model = work.dense()
         return Built(module, 1)
@@ -223,7 +223,7 @@ def test_a_variant_that_fails_while_it_is_timed_is_a_row_too(artifact: Path, mon
 def test_the_threads_asked_for_are_used_and_restored(artifact: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[tuple[int, int]] = []
 
-    def noted(work: Workshop, setting: Setting) -> Built:
+    def noted(work: VariantBuilder, setting: Setting) -> Built:
         seen.append((setting.threads, torch.get_num_threads()))
         return Built(work.dense(), 1)
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_nets import untimed
 
 from growfx.cli import main
-from growfx.commands.compare.comparison import Comparison, Known, _open, plan_controls
+from growfx.commands.compare.comparison import Comparison, FinishedRun, _open, plan_controls
 from growfx.commands.compare.pool import RunSpec, processes, run_all
 from growfx.commands.compare.progress import LogTail, Meter, epochs_logged
 from growfx.commands.compare.report import comparison_rows, comparison_text, summarise
@@ -24,7 +25,18 @@ from growfx.reporting import plots
 from growfx.runs.checkpoint import read
 
 MODEL = ["test_resnet", "--data", "digits"]
-OPTIONS = ["--epochs", "1", "--set", "img_size=16", "--set", "lr=0.05", "--set", "static.epochs=2"]
+OPTIONS = [
+    "--epochs",
+    "1",
+    "--set",
+    "img_size=16",
+    "--set",
+    "lr=0.05",
+    "--set",
+    "static.epochs=2",
+    "--set",
+    "kernels=dense",
+]
 # a density of one edge in ten million ends the run that is asked for it, and no other
 COMPARED = ["--methods", "dense,static", "--densities", "0.2,0.0000001", "--seeds", "0,1", "--jobs", "2", *OPTIONS]
 
@@ -45,7 +57,7 @@ def planned(*methods, **options) -> Comparison:
 def test_excluded_layers_are_those_of_every_run_and_part_of_what_the_comparison_is():
     comparison = planned("dense", "static", "pwmpr", densities=(0.2,), exclude=("fc", "layer1*"))
     assert all(run.spec.exclude == ("fc", "layer1*") for run in comparison.runs())
-    known = {run.name: Known(3, 0.2) for run in comparison.runs()}
+    known = {run.name: FinishedRun(3, 0.2) for run in comparison.runs()}
     controls = plan_controls(comparison, comparison.runs(), known, Path("somewhere"))
     assert controls
     assert all(run.spec.exclude == ("fc", "layer1*") for run in controls)
@@ -166,9 +178,9 @@ def test_jobs_are_the_cores_unless_given_and_have_one_thread_each():
 def test_controls_are_dense_as_long_phew_as_dense_and_tickets_of_the_masks():
     comparison = planned("dense", "static", "pwmpr", densities=(0.2,), seeds=(0, 1), epochs=4, controls=True)
     runs = comparison.runs()
-    known = {run.name: Known(4, 0.2) for run in runs if run.spec.method == "static"}
-    known |= {run.name: Known(4, 1.0) for run in runs if run.spec.method == "dense"}
-    known |= {"pwmpr-s0": Known(20, 0.25), "pwmpr-s1": Known(11, 0.5)}
+    known = {run.name: FinishedRun(4, 0.2) for run in runs if run.spec.method == "static"}
+    known |= {run.name: FinishedRun(4, 1.0) for run in runs if run.spec.method == "dense"}
+    known |= {"pwmpr-s0": FinishedRun(20, 0.25), "pwmpr-s1": FinishedRun(11, 0.5)}
     found = {run.name: run for run in plan_controls(comparison, runs, known, Path("out/runs"))}
     # the mean of 20 and 11 epochs; static is as long as the dense runs that are there
     assert {name for name in found if name.startswith("dense")} == {"dense-e16-s0", "dense-e16-s1"}
@@ -193,7 +205,7 @@ def test_controls_are_dense_as_long_phew_as_dense_and_tickets_of_the_masks():
 def test_a_dense_control_is_made_once_for_all_rows_of_its_length_and_none_of_runs_without_result():
     comparison = planned("static", "set", densities=(0.2,), epochs=4, controls=True)
     runs = comparison.runs()
-    both = plan_controls(comparison, runs, {run.name: Known(4, 0.2) for run in runs}, Path())
+    both = plan_controls(comparison, runs, {run.name: FinishedRun(4, 0.2) for run in runs}, Path())
     assert [run.name for run in both if run.spec.method == "dense"] == ["dense-e4-s0"]
     assert plan_controls(comparison, runs, {}, Path()) == []
 
@@ -249,7 +261,7 @@ def test_a_run_of_a_comparison_is_the_run_that_train_makes(compared, tmp_path, c
     options = ["--method", "static", "--density", "0.2", "--seed", "1", "--epochs", "2", *OPTIONS[2:6]]
     assert call("train", *MODEL, *options, "--out", tmp_path / "run", "--quiet", "--json") == 0
     ours = json.loads((out / "runs" / "static-d0.2-s1" / "result.json").read_text())
-    assert json.loads(capsys.readouterr().out) == ours
+    assert untimed(json.loads(capsys.readouterr().out)) == untimed(ours)
     configs = [json.loads((p / "config.json").read_text()) for p in (tmp_path / "run", out / "runs/static-d0.2-s1")]
     assert configs[0] == configs[1]
     assert call("inspect", out / "runs" / "static-d0.2-s1" / "artifact", "--json") == 0
@@ -328,7 +340,7 @@ def test_what_no_run_could_do_is_said_at_once_and_leaves_nothing(tmp_path, capsy
     assert call("compare", *MODEL, "--methods", "dense", "--out", tmp_path / "out", "--sweep", "dense.lr") == 1
     assert "has no values" in capsys.readouterr().err
     assert call("compare", *MODEL, "--methods", "dense", "--out", tmp_path / "out", "--seeds", "zero") == 2
-    assert "is no list of numbers" in capsys.readouterr().err
+    assert "is not a list of numbers" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

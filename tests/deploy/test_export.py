@@ -145,14 +145,14 @@ def write_golden(folder: Path) -> None:
 HOSTILE: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda m: m.update(requires=["compaction"]), "fields `compaction` and `requires` do not agree"),
     (lambda m: m["compaction"].pop("norms"), "fields `compaction` and `requires` do not agree"),
-    (lambda m: m["compaction"].update(norms="1"), "`norms` is no list of names"),
-    (lambda m: m["compaction"].update(norms=[1]), "`norms` is no list of names"),
+    (lambda m: m["compaction"].update(norms="1"), "`norms` is not a list of names"),
+    (lambda m: m["compaction"].update(norms=[1]), "`norms` is not a list of names"),
     (lambda m: m["compaction"].update(norms=["1", "1"]), "`norms` has a name twice"),
     (lambda m: m["compaction"].update(biases=["0", "0"]), "`biases` has a name twice"),
     (lambda m: m["compaction"].update(norms=["9"]), "the model has no module `9`"),
     (lambda m: m["compaction"].update(norms=[""]), "the model has no module ``"),
-    (lambda m: m["compaction"].update(norms=["2"]), "`2` cannot be folded away: a Conv2d is no batch norm"),
-    (lambda m: m["compaction"].update(norms=["1.act"]), "`1.act` cannot be folded away: a PReLU is no batch norm"),
+    (lambda m: m["compaction"].update(norms=["2"]), "`2` cannot be folded away: a Conv2d is not a batch norm"),
+    (lambda m: m["compaction"].update(norms=["1.act"]), "`1.act` cannot be folded away: a PReLU is not a batch norm"),
     (lambda m: m["compaction"].update(norms=["1"]), "the artifact lacks `3.bias`"),
     (lambda m: m["compaction"].update(norms=["1", "3", "5"]), "`5` cannot be folded away: it is made smaller"),
 ]

@@ -426,7 +426,7 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
         ({"dtype": torch.float16}, "`dtype=torch.float16` has no sparse runtime; allowed: torch.float32"),
         ({"device": "meta"}, "`device=meta` holds no weights"),
         ({"device": "toaster"}, "`device=toaster` cannot be used here"),
-        ({"batch": 0}, "`batch=0` is no number of rows"),
+        ({"batch": 0}, "`batch=0` is not a number of rows"),
     ):
         with pytest.raises(ConfigError, match=message):
             growfx.load(folder, model=Residual(), **{"runtime": "sparse", "example_inputs": X, **options})

@@ -238,7 +238,15 @@ def test_a_failing_rank_ends_all_and_one_of_them_says_why(how, word):
         assert first.first
 
 
-RUN = ["test_resnet", "--data", "digits", "--quiet", "--epochs", "1", *("--set", "img_size=16")]
+RUN = [
+    "test_resnet",
+    "--data",
+    "digits",
+    "--quiet",
+    "--epochs",
+    "1",
+    *("--set", "img_size=16", "--set", "kernels=dense"),
+]
 SMALL = ["--set", "device=cpu", "--set", "batch_size=128"]
 
 

@@ -188,3 +188,84 @@ def test_timms_checkpointing_before_wrapping_gives_the_same_layers_and_gradients
         net(images).square().mean().backward()
         gradients.append({k: p.grad for k, p in net.named_parameters()})
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+class Lm(nn.Module):
+    """A weight that an embedding and a layer share, one that is read in another way, and a parameter to mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb, self.mid, self.head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9, bias=False)
+        self.head.weight, self.bare = self.emb.weight, nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, ids):
+        x = self.mid(self.emb(ids)).relu() @ self.bare
+        return self.head(x + F.linear(x, self.mid.weight.t()))
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+
+class OwnForward(nn.Linear):
+    def forward(self, input):  # noqa: A002
+        return F.linear(input, self.weight.t().t() * 2, self.bias)
+
+
+def encoder():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+    return nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Linear(8, 2))
+
+
+COMPILED = {
+    "tied and bare": (Lm, lambda: torch.randint(0, 9, (2, 3)), ["bare"]),
+    "attention": (Attends, lambda: torch.randn(2, 3, 8), []),
+    "encoder": (encoder, lambda: torch.randn(2, 3, 8), []),
+    "own forward": (lambda: nn.Sequential(OwnForward(8, 8), nn.Linear(8, 2)), lambda: torch.randn(3, 8), []),
+}
+
+
+@pytest.mark.parametrize("written", ["by masks", "by data"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", COMPILED)
+def test_compiled_code_sees_the_masks_of_every_weight_that_it_reads(case, training, written):
+    make, inputs, masked = COMPILED[case]
+    net = growfx.wrap(make(), inputs(), masked=masked).train(training)
+    counted = Counted()
+    forward, x = torch.compile(net, backend=counted, fullgraph=True), inputs()
+    forward(x)
+    for layer in net.layers.values():
+        if written == "by masks":
+            layer.mask.copy_(torch.rand(layer.mask.shape) < 0.5)
+        else:
+            layer.mask.data.copy_(torch.rand(layer.mask.shape) < 0.5)
+            layer.parameter.data.normal_()
+    plain = growfx.unwrap(net)
+    torch.testing.assert_close(forward(x), plain(x))
+    with torch.no_grad():
+        torch.testing.assert_close(forward(x), plain(x))
+    net.zero_grad(), plain.zero_grad()
+    forward(x).square().sum().backward(), plain(x).square().sum().backward()
+    for name, layer in net.layers.items():
+        label = name if name in masked else f"{name}.{layer.weight_name}"
+        gradient = torch.where(layer.mask, plain.get_parameter(label).grad, 0)
+        found = torch.zeros_like(gradient) if layer.parameter.grad is None else layer.parameter.grad
+        torch.testing.assert_close(torch.where(layer.mask, found, 0), gradient)
+    assert counted.compilations <= 2  # with and without gradients
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_part_that_is_compiled_alone_sees_the_masks(training):
+    net = growfx.wrap(Lm(), torch.randint(0, 9, (2, 3)), masked=["bare"]).train(training)
+    for layer in net.layers.values():
+        layer.mask.copy_(torch.rand(layer.mask.shape) < 0.5)
+        layer.parameter.data.normal_()
+    plain, ids = growfx.unwrap(net), torch.randint(0, 9, (2, 3))
+    for name, x in (("emb", ids), ("mid", torch.randn(2, 6))):
+        part = torch.compile(net.get_submodule(name), backend="eager", fullgraph=True)
+        torch.testing.assert_close(part(x), plain.get_submodule(name)(x))

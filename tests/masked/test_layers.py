@@ -9,7 +9,8 @@ from torch import nn
 
 import growfx
 from growfx.masked.gradients import mask_in_place
-from growfx.masked.layers import MaskedLayer, masked_class, to_plain, to_twin
+from growfx.masked.layers import MaskedLayer
+from growfx.masked.twins import masked_class, to_plain, to_twin
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2),

@@ -1,13 +1,14 @@
 """The fast copy of a module tree against `copy.deepcopy`."""
 
+import collections
 import copy
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from growfx.masked.layers import to_twin
 from growfx.masked.module_copy import copy_modules
+from growfx.masked.twins import to_twin
 
 
 class Odd(nn.Module):
@@ -66,3 +67,35 @@ def test_modules_with_a_copy_of_their_own_are_left_to_it() -> None:
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 3))
     made, x = copy_modules(model, {}), torch.randn(2, 3)
     assert torch.equal(made(x), model(x))
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.gain = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), nn.Parameter(torch.ones(4))
+        self.register_buffer("shift", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x) * self.gain + self.shift
+
+
+def test_modules_that_look_at_their_parts_when_they_are_copied_are_copied_whole() -> None:
+    traced = torch.fx.symbolic_trace(nn.Sequential(Inner(), nn.Sequential(nn.ReLU(), nn.Linear(4, 2))))
+    compiled = torch.compile(nn.Sequential(nn.Linear(2, 2)), backend="eager")
+    model = nn.Sequential(collections.OrderedDict(a=traced, b=nn.Sequential(compiled), c=Around(traced))).eval()
+    copied = copy_modules(model, {})
+    x = torch.randn(3, 4)
+    assert torch.equal(copied.a(x), model.a(x))
+    assert copied.state_dict().keys() == model.state_dict().keys()
+    for name, value in copied.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+    theirs = {id(part) for part in model.modules()}
+    assert not any(id(part) in theirs for part in copied.modules())
+    assert copied.c.whole is copied.a
+    assert copied.b[0]._orig_mod[0].weight is not model.b[0]._orig_mod[0].weight
+
+
+class Around(nn.Module):
+    def __init__(self, whole: nn.Module) -> None:
+        super().__init__()
+        self.whole = whole

@@ -151,7 +151,7 @@ def test_what_is_no_source_says_why(run, tmp_path, monkeypatch):
     with pytest.raises(ArtifactError, match=r"the folder has no `config\.json`, so it holds no artifact"):
         attached(fresh_net(), source=str(tmp_path / "empty"))
     (tmp_path / "text").write_text("masks")
-    with pytest.raises(ArtifactError, match="it is no safetensors file, so no artifact"):
+    with pytest.raises(ArtifactError, match="not a safetensors file, so not an artifact"):
         attached(fresh_net(), source=str(tmp_path / "text"))
     interrupt_at(monkeypatch, 1, 2)
     with pytest.raises(KeyboardInterrupt):

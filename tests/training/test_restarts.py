@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_nets import QUICK, final_state, fresh_net, loaders
+from training_nets import QUICK, final_state, fresh_net, loaders, untimed
 
 import growfx
 from growfx.runs.checkpoint import Checkpoints, content_digest
@@ -37,7 +37,7 @@ def run(out: Path, name: str, *, resume: bool = False, **changes: Any) -> tuple[
     result = train(
         net, train_loader, val_loader, method=method, options=options, out=out, resume=resume, progress=False
     )
-    return content_digest(dict(net.state_dict())), dataclasses.asdict(result)
+    return content_digest(dict(net.state_dict())), untimed(dataclasses.asdict(result))
 
 
 def log_of(out: Path) -> list[dict[str, Any]]:

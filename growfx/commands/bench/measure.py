@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from growfx.commands.bench.report import BenchReport, Measurement, Row
 from growfx.commands.bench.subject import opened_subject
-from growfx.commands.bench.variants import DENSE, VARIANTS, Built, Setting, Workshop
+from growfx.commands.bench.variants import DENSE, VARIANTS, Built, Setting, VariantBuilder
 from growfx.errors import ConfigError, GrowfxError
 from growfx.machine import machine_facts, versions
-from growfx.masked.inputs import Inputs
-from growfx.passes.compact.precision import outputs_of, relative_error, tolerance_of
+from growfx.passes.trials.precision import largest_error, outputs_of, tolerance_of
+from growfx.recorded.inputs import Inputs
 from growfx.runtime.choice_cache import ignored_choices
 from growfx.runtime.timing import in_turn, thread_count
 
@@ -61,11 +61,11 @@ def bench(
         threads: numbers of threads, of torch and onnxruntime alike; default: torch's own.
         dtype: `float32` or `bfloat16`, of weights and inputs.
         repeats: how many times each variant is timed; default: as often as fits into about ten seconds, 5 to 100.
-        variants: some of `growfx.bench_variants.VARIANTS`; dense torch always runs.
+        variants: some of `growfx.commands.bench.variants.VARIANTS`; dense torch always runs.
         progress: show a bar on standard error.
         fresh: time the choices of the sparse runtime anew, and keep them in place of those of earlier runs.
         options: `model`, `example_inputs`, `img_size`, `density`, `model_kwargs` as of
-            `growfx.bench_subject.opened_subject`.
+            `growfx.commands.bench.subject.opened_subject`.
 
     Raises:
         ConfigError: an option is out of its range, or the network does not run on such inputs.
@@ -81,7 +81,7 @@ def bench(
         bar,
         ignored_choices(fresh),
     ):
-        work = Workshop(subject, _DTYPES[dtype], Path(folder))
+        work = VariantBuilder(subject, _DTYPES[dtype], Path(folder))
         found = [_measured(work, names, repeats, kind, bar) for kind in kinds]
         shapes = tuple(tuple(x.shape[1:]) for x in subject.example.args if isinstance(x, Tensor))
         info = subject.info
@@ -122,7 +122,7 @@ def _names(names: Any) -> str:
 
 
 def _measured(
-    work: Workshop, names: Sequence[str], repeats: int | None, kind: tuple[int, int], bar: Any
+    work: VariantBuilder, names: Sequence[str], repeats: int | None, kind: tuple[int, int], bar: Any
 ) -> Measurement:
     """All variants at one batch size and number of threads."""
     batch, threads = kind
@@ -152,7 +152,7 @@ def _measured(
     return Measurement(batch, threads, rounds, tuple(rows.values()), lowering)
 
 
-def _reference(work: Workshop, setting: Setting) -> tuple[list[Tensor], float, float]:
+def _reference(work: VariantBuilder, setting: Setting) -> tuple[list[Tensor], float, float]:
     """The outputs to compare with, how far others may be from them, and about how long dense torch takes."""
     try:
         own = _outputs(work.dense(), setting.inputs)
@@ -170,16 +170,16 @@ def _reference(work: Workshop, setting: Setting) -> tuple[list[Tensor], float, f
     widened = lambda v: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v  # noqa: E731
     wide = pytree.tree_map(widened, (setting.inputs.args, dict(setting.inputs.kwargs)))
     expected = _outputs(exact, Inputs(*wide))
-    return expected, max(tolerance_of(work.dtype), _LOWER_PRECISION * _error(own, expected)), spent
+    return expected, max(tolerance_of(work.dtype), _LOWER_PRECISION * largest_error(own, expected)), spent
 
 
 def _tried(
-    work: Workshop, setting: Setting, name: str, expected: list[Tensor], tolerance: float, built: dict[str, Built]
+    work: VariantBuilder, setting: Setting, name: str, expected: list[Tensor], tolerance: float, built: dict[str, Built]
 ) -> Row:
     """Build a variant and compare its outputs; it joins `built` when it may be timed."""
     try:
         way = VARIANTS[name](work, setting)
-        error = _error(_outputs(way.module, setting.inputs), expected)
+        error = largest_error(_outputs(way.module, setting.inputs), expected)
     except Exception as problem:  # of any library: one that fails must not end the others
         return Row(name, note=_reason(problem))
     if not error <= tolerance:
@@ -192,12 +192,6 @@ def _outputs(module: nn.Module, inputs: Inputs) -> list[Tensor]:
     # Only calls run in inference mode: what is loaded or exported in it could not be compiled or cast later.
     with torch.inference_mode():
         return outputs_of(module, inputs)
-
-
-def _error(got: list[Tensor], expected: list[Tensor]) -> float:
-    if [value.shape for value in got] != [value.shape for value in expected]:
-        return float("inf")
-    return max((relative_error(a, b) for a, b in zip(got, expected, strict=True) if b.numel()), default=0.0)
 
 
 def _reason(error: Exception) -> str:

@@ -21,7 +21,7 @@ class Row:
         speedup: how many times as long dense torch takes, by the median of rounds; above 1 is faster.
         weight_bytes: what its weights take, in memory or in the file of another runtime.
         error: largest difference of the outputs from those of dense torch, over the largest output.
-        note: what is worth knowing, or why there is no time.
+        note: a remark, or why there is no time.
     """
 
     variant: str
@@ -49,7 +49,7 @@ class Measurement:
     lowering: LoweringReport | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """All figures as JSON values, seconds as they are."""
+        """All figures as JSON values, in seconds."""
         return {
             "batch": self.batch,
             "threads": self.threads,

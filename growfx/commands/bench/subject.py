@@ -23,9 +23,9 @@ from growfx.deploy.loading import load
 from growfx.deploy.saving import save
 from growfx.errors import ConfigError
 from growfx.masked.graph import MaskedGraph
-from growfx.masked.inputs import Inputs
 from growfx.models.build import create_model, default_input_shape
 from growfx.passes.mask.swap import unwrap, wrap
+from growfx.recorded.inputs import Inputs
 
 __all__ = ["Subject", "opened_subject"]
 

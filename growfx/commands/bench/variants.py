@@ -18,14 +18,14 @@ from growfx.deploy.onnx import export_onnx
 from growfx.deploy.saving import small_network
 from growfx.errors import ConfigError
 from growfx.masked.graph import MaskedGraph
-from growfx.masked.inputs import Inputs
 from growfx.passes.fold_norm import fold_norm
 from growfx.passes.mask.swap import unwrap
 from growfx.quiet import ignored_warnings
+from growfx.recorded.inputs import Inputs
 from growfx.runtime.lowered_layer import Kernel
 from growfx.runtime.report import LoweringReport
 
-__all__ = ["COMPILED", "DENSE", "VARIANTS", "Built", "Setting", "Workshop", "bytes_of"]
+__all__ = ["COMPILED", "DENSE", "VARIANTS", "Built", "Setting", "VariantBuilder", "bytes_of"]
 
 DENSE, COMPILED = "dense", "torch.compile"
 
@@ -56,7 +56,7 @@ class Built:
     lowering: LoweringReport | None = None
 
 
-class Workshop:
+class VariantBuilder:
     """Builds variants of one network; what does not depend on batch and threads is made once, and so are failures."""
 
     def __init__(self, subject: Subject, dtype: torch.dtype, folder: Path) -> None:
@@ -83,11 +83,11 @@ class Workshop:
         return self.once("net", self.subject.masked)
 
 
-def _dense(work: Workshop, _: Setting) -> Built:
+def _dense(work: VariantBuilder, _: Setting) -> Built:
     return Built(work.dense(), bytes_of(work.dense()))
 
 
-def _folded(work: Workshop, _: Setting) -> Built:
+def _folded(work: VariantBuilder, _: Setting) -> Built:
     folded = work.once("folded", lambda: fold_norm(work.net()))
     if not folded.folded:
         raise ConfigError("no norm can be folded" if folded.kept else "the network has no batch norm to fold")
@@ -95,14 +95,14 @@ def _folded(work: Workshop, _: Setting) -> Built:
     return Built(model, bytes_of(model), f"{len(folded.folded)} norms folded")
 
 
-def _compiled(work: Workshop, _: Setting) -> Built:
+def _compiled(work: VariantBuilder, _: Setting) -> Built:
     # Beyond a few compilations of one class torch would silently run it uncompiled.
     torch.compiler.reset()
     compiled: Any = torch.compile(work.dense(), dynamic=False)
-    return Built(_Quiet(compiled), bytes_of(work.dense()))
+    return Built(_SilentModule(compiled), bytes_of(work.dense()))
 
 
-def _onnxruntime(work: Workshop, setting: Setting) -> Built:
+def _onnxruntime(work: VariantBuilder, setting: Setting) -> Built:
     if work.dtype is not torch.float32:
         raise ConfigError("measured in float32 only")
     file = work.folder / f"batch{setting.batch}.onnx"
@@ -111,14 +111,14 @@ def _onnxruntime(work: Workshop, setting: Setting) -> Built:
     return Built(OnnxSession(file, setting.threads), file.stat().st_size, "dense")
 
 
-def _masked(work: Workshop, setting: Setting) -> Built:
+def _masked(work: VariantBuilder, setting: Setting) -> Built:
     net: MaskedGraph = work.once("masked", lambda: work.subject.masked().to(work.dtype))
     with torch.no_grad():
         net(*setting.inputs.args)  # records it, which inference mode would disturb
     return Built(net, bytes_of(net))
 
 
-def _compact(work: Workshop, _: Setting) -> Built:
+def _compact(work: VariantBuilder, _: Setting) -> Built:
     small = work.once("compact", lambda: small_network(work.net()))
     report = small.units
     if not small.plan:
@@ -129,7 +129,7 @@ def _compact(work: Workshop, _: Setting) -> Built:
     return Built(model, bytes_of(model), f"{note}; {len(small.folded)} norms folded")
 
 
-def _sparse(work: Workshop, setting: Setting) -> Built:
+def _sparse(work: VariantBuilder, setting: Setting) -> Built:
     model = work.subject.load(dtype=work.dtype, runtime="sparse", example_inputs=setting.inputs.args)
     assert isinstance(model, SparseRuntime)
     kernels = [module for module in model.modules() if isinstance(module, Kernel)]
@@ -140,7 +140,7 @@ def _sparse(work: Workshop, setting: Setting) -> Built:
 
 
 # In the order they are shown. Each raises where it cannot be had, and says why.
-VARIANTS: dict[str, Callable[[Workshop, Setting], Built]] = {
+VARIANTS: dict[str, Callable[[VariantBuilder, Setting], Built]] = {
     DENSE: _dense,
     "norms folded": _folded,
     COMPILED: _compiled,
@@ -151,7 +151,7 @@ VARIANTS: dict[str, Callable[[Workshop, Setting], Built]] = {
 }
 
 
-class _Quiet(nn.Module):
+class _SilentModule(nn.Module):
     """A compiled model whose compiler keeps its warnings, about itself, to itself."""
 
     def __init__(self, module: nn.Module) -> None:

@@ -27,7 +27,7 @@ from growfx.options import DataOptions, TrainOptions, parse_assignments
 from growfx.runs.folder import RunFolder, refuse_existing
 from growfx.training.recipe import private_randomness
 
-__all__ = ["Comparison", "Known", "Planned", "compare", "plan_controls"]
+__all__ = ["Comparison", "FinishedRun", "Planned", "compare", "plan_controls"]
 
 _FRESH = 1000  # added to the seed of a run for weights that are not its own
 _WHERE = {"device", "workers", "data_dir", "download"}  # may change between start and continuation
@@ -53,8 +53,8 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Known:
-    """What controls are made of: the epochs a run took and the density it ended at."""
+class FinishedRun:
+    """The epochs of a finished run and its final density, from which its controls are planned."""
 
     epochs: int
     density: float
@@ -183,7 +183,7 @@ class Comparison:
 
 
 def plan_controls(
-    comparison: Comparison, runs: Sequence[Planned], known: Mapping[str, Known], folder: Path
+    comparison: Comparison, runs: Sequence[Planned], known: Mapping[str, FinishedRun], folder: Path
 ) -> list[Planned]:
     """Return what makes a comparison one at equal cost, for the `known` ones among `runs`.
 
@@ -245,7 +245,7 @@ def compare(
 ) -> dict[str, Any]:
     """Train a model by several methods, each in a run folder under `out/runs`, and compare the results.
 
-    Runs go on in processes of their own: call this under ``if __name__ == "__main__":``.
+    Every run is a separate process: call this under ``if __name__ == "__main__":``.
 
     Args:
         model, data: specs as on the command line.
@@ -292,12 +292,12 @@ def compare(
     with closing(Meter(work, progress)) as meter:
         _expect(meter, planned)
         if controls:
-            expected = {run.name: Known(_expected_epochs(run.spec), run.asked or 0.5) for run in planned}
+            expected = {run.name: FinishedRun(_expected_epochs(run.spec), run.asked or 0.5) for run in planned}
             _expect(meter, plan_controls(comparison, planned, expected, work))
         _train_all(planned, work, jobs, threads, meter, errors)
         if controls:
             ended = {run.name: finished(work / run.name) for run in planned}
-            known = {name: Known(r["epochs"], r["nnz"] / r["numel"]) for name, r in ended.items() if r is not None}
+            known = {n: FinishedRun(r["epochs"], r["nnz"] / r["numel"]) for n, r in ended.items() if r is not None}
             more = plan_controls(comparison, planned, known, work)
             meter.keep(run.name for run in [*planned, *more])
             _expect(meter, more)
@@ -353,7 +353,7 @@ def _open(out: Path, comparison: Comparison, *, resume: bool, overwrite: bool) -
     if overwrite:
         for name in ("runs", "logs"):
             shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("table.txt", "compare.json", "accuracy_density.png", "accuracy_cost.png"):
+        for name in ("table.txt", "compare.json", "accuracy_density.png", "accuracy_cost.png", "accuracy_seconds.png"):
             (out / name).unlink(missing_ok=True)
     folder.write_json("config.json", config)
     return folder

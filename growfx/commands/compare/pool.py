@@ -1,4 +1,4 @@
-"""Runs by their options, one after another or many at a time in processes of their own."""
+"""Execute runs, one after another or in parallel worker processes."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def _context() -> BaseContext:
 
 
 class _Child:
-    """A run in a process of its own."""
+    """A run in a separate process."""
 
     def __init__(self, context: Any, name: str, spec: RunSpec, out: Path, logs: Path, threads: int) -> None:
         self.name, self.out, self.log = name, out, logs / f"{name}.log"

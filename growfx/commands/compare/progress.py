@@ -97,7 +97,7 @@ class Meter:
         tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Keep the bar."""
         self.bar.close()
 
     def _learn(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""What a comparison came to: facts of every run, means over seeds, a table, JSON and plots."""
+"""Report a comparison: facts of every run, means over seeds, a table, JSON and plots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from growfx.runs.folder import RunFolder
 __all__ = ["FORMAT", "comparison_rows", "comparison_text", "run_facts", "summarise", "write_comparison"]
 
 FORMAT = "growfx comparison 1"
-_MEANS = ("density", "epochs", "dense_equivalent_epochs", "seconds", "artifact_bytes")
+_MEANS = ("density", "epochs", "dense_equivalent_epochs", "train_seconds", "eval_seconds", "seconds", "artifact_bytes")
 _LONGEST = 60  # characters of an error in the table
 
 
@@ -84,13 +84,13 @@ def _row(label: str, asked: float | None, runs: Sequence[Mapping[str, Any]], spl
         "spread": statistics.stdev(accuracies) if len(good) > 1 else None,
     }
     for key in _MEANS:
-        values = [run[key] for run in good if run[key] is not None]
+        values = [run[key] for run in good if run.get(key) is not None]  # runs of older versions lack some
         row[key] = statistics.fmean(values) if values else None
     return row
 
 
 def comparison_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Return the rows of `summarise` as texts for `growfx.report.table`."""
+    """Return the rows of `summarise` as texts for `growfx.reporting.table`."""
     split = rows[0]["split"] if rows else "test"
     return [
         {
@@ -102,6 +102,7 @@ def comparison_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             "density": percent(row["density"]),
             "epochs": _number(row["epochs"], ".1f"),
             "dense-equivalent": _number(row["dense_equivalent_epochs"], ".2f"),
+            "training": "-" if row["train_seconds"] is None else _duration(row["train_seconds"]),
             "wall time": "-" if row["seconds"] is None else _duration(row["seconds"]),
             "bytes": _number(row["artifact_bytes"], ",.0f"),
         }
@@ -115,7 +116,8 @@ def comparison_text(facts: Mapping[str, Any]) -> str:
     notes = [
         "accuracy: mean over seeds; +-: sample standard deviation",
         "epochs: all that were run; dense-equivalent: epochs of dense training with as many FLOPs",
-        f"wall time: training and validation of one run, {facts['jobs']} at the same time; bytes: of the artifact",
+        "training: wall time without validation; wall time: with it; bytes: of the artifact",
+        f"wall times are those of one run, {facts['jobs']} at the same time",
         f"{facts['model']} on {facts['data']}; {facts['machine']['accelerator'] or facts['machine']['cpu']}",
     ]
     parts = [table(comparison_rows(facts["rows"])), "\n".join(notes)]
@@ -135,7 +137,8 @@ def write_comparison(folder: RunFolder, about: Mapping[str, Any], runs: Sequence
     label = f"{measured[0]['split'] if measured else 'test'} accuracy, %"
     facts["plots"] = bool(measured) and all(
         draw_methods(folder.path / f"accuracy_{name}.png", title, measured, key, label)
-        for name, key in (("density", "density"), ("cost", "dense_equivalent_epochs"))
+        for name, key in (("density", "density"), ("cost", "dense_equivalent_epochs"), ("seconds", "train_seconds"))
+        if key != "train_seconds" or all(row[key] for row in measured)
     )
     folder.write_text("table.txt", comparison_text(facts))
     folder.write_json("compare.json", facts)

@@ -172,7 +172,7 @@ class _Check:
         return self.rebuild() if self.rebuild else self.model
 
     def wrap(self) -> None:
-        """Wrap at the model's own input size, which must leave the model as it is."""
+        """Wrap at the model's own input size, which must not change the model."""
         facts = self.facts
         with self._stage("wrap", "recorded", fatal=True):
             before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
@@ -423,7 +423,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _grow(net: MaskedGraph, paths: PathProducts) -> str:
-    """One growth round as `growfx.methods.pwmpr` makes it; returns what is wrong with it."""
+    """One growth round as `growfx.methods.growth.pwmpr` makes it; returns what is wrong with it."""
     before = {name: layer.mask.clone() for name, layer in net.layers.items()}
     absent = {name: ~before[name] for name in paths.scores}
     wanted = next_nnz(net.nnz, net.numel, PWMPR().growth_ratio, 1.0) - net.nnz

@@ -43,7 +43,7 @@ def enliven(model: nn.Module, seed: int = 0) -> None:
     """Give constant parameters and running statistics random values, in place.
 
     Fresh models hold heads and branches that are exactly or nearly zero (zero-initialised heads, LayerScale of
-    1e-6); whatever such a branch computed, outputs would be equal.
+    1e-6); outputs would be equal for any result of such a branch.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

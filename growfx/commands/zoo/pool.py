@@ -1,4 +1,4 @@
-"""Check models in processes of their own: what one of them does (hang, crash, eat all memory) costs its row alone."""
+"""Check models in separate processes, so that a hang, a crash or lack of memory costs one row alone."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class _Job:
         return None
 
     def kill(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, even a hanging one."""
         self.process.kill()
         self.process.join()
         self.results.close()

@@ -1,4 +1,4 @@
-"""Growth by gradient: the control for what a score without data is worth against one with data."""
+"""Grow by gradient: the control that scores edges with data, where `pwmpr` scores without."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Growth that also exchanges: every round gives up its weakest edges for more new ones."""
+"""Grow and exchange: every round also drops its weakest edges for more new ones."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class GrowPrune(PathGrowth):
     3. New edges are drawn from those absent before, and given up are edges present before: none is given up before it
        was trained for a round, and none comes back in the round it went.
     4. The strongest edge of every input unit and of every output unit of a layer stays, so that no unit loses its last
-       edge. Layers that no path crosses stay as they are.
+       edge. Layers that no path crosses keep their masks.
     5. Where too few absent edges are on a path for all, fewer are given up.
 
     The trace says how many were `exchanged` at the end of each round.

@@ -10,7 +10,7 @@ is fitted to the rounds' (density, accuracy, noise) by bounded least squares (Ya
 Early
    rounds do not determine all four parameters; without these terms the covariance is singular there.
 2. Where residuals are larger than the noise says, the covariance grows by their ratio, so that a curve that
-   is no logistic is believed less.
+   is not a logistic gets less weight.
 3. The gain from a density to full density (1.0) has a standard error by the delta method.
 
 The rule (`PlateauRule`) stops when gain + 1.64 errors is below the tolerance in two rounds running. The
@@ -19,7 +19,7 @@ operating density is then the earliest round whose gain under the last fit is be
 curves of `benchmarks/plateau.py`: fewer errors leave more accuracy behind, more of them spend more density.)
 A fit that fails or is unbounded never stops growth.
 
-Not handled: a curve that is flat for many rounds and rises again (whatever is flat long enough is a plateau).
+Not handled: a curve that is flat for many rounds and rises again (a long flat stretch counts as a plateau).
 A curve that approaches its top more slowly than a logistic, such as a power law, is left with about 0.5
 points to gain at a noise of 0.5 points, not 0.2. At a noise of 1 point the density chosen is 1.3 times the
 ideal one in the median.

@@ -2,7 +2,7 @@
 
 Yao & Dovrolis, "Growing Winning Subnetworks, Not Pruning Them" (arXiv 2509.25665). New edges are drawn at random in
 proportion to their path score, so that growth does not pile up on bottlenecks. Rounds, stop and final training are
-those of all growth methods (`growfx.methods.growing`).
+those of all growth methods (`growfx.methods.growth.rounds`).
 
 What the paper leaves open is decided here: one edge is one scalar weight; layers that no path crosses stay
 dense and are counted; the draw is without replacement, over all layers at once; optimizer state is kept while

@@ -1,4 +1,4 @@
-"""Growth at random: the control for what the path score is worth."""
+"""Grow at random edges: the control for the value of the path score."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What every growth method is: rounds, a clock, the stop at the plateau, the way back, the final training.
+"""Growth in rounds: clock, stop at the plateau, restoring the operating round, final training.
 
 A sparse seed is trained for a short round and then given new edges, whose weights start at zero. A logistic fit of
-accuracy over density ends growth (`growfx.plateau`), the operating round's masks and weights are put back, and the full
-training follows. Which edges are new is all that methods differ in.
+accuracy over density ends growth (`growfx.methods.growth.plateau`), the operating round's masks and weights are
+restored, and the full training follows. Methods differ in the choice of new edges only.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Growth:
         gradients: dense gradients of the last step of a round that awaits its report, by layer with absent edges;
             empty otherwise.
         origin: the network before the seed was drawn, if the final training is to start from it.
-        options: of the run, None in a loop of one's own. finished: the final training of a run is over.
+        options: of the run, None in the user's own loop. finished: the final training of a run is over.
     """
 
     net: MaskedGraph
@@ -90,7 +90,7 @@ class Growing(Method):
     """Growth in rounds with a stop at the plateau.
 
     Attributes:
-        masks: of the seed: "drawn" by expected visits of random walks, whatever masks the network has (a
+        masks: of the seed: "drawn" by expected visits of random walks, ignoring the network's masks (a
             `GrowfxWarning` where that loses some); "given" grows from those it has; "magnitude" from its largest
             weights, over all layers at once.
         seed_density: density of the seed; None takes the smallest of 1, 2, 5, 10 % where every unit is alive (with
@@ -147,7 +147,7 @@ class Growing(Method):
     # -- clock ----------------------------------------------------------------------------------------------
 
     def attach(self, net: MaskedGraph, optimizer: Optimizer, *, total_steps: int, steps_per_epoch: int) -> None:
-        """Draw the seed. Growth has a clock of its own, so `total_steps` (of the final training) does not
+        """Draw the seed. Growth has its own clock, so `total_steps` (of the final training) does not
         matter.
 
         Raises `ConfigError` where layers off path alone are denser than the seed, and `TraceError` for a

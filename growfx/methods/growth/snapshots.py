@@ -1,4 +1,4 @@
-"""What growth methods share: the seed, how many edges next, and going back to an earlier round."""
+"""Shared parts of growth methods: the seed, the size of the next round, and restoring an earlier round."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Snapshot:
 
     @classmethod
     def take(cls, net: MaskedGraph) -> Snapshot:
-        """Copy what `net` is now."""
+        """Copy the present state of `net`."""
         masks, active = {}, {}
         for name, layer in net.layers.items():
             masks[name] = pack(layer.mask)
@@ -109,7 +109,7 @@ class Snapshot:
         return cls(masks, active, {name: own_part(value).cpu().clone() for name, value in _rest(net).items()})
 
     def restore(self, net: MaskedGraph, optimizer: Optimizer) -> None:
-        """Make `net` what it was, and forget the optimizer's state: it belongs to another network.
+        """Restore `net`, and clear the optimizer's state, which belongs to another network.
 
         Frozen layers keep the weights and masks they have now.
         """
@@ -153,7 +153,7 @@ class Origin:
 
     @classmethod
     def take(cls, net: MaskedGraph) -> Origin:
-        """Copy what `net` is now."""
+        """Copy the present state of `net`."""
         return cls({name: own_part(value).cpu().clone() for name, value in _unmasked(net).items()})
 
     def restore(self, net: MaskedGraph, optimizer: Optimizer) -> None:
@@ -188,7 +188,7 @@ def _rest(net: MaskedGraph) -> dict[str, Tensor]:
 
 
 def _unmasked(net: MaskedGraph) -> dict[str, Tensor]:
-    """Return the live tensors of the state dict that are no masks."""
+    """Return the live tensors of the state dict that are not masks."""
     masks = {id(layer.mask) for layer in net.layers.values()}
     state = net.state_dict(keep_vars=True)
     return {name: value for name, value in state.items() if isinstance(value, Tensor) and id(value) not in masks}

@@ -118,7 +118,7 @@ class Staged(Method):
     # -- the same for all -----------------------------------------------------------------------------------
 
     def attach(self, net: MaskedGraph, optimizer: Optimizer, *, total_steps: int, steps_per_epoch: int) -> NoReturn:
-        """Raise `ConfigError`: a loop of one's own has a single training."""
+        """Raise `ConfigError`: the user's own loop has a single training."""
         raise ConfigError(f"method `{self.name}` {self._why_staged}; run it through growfx.train")
 
     def begin(self, session: Session) -> None:

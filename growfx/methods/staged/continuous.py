@@ -37,7 +37,7 @@ MODES = ("ticket", "prune")
 class SoftMask:
     """A layer's gate: ``weight * sigmoid(temperature * scores) / sigmoid(initial)``.
 
-    A deep copy has scores of its own. The scores stay on the device they were made on.
+    A deep copy gets its own scores. The scores stay on the device they were made on.
 
     Attributes:
         scores: float32 leaf of the weight's shape, all `initial` at first.

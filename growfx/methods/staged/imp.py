@@ -49,7 +49,7 @@ class IMP(Staged):
 
     Attributes:
         density: at the last level, of all masked layers together that are trained; None is that of given masks.
-        masks: "drawn" starts with all edges, whatever masks the network has; "given" prunes on from those it has.
+        masks: "drawn" starts with all edges, ignoring the network's masks; "given" prunes on from those it has.
         prune_fraction: of the present edges, pruned after each level; the last pruning stops at `density`.
         levels: how many times to prune, the same fraction each time; 1 prunes once, to `density`. None prunes
             `prune_fraction` as often as needed.
@@ -61,7 +61,7 @@ class IMP(Staged):
         1. batches are drawn from the number of the epoch in the whole run, so each level sees them in another order.
         2. counts are exact: the released threshold prunes one edge more, and all that tie with it.
         3. the fraction is one of the layers that paths cross; open_lth counts what it leaves alone in it too.
-        4. the last pruning prunes less than the others where `density` is no power of what a level keeps.
+        4. the last pruning prunes less than the others where `density` is not a power of the fraction a level keeps.
     """
 
     name: ClassVar[str] = "imp"

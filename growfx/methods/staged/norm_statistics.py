@@ -18,7 +18,7 @@ def reestimate_norms(net: nn.Module, batches: Iterable[tuple[Tensor, Any]]) -> N
     """Replace the running mean and variance of every batch norm by their averages over `batches`.
 
     What `torch.optim.swa_utils.update_bn` does (Izmailov et al., Averaging Weights Leads to Wider Optima, UAI 2018),
-    with dropout and the like as in training; every batch weighs the same, whatever a norm's momentum. No gradients are
+    with dropout and the like as in training; every batch weighs the same, for any momentum of a norm. No gradients are
     computed and no parameter changes; the mode of every module is as it was. Nothing is read where no norm keeps
     statistics. Statistics of other layers (instance norms that track them) stay.
 

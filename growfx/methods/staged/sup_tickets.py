@@ -270,7 +270,7 @@ def join(average: Mapping[str, Tensor], ticket: Mapping[str, Tensor], number: in
     """Return the average after the ticket `number` (from 1) in it; both are state dicts of one network.
 
     Floating-point tensors are averaged, in float32 at least: ``average + (ticket - average) / number``, so that each
-    of `number` tickets weighs the same, and equal ones stay as they are to the bit. Others (counters, masks) are those
+    of `number` tickets weighs the same, and equal ones stay bit for bit. Others (counters, masks) are those
     of `ticket`. The result shares no memory with `average` or `ticket`.
     """
     joined = {}

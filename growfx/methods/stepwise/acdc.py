@@ -34,10 +34,10 @@ class ACDC(Stepwise):
 
     Attributes:
         density: of sparse phases, of all masked layers together that are trained; None is that of given masks.
-        masks: "drawn" has all edges in dense phases, whatever masks the network has; "given" has those of the masks the
+        masks: "drawn" has all edges in dense phases, ignoring the network's masks; "given" has those of the masks the
             network starts with, and no others.
         scope: "global" compares magnitudes over the whole network; "uniform", "erk" and "er" give each layer its share
-            of the edges (`growfx.density`) and compare within it.
+            of the edges (`growfx.selection.density`) and compare within it.
         warmup: first dense phase, as a fraction of all steps.
         cycles: sparse phases before the last dense phase; they and the dense phases between them are of one length.
         last_dense, last_sparse: length of the last two phases, as fractions of all steps.

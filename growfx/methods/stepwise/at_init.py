@@ -43,7 +43,7 @@ class SNIP(SparseInit):
     """Keep the edges whose removal would change the loss most: largest ``|g * w|`` (Lee et al., SNIP, ICLR 2019).
 
     In `growfx.train` g is the gradient of the loss summed over the first `score_batches` batches, in training mode; of
-    the look at the data nothing remains but the masks. In a loop of one's own there are no data yet when the method is
+    the look at the data nothing remains but the masks. In the user's own loop there are no data yet when the method is
     attached. There the network stays dense for one step, g is the gradient of that step, and the step is taken back:
     weights, buffers and optimizer state are again what they were at `attach` (load weights before it), and then the
     masks apply. Where that gradient is not finite, as in the first steps of a loss scaler, the next one is taken.
@@ -142,7 +142,7 @@ class SynFlow(StaticMasks):
     Attributes:
         rounds: how often the scores are computed; with 1 whole layers may vanish.
         norm: "identity" counts norms and learned scales (and weights without a mask) as one: the paper's network of
-            magnitudes in evaluation mode, for a batch norm as it is built. "fold" counts them as they are: norms that
+            magnitudes in evaluation mode, for a batch norm as it is built. "fold" counts present values: norms that
             start at zero, as in the residual branches of timm's ResNets, then leave their branch without flow.
     """
 
@@ -206,9 +206,9 @@ def _zeros(course: Course) -> dict[str, Tensor]:
 def _summed_gradients(
     course: Course, session: Session, batches: list[tuple[Tensor, Tensor]], temperature: float = 1.0
 ) -> dict[str, Tensor]:
-    """Return the gradient of the loss summed over `batches`, per layer of the course; `.grad` stays as it is.
+    """Return the gradient of the loss summed over `batches`, per layer of the course; `.grad` is not changed.
 
-    The mean over ranks, where each has batches of its own.
+    The mean over ranks, each with its own batches.
     """
     total = _zeros(course)
     for images, targets in batches:
@@ -275,7 +275,7 @@ def _is_recurrent(net: MaskedGraph) -> bool:
 
 
 def _cooled(output: Any, temperature: float) -> Any:
-    """A network's output, whatever it holds, with every tensor divided by `temperature`."""
+    """A network's output (any nest of containers) with every tensor divided by `temperature`."""
     return pytree.tree_map(lambda value: value / temperature if isinstance(value, Tensor) else value, output)
 
 

@@ -49,8 +49,8 @@ class Course:
         memory: what else the method has to remember, by name: tensors, numbers, lists, dicts.
         start: what has to be known of the masks it started from, by name, as plain values.
         ever_active: per layer, which edges were active at any time.
-        session: the run of `growfx.train`, None in a loop of one's own.
-        stages: the stages of training still to come; empty in a loop of one's own.
+        session: the run of `growfx.train`, None in the user's own loop.
+        stages: the stages of training still to come; empty in the user's own loop.
     """
 
     net: MaskedGraph
@@ -101,12 +101,12 @@ class Course:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Masks of `layers`, as they are (not copies)."""
+        """Masks of `layers`, not copied."""
         return {name: layer.mask for name, layer in self.layers.items()}
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """Weights of `layers`, as they are (not copies)."""
+        """Weights of `layers`, not copied."""
         return {name: layer.parameter.detach() for name, layer in self.layers.items()}
 
     @property
@@ -125,7 +125,7 @@ class Stepwise(Method):
         check_ranges(self)
         self._check()
 
-    # -- what a subclass says -------------------------------------------------------------------------------
+    # -- for subclasses -------------------------------------------------------------------------------------
 
     def _check(self) -> None:
         """Raise `ConfigError` for options that are in range each, but not together."""

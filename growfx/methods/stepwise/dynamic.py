@@ -51,7 +51,7 @@ class Dynamic(SparseStart):
         1. the optimizer's step before an update is made; RigL's own code replaces it by the update.
         2. equal scores are ordered by seeded keys, not by noise added to the weights.
         3. starting counts are exact for the whole network, and "uniform" does not keep the first layer dense
-           (`growfx.density`).
+           (`growfx.selection.density`).
         4. no update before the first step.
     """
 
@@ -143,7 +143,7 @@ def _average(course: Course, gradients: Mapping[str, Tensor], memory: float) -> 
 class SET(Dynamic):
     """Sparse evolutionary training: growth at random (Mocanu et al., Nature Communications 2018).
 
-    Options as in `Dynamic`. Deviations: 1. the smallest magnitudes are dropped whatever their sign; the original drops
+    Options as in `Dynamic`. Deviations: 1. the smallest magnitudes are dropped regardless of sign; the original drops
     the smallest positive and the largest negative weights apart. 2. counts are exact; later codes grow each edge with a
     probability. 3. the output layer is sparse as any other; exclude it in `growfx.wrap` to keep it dense.
     """

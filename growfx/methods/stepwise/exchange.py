@@ -1,6 +1,6 @@
-"""Exchanging edges layer by layer with exact counts: drop the worst of those present, grow the best of those absent.
+"""Exchange edges layer by layer with exact counts: drop the worst of those present, grow the best of those absent.
 
-Pure functions over masks and scores by layer. Counts are what was asked for whatever the scores: equal scores, all-zero
+Pure functions over masks and scores by layer. Counts are exact for any scores: equal scores, all-zero
 gradients among them, are ordered by seeded keys (`growfx.selection`), so that a result depends on seed, layer names and
 scores alone.
 """
@@ -45,8 +45,8 @@ def exchange(
 def keep_largest(masks: Scores, edges: int, scores: Scores, spread: str, keys: EdgeKeys) -> dict[str, Tensor]:
     """Return masks with `edges` edges in all, those of largest score of the ones present.
 
-    `spread`: "global" compares all layers with one another; a name of `growfx.density.DISTRIBUTIONS` first shares the
-    edges out among the layers, none getting more than it has, and compares within each.
+    `spread`: "global" compares all layers with one another; a name of `DISTRIBUTIONS` in `growfx.selection.density`
+    first shares the edges out among the layers, none getting more than it has, and compares within each.
     """
     if spread == "global":
         return top(scores, edges, keys, masks).masks

@@ -1,4 +1,4 @@
-"""No method: the masks stay as they are. What `growfx.train` runs without a method; all ones is a dense training."""
+"""Train under fixed masks: the method of `growfx.train` when none is given; all ones is dense training."""
 
 from __future__ import annotations
 

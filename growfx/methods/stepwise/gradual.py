@@ -31,14 +31,14 @@ class GMP(Stepwise):
 
     From after `start` to `end` the density falls from 1 to `density` along a cubic; at every update the present edges
     of smallest magnitude go, and none comes back. The step at `end` is always an update, the last, and hits `density`
-    exactly, whatever the number of updates before it.
+    exactly, for any number of updates before it.
 
     Attributes:
         density: at the end, of all masked layers together that are trained; None is that of given masks.
-        masks: "drawn" starts with all edges, whatever masks the network has; "given" prunes on from those it has, and
+        masks: "drawn" starts with all edges, ignoring the network's masks; "given" prunes on from those it has, and
             none of the edges absent there comes back.
         scope: "global" compares magnitudes over the whole network; "uniform", "erk" and "er" give each layer its share
-            of the edges (`growfx.density`) and compare within it.
+            of the edges (`growfx.selection.density`) and compare within it.
         start, end: of pruning, as fractions of all steps.
         update_every: optimizer steps from update to update.
         seed: of ties.
@@ -114,7 +114,7 @@ class GraNet(SparseStart):
         density: at the end, of all masked layers together that are trained; None is that of given masks.
         initial_density: at the start; below 1 as `masks` says (see `SparseStart`), and initialised by `init`. With
             given masks it is theirs, so there it stays at 1.
-        prune_until: fraction of all steps at which `density` is reached, exactly and at an update of its own.
+        prune_until: fraction of all steps at which `density` is reached, exactly and at a separate update.
         update_every: optimizer steps from update to update.
         drop_fraction, last_drop_fraction: of a layer's edges, exchanged by an update at the start and at the end of
             training; between them by a cosine.

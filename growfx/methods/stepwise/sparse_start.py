@@ -1,4 +1,4 @@
-"""What methods share that know their masks, or the first of them, before training."""
+"""Shared parts of methods that choose their masks, or the first ones, before training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SparseInit(Stepwise):
     """A stepwise method that chooses masks for the initial weights, or initial weights for the masks.
 
     Attributes:
-        init: "dense" keeps the initial weights as they are; "sparse-aware" scales the weights of each output unit by
+        init: "dense" keeps the initial weights; "sparse-aware" scales the weights of each output unit by
             ``sqrt(fan-in / active fan-in)``, so that its activations start with the variance they have in the dense
             network (Evci et al., Gradient Flow in Sparse Neural Networks, AAAI 2022).
         seed: of everything drawn, and of the choice among equal scores.
@@ -69,10 +69,10 @@ class SparseStart(SparseInit):
     Attributes:
         density: of all masked layers together that are trained. None is that of the masks with `masks` = "given",
             where no other is allowed, and 0.1 otherwise.
-        masks: "drawn" at random by `distribution`, whatever masks the network has (a `GrowfxWarning` where that loses
+        masks: "drawn" at random by `distribution`, ignoring the network's masks (a `GrowfxWarning` where that loses
             some); "given" keeps those it has; "magnitude" takes the weights of largest magnitude, layer by layer as
             many as `distribution` says.
-        distribution: of the edges over the layers: "erk", "er" or "uniform" (`growfx.density`).
+        distribution: of the edges over the layers: "erk", "er" or "uniform" (`growfx.selection.density`).
     """
 
     density: float | None = option(DefaultFloat(0.1), low=0, high=1, open_low=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 from typing import Any, Final
 
 import torch
@@ -26,6 +27,12 @@ _STEP: Final = 1.2
 _ROUNDS, _SECONDS = 4, 0.05
 # The sparse kernel has to be this much faster than the dense one.
 _MARGIN: Final = 0.95
+# A flow may take this much longer in its layers, for what it saves in norms and pooling.
+_FLOW: Final = 1.05
+# Two measurements give the time at a third density that is not further from them than this factor.
+_REACH: Final = 3.0
+# Without times: a sparse kernel is taken up to this density.
+_MODEL_DENSITY: Final = 0.15
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -54,12 +61,20 @@ class _Known:
 
     density: float
     times: Times | None
+    model: bool = False  # not timed, but chosen by density
 
     def takes_sparse(self, inner: bool) -> bool:
+        if self.model:
+            return self.density <= _MODEL_DENSITY
         if self.times is None:
             return True
         dense, sparse = self.times.of(inner=inner)
         return sparse < _MARGIN * dense
+
+    def reason(self, sparse: bool) -> str:
+        if self.model:
+            return f"its density is {'below' if sparse else 'above'} {_MODEL_DENSITY:g}"
+        return "faster" if sparse else "the dense kernel is faster"
 
 
 @dataclass
@@ -68,13 +83,15 @@ class Chooser:
 
     Attributes:
         kernels: "auto" or "sparse".
-        table: key (geometry, batch, density) -> times; what was measured or given.
-        known: (layer, shape, gradient) -> what was chosen.
+        timed: False chooses by density alone, which is the same on every machine and in every process.
+        table: key (geometry, batch) -> density -> times; what was measured or given.
+        known: (layer, situation) -> what was chosen.
         last: layer -> what was chosen last.
     """
 
     kernels: str
-    table: dict[str, Times] = field(default_factory=dict)
+    timed: bool = True
+    table: dict[str, dict[float, Times]] = field(default_factory=dict)
     known: dict[tuple[str, Any], _Known] = field(default_factory=dict)
     last: dict[str, _Known] = field(default_factory=dict)
 
@@ -92,65 +109,132 @@ class Chooser:
         if self.kernels == "sparse":
             return True, "asked for"
         gradient = torch.is_grad_enabled() and layer.parameter.requires_grad
-        situation = (name, (tuple(x.shape), x.dtype, gradient, x.requires_grad, torch.get_num_threads()))
-        known = self.known.get(situation)
+        situation = (tuple(x.shape), str(x.dtype), gradient, x.requires_grad, torch.get_num_threads())
+        known = self.known.get((name, situation))
         density = entries.nnz / layer.numel
         if known is None or not known.density / _STEP < density < known.density * _STEP:
-            known = self._choose(layer, geometry, entries, x, out_size)
-            self.known[situation] = known
+            known = self._choose(name, layer, geometry, entries, x, out_size)
+            self.known[name, situation] = known
         self.last[name] = known
         sparse = known.takes_sparse(inner)
-        return sparse, "faster" if sparse else "the dense kernel is faster"
+        return sparse, known.reason(sparse)
 
     def flow_pays(self) -> bool:
         """Whether the layers, as last chosen, take less time in all with the batch innermost in memory."""
+        if not self.timed:
+            return bool(self.last) and sum(known.takes_sparse(True) for known in self.last.values()) * 2 > len(
+                self.last
+            )
         times = [known.times for known in self.last.values() if known.times is not None]
         plain, inner = (sum(min(t.of(inner=which)) for t in times) for which in (False, True))
-        return inner < _MARGIN * plain
+        return inner < _FLOW * plain
 
     def last_times(self, name: str) -> Times | None:
         """The times that decided what the layer `name` took last; None where nothing was timed."""
         return self.last[name].times if name in self.last else None
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured and chosen, as plain values: a run that goes on from it takes the same kernels."""
+        known = [[name, list(map(_plain, at)), *_known_values(choice)] for (name, at), choice in self.known.items()]
+        return {
+            "table": {key: [[d, *astuple(times)] for d, times in row.items()] for key, row in self.table.items()},
+            "known": known,
+            "last": {name: _known_values(choice) for name, choice in self.last.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        self.table = {key: {d: Times(*times) for d, *times in row} for key, row in state["table"].items()}
+        self.known = {
+            (name, tuple(tuple(part) if isinstance(part, list) else part for part in at)): _known(values)
+            for name, at, *values in state["known"]
+        }
+        self.last = {name: _known(values) for name, values in state["last"].items()}
+
     def _choose(
-        self, layer: MaskedLayer, geometry: Geometry, entries: Entries, x: Tensor, out_size: list[int]
+        self, name: str, layer: MaskedLayer, geometry: Geometry, entries: Entries, x: Tensor, out_size: list[int]
     ) -> _Known:
         density = entries.nnz / layer.numel
-        if density == 0:
-            return _Known(density, None)
+        if density == 0 or not self.timed:
+            return _Known(density, None, model=not self.timed)
         gradient = torch.is_grad_enabled() and layer.parameter.requires_grad
-        key = _key(layer, geometry, x, gradient, round(math.log(density) / math.log(_STEP)))
+        larger = None if gradient else self._of_a_larger_batch(name, x, density)
+        if larger is not None:
+            return larger
+        key = _key(layer, geometry, x, gradient)
         with _ONE_AT_A_TIME:
-            times = self.table.get(key) or _read(key)
+            row = self.table.setdefault(key, {})
+            times = _between(row, density) or _between(row := {**_read(key), **row}, density)
             if times is None:
-                times = _measure(layer, geometry, entries, x, out_size, gradient)
-                write_choices(_file_key(key), [times.dense, times.sparse, times.dense_inner, times.sparse_inner])
-            self.table[key] = times
+                times = row[density] = _measure(layer, geometry, entries, x, out_size, gradient)
+                write_choices(_file_key(key), [[d, *astuple(known)] for d, known in sorted(row.items())])
+            self.table[key] = row
         return _Known(density, times)
 
+    def _of_a_larger_batch(self, name: str, x: Tensor, density: float) -> _Known | None:
+        """What was chosen for more images of the same size: the last batch of a data set is small."""
+        for (other, (shape, *rest)), known in self.known.items():
+            same = other == name and shape[1:] == tuple(x.shape[1:]) and shape[0] > x.shape[0]
+            if same and rest[:2] == [str(x.dtype), False] and known.density / _STEP < density < known.density * _STEP:
+                return known
+        return None
 
-def _key(layer: MaskedLayer, g: Geometry, x: Tensor, gradient: bool, bucket: int) -> str:
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _known_values(choice: _Known) -> list[Any]:
+    return [choice.density, None if choice.times is None else list(astuple(choice.times)), choice.model]
+
+
+def _known(values: Sequence[Any]) -> _Known:
+    density, times, model = values
+    return _Known(density, None if times is None else Times(*times), model)
+
+
+def _between(row: Mapping[float, Times], density: float) -> Times | None:
+    """Times at a density, from those measured at others: what a sparse kernel does grows evenly with its entries.
+
+    None where nothing was measured within a fifth, nor at two densities of which one is within a factor of `_REACH`.
+    """
+    near = sorted(row, key=lambda known: abs(math.log(known / density)))
+    if near and density / _STEP < near[0] < density * _STEP:
+        return row[near[0]]
+    if len(near) < 2 or not density / _REACH < near[0] < density * _REACH:
+        return None
+    a, b = (row[d] for d in near[:2])
+    share = (density - near[0]) / (near[1] - near[0])
+    line = [max(u + share * (v - u), min(u, v) / _REACH) for u, v in zip(astuple(a), astuple(b), strict=True)]
+    return Times(min(a.dense, b.dense), line[1], min(a.dense_inner, b.dense_inner), line[3])
+
+
+def _key(layer: MaskedLayer, g: Geometry, x: Tensor, gradient: bool) -> str:
     shape = tuple(x.shape) if g.kernel else (x.numel() // x.shape[-1], x.shape[-1])
     parts = [
         f"input {'x'.join(map(str, shape))} {str(x.dtype).removeprefix('torch.')}",
         f"weight {'x'.join(map(str, layer.parameter.shape))}",
         f"stride {g.stride} padding {g.front}{g.back} dilation {g.dilation}",
         f"{'backward' if gradient else 'forward'}{' input' if gradient and x.requires_grad else ''}",
-        f"density {_STEP**bucket:.3g}",
         f"threads {torch.get_num_threads()}",
     ]
     return ", ".join(parts)
 
 
 def _file_key(key: str) -> dict[str, Any]:
-    return {"training": key, "torch": torch.__version__, "processor": processor(), "version": 3}
+    return {"training": key, "torch": torch.__version__, "processor": processor(), "version": 4}
 
 
-def _read(key: str) -> Times | None:
+def _read(key: str) -> dict[float, Times]:
+    """What was measured before, by density; nothing where the file holds anything else."""
     found = read_choices(_file_key(key))
-    if isinstance(found, list) and len(found) == 4 and all(isinstance(v, float) and v > 0 for v in found):
-        return Times(*found)
-    return None
+    rows = found if isinstance(found, list) else []
+    good = [row for row in rows if isinstance(row, list) and len(row) == 5 and all(_is_time(value) for value in row)]
+    return {density: Times(*times) for density, *times in good}
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, float) and 0 < value < math.inf
 
 
 def _measure(layer: Any, geometry: Geometry, entries: Entries, x: Tensor, out_size: list[int], gradient: bool) -> Times:

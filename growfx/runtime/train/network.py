@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from growfx.runtime.train.flow import Flow
 from growfx.runtime.train.layer import LayerKernel
 from growfx.runtime.train.report import KernelReport, LayerChoice
 
-__all__ = ["NetworkKernels"]
+__all__ = ["NetworkKernels", "choices_of", "kernels_taken", "take_choices"]
 
 # Of all modules, whatever network they belong to.
 _GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
@@ -94,3 +95,26 @@ def _chains(net: MaskedGraph) -> dict[int, Chain]:
     once = {id(weight) for weight in weights if sum(other is weight for other in weights) == 1}
     chains = {id(modules[name].weight): chain for name, chain in found.items()}
     return {key: chain for key, chain in chains.items() if key in once}
+
+
+def choices_of(net: MaskedGraph) -> dict[str, Any] | None:
+    """What the kernels of a network were chosen by, as plain values; None without a choice."""
+    chooser = None if net.kernels is None else net.kernels.chooser
+    return None if chooser is None else chooser.state_dict()
+
+
+def take_choices(net: MaskedGraph, state: Mapping[str, Any] | None) -> None:
+    """Choose as a network did that `choices_of` was asked of; nothing where there are no kernels to choose among."""
+    if state is not None and net.kernels is not None and net.kernels.chooser is not None:
+        net.kernels.chooser.load_state_dict(state)
+
+
+def kernels_taken(net: MaskedGraph) -> dict[str, Any]:
+    """What the layers of a network took in their last calls: `asked`, numbers of `sparse` and `dense`, and `layers`."""
+    report = net.kernel_report
+    if report is None:
+        layers = dict.fromkeys(net.layers, "dense")
+        return {"asked": "dense", "sparse": 0, "dense": len(layers), "layers": layers}
+    layers = {name: choice.kernel for name, choice in report.layers.items()}
+    taken = list(layers.values())
+    return {"asked": report.kernels, **{kind: taken.count(kind) for kind in ("sparse", "dense")}, "layers": layers}

@@ -21,7 +21,9 @@ from growfx.runtime.train.present_step import step_present
 __all__ = ["use_kernels"]
 
 
-def use_kernels(net: Any, kernels: str = "auto", *, example_inputs: Any = None) -> MaskedGraph:
+def use_kernels(
+    net: Any, kernels: str = "auto", *, example_inputs: Any = None, deterministic: bool = False
+) -> MaskedGraph:
     """Let each masked layer compute by the fastest of dense-masked and sparse kernels, forward and backward, on a CPU.
 
     Sparse kernels compute over active entries alone: the same sums as the masked dense layer, in another order. They
@@ -35,6 +37,7 @@ def use_kernels(net: Any, kernels: str = "auto", *, example_inputs: Any = None) 
             anew when its density has changed by a fifth; "sparse" takes sparse kernels wherever there is one; "dense"
             undoes it.
         example_inputs: a batch as in training, as of `growfx.wrap`, to be timed now; default: the first batch seen.
+        deterministic: let "auto" choose by the density of a layer alone, as every machine and process would.
 
     Returns:
         the masked network, changed in place.
@@ -52,7 +55,7 @@ def use_kernels(net: Any, kernels: str = "auto", *, example_inputs: Any = None) 
         _check_sparse(found)
     layers = found.layers
     missing = "" if kernels == "dense" else training_status()
-    chooser = None if kernels == "dense" or missing else Chooser(kernels)
+    chooser = None if kernels == "dense" or missing else Chooser(kernels, timed=not deterministic)
     if chooser is not None:
         step_ahead_by(step_present)
     for name, layer in layers.items():

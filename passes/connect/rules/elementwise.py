@@ -1,29 +1,27 @@
 """How operators pass signals on: elementwise operations, data movement, statistics, normalization.
 
-A rule is found by the name of the operator's path rule (`path_rules`), so that an operator is in one table only; what
-has no row here is not understood, and pins what it touches.
+A rule is found by the family of the operator's path rule, so that an operator is in one table only; what has no row
+here is not understood, and pins what it touches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from growfx.passes.connect.run import UnitRun
 from growfx.passes.connect.signals import narrowed, numbers, tidy, varies
 from growfx.passes.connect.values import Ids, Lost, Named, aligned, combine, known, moved, raw_ids, real, reduce
-
-if TYPE_CHECKING:
-    from growfx.passes.connect.interpreter import UnitGraph
 
 __all__ = ["INDEXED", "MODULES", "OPERATORS", "pairwise", "spatial"]
 
 Operation = Callable[..., Any]
 
 
-def pairwise(run: UnitGraph, op: Operation, left: Any, right: Any, *args: Any, **kwargs: Any) -> Any:
+def pairwise(run: UnitRun, op: Operation, left: Any, right: Any, *args: Any, **kwargs: Any) -> Any:
     """Elementwise operations of two values: what stands at one place is coupled."""
     first, second = known(left), known(right)
     if first is not None and second is not None:
@@ -38,7 +36,7 @@ def pairwise(run: UnitGraph, op: Operation, left: Any, right: Any, *args: Any, *
     return Ids(ids.expand(torch.broadcast_shapes(ids.shape, other.shape)))
 
 
-def fixed(run: UnitGraph, ids: Tensor, constant: Tensor, what: str, but: int | None = None) -> None:
+def fixed(run: UnitRun, ids: Tensor, constant: Tensor, what: str, but: int | None = None) -> None:
     """Pin units beside a constant that has an element for each of them: it could not be cut."""
     shape = (1,) * (ids.ndim - constant.ndim) + tuple(constant.shape)
     for axis, size in enumerate(shape[-ids.ndim :]):
@@ -47,19 +45,19 @@ def fixed(run: UnitGraph, ids: Tensor, constant: Tensor, what: str, but: int | N
             return
 
 
-def addcmul(run: UnitGraph, op: Operation, base: Any, left: Any, right: Any, **kwargs: Any) -> Any:
+def addcmul(run: UnitRun, op: Operation, base: Any, left: Any, right: Any, **kwargs: Any) -> Any:
     """base + left * right."""
     product = pairwise(run, op, left, right) if any(known(item) is not None for item in (left, right)) else left
     return pairwise(run, op, base, product)
 
 
-def gated(run: UnitGraph, op: Operation, value: Any, dim: int = -1) -> Any:
+def gated(run: UnitRun, op: Operation, value: Any, dim: int = -1) -> Any:
     """Gated linear unit: first and second half stand at one place."""
     first, second = value.tensor.chunk(2, dim)
     return Ids(combine(run.signals, tidy(first), tidy(second)))
 
 
-def clamp(run: UnitGraph, op: Operation, value: Any, *args: Any, **kwargs: Any) -> Any:
+def clamp(run: UnitRun, op: Operation, value: Any, *args: Any, **kwargs: Any) -> Any:
     """Clamping; limits may be values themselves."""
     for limit in (*args, *kwargs.values()):
         if isinstance(limit, (Ids, Named, Tensor)):
@@ -67,12 +65,12 @@ def clamp(run: UnitGraph, op: Operation, value: Any, *args: Any, **kwargs: Any) 
     return value
 
 
-def moving(run: UnitGraph, op: Operation, *args: Any, **kwargs: Any) -> Any:
+def moving(run: UnitRun, op: Operation, *args: Any, **kwargs: Any) -> Any:
     """Data movement: executed on the signals."""
     return moved(op(*raw_ids(args), **raw_ids(kwargs)))
 
 
-def joining(run: UnitGraph, op: Operation, tensors: Any, *args: Any, **kwargs: Any) -> Any:
+def joining(run: UnitRun, op: Operation, tensors: Any, *args: Any, **kwargs: Any) -> Any:
     """`cat`, `stack`: executed. Axes that are not joined have one size in all operands: units there are coupled."""
     dim = kwargs.get("dim", args[0] if args else 0)
     new = run.name not in ("cat", "concat", "concatenate")
@@ -93,7 +91,7 @@ def joining(run: UnitGraph, op: Operation, tensors: Any, *args: Any, **kwargs: A
     return moved(op(plain, *args, **kwargs))
 
 
-def _beside(run: UnitGraph, operands: list[Tensor], dim: int, new: bool) -> None:
+def _beside(run: UnitRun, operands: list[Tensor], dim: int, new: bool) -> None:
     """Couple what stands at the same place beside the joined axis."""
     signals = run.signals
     lead: Tensor | None = None
@@ -110,24 +108,24 @@ def _beside(run: UnitGraph, operands: list[Tensor], dim: int, new: bool) -> None
         combine(signals, lead, line)
 
 
-def padding(run: UnitGraph, op: Operation, input: Any, pad: Any, mode: str = "constant", value: Any = None) -> Any:  # noqa: A002
+def padding(run: UnitRun, op: Operation, input: Any, pad: Any, mode: str = "constant", value: Any = None) -> Any:  # noqa: A002
     """Padding with zeros writes nothing; other modes repeat."""
     return moved(torch.nn.functional.pad(input.tensor, real(pad), mode=mode))
 
 
-def zero_pad(run: UnitGraph, op: Operation, value: Any) -> Any:
+def zero_pad(run: UnitRun, op: Operation, value: Any) -> Any:
     """Constant padding writes nothing, whatever its value."""
     return moved(torch.nn.functional.pad(value.tensor, run.module.padding))
 
 
-def attribute(run: UnitGraph, op: Operation, value: Any, name: str, *default: Any) -> Any:
+def attribute(run: UnitRun, op: Operation, value: Any, name: str, *default: Any) -> Any:
     """`getattr`: transposed views are moved, the rest are facts."""
     if name in ("T", "mT", "H", "mH"):
         return moved(getattr(value.tensor, name))
     return run.model_dtype if name == "dtype" else getattr(value.tensor, name)
 
 
-def fact(run: UnitGraph, op: Operation, *args: Any, **kwargs: Any) -> Any:
+def fact(run: UnitRun, op: Operation, *args: Any, **kwargs: Any) -> Any:
     """Sizes and the like are facts; comparisons and other judgements say nothing of units."""
     if run.name in _FACTS:
         return op(*real(args), **real(kwargs))
@@ -145,14 +143,14 @@ _FACTS = frozenset(
 )
 
 
-def get_item(run: UnitGraph, op: Operation, value: Any, index: Any) -> Any:
+def get_item(run: UnitRun, op: Operation, value: Any, index: Any) -> Any:
     """An element of a tuple or dict, or a part of a tensor."""
     if isinstance(value, Ids):
         return moved(value.tensor[real(index)])
     return value[real(index)]
 
 
-def write_item(run: UnitGraph, op: Operation, base: Any, index: Any, value: Any) -> Any:
+def write_item(run: UnitRun, op: Operation, base: Any, index: Any, value: Any) -> Any:
     """`base[index] = value` in functional form."""
     if isinstance(base, dict):
         return {**base, index: value}
@@ -165,7 +163,7 @@ def write_item(run: UnitGraph, op: Operation, base: Any, index: Any, value: Any)
     return Ids(tidy(target))
 
 
-def fill(run: UnitGraph, op: Operation, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+def fill(run: UnitRun, op: Operation, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
     """`masked_fill`: what is not filled stays."""
     if isinstance(mask, Ids):
         return pairwise(run, op, value, mask)
@@ -175,7 +173,7 @@ def fill(run: UnitGraph, op: Operation, value: Any, mask: Any, *args: Any, **kwa
     return Ids(value.tensor.expand(torch.broadcast_shapes(value.tensor.shape, real(mask).shape)))
 
 
-def where(run: UnitGraph, op: Operation, condition: Any, left: Any = None, right: Any = None, **kwargs: Any) -> Any:
+def where(run: UnitRun, op: Operation, condition: Any, left: Any = None, right: Any = None, **kwargs: Any) -> Any:
     """Selection: either may pass, so both are coupled."""
     sides = [kwargs.get("input", left), kwargs.get("other", right), condition]
     value: Any = None
@@ -186,22 +184,22 @@ def where(run: UnitGraph, op: Operation, condition: Any, left: Any = None, right
     return value
 
 
-def method_where(run: UnitGraph, op: Operation, value: Any, condition: Any, other: Any) -> Any:
+def method_where(run: UnitRun, op: Operation, value: Any, condition: Any, other: Any) -> Any:
     """`value.where(condition, other)`."""
     return where(run, op, condition, value, other)
 
 
-def new_tensor_like(run: UnitGraph, op: Operation, *args: Any, **kwargs: Any) -> Any:
+def new_tensor_like(run: UnitRun, op: Operation, *args: Any, **kwargs: Any) -> Any:
     """`zeros_like`, `new_ones`: constants."""
     return op(*real(args), **real(kwargs)).to(run.model_dtype)
 
 
-def zeroed(run: UnitGraph, op: Operation, value: Any) -> Any:
+def zeroed(run: UnitRun, op: Operation, value: Any) -> Any:
     """`zero_`: a constant from here on."""
     return torch.zeros(value.tensor.shape, dtype=run.model_dtype)
 
 
-def copied(run: UnitGraph, op: Operation, base: Any, source: Any, *args: Any) -> Any:
+def copied(run: UnitRun, op: Operation, base: Any, source: Any, *args: Any) -> Any:
     """`copy_` onto a whole tensor: the source."""
     shape, ids = real(base).shape, known(source)
     return real(source).expand(shape) if ids is None else Ids(ids.expand(shape))
@@ -213,7 +211,7 @@ def _axes(tensor: Tensor, dim: Any) -> list[int]:
     return [axis % tensor.ndim for axis in ([dim] if isinstance(dim, int) else dim)]
 
 
-def mean(run: UnitGraph, op: Operation, value: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+def mean(run: UnitRun, op: Operation, value: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
     """A statistic over dims; units along them are counted by it."""
     axes = _axes(value.tensor, kwargs.pop("axis", dim))
     reason = None if run.name in ("sum", "nansum") else f"a {run.name} over it in {run.place}"
@@ -224,19 +222,19 @@ def mean(run: UnitGraph, op: Operation, value: Any, dim: Any = None, keepdim: bo
     return Ids(result)
 
 
-def spread(run: UnitGraph, op: Operation, value: Any, *args: Any, **kwargs: Any) -> Any:
+def spread(run: UnitRun, op: Operation, value: Any, *args: Any, **kwargs: Any) -> Any:
     """Variance and standard deviation."""
     dim = kwargs.get("dim", next((item for item in args if not isinstance(item, bool)), None))
     return mean(run, op, value, dim, kwargs.get("keepdim", len(args) > 2 and args[2]))
 
 
-def spread_and_mean(run: UnitGraph, op: Operation, value: Any, *args: Any, **kwargs: Any) -> Any:
+def spread_and_mean(run: UnitRun, op: Operation, value: Any, *args: Any, **kwargs: Any) -> Any:
     """`var_mean`."""
     result = spread(run, op, value, *args, **kwargs)
     return result, result
 
 
-def norm(run: UnitGraph, op: Operation, value: Any, *args: Any, **kwargs: Any) -> Any:
+def norm(run: UnitRun, op: Operation, value: Any, *args: Any, **kwargs: Any) -> Any:
     """Norms."""
     dim, keepdim = (
         kwargs.get("dim", args[1] if len(args) > 1 else None),
@@ -245,9 +243,7 @@ def norm(run: UnitGraph, op: Operation, value: Any, *args: Any, **kwargs: Any) -
     return mean(run, op, value, dim, keepdim)
 
 
-def extreme(
-    run: UnitGraph, op: Operation, value: Any, dim: Any = None, keepdim: bool = False, other: Any = None
-) -> Any:
+def extreme(run: UnitRun, op: Operation, value: Any, dim: Any = None, keepdim: bool = False, other: Any = None) -> Any:
     """`max`, `min` of a tensor, over a dim, or of two tensors."""
     other = dim if isinstance(dim, (Tensor, Ids, Named)) else other
     if other is not None:
@@ -258,7 +254,7 @@ def extreme(
     return result, run.judged(op, (value, dim, keepdim), {})[1]
 
 
-def summed(run: UnitGraph, op: Operation, value: Any, *args: Any, **kwargs: Any) -> Any:
+def summed(run: UnitRun, op: Operation, value: Any, *args: Any, **kwargs: Any) -> Any:
     """Sums over dims; running sums where no units stand along them; overlapping blocks."""
     if run.name in ("sum", "nansum"):
         kwargs.pop("dtype", None)
@@ -271,7 +267,7 @@ def summed(run: UnitGraph, op: Operation, value: Any, *args: Any, **kwargs: Any)
     return folding(run, op, value, *args, **kwargs)
 
 
-def folding(run: UnitGraph, op: Operation, value: Any, *args: Any, **kwargs: Any) -> Any:
+def folding(run: UnitRun, op: Operation, value: Any, *args: Any, **kwargs: Any) -> Any:
     """Blocks (..., channels * places, blocks) added into an image: channels stay when all places carry the same."""
     shape = run.shapes(op, (value, *args), kwargs)
     channels = shape[-3]
@@ -282,7 +278,7 @@ def folding(run: UnitGraph, op: Operation, value: Any, *args: Any, **kwargs: Any
     return Ids(tidy(image.expand(shape)))
 
 
-def spatial(run: UnitGraph, op: Operation, *args: Any, **kwargs: Any) -> Any:
+def spatial(run: UnitRun, op: Operation, *args: Any, **kwargs: Any) -> Any:
     """Pooling and resampling of the trailing axes: units stay where each channel is one unit."""
     value = kwargs["input"] if "input" in kwargs and not args else args[0]
     shape = run.shapes(op, args, kwargs)
@@ -297,19 +293,18 @@ def spatial(run: UnitGraph, op: Operation, *args: Any, **kwargs: Any) -> Any:
     return Ids(tidy(channels.expand(shape)))
 
 
-def gated_module(run: UnitGraph, op: Operation, value: Any) -> Any:
+def gated_module(run: UnitRun, op: Operation, value: Any) -> Any:
     """`GLU`."""
     return gated(run, op, value, run.module.dim)
 
 
-def executed(run: UnitGraph, op: Operation, value: Any) -> Any:
+def executed(run: UnitRun, op: Operation, value: Any) -> Any:
     """Modules that only move elements."""
     return moved(type(run.module).forward(run.module, value.tensor))
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(("add", "reverse_add", "multiply", "divide", "reverse_divide", "power", "reverse_power"), pairwise),
-    "maximum": pairwise,
+    "pairwise": pairwise,
     "addcmul": addcmul,
     "gated": gated,
     "clamp": clamp,
@@ -317,14 +312,14 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "joining": joining,
     "padding": padding,
     "attribute": attribute,
-    "_summed": summed,
+    "summed": summed,
     "judging": fact,
     "get_item": get_item,
     "write_item": write_item,
     "fill": fill,
     "where": where,
     "method_where": method_where,
-    "new_tensor_like": new_tensor_like,
+    "like": new_tensor_like,
     "zero_in_place": zeroed,
     "copy_in_place": copied,
     "mean": mean,
@@ -332,16 +327,16 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "spread_and_mean": spread_and_mean,
     "norm": norm,
     "extreme": extreme,
-    **dict.fromkeys(("average_pool", "max_pool", "adaptive", "interpolate"), spatial),
+    "spatial": spatial,
 }
 
 # Rules that use constants as indices.
 INDEXED = (moving, get_item, write_item)
 
 MODULES: dict[str, Callable[..., Any]] = {
-    "_gated": gated_module,
+    "gated": gated_module,
     "executed": executed,
     "folding": folding,
     "zero_pad": zero_pad,
-    **dict.fromkeys(("pool", "same_pool", "adaptive_pool", "upsample"), spatial),
+    "spatial": spatial,
 }

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from growfx.passes.connect.rules.norms import scaled_by
 from growfx.passes.connect.rules.products import columns_of, contracted, features, matrix_of, note_counted
+from growfx.passes.connect.run import UnitRun
 from growfx.passes.connect.signals import Ints, filled, narrowed, numbers, tidy, varies
 from growfx.passes.connect.values import Ids, Named, WeightPart, aligned, combine, known
-
-if TYPE_CHECKING:
-    from growfx.passes.connect.interpreter import UnitGraph
 
 __all__ = ["MODULES", "OPERATORS"]
 
 Operation = Callable[..., Any]
 
 
-def linear_module(run: UnitGraph, op: Operation, value: Any) -> Any:
+def linear_module(run: UnitRun, op: Operation, value: Any) -> Any:
     """`Linear`."""
     module = run.module
     units = run.outputs(run.layer, module.out_features, module.in_features)
     return features(run, run.layer, value.tensor, units, np.arange(module.in_features))
 
 
-def convolution_module(run: UnitGraph, op: Operation, value: Any, *args: Any, **kwargs: Any) -> Any:
+def convolution_module(run: UnitRun, op: Operation, value: Any, *args: Any, **kwargs: Any) -> Any:
     """Convolutions, transposed ones, standardised ones."""
     module = run.module
     units = run.outputs(run.layer, module.out_channels, module.in_channels, module.groups)
@@ -38,7 +36,7 @@ def convolution_module(run: UnitGraph, op: Operation, value: Any, *args: Any, **
     return _convolved(run, op, run.layer, value, module, units, shape)
 
 
-def _convolved(run: UnitGraph, op: Operation, layer: str, value: Ids, geometry: Any, units: Ints, shape: Any) -> Any:
+def _convolved(run: UnitRun, op: Operation, layer: str, value: Ids, geometry: Any, units: Ints, shape: Any) -> Any:
     spatial = len(geometry.kernel_size)
     ids = value.tensor.movedim(-spatial - 1, -1)
     at, signals = columns_of(ids, np.arange(ids.shape[-1]))
@@ -50,7 +48,7 @@ def _convolved(run: UnitGraph, op: Operation, layer: str, value: Ids, geometry: 
     return Ids(channels.expand(shape))
 
 
-def _slid(run: UnitGraph, op: Operation, layer: str, value: Ids, geometry: Any, shape: Any, fed: Any) -> Any:
+def _slid(run: UnitRun, op: Operation, layer: str, value: Ids, geometry: Any, shape: Any, fed: Any) -> Any:
     """A convolution whose channels are positions, as units stand along the axes that it slides over."""
     run.feeds(layer, *fed)
     run.mixes_positions(layer)
@@ -73,7 +71,7 @@ def _slid(run: UnitGraph, op: Operation, layer: str, value: Ids, geometry: Any, 
     return Ids(tidy(filled(run.signals.lead(first, numbers(mixed.contiguous())), shape)))
 
 
-def mixed_convolution(run: UnitGraph, op: Operation, value: Any, routing: Any) -> Any:
+def mixed_convolution(run: UnitRun, op: Operation, value: Any, routing: Any) -> Any:
     """A convolution whose kernel is a sum over experts, weighted by data."""
     module = run.module
     units = run.outputs(run.layer, module.out_channels, module.in_channels, module.groups)
@@ -91,7 +89,7 @@ class _Geometry:
         self.kernel_size = kernel
 
 
-def convolving(run: UnitGraph, op: Operation, *args: Any, **kwargs: Any) -> Any:
+def convolving(run: UnitRun, op: Operation, *args: Any, **kwargs: Any) -> Any:
     """Convolutions as functions: with a layer's weight, or one filter for all channels alike."""
     given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
     value, weight = given["input"], given["weight"]
@@ -121,7 +119,7 @@ def convolving(run: UnitGraph, op: Operation, *args: Any, **kwargs: Any) -> Any:
 
 
 def dot_product_attention(
-    run: UnitGraph,
+    run: UnitRun,
     op: Operation,
     query: Any,
     key: Any,
@@ -139,7 +137,7 @@ def dot_product_attention(
     return Ids(_attended(run, *parts, enable_gqa))  # type: ignore[arg-type]
 
 
-def _attended(run: UnitGraph, query: Tensor, key: Tensor, value: Tensor, repeat: bool = False) -> Tensor:
+def _attended(run: UnitRun, query: Tensor, key: Tensor, value: Tensor, repeat: bool = False) -> Tensor:
     if repeat and key.shape[-3] != query.shape[-3]:
         times = query.shape[-3] // key.shape[-3]
         key, value = (tidy(side.repeat_interleave(times, -3)) for side in (key, value))
@@ -149,7 +147,7 @@ def _attended(run: UnitGraph, query: Tensor, key: Tensor, value: Tensor, repeat:
 
 
 def multihead_attention(
-    run: UnitGraph, op: Operation, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
+    run: UnitRun, op: Operation, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """In-projections (rows: queries, keys, values), attention, out-projection."""
     module, layer = run.module, run.layer
@@ -181,11 +179,11 @@ def multihead_attention(
 
 MODULES: dict[str, Callable[..., Any]] = {
     "linear": linear_module,
-    **dict.fromkeys(("convolution", "same_convolution", "transposed_convolution"), convolution_module),
+    "convolution": convolution_module,
     "mixed_convolution": mixed_convolution,
-    "multihead_attention": multihead_attention,
+    "attention": multihead_attention,
 }
 OPERATORS: dict[str, Callable[..., Any]] = {
-    "convolving": convolving,
-    "dot_product_attention": dot_product_attention,
+    "convolution": convolving,
+    "attention": dot_product_attention,
 }

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 
+from growfx.passes.connect.run import UnitRun
 from growfx.passes.connect.signals import narrowed, numbers, tidy
 from growfx.passes.connect.values import Named, aligned, combine, known, real
-
-if TYPE_CHECKING:
-    from growfx.passes.connect.interpreter import UnitGraph
 
 __all__ = ["MODULES", "OPERATORS"]
 
 Operation = Callable[..., Any]
 
 
-def same(run: UnitGraph, op: Operation, value: Any, *args: Any, **kwargs: Any) -> Any:
+def same(run: UnitRun, op: Operation, value: Any, *args: Any, **kwargs: Any) -> Any:
     """Elementwise operations of one value: every unit stays where it is. A softmax counts the units along its dim."""
     name = run.name
     if name in ("softmax", "log_softmax", "softmin", "normalize"):
@@ -34,13 +33,13 @@ def same(run: UnitGraph, op: Operation, value: Any, *args: Any, **kwargs: Any) -
     return value
 
 
-def counted(run: UnitGraph, value: Any, axes: Any, reason: str) -> None:
+def counted(run: UnitRun, value: Any, axes: Any, reason: str) -> None:
     """Note that something is computed over the units along `axes`, where units stand along them."""
     if aligned(run.signals, value.tensor, axes) is None:
         run.signals.count(numbers(narrowed(value.tensor)), f"{reason} in {run.place}")
 
 
-def scaled_by(run: UnitGraph, value: Any, parameters: list[Any], axis: int) -> Any:
+def scaled_by(run: UnitRun, value: Any, parameters: list[Any], axis: int) -> Any:
     """A value and parameters with one element per index of the trailing axes (`axis` -1) or of one axis."""
     ids = value.tensor
     for parameter in parameters:
@@ -53,33 +52,33 @@ def scaled_by(run: UnitGraph, value: Any, parameters: list[Any], axis: int) -> A
     return value
 
 
-def batch_norm(run: UnitGraph, op: Operation, input: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
+def batch_norm(run: UnitRun, op: Operation, input: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
     """One parameter per channel."""
     given = [item for item in (*args[:4], *kwargs.values()) if isinstance(item, Named)]
     return scaled_by(run, input, given, 1)
 
 
-def layer_norm(run: UnitGraph, op: Operation, input: Any, normalized_shape: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
+def layer_norm(run: UnitRun, op: Operation, input: Any, normalized_shape: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
     """Statistics and parameters over the trailing axes."""
     axes = range(-len(real(normalized_shape)), 0)
     counted(run, input, list(axes), "a norm runs over it")
     return scaled_by(run, input, [item for item in (*args, *kwargs.values()) if isinstance(item, Named)], -1)
 
 
-def group_norm(run: UnitGraph, op: Operation, input: Any, num_groups: int, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
+def group_norm(run: UnitRun, op: Operation, input: Any, num_groups: int, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
     """Statistics over groups of channels."""
     if num_groups < input.tensor.shape[1]:
         counted(run, input, (1,), "a norm runs over it")
     return scaled_by(run, input, [item for item in (*args, *kwargs.values()) if isinstance(item, Named)], 1)
 
 
-def neighbours(run: UnitGraph, op: Operation, value: Any, *args: Any, **kwargs: Any) -> Any:
+def neighbours(run: UnitRun, op: Operation, value: Any, *args: Any, **kwargs: Any) -> Any:
     """Local response norm: each channel is divided by its neighbours."""
     run.signals.pin(numbers(narrowed(value.tensor)), f"a norm over neighbouring channels in {run.place}")
     return value
 
 
-def _own(run: UnitGraph) -> list[Any]:
+def _own(run: UnitRun) -> list[Any]:
     """Parameters and buffers of a norm; those of one shape are one for all that follows."""
     module, result = run.module, []
     first: dict[torch.Size, Named] = {}
@@ -91,14 +90,14 @@ def _own(run: UnitGraph) -> list[Any]:
     return result
 
 
-def batch_norm_module(run: UnitGraph, op: Operation, value: Any) -> Any:
+def batch_norm_module(run: UnitRun, op: Operation, value: Any) -> Any:
     """Batch and instance norms and what their classes do after them."""
     return _then_activate(run, scaled_by(run, value, _own(run), 1))
 
 
-def scale_module(run: UnitGraph, op: Operation, value: Any) -> Any:
+def scale_module(last: bool, /, run: UnitRun, op: Operation, value: Any) -> Any:
     """Norms with statistics over the trailing axes, over the channels, or over groups of them."""
-    module, last = run.module, run.scales_last
+    module = run.module
     own = [item for item in _own(run) if item.tensor.ndim]
     trailing = max((item.tensor.ndim for item in own), default=1) if last else 1
     groups = getattr(module, "num_groups", 1)
@@ -107,7 +106,7 @@ def scale_module(run: UnitGraph, op: Operation, value: Any) -> Any:
     return _then_activate(run, scaled_by(run, value, own, -1 if last else 1))
 
 
-def _then_activate(run: UnitGraph, value: Any) -> Any:
+def _then_activate(run: UnitRun, value: Any) -> Any:
     module, target = run.module, run.target
     for name in ("drop", "act"):
         child = module._modules.get(name)
@@ -116,7 +115,7 @@ def _then_activate(run: UnitGraph, value: Any) -> Any:
     return value
 
 
-def same_module(run: UnitGraph, op: Operation, value: Any, *args: Any) -> Any:
+def same_module(run: UnitRun, op: Operation, value: Any, *args: Any) -> Any:
     """Activations and dropout; a softmax counts, a PReLU has parameters."""
     kind = type(run.module).__name__
     if "Softmax" in kind or kind == "Softmin":
@@ -126,15 +125,15 @@ def same_module(run: UnitGraph, op: Operation, value: Any, *args: Any) -> Any:
 
 
 OPERATORS: dict[str, Operation] = {
-    **dict.fromkeys(("identity", "bounded", "reciprocal", "cast"), same),
+    "same": same,
     "batch_norm": batch_norm,
-    "instance_norm": batch_norm,
     "layer_norm": layer_norm,
     "group_norm": group_norm,
-    "local_response_norm": neighbours,
+    "neighbours": neighbours,
 }
 MODULES: dict[str, Operation] = {
-    **dict.fromkeys(("_identity", "_bounded", "empty_sequence"), same_module),
-    **dict.fromkeys(("batch_norm_module", "instance_norm_module"), batch_norm_module),
-    "scale_module": scale_module,
+    "same": same_module,
+    "batch_norm": batch_norm_module,
+    "layer_norm": partial(scale_module, True),
+    "group_norm": partial(scale_module, False),
 }

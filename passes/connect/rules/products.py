@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from growfx.passes.connect.rules.norms import scaled_by
+from growfx.passes.connect.run import UnitRun
 from growfx.passes.connect.signals import Ints, filled, narrowed, numbers, tidy, varies
 from growfx.passes.connect.values import Ids, Named, Pairs, WeightPart, combine, contract, known, reduce
+from growfx.passes.operators.einsum import spelled
 from growfx.passes.path_products.values import NoPathRuleError
-
-if TYPE_CHECKING:
-    from growfx.passes.connect.interpreter import UnitGraph
 
 __all__ = ["OPERATORS", "columns_of", "contracted", "features", "feed", "matrix_of", "note_counted"]
 
@@ -34,7 +33,7 @@ def columns_of(ids: Tensor, columns: Ints) -> tuple[Ints, Ints]:
     return at[found > 0], found[found > 0]
 
 
-def feed(run: UnitGraph, layer: str, ids: Tensor, columns: Ints) -> bool:
+def feed(run: UnitRun, layer: str, ids: Tensor, columns: Ints) -> bool:
     """Note what feeds a layer's columns along the last axis; whether the layer mixes positions instead of units."""
     at, signals = columns_of(ids, columns)
     run.feeds(layer, at, signals)
@@ -48,7 +47,7 @@ def feed(run: UnitGraph, layer: str, ids: Tensor, columns: Ints) -> bool:
     return False
 
 
-def features(run: UnitGraph, layer: str, ids: Tensor, units: Ints, columns: Ints) -> Ids:
+def features(run: UnitRun, layer: str, ids: Tensor, units: Ints, columns: Ints) -> Ids:
     """A layer over the last axis."""
     shape = (*ids.shape[:-1], len(units))
     if feed(run, layer, ids, columns):
@@ -56,7 +55,7 @@ def features(run: UnitGraph, layer: str, ids: Tensor, units: Ints, columns: Ints
     return Ids(filled(units, (len(units),)).expand(shape))
 
 
-def matrix_of(run: UnitGraph, part: WeightPart) -> tuple[Ints, Ints] | None:
+def matrix_of(run: UnitRun, part: WeightPart) -> tuple[Ints, Ints] | None:
     """Output unit of every row and input column of every column of a weight moved into (out, in, *taps)."""
     if part.places.ndim < 2 or not part.places.numel():
         return None
@@ -74,7 +73,7 @@ def _one_matrix(part: WeightPart) -> WeightPart | None:
     return WeightPart(part.layer, matrix, part.counted) if bool((part.places == matrix).all()) else None
 
 
-def _as_layer(run: UnitGraph, ids: Tensor, part: WeightPart | None) -> Tensor | None:
+def _as_layer(run: UnitRun, ids: Tensor, part: WeightPart | None) -> Tensor | None:
     """What (..., in) becomes behind a weight (out, in); None where the weight was not left a matrix of its layer."""
     matrix = None if part is None or run.layers[part.layer].groups > 1 else matrix_of(run, part)
     if part is None or matrix is None or ids.shape[-1] != len(matrix[1]):
@@ -83,7 +82,7 @@ def _as_layer(run: UnitGraph, ids: Tensor, part: WeightPart | None) -> Tensor | 
     return features(run, part.layer, ids, *matrix).tensor
 
 
-def linear(run: UnitGraph, op: Operation, input: Any, weight: Any, bias: Any = None) -> Any:  # noqa: A002
+def linear(run: UnitRun, op: Operation, input: Any, weight: Any, bias: Any = None) -> Any:  # noqa: A002
     """`F.linear`, with a layer's weight, or another matrix, on either side."""
     result: Any = None
     if isinstance(input, Ids) and isinstance(weight, WeightPart):
@@ -102,13 +101,13 @@ def linear(run: UnitGraph, op: Operation, input: Any, weight: Any, bias: Any = N
     return result if bias is None or known(bias) is None else scaled_by(run, result, [bias], -1)
 
 
-def note_counted(run: UnitGraph, weight: WeightPart, ids: Tensor) -> None:
+def note_counted(run: UnitRun, weight: WeightPart, ids: Tensor) -> None:
     """Count what a weight that was transformed as a whole is computed over."""
     if weight.counted:
         run.signals.count(numbers(narrowed(ids)), f"the weight of `{weight.layer}` is transformed as a whole")
 
 
-def _constant_matrix(run: UnitGraph, op: Operation, value: Ids, weight: Any, axis: int, size: int) -> Any:
+def _constant_matrix(run: UnitRun, op: Operation, value: Ids, weight: Any, axis: int, size: int) -> Any:
     """A product with a matrix that is no layer's weight: units may stand beside the contracted axis, not along it."""
     if varies(value.tensor, axis % value.tensor.ndim):
         return run.unknown(op, (value, weight), {})
@@ -117,7 +116,7 @@ def _constant_matrix(run: UnitGraph, op: Operation, value: Ids, weight: Any, axi
     return Ids(value.tensor.narrow(axis, 0, 1).expand(shape))
 
 
-def matmul(run: UnitGraph, op: Operation, left: Any, right: Any) -> Any:
+def matmul(run: UnitRun, op: Operation, left: Any, right: Any) -> Any:
     """Two activations are contracted; a layer's weight acts as the layer, on whichever side it stands."""
     if isinstance(left, WeightPart) or isinstance(right, WeightPart):
         found = _by_weight(run, left, right)
@@ -131,7 +130,7 @@ def matmul(run: UnitGraph, op: Operation, left: Any, right: Any) -> Any:
     return _constant_matrix(run, op, value, weight, axis, tensor.shape[1] if axis == -1 else tensor.shape[0])
 
 
-def _by_weight(run: UnitGraph, left: Any, right: Any) -> Tensor | None:
+def _by_weight(run: UnitRun, left: Any, right: Any) -> Tensor | None:
     """A product with a layer's weight: (..., in) @ (in, out), or (out, in) @ (..., in, n); None where it is neither."""
     part, value = (left, right) if isinstance(left, WeightPart) else (right, left)
     matrix = _one_matrix(part) if isinstance(value, Ids) and value.tensor.ndim else None
@@ -150,7 +149,7 @@ def _by_weight(run: UnitGraph, left: Any, right: Any) -> Tensor | None:
     return result.expand(*torch.broadcast_shapes(part.places.shape[:-2], ids.shape[:-2]), -1, -1)
 
 
-def contracted(run: UnitGraph, left: Tensor, right: Tensor) -> Tensor:
+def contracted(run: UnitRun, left: Tensor, right: Tensor) -> Tensor:
     """(..., m, k) times (..., k, n)."""
     if left.ndim == 1 or right.ndim == 1:
         raise NoPathRuleError("a product of activations needs two matrices")
@@ -160,12 +159,12 @@ def contracted(run: UnitGraph, left: Tensor, right: Tensor) -> Tensor:
     return contract(run.signals, left, right, (-2,)).select(-2, 0)
 
 
-def reverse_matmul(run: UnitGraph, op: Operation, right: Any, left: Any) -> Any:
+def reverse_matmul(run: UnitRun, op: Operation, right: Any, left: Any) -> Any:
     """`__rmatmul__`."""
     return matmul(run, op, left, right)
 
 
-def add_matmul(run: UnitGraph, op: Operation, base: Any, left: Any, right: Any, **kwargs: Any) -> Any:
+def add_matmul(run: UnitRun, op: Operation, base: Any, left: Any, right: Any, **kwargs: Any) -> Any:
     """`addmm`, `baddbmm`."""
     run.hold(base, f"its weight is added to a product in {run.place}")
     product = matmul(run, torch.matmul, left, right)
@@ -174,7 +173,7 @@ def add_matmul(run: UnitGraph, op: Operation, base: Any, left: Any, right: Any, 
     return Ids(combine(run.signals, product.tensor, known(base)))  # type: ignore[arg-type]
 
 
-def einsum(run: UnitGraph, op: Operation, equation: Any, *operands: Any) -> Any:
+def einsum(run: UnitRun, op: Operation, equation: Any, *operands: Any) -> Any:
     """Two activations, or one and a parameter or a layer's weight."""
     items = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else list(operands)
     if len(items) == 2 and isinstance(equation, str) and any(isinstance(item, WeightPart) for item in items):
@@ -183,7 +182,7 @@ def einsum(run: UnitGraph, op: Operation, equation: Any, *operands: Any) -> Any:
     values = [known(item) for item in items]
     if len(items) != 2 or not isinstance(equation, str) or any(value is None for value in values):
         return run.unknown(op, (equation, *items), {})
-    terms, output = _letters(equation, [item.tensor.ndim for item in items])
+    terms, output = spelled(equation, [item.tensor.ndim for item in items])
     if any(len(set(term)) < len(term) for term in terms):
         return run.unknown(op, (equation, *items), {})
     summed = [letter for letter in dict.fromkeys("".join(terms)) if letter not in output]
@@ -207,13 +206,13 @@ def einsum(run: UnitGraph, op: Operation, equation: Any, *operands: Any) -> Any:
     return Ids(result)
 
 
-def _einsum_by_weight(run: UnitGraph, equation: str, items: list[Any]) -> Tensor | None:
+def _einsum_by_weight(run: UnitRun, equation: str, items: list[Any]) -> Tensor | None:
     """A layer's weight with one index of its own and one to sum over, and a value; None for all else."""
     which = 0 if isinstance(items[0], WeightPart) else 1
     part, value = items[which], items[1 - which]
     if not isinstance(value, Ids):
         return None
-    terms, output = _letters(equation, [part.places.ndim if i == which else value.tensor.ndim for i in range(2)])
+    terms, output = spelled(equation, [part.places.ndim if i == which else value.tensor.ndim for i in range(2)])
     own, other = terms[which], terms[1 - which]
     made = [letter for letter in own if letter not in other]
     summed = [letter for letter in own if letter in other]
@@ -224,21 +223,6 @@ def _einsum_by_weight(run: UnitGraph, equation: str, items: list[Any]) -> Tensor
     ids = value.tensor.permute([other.index(letter) for letter in (*rest, *summed)])
     result = _as_layer(run, tidy(ids), WeightPart(part.layer, turned, part.counted))
     return None if result is None else result.permute([[*rest, *made].index(letter) for letter in output])
-
-
-def _letters(equation: str, dims: list[int]) -> tuple[list[str], str]:
-    """Index letters of both operands and of the result, ellipses written out."""
-    inputs, arrow, output = equation.replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    spare = [letter for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if letter not in equation]
-    hidden = [dim - len(term.replace("...", "")) if "..." in term else 0 for term, dim in zip(terms, dims, strict=True)]
-    longest = max(hidden)
-    written = ["".join(spare[longest - count : longest]) for count in hidden]
-    terms = [term.replace("...", letters) for term, letters in zip(terms, written, strict=True)]
-    if not arrow:
-        once = sorted(letter for letter in set("".join(terms)) if "".join(terms).count(letter) == 1)
-        output = "".join(once)
-    return terms, output.replace("...", "".join(spare[:longest]))
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {

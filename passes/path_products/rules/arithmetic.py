@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import (
     Combined,
     Learned,
@@ -21,27 +22,24 @@ from growfx.passes.path_products.values import (
     raw,
 )
 
-if TYPE_CHECKING:
-    from growfx.passes.path_products.interpreter import PathGraph
-
-__all__ = ["FUNCTIONS", "METHODS", "add", "balanced", "bounded", "identity", "multiply"]
+__all__ = ["FAMILIES", "FUNCTIONS", "METHODS", "add", "balanced", "bounded", "identity", "multiply"]
 
 
-def identity(run: PathGraph, value: Any, *args: Any, **kwargs: Any) -> Any:
+def identity(run: PathRun, value: Any, *args: Any, **kwargs: Any) -> Any:
     """Every path passes as it is; further arguments (rates, slopes, limits, dtypes) carry no path."""
     if not isinstance(value, PathValue):
         raise NoPathRuleError("a constant is combined with an activation in a way that has no path rule")
     return value
 
 
-def bounded(run: PathGraph, value: Any, *args: Any, **kwargs: Any) -> Any:
+def bounded(run: PathRun, value: Any, *args: Any, **kwargs: Any) -> Any:
     """Identity that marks the value as bounded: as a gate it shares paths without adding magnitude."""
     if not isinstance(value, PathValue):
         raise NoPathRuleError("a constant is combined with an activation in a way that has no path rule")
     return value.same(bounded=True)
 
 
-def cast(run: PathGraph, value: Any, *args: Any, **kwargs: Any) -> Any:
+def cast(run: PathRun, value: Any, *args: Any, **kwargs: Any) -> Any:
     """Identity; a constant cast to the type of an activation stays a constant, of the network's type."""
     if isinstance(value, PathValue):
         return value
@@ -49,7 +47,7 @@ def cast(run: PathGraph, value: Any, *args: Any, **kwargs: Any) -> Any:
     return Learned(tensor) if isinstance(value, Learned) else tensor
 
 
-def add(run: PathGraph, left: Any, right: Any, *, alpha: float = 1) -> Any:
+def add(run: PathRun, left: Any, right: Any, *, alpha: float = 1) -> Any:
     """Sum of the path operands; a constant operand is dropped, its shape is not."""
     paths = [item for item in (left, right) if isinstance(item, PathValue) and not item.divisor]
     if not paths:  # divisors stay divisors, whatever is added to the data they divide by
@@ -63,7 +61,7 @@ def add(run: PathGraph, left: Any, right: Any, *, alpha: float = 1) -> Any:
     return value if factor == 1.0 else PathValue(value.tensor * factor, value.bounded)
 
 
-def reverse_add(run: PathGraph, left: Any, right: Any, *, alpha: float = 1) -> Any:
+def reverse_add(run: PathRun, left: Any, right: Any, *, alpha: float = 1) -> Any:
     """`rsub`: right - alpha * left."""
     return add(run, right, left, alpha=alpha)
 
@@ -87,7 +85,7 @@ def balanced(left: Tensor, right: Tensor, left_bounded: bool, right_bounded: boo
     return left * (factor_left / 2) + right * (factor_right / 2)
 
 
-def multiply(run: PathGraph, left: Any, right: Any) -> Any:
+def multiply(run: PathRun, left: Any, right: Any) -> Any:
     """Path times constant: magnitude. Path times path: balanced product; a value times itself is itself."""
     if not isinstance(left, PathValue):
         left, right = right, left
@@ -105,7 +103,7 @@ def multiply(run: PathGraph, left: Any, right: Any) -> Any:
     return PathValue(balanced(left.tensor, right.tensor, left.bounded, right.bounded), both)
 
 
-def divide(run: PathGraph, left: Any, right: Any, *, rounding_mode: str | None = None) -> Any:
+def divide(run: PathRun, left: Any, right: Any, *, rounding_mode: str | None = None) -> Any:
     """Path / constant: by its magnitude. Path / path: the numerator. Constant / path: a divisor."""
     if not isinstance(right, PathValue):
         divisor = run.magnitude(right)
@@ -123,17 +121,17 @@ def divide(run: PathGraph, left: Any, right: Any, *, rounding_mode: str | None =
     return as_divisor(run, right, run.magnitude(left))
 
 
-def as_divisor(run: PathGraph, value: PathValue, numerator: float | Tensor = 1.0) -> PathValue:
+def as_divisor(run: PathRun, value: PathValue, numerator: float | Tensor = 1.0) -> PathValue:
     """numerator / value: multiplying by it multiplies by the numerator's magnitude alone."""
     return PathValue(torch.ones_like(value.tensor, requires_grad=False) * numerator, divisor=True)
 
 
-def reciprocal(run: PathGraph, value: Any) -> Any:
+def reciprocal(run: PathRun, value: Any) -> Any:
     """`rsqrt` and `reciprocal`."""
     return as_divisor(run, value)
 
 
-def power(run: PathGraph, base: Any, exponent: Any) -> Any:
+def power(run: PathRun, base: Any, exponent: Any) -> Any:
     """Positive powers and exponentials: identity. Negative powers: a divisor. Power zero: the path ends."""
     if not isinstance(base, PathValue):
         return broadcast(exponent, base)
@@ -154,17 +152,17 @@ def power(run: PathGraph, base: Any, exponent: Any) -> Any:
     raise NoPathRuleError(f"powers from {low:g} to {high:g} mix factors and divisors")
 
 
-def reverse_power(run: PathGraph, exponent: Any, base: Any) -> Any:
+def reverse_power(run: PathRun, exponent: Any, base: Any) -> Any:
     """`__rpow__`: base ** exponent."""
     return power(run, base, exponent)
 
 
-def reverse_divide(run: PathGraph, right: Any, left: Any) -> Any:
+def reverse_divide(run: PathRun, right: Any, left: Any) -> Any:
     """`__rtruediv__`: left / right."""
     return divide(run, left, right)
 
 
-def addcmul(run: PathGraph, base: Any, left: Any, right: Any, *, value: float = 1) -> Any:
+def addcmul(run: PathRun, base: Any, left: Any, right: Any, *, value: float = 1) -> Any:
     """base + value * left * right."""
     if not isinstance(left, PathValue) and not isinstance(right, PathValue):
         return broadcast(base, torch.empty(torch.broadcast_shapes(shape_of(left), shape_of(right))))
@@ -178,18 +176,18 @@ def shape_of(item: Any) -> torch.Size:
     return item.shape if isinstance(item, Tensor) else torch.Size()
 
 
-def gated(run: PathGraph, value: PathValue, dim: int = -1) -> Any:
+def gated(run: PathRun, value: PathValue, dim: int = -1) -> Any:
     """Gated linear unit: the first half times the sigmoid of the second."""
     first, second = value.tensor.chunk(2, dim)
     return PathValue(balanced(first, second, False, True))
 
 
-def maximum(run: PathGraph, left: Any, right: Any) -> Any:
+def maximum(run: PathRun, left: Any, right: Any) -> Any:
     """Maximum and minimum of two tensors: either may pass, so both sum."""
     return add(run, left, right)
 
 
-def interpolated(run: PathGraph, start: Any, end: Any, weight: Any) -> Any:
+def interpolated(run: PathRun, start: Any, end: Any, weight: Any) -> Any:
     """`lerp`: start times (1 - weight), end times weight."""
     if isinstance(weight, PathValue):
         raise NoPathRuleError("a mixture by data has no path rule; write it as a sum of products")
@@ -201,7 +199,7 @@ def interpolated(run: PathGraph, start: Any, end: Any, weight: Any) -> Any:
     return add(run, *parts)
 
 
-def clamp(run: PathGraph, value: Any, min: Any = None, max: Any = None) -> Any:  # noqa: A002 - torch's names
+def clamp(run: PathRun, value: Any, min: Any = None, max: Any = None) -> Any:  # noqa: A002 - torch's names
     """Clamping by constants; limits that carry paths themselves have no rule."""
     if isinstance(min, PathValue) or isinstance(max, PathValue) or not isinstance(value, PathValue):
         raise NoPathRuleError("clamping by data has no path rule")
@@ -277,6 +275,14 @@ _IDENTITY_METHODS = [
     *("positive", "negative", "fmod", "remainder", "__mod__", "floor_", "ceil_", "round_", "trunc_", "nan_to_num_"),
 ]
 _BOUNDED_METHODS = ["sigmoid", "sigmoid_", "tanh", "tanh_", "softmax"]
+
+FAMILIES: dict[str, tuple[Any, ...]] = {
+    "pairwise": (add, reverse_add, multiply, divide, reverse_divide, power, reverse_power, maximum),
+    "same": (identity, bounded, cast, reciprocal),
+    "addcmul": (addcmul,),
+    "gated": (gated,),
+    "clamp": (clamp,),
+}
 
 FUNCTIONS: dict[Any, Any] = {
     **dict.fromkeys(_ADD, add),

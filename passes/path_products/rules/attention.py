@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +10,13 @@ from torch.nn import functional as F
 
 from growfx.passes.path_products.rules.arithmetic import add, balanced
 from growfx.passes.path_products.rules.products import carrying, matmul
+from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import PathValue, Weight, raw
 
-if TYPE_CHECKING:
-    from growfx.passes.path_products.interpreter import PathGraph
-
-__all__ = ["FUNCTIONS", "MODULES", "attention"]
+__all__ = ["FAMILIES", "FUNCTIONS", "MODULES", "attention"]
 
 
-def attention(run: PathGraph, query: Any, key: Any, value: Any, logit_bias: Any = None) -> Any:
+def attention(run: PathRun, query: Any, key: Any, value: Any, logit_bias: Any = None) -> Any:
     """balanced(balanced(query, key), value), the logits bounded; equal to the rules of its two matrix products.
 
     Shapes (..., queries, dim), (..., keys, dim), (..., keys, value dim). Scale and masks are ignored.
@@ -52,7 +50,7 @@ def _repeat_heads(item: Any, heads: int) -> Any:
 
 
 def dot_product_attention(
-    run: PathGraph,
+    run: PathRun,
     query: Any,
     key: Any,
     value: Any,
@@ -91,7 +89,7 @@ def _heads(item: Any, magnitude: Any, signed: Any, bias: Tensor | None, count: i
     return PathValue(split) if isinstance(item, PathValue) else split
 
 
-def _mixed(run: PathGraph, parts: list[Any], batch_first: bool) -> Tensor:
+def _mixed(run: PathRun, parts: list[Any], batch_first: bool) -> Tensor:
     """Attention of projected queries, keys and values, heads joined again. Extra constant tokens carry no path."""
     if any(isinstance(part, PathValue) for part in parts[:2]):
         mixed = attention(run, *parts)
@@ -102,7 +100,7 @@ def _mixed(run: PathGraph, parts: list[Any], batch_first: bool) -> Tensor:
 
 
 def multihead_attention(
-    run: PathGraph, module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
+    run: PathRun, module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
 ) -> tuple[Any, None]:
     """In-projections, attention, out-projection; masks and extra tokens ignored; no attention weights."""
     name = run.layer_of(module)
@@ -125,7 +123,7 @@ def multihead_attention(
 
 
 def multihead_function(
-    run: PathGraph,
+    run: PathRun,
     query: Any,
     key: Any,
     value: Any,
@@ -167,6 +165,8 @@ def multihead_function(
         run.watch(out_proj_weight.layer, joined, -1)
     return PathValue(F.linear(joined, run.matrix(out_proj_weight))), None
 
+
+FAMILIES: dict[str, tuple[Any, ...]] = {"attention": (dot_product_attention, multihead_attention)}
 
 FUNCTIONS: dict[Any, Any] = {
     F.scaled_dot_product_attention: dot_product_attention,

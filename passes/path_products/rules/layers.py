@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from growfx.masked.layer_classes import STANDARDISED, STANDARDISED_SAME
+from growfx.passes.operators.classes import STANDARDISED, STANDARDISED_SAME
 from growfx.passes.path_products.rules.arithmetic import balanced, gated
 from growfx.passes.path_products.rules.products import carrying
 from growfx.passes.path_products.rules.reduce import adaptive, padded_window, window, with_indices
+from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import NoPathRuleError, PathValue, move
 
-if TYPE_CHECKING:
-    from growfx.passes.path_products.interpreter import PathGraph
-
-__all__ = ["APPLIED", "MODULES"]
+__all__ = ["FAMILIES", "MODULES"]
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _SCATTER: dict[int, Callable[..., Tensor]] = {
@@ -36,14 +35,14 @@ def _same_margins(sizes: Any, kernel: Any, stride: Any, dilation: Any) -> list[i
     return around
 
 
-def linear(run: PathGraph, module: Any, value: Any) -> Any:
+def linear(run: PathRun, module: Any, value: Any) -> Any:
     """Magnitude of the weight, no bias."""
     tensor = carrying(value)
     run.watch(run.layer_of(module), tensor, -1)
     return PathValue(F.linear(tensor, run.weight(module)))
 
 
-def convolution(run: PathGraph, module: Any, value: Any, around: list[int] | None = None) -> Any:
+def convolution(run: PathRun, module: Any, value: Any, around: list[int] | None = None) -> Any:
     """Magnitude of the weight, no bias, in the module's geometry."""
     tensor, padding = carrying(value), module.padding
     spatial = len(module.kernel_size)
@@ -56,7 +55,7 @@ def convolution(run: PathGraph, module: Any, value: Any, around: list[int] | Non
     return PathValue(_CONVOLVE[spatial](tensor, weight, None, module.stride, padding, module.dilation, module.groups))
 
 
-def same_convolution(run: PathGraph, module: Any, value: Any) -> Any:
+def same_convolution(run: PathRun, module: Any, value: Any) -> Any:
     """Convolution with TensorFlow's SAME padding, unless the class found static padding to be the same."""
     if not getattr(module, "same_pad", True):
         return convolution(run, module, value)
@@ -64,7 +63,7 @@ def same_convolution(run: PathGraph, module: Any, value: Any) -> Any:
     return convolution(run, module, value, _same_margins(sizes, module.kernel_size, module.stride, module.dilation))
 
 
-def mixed_convolution(run: PathGraph, module: Any, value: Any, routing: Any) -> Any:
+def mixed_convolution(run: PathRun, module: Any, value: Any, routing: Any) -> Any:
     """Kernels mixed per sample: the mean over experts of magnitudes, times the mean over experts of the routing.
 
     The routing is a bounded factor of a balanced product; a constant one acts by the mean of its magnitudes.
@@ -83,7 +82,7 @@ def mixed_convolution(run: PathGraph, module: Any, value: Any, routing: Any) -> 
     return PathValue(balanced(convolved, shares, False, True))
 
 
-def transposed_convolution(run: PathGraph, module: Any, value: Any, output_size: Any = None) -> Any:
+def transposed_convolution(run: PathRun, module: Any, value: Any, output_size: Any = None) -> Any:
     """Transposed convolution: magnitude of the weight, no bias."""
     tensor = carrying(value)
     spatial = len(module.kernel_size)
@@ -98,54 +97,35 @@ def transposed_convolution(run: PathGraph, module: Any, value: Any, output_size:
     return PathValue(scattered)
 
 
-def standardised(module: Any, weight: Tensor) -> Tensor:
-    """The weight that a weight-standardised convolution applies: zero mean, unit variance per output channel."""
-    gain = module._parameters.get("gain")
-    scale = None if gain is None else (gain.detach().to(weight) * module.scale).reshape(-1)
-    flat = weight.reshape(1, weight.shape[0], -1)
-    return F.batch_norm(flat, None, None, scale, None, True, 0.0, module.eps).reshape(weight.shape)
-
-
-def _identity(run: PathGraph, module: Any, value: Any, *args: Any) -> Any:
+def _identity(run: PathRun, module: Any, value: Any, *args: Any) -> Any:
     return value
 
 
-def _bounded(run: PathGraph, module: Any, value: PathValue) -> Any:
+def _bounded(run: PathRun, module: Any, value: PathValue) -> Any:
     return value.same(bounded=True)
 
 
-def _gated(run: PathGraph, module: Any, value: PathValue) -> Any:
+def _gated(run: PathRun, module: Any, value: PathValue) -> Any:
     return gated(run, value, module.dim)
 
 
-def empty_sequence(run: PathGraph, module: Any, value: Any) -> Any:
+def empty_sequence(run: PathRun, module: Any, value: Any) -> Any:
     """A sequence without modules, which some models use as a shortcut."""
     if len(module):
         raise NoPathRuleError("the sequence was recorded whole; path products need its modules one by one")
     return value
 
 
-def pool(spatial: int) -> Callable[..., Any]:
-    """The rule of average and max pooling modules."""
-
-    def rule(run: PathGraph, module: Any, value: PathValue) -> Any:
-        dilation = getattr(module, "dilation", 1)
-        pooled = window(
-            value.tensor,
-            spatial,
-            module.kernel_size,
-            module.stride,
-            module.padding,
-            dilation,
-            module.ceil_mode,
-        )
-        result = PathValue(pooled, peak=value.peak)
-        return with_indices(result) if getattr(module, "return_indices", False) else result
-
-    return rule
+def pool(spatial: int, /, run: PathRun, module: Any, value: PathValue) -> Any:
+    """Average and max pooling modules."""
+    dilation = getattr(module, "dilation", 1)
+    sizes = module.kernel_size, module.stride, module.padding
+    pooled = window(value.tensor, spatial, *sizes, dilation, module.ceil_mode)
+    result = PathValue(pooled, peak=value.peak)
+    return with_indices(result) if getattr(module, "return_indices", False) else result
 
 
-def same_pool(run: PathGraph, module: Any, value: PathValue) -> Any:
+def same_pool(run: PathRun, module: Any, value: PathValue) -> Any:
     """Pooling with TensorFlow's SAME padding."""
     dilation = getattr(module, "dilation", (1, 1))
     if tuple(dilation) != (1, 1):
@@ -155,27 +135,22 @@ def same_pool(run: PathGraph, module: Any, value: PathValue) -> Any:
     return PathValue(pooled, peak=value.peak)
 
 
-def adaptive_pool(spatial: int) -> Callable[..., Any]:
-    """The rule of adaptive average and max pooling modules."""
-    function = adaptive(spatial)
-
-    def rule(run: PathGraph, module: Any, value: PathValue) -> Any:
-        return function(run, value, module.output_size, getattr(module, "return_indices", False))
-
-    return rule
+def adaptive_pool(spatial: int, /, run: PathRun, module: Any, value: PathValue) -> Any:
+    """Adaptive average and max pooling modules."""
+    return adaptive(spatial, run, value, module.output_size, getattr(module, "return_indices", False))
 
 
-def executed(run: PathGraph, module: Any, value: PathValue) -> Any:
+def executed(run: PathRun, module: Any, value: PathValue) -> Any:
     """Modules that only move elements run as they are."""
     return move(lambda tensor: type(module).forward(module, tensor), value)
 
 
-def folding(run: PathGraph, module: Any, value: PathValue) -> Any:
+def folding(run: PathRun, module: Any, value: PathValue) -> Any:
     """`Fold` adds overlapping blocks."""
     return PathValue(module.forward(value.tensor), value.bounded)
 
 
-def zero_pad(run: PathGraph, module: Any, value: PathValue) -> Any:
+def zero_pad(run: PathRun, module: Any, value: PathValue) -> Any:
     """Constant padding writes zero, whatever its value."""
     return move(lambda tensor: F.pad(tensor, module.padding), value)
 
@@ -207,6 +182,18 @@ _ZERO_PADS = (
     nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d,
 )  # fmt: skip
 
+FAMILIES: dict[str, tuple[Any, ...]] = {
+    "linear": (linear,),
+    "convolution": (convolution, same_convolution, transposed_convolution),
+    "mixed_convolution": (mixed_convolution,),
+    "same": (_identity, _bounded, empty_sequence),
+    "gated": (_gated,),
+    "spatial": (pool, same_pool, adaptive_pool),
+    "executed": (executed,),
+    "folding": (folding,),
+    "zero_pad": (zero_pad,),
+}
+
 MODULES: dict[Any, Any] = {
     **dict.fromkeys(
         (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, "timm.layers.linear.Linear"), linear
@@ -220,17 +207,14 @@ MODULES: dict[Any, Any] = {
     **dict.fromkeys((*_BOUNDED, *_TIMM_BOUNDED), _bounded),
     nn.Sequential: empty_sequence,
     nn.GLU: _gated,
-    **dict.fromkeys((nn.AvgPool1d, nn.MaxPool1d), pool(1)),
-    **dict.fromkeys((nn.AvgPool2d, nn.MaxPool2d), pool(2)),
-    **dict.fromkeys((nn.AvgPool3d, nn.MaxPool3d), pool(3)),
+    **dict.fromkeys((nn.AvgPool1d, nn.MaxPool1d), partial(pool, 1)),
+    **dict.fromkeys((nn.AvgPool2d, nn.MaxPool2d), partial(pool, 2)),
+    **dict.fromkeys((nn.AvgPool3d, nn.MaxPool3d), partial(pool, 3)),
     **dict.fromkeys(("timm.layers.pool2d_same.AvgPool2dSame", "timm.layers.pool2d_same.MaxPool2dSame"), same_pool),
-    **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d), adaptive_pool(1)),
-    **dict.fromkeys((nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d), adaptive_pool(2)),
-    **dict.fromkeys((nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d), adaptive_pool(3)),
+    **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d), partial(adaptive_pool, 1)),
+    **dict.fromkeys((nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d), partial(adaptive_pool, 2)),
+    **dict.fromkeys((nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d), partial(adaptive_pool, 3)),
     **dict.fromkeys(_EXECUTED, executed),
     nn.Fold: folding,
     **dict.fromkeys(_ZERO_PADS, zero_pad),
 }
-
-# How a class turns its parameter into the weight it applies, where it does not apply the parameter itself.
-APPLIED: dict[Any, Callable[[Any, Tensor], Tensor]] = dict.fromkeys((*STANDARDISED, *STANDARDISED_SAME), standardised)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from growfx.masked.layer_classes import BATCH_NORMS, NORMS_OF_AXIS_1, NORMS_OF_LAST_AXES
+from growfx.passes.operators.classes import BATCH_NORMS, NORMS_OF_AXIS_1, NORMS_OF_LAST_AXES
 from growfx.passes.path_products.rules.products import carrying
+from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import PathValue, raw
 
-if TYPE_CHECKING:
-    from growfx.passes.path_products.interpreter import PathGraph
-
-__all__ = ["FUNCTIONS", "MODULES"]
+__all__ = ["FAMILIES", "FUNCTIONS", "MODULES"]
 
 
 def _per_channel(value: PathValue, scale: Tensor, last: bool) -> PathValue:
@@ -26,7 +23,7 @@ def _per_channel(value: PathValue, scale: Tensor, last: bool) -> PathValue:
     return PathValue(carrying(value) * scale)
 
 
-def _folded(run: PathGraph, weight: Any, variance: Any, eps: float) -> Tensor | None:
+def _folded(run: PathRun, weight: Any, variance: Any, eps: float) -> Tensor | None:
     """|gamma| / sqrt(var + eps) per channel, or None where nothing scales."""
     if run.norm == "identity" or (raw(weight) is None and raw(variance) is None):
         return None
@@ -43,7 +40,7 @@ def _unbounded(value: PathValue) -> PathValue:
 
 
 def batch_norm(
-    run: PathGraph,
+    run: PathRun,
     input: PathValue,  # noqa: A002 - torch's name
     running_mean: Any,
     running_var: Any,
@@ -58,13 +55,13 @@ def batch_norm(
     return _unbounded(input) if scale is None else _per_channel(input, scale, last=False)
 
 
-def _scaled(run: PathGraph, value: PathValue, weight: Any, last: bool) -> PathValue:
+def _scaled(run: PathRun, value: PathValue, weight: Any, last: bool) -> PathValue:
     scale = _folded(run, weight, None, 0.0)
     return _unbounded(value) if scale is None else _per_channel(value, scale, last)
 
 
 def layer_norm(
-    run: PathGraph,
+    run: PathRun,
     input: PathValue,  # noqa: A002 - torch's name
     normalized_shape: Any,
     weight: Any = None,
@@ -76,7 +73,7 @@ def layer_norm(
 
 
 def group_norm(
-    run: PathGraph,
+    run: PathRun,
     input: PathValue,  # noqa: A002 - torch's name
     num_groups: int,
     weight: Any = None,
@@ -88,7 +85,7 @@ def group_norm(
 
 
 def instance_norm(
-    run: PathGraph,
+    run: PathRun,
     input: PathValue,  # noqa: A002 - torch's name
     running_mean: Any = None,
     running_var: Any = None,
@@ -103,33 +100,34 @@ def instance_norm(
     return _unbounded(input) if scale is None else _per_channel(input, scale, last=False)
 
 
-def local_response_norm(run: PathGraph, input: PathValue, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
+def local_response_norm(run: PathRun, input: PathValue, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
     """No learned scale."""
     return input
 
 
-def batch_norm_module(run: PathGraph, module: Any, value: PathValue) -> Any:
+def batch_norm_module(run: PathRun, module: Any, value: PathValue) -> Any:
     """Batch norm and its drop and activation where the class has them."""
     running_var = module.running_var if getattr(module, "track_running_stats", True) else None
     return _then_activate(run, module, batch_norm(run, value, None, running_var, module.weight, eps=module.eps))
 
 
-def instance_norm_module(run: PathGraph, module: Any, value: PathValue) -> Any:
+def instance_norm_module(run: PathRun, module: Any, value: PathValue) -> Any:
     """Instance norm."""
     stats = module.running_var is None
     return instance_norm(run, value, None, module.running_var, module.weight, None, stats, eps=module.eps)
 
 
-def scale_module(last: bool) -> Callable[..., Any]:
-    """The rule of a norm module that scales the last axes, or axis 1."""
-
-    def rule(run: PathGraph, module: Any, value: PathValue) -> Any:
-        return _then_activate(run, module, _scaled(run, value, module.weight, last))
-
-    return rule
+def last_axes_module(run: PathRun, module: Any, value: PathValue) -> Any:
+    """Norm modules that scale the last axes."""
+    return _then_activate(run, module, _scaled(run, value, module.weight, last=True))
 
 
-def _then_activate(run: PathGraph, module: nn.Module, value: PathValue) -> Any:
+def axis_1_module(run: PathRun, module: Any, value: PathValue) -> Any:
+    """Norm modules that scale axis 1."""
+    return _then_activate(run, module, _scaled(run, value, module.weight, last=False))
+
+
+def _then_activate(run: PathRun, module: nn.Module, value: PathValue) -> Any:
     """The drop and activation modules that norm-and-activation classes hold."""
     children = module._modules
     for name in ("drop", "act"):
@@ -142,14 +140,21 @@ def _then_activate(run: PathGraph, module: nn.Module, value: PathValue) -> Any:
 _TORCH_BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _TORCH_INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
+FAMILIES: dict[str, tuple[Any, ...]] = {
+    "batch_norm": (batch_norm, instance_norm, batch_norm_module, instance_norm_module),
+    "layer_norm": (layer_norm, last_axes_module),
+    "group_norm": (group_norm, axis_1_module),
+    "neighbours": (local_response_norm,),
+}
+
 MODULES: dict[Any, Any] = {
     **dict.fromkeys(_TORCH_BATCH, batch_norm_module),
     **dict.fromkeys(BATCH_NORMS, batch_norm_module),
     **dict.fromkeys(_TORCH_INSTANCE, instance_norm_module),
-    **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), scale_module(last=True)),
-    nn.GroupNorm: scale_module(last=False),
-    **dict.fromkeys(NORMS_OF_LAST_AXES, scale_module(last=True)),
-    **dict.fromkeys(NORMS_OF_AXIS_1, scale_module(last=False)),
+    **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), last_axes_module),
+    nn.GroupNorm: axis_1_module,
+    **dict.fromkeys(NORMS_OF_LAST_AXES, last_axes_module),
+    **dict.fromkeys(NORMS_OF_AXIS_1, axis_1_module),
     nn.LocalResponseNorm: lambda run, module, value: value,
 }
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from growfx.passes.operators.einsum import spelled
 from growfx.passes.path_products.rules.arithmetic import add, balanced
+from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import Ended, Judged, Learned, NoPathRuleError, PathValue, move, paths_in, raw
 
-if TYPE_CHECKING:
-    from growfx.passes.path_products.interpreter import PathGraph
-
-__all__ = ["FUNCTIONS", "METHODS", "MODULES", "SEES_ENDS", "carrying", "matmul"]
+__all__ = ["FAMILIES", "FUNCTIONS", "METHODS", "MODULES", "SEES_ENDS", "carrying", "matmul"]
 
 
 def carrying(value: Any) -> Tensor:
@@ -28,7 +28,7 @@ def carrying(value: Any) -> Tensor:
     return value.tensor
 
 
-def matmul(run: PathGraph, left: Any, right: Any) -> Any:
+def matmul(run: PathRun, left: Any, right: Any) -> Any:
     """Path times constant: magnitudes. Path times path: balanced product of the means over the contracted index."""
     if not isinstance(right, PathValue):
         run.watch_use(right, -2 if raw(right).ndim > 1 else 0, carrying(left), -1)
@@ -42,12 +42,12 @@ def matmul(run: PathGraph, left: Any, right: Any) -> Any:
     return PathValue(balanced(rows, columns, left.bounded, right.bounded), left.bounded and right.bounded)
 
 
-def reverse_matmul(run: PathGraph, right: Any, left: Any) -> Any:
+def reverse_matmul(run: PathRun, right: Any, left: Any) -> Any:
     """`__rmatmul__`."""
     return matmul(run, left, right)
 
 
-def add_matmul(run: PathGraph, base: Any, left: Any, right: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+def add_matmul(run: PathRun, base: Any, left: Any, right: Any, *, beta: float = 1, alpha: float = 1) -> Any:
     """`addmm`, `baddbmm`: beta * base + alpha * left @ right."""
     if not paths_in(left, right):
         raise NoPathRuleError("a constant product added to an activation: write it as a sum")
@@ -55,24 +55,7 @@ def add_matmul(run: PathGraph, base: Any, left: Any, right: Any, *, beta: float 
     return add(run, PathValue(product.tensor * abs(alpha)), base, alpha=beta)
 
 
-def _spelled(equation: str, operands: list[Any]) -> tuple[list[str], str]:
-    """Index letters of every operand and of the output, ellipses written out."""
-    inputs, arrow, output = equation.replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    spare = [letter for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if letter not in equation]
-    longest = 0
-    for position, (term, operand) in enumerate(zip(terms, operands, strict=True)):
-        if "..." in term:
-            hidden = raw(operand).ndim - len(term.replace("...", ""))
-            longest = max(longest, hidden)
-            terms[position] = term.replace("...", "".join(spare[:longest][longest - hidden :]) if hidden else "")
-    if not arrow:
-        letters = sorted(set("".join(terms)))
-        output = "".join(letter for letter in letters if "".join(terms).count(letter) == 1)
-    return terms, output.replace("...", "".join(spare[:longest]))
-
-
-def einsum(run: PathGraph, equation: str, *operands: Any) -> Any:
+def einsum(run: PathRun, equation: str, *operands: Any) -> Any:
     """Path times constant: magnitudes. Path times path: each averaged over indices no longer needed, balanced.
 
     With more than two operands, one after the other from the left, path values last where constants can be contracted
@@ -82,7 +65,7 @@ def einsum(run: PathGraph, equation: str, *operands: Any) -> Any:
     if len(paths_in(items)) == 1:
         factors = [carrying(item) if isinstance(item, PathValue) else run.matrix(item) for item in items]
         return PathValue(torch.einsum(equation, *factors))
-    terms, output = _spelled(equation, items)
+    terms, output = spelled(equation, [raw(item).ndim for item in items])
     pairs = [_diagonal(run, term, item) for term, item in zip(terms, items, strict=True)]
     pairs.sort(key=lambda pair: isinstance(pair[1], PathValue))  # stable: constants first, each in its order
     while len(pairs) > 1:
@@ -94,7 +77,7 @@ def einsum(run: PathGraph, equation: str, *operands: Any) -> Any:
     return pairs[0][1]
 
 
-def _diagonal(run: PathGraph, term: str, item: Any) -> tuple[str, Any]:
+def _diagonal(run: PathRun, term: str, item: Any) -> tuple[str, Any]:
     """An operand whose indices all differ: a repeated one means its diagonal. Constants as magnitudes."""
     own = "".join(dict.fromkeys(term))
     if not isinstance(item, PathValue):
@@ -130,35 +113,42 @@ def _averaged_to(tensor: Tensor, term: str, output: str) -> Tensor:
     return tensor
 
 
-def linear(run: PathGraph, value: Any, weight: Any, bias: Any = None) -> Any:
+def linear(run: PathRun, value: Any, weight: Any, bias: Any = None) -> Any:
     """`F.linear`: magnitude of the weight, no bias."""
     tensor = carrying(value)
     run.watch_use(weight, -1, tensor, -1)
     return PathValue(F.linear(tensor, run.matrix(weight)))
 
 
-def convolving(function: Callable[..., Tensor], spatial: int, contracted: int) -> Callable[..., Any]:
-    """The rule of a convolution function over `contracted` of the weight's axes: its magnitude, no bias."""
+def convolving(
+    function: Callable[..., Tensor],
+    spatial: int,
+    contracted: int,
+    /,
+    run: PathRun,
+    input: Any,  # noqa: A002 - torch's name
+    weight: Any,
+    bias: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Convolution functions over `contracted` of the weight's axes: its magnitude, no bias."""
+    tensor = carrying(input)
+    run.watch_use(weight, contracted, tensor, -spatial - 1)
+    return PathValue(function(tensor, run.matrix(weight), None, *args, **kwargs))
 
-    def rule(run: PathGraph, input: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
-        tensor = carrying(input)
-        run.watch_use(weight, contracted, tensor, -spatial - 1)
-        return PathValue(function(tensor, run.matrix(weight), None, *args, **kwargs))
 
-    return rule
-
-
-def bilinear(run: PathGraph, input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
+def bilinear(run: PathRun, input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
     """`F.bilinear`: the product of both inputs, contracted with the magnitude of the weight (out, in, in)."""
     return einsum(run, "...i,oij,...j->...o", input1, weight, input2)
 
 
-def bilinear_module(run: PathGraph, module: Any, input1: Any, input2: Any) -> Any:
+def bilinear_module(run: PathRun, module: Any, input1: Any, input2: Any) -> Any:
     """The same as a module."""
     return bilinear(run, input1, input2, Learned(run.signed(module)))
 
 
-def grouped_matmul(run: PathGraph, left: Any, right: Any, offs: Any = None, *args: Any, **kwargs: Any) -> Any:
+def grouped_matmul(run: PathRun, left: Any, right: Any, offs: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Rows (rows, in) through matrices (groups, in, out), which end at `offs`; chosen by data: the mean over groups."""
     if raw(left).ndim == 3 or offs is None:
         return matmul(run, left, right)
@@ -186,8 +176,8 @@ FUNCTIONS: dict[Any, Any] = {
     **dict.fromkeys((torch.matmul, torch.bmm, torch.mm, operator.matmul), matmul),
     **dict.fromkeys((torch.addmm, torch.baddbmm), add_matmul),
     **dict.fromkeys((torch.einsum, torch.functional.einsum), einsum),
-    **{function: convolving(function, spatial, 1) for function, spatial in _CONVOLUTIONS},
-    **{function: convolving(function, spatial, 0) for function, spatial in _TRANSPOSED},
+    **{function: partial(convolving, function, spatial, 1) for function, spatial in _CONVOLUTIONS},
+    **{function: partial(convolving, function, spatial, 0) for function, spatial in _TRANSPOSED},
     F.linear: linear,
     **dict.fromkeys((F.bilinear, torch.bilinear), bilinear),
     **dict.fromkeys(_GROUPED, grouped_matmul),
@@ -200,6 +190,15 @@ METHODS: dict[str, Any] = {
 }
 
 MODULES: dict[Any, Any] = {nn.Bilinear: bilinear_module}
+
+FAMILIES: dict[str, tuple[Any, ...]] = {
+    "matmul": (matmul,),
+    "reverse_matmul": (reverse_matmul,),
+    "add_matmul": (add_matmul,),
+    "einsum": (einsum,),
+    "linear": (linear,),
+    "convolution": (convolving,),
+}
 
 # Rules that tell what data chose from constants.
 SEES_ENDS: frozenset[Callable[..., Any]] = frozenset({grouped_matmul})

@@ -7,22 +7,20 @@ its sequences.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from growfx.passes.path_products.rules.products import carrying
+from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import PathValue
-
-if TYPE_CHECKING:
-    from growfx.passes.path_products.interpreter import PathGraph
 
 __all__ = ["MODULES"]
 
 
-def _matrix(run: PathGraph, module: Any, name: str) -> Tensor | None:
+def _matrix(run: PathRun, module: Any, name: str) -> Tensor | None:
     """Magnitudes of the named matrix, averaged over its gates: (hidden, columns). None when the module has none."""
     if name not in module._parameters:
         return None
@@ -39,7 +37,7 @@ def _states(state: Any) -> list[Any]:
 
 
 def _one_direction(
-    run: PathGraph, module: Any, tensor: Tensor, suffix: str, before: list[Tensor | None]
+    run: PathRun, module: Any, tensor: Tensor, suffix: str, before: list[Tensor | None]
 ) -> tuple[Tensor, Tensor]:
     """Outputs and cell contents of one layer in one direction: (time, ..., size); `tensor` is (time, ..., input)."""
     into, again, out = (_matrix(run, module, f"weight_{kind}_{suffix}") for kind in ("ih", "hh", "hr"))
@@ -60,7 +58,7 @@ def _one_direction(
     return project(contents), contents
 
 
-def recurrent(run: PathGraph, module: Any, value: Any, state: Any = None, hx: Any = None) -> Any:
+def recurrent(run: PathRun, module: Any, value: Any, state: Any = None, hx: Any = None) -> Any:
     """LSTM, GRU and plain recurrences of any number of layers and directions: (outputs, last states)."""
     tensor = carrying(value)
     hidden, cell = _states(hx if state is None else state)
@@ -89,7 +87,7 @@ def recurrent(run: PathGraph, module: Any, value: Any, state: Any = None, hx: An
 def cell(has_memory: bool) -> Callable[..., Any]:
     """The rule of one step: what enters and what was remembered, summed."""
 
-    def rule(run: PathGraph, module: Any, value: Any, state: Any = None, hx: Any = None) -> Any:
+    def rule(run: PathRun, module: Any, value: Any, state: Any = None, hx: Any = None) -> Any:
         hidden, memory = _states(hx if state is None else state)
         into, again = _matrix(run, module, "weight_ih"), _matrix(run, module, "weight_hh")
         assert into is not None

@@ -7,7 +7,7 @@ over the coordinates where these carry paths.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +15,20 @@ from torch.nn import functional as F
 
 from growfx.passes.path_products.rules.arithmetic import balanced
 from growfx.passes.path_products.rules.products import carrying
+from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import Ended, Judged, PathValue, Weight, move, raw
 
-if TYPE_CHECKING:
-    from growfx.passes.path_products.interpreter import PathGraph
-
-__all__ = ["FUNCTIONS", "MODULES", "SEES_ENDS"]
+__all__ = ["FAMILIES", "FUNCTIONS", "MODULES", "SEES_ENDS"]
 
 
-def interpolate(run: PathGraph, value: PathValue, *args: Any, **kwargs: Any) -> Any:
+def interpolate(run: PathRun, value: PathValue, *args: Any, **kwargs: Any) -> Any:
     """Resampling; bicubic weights have negative lobes, so bilinear ones stand for them."""
     args = tuple("bilinear" if item == "bicubic" else item for item in raw(args))
     kwargs = {name: "bilinear" if item == "bicubic" else item for name, item in raw(kwargs).items()}
     return move(F.interpolate, value, *args, **kwargs)
 
 
-def upsample(run: PathGraph, module: Any, value: PathValue) -> Any:
+def upsample(run: PathRun, module: Any, value: PathValue) -> Any:
     """Resampling, bicubic as bilinear."""
     mode = "bilinear" if module.mode == "bicubic" else module.mode
     return move(
@@ -49,7 +47,7 @@ def _placed(image: Any, mean: Tensor, places: Any, coordinates: Tensor | None) -
 
 
 def grid_sample(
-    run: PathGraph,
+    run: PathRun,
     input: Any,  # noqa: A002 - torch's name
     grid: Any,
     mode: Any = "bilinear",
@@ -72,7 +70,7 @@ def grid_sample(
 
 
 def roi_align(
-    run: PathGraph,
+    run: PathRun,
     image: Any,
     boxes: Any,
     scale: float,
@@ -92,14 +90,14 @@ def roi_align(
     return PathValue(found.tensor.expand(raw(boxes).shape[0], mean.shape[1], height, width), found.bounded)
 
 
-def roi_pool(run: PathGraph, image: Any, boxes: Any, scale: float, height: int, width: int) -> Any:
+def roi_pool(run: PathRun, image: Any, boxes: Any, scale: float, height: int, width: int) -> Any:
     """As `roi_align`; a maximum over each bin counts as its mean. Also returns the positions of the maxima."""
     pooled = roi_align(run, image, boxes, scale, height, width)
     return pooled, Ended(torch.empty(pooled.tensor.shape, dtype=torch.int64, device="meta"))
 
 
 def deform_conv2d(
-    run: PathGraph,
+    run: PathRun,
     input: Any,  # noqa: A002 - torchvision's name
     weight: Any,
     offset: Any,
@@ -147,7 +145,7 @@ def unpool(spatial: int) -> Callable[..., Any]:
     """The rule of max unpooling: each element goes to one unknown place of its window, so to all of them evenly."""
 
     def rule(
-        run: PathGraph,
+        run: PathRun,
         input: Any,  # noqa: A002 - torch's name
         indices: Any,
         kernel_size: Any,
@@ -170,7 +168,7 @@ def unpool_module(spatial: int) -> Callable[..., Any]:
     """The same as a module."""
     function = unpool(spatial)
 
-    def rule(run: PathGraph, module: Any, value: Any, indices: Any, output_size: Any = None) -> Any:
+    def rule(run: PathRun, module: Any, value: Any, indices: Any, output_size: Any = None) -> Any:
         return function(run, value, indices, module.kernel_size, module.stride, module.padding, output_size)
 
     return rule
@@ -178,6 +176,8 @@ def unpool_module(spatial: int) -> Callable[..., Any]:
 
 _unpooled: Callable[..., list[int]] = vars(F)["_unpool_output_size"]
 _UNPOOLS = {1: F.max_unpool1d, 2: F.max_unpool2d, 3: F.max_unpool3d}
+
+FAMILIES: dict[str, tuple[Any, ...]] = {"spatial": (interpolate, upsample)}
 
 FUNCTIONS: dict[Any, Any] = {
     F.interpolate: interpolate,

@@ -6,22 +6,20 @@ At places chosen by data, what is written is spread evenly over all of them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from growfx.passes.path_products.rules.shape import zeros_for_constants
+from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import Ended, Judged, NoPathRuleError, PathValue, paths_in, raw
-
-if TYPE_CHECKING:
-    from growfx.passes.path_products.interpreter import PathGraph
 
 __all__ = ["FUNCTIONS", "METHODS", "SEES_ENDS"]
 
 
-def _operands(run: PathGraph, *items: Any) -> list[Any]:
+def _operands(run: PathRun, *items: Any) -> list[Any]:
     """Tensors of a base and of what is written into it, zeros for constants and numbers."""
     tensors = zeros_for_constants(run, list(items))
     return [0.0 if isinstance(item, (int, float)) else item for item in tensors]
@@ -35,7 +33,7 @@ def writing(function: Callable[..., Tensor], adds: bool) -> Callable[..., Any]:
     """The rule of a write of `source` along a dim at `index`; `adds` where it is added to what is there."""
 
     def rule(
-        run: PathGraph,
+        run: PathRun,
         base: Any,
         dim: int,
         index: Any,
@@ -63,7 +61,7 @@ def writing(function: Callable[..., Tensor], adds: bool) -> Callable[..., Any]:
     return rule
 
 
-def put(run: PathGraph, base: Any, indices: Any, values: Any, accumulate: bool = False) -> Any:
+def put(run: PathRun, base: Any, indices: Any, values: Any, accumulate: bool = False) -> Any:
     """`index_put`: at a tuple of index tensors."""
     whole, written = _operands(run, base, values)
     if any(isinstance(item, (Judged, Ended)) for item in indices):
@@ -74,7 +72,7 @@ def put(run: PathGraph, base: Any, indices: Any, values: Any, accumulate: bool =
 def part_written(function: Callable[..., Tensor]) -> Callable[..., Any]:
     """The rule of `select_scatter`, `slice_scatter`, `diagonal_scatter`."""
 
-    def rule(run: PathGraph, base: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+    def rule(run: PathRun, base: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
         whole, written = _operands(run, base, source)
         return PathValue(function(whole, written, *raw(args), **raw(kwargs)), _bounded(base, source))
 
@@ -82,7 +80,7 @@ def part_written(function: Callable[..., Tensor]) -> Callable[..., Any]:
 
 
 def padded_sequence(
-    run: PathGraph, sequences: Any, batch_first: bool = False, padding_value: float = 0.0, padding_side: str = "right"
+    run: PathRun, sequences: Any, batch_first: bool = False, padding_value: float = 0.0, padding_side: str = "right"
 ) -> Any:
     """Sequences of different lengths in one tensor: padding carries no path."""
     tensors = zeros_for_constants(run, list(sequences))

@@ -1,6 +1,6 @@
 """Path rules of what looks at data, and of parts of tensors: comparisons, indexing, filling, writing.
 
-What data selects is no rule: see `path_endings`.
+What data selects is no rule: see `path_products.endings`.
 """
 
 from __future__ import annotations
@@ -8,51 +8,37 @@ from __future__ import annotations
 import builtins
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from growfx.masked.graph_ops import set_item
+from growfx.passes.operators.nests import map_leaves
 from growfx.passes.path_products.rules.arithmetic import add
 from growfx.passes.path_products.rules.shape import zeros_for_constants
-from growfx.passes.path_products.values import (
-    Ended,
-    Judged,
-    NoPathRuleError,
-    PathValue,
-    broadcast,
-    map_leaves,
-    move,
-    paths_in,
-    raw,
-)
+from growfx.passes.path_products.run import PathRun
+from growfx.passes.path_products.values import Ended, Judged, NoPathRuleError, PathValue, broadcast, move, paths_in, raw
+from growfx.recorded.graph_ops import set_item
 
-if TYPE_CHECKING:
-    from growfx.passes.path_products.interpreter import PathGraph
-
-__all__ = ["FUNCTIONS", "METHODS", "SEES_ENDS"]
+__all__ = ["FAMILIES", "FUNCTIONS", "METHODS", "SEES_ENDS"]
 
 
-def judging(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule of a function whose result carries no path: a constant, executed on the path graph's values."""
-
-    def rule(run: PathGraph, *args: Any, **kwargs: Any) -> Any:
-        sources = tuple(paths_in(args, kwargs))
-        with torch.no_grad():
-            result = function(*raw(args), **raw(kwargs))
-        return map_leaves(lambda item: Judged(item, sources) if isinstance(item, Tensor) else item, result)
-
-    return rule
+def judging(function: Callable[..., Any], /, run: PathRun, *args: Any, **kwargs: Any) -> Any:
+    """A result that carries no path: a constant, executed on the path graph's values."""
+    sources = tuple(paths_in(args, kwargs))
+    with torch.no_grad():
+        result = function(*raw(args), **raw(kwargs))
+    return map_leaves(lambda item: Judged(item, sources) if isinstance(item, Tensor) else item, result)
 
 
-def get_item(run: PathGraph, value: Any, index: Any) -> Any:
+def get_item(run: PathRun, value: Any, index: Any) -> Any:
     """An element of a tuple or dict, or a part of a tensor."""
     return move(operator.getitem, value, index) if isinstance(value, PathValue) else value[raw(index)]
 
 
-def write_item(run: PathGraph, base: Any, index: Any, value: Any) -> Any:
+def write_item(run: PathRun, base: Any, index: Any, value: Any) -> Any:
     """`base[index] = value` in functional form; constants on either side count as zeros."""
     if isinstance(base, dict):
         return {**base, index: value}
@@ -83,7 +69,7 @@ def _scattered(base: Any, index: Any, value: Any) -> Any:
     return PathValue(base.tensor + spread if isinstance(base, PathValue) else spread)
 
 
-def fill(run: PathGraph, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+def fill(run: PathRun, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
     """`masked_fill`: positions filled by a constant mask carry no path; a mask made from data may fill none."""
     if not isinstance(value, PathValue) or isinstance(mask, PathValue):
         raise NoPathRuleError("filling by data has no path rule")
@@ -92,7 +78,7 @@ def fill(run: PathGraph, value: Any, mask: Any, *args: Any, **kwargs: Any) -> An
     return PathValue(value.tensor.masked_fill(raw(mask), 0.0), value.bounded, value.divisor, value.peak)
 
 
-def where(run: PathGraph, condition: Any, left: Any = None, right: Any = None, **kwargs: Any) -> Any:
+def where(run: PathRun, condition: Any, left: Any = None, right: Any = None, **kwargs: Any) -> Any:
     """A constant condition: the path operand where it is selected, zero elsewhere. Judged by data: either may pass."""
     left, right = kwargs.get("input", left), kwargs.get("other", right)
     if isinstance(condition, PathValue):
@@ -111,28 +97,24 @@ def where(run: PathGraph, condition: Any, left: Any = None, right: Any = None, *
     return PathValue(chosen, all(item.bounded for item in values))
 
 
-def method_where(run: PathGraph, value: Any, condition: Any, other: Any) -> Any:
+def method_where(run: PathRun, value: Any, condition: Any, other: Any) -> Any:
     """`value.where(condition, other)`."""
     return where(run, condition, value, other)
 
 
-def new_tensor_like(function: Callable[..., Any]) -> Callable[..., Any]:
+def new_tensor_like(function: Callable[..., Any], /, run: PathRun, value: PathValue, *args: Any, **kwargs: Any) -> Any:
     """`zeros_like`, `new_ones`, ...: a constant of the network's dtype."""
-
-    def rule(run: PathGraph, value: PathValue, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            made = function(value.tensor.to(run.model_dtype), *raw(args), **raw(kwargs))
-        return made
-
-    return rule
+    with torch.no_grad():
+        made = function(value.tensor.to(run.model_dtype), *raw(args), **raw(kwargs))
+    return made
 
 
-def zero_in_place(run: PathGraph, value: PathValue) -> Any:
+def zero_in_place(run: PathRun, value: PathValue) -> Any:
     """`zero_`: a constant from here on."""
     return torch.zeros_like(value.tensor, dtype=run.model_dtype, requires_grad=False)
 
 
-def copy_in_place(run: PathGraph, base: Any, source: Any, *args: Any) -> Any:
+def copy_in_place(run: PathRun, base: Any, source: Any, *args: Any) -> Any:
     """`copy_` onto a whole tensor: the source, in the base's shape."""
     shape = raw(base).shape
     return move(Tensor.expand, source, shape) if isinstance(source, PathValue) else raw(source).expand(shape)
@@ -177,10 +159,22 @@ _LIKE_FUNCTIONS = (
     torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, torch.rand_like, torch.randn_like,
 )  # fmt: skip
 
+FAMILIES: dict[str, tuple[Any, ...]] = {
+    "judging": (judging,),
+    "get_item": (get_item,),
+    "write_item": (write_item,),
+    "fill": (fill,),
+    "where": (where,),
+    "method_where": (method_where,),
+    "like": (new_tensor_like,),
+    "zero_in_place": (zero_in_place,),
+    "copy_in_place": (copy_in_place,),
+}
+
 FUNCTIONS: dict[Any, Any] = {
-    **{function: judging(function) for function in _JUDGING_FUNCTIONS},
-    **{function: new_tensor_like(function) for function in _LIKE_FUNCTIONS},
-    torch.heaviside: judging(_step),
+    **{function: partial(judging, function) for function in _JUDGING_FUNCTIONS},
+    **{function: partial(new_tensor_like, function) for function in _LIKE_FUNCTIONS},
+    torch.heaviside: partial(judging, _step),
     operator.getitem: get_item,
     set_item: write_item,
     torch.masked_fill: fill,
@@ -188,9 +182,9 @@ FUNCTIONS: dict[Any, Any] = {
 }
 
 METHODS: dict[str, Any] = {
-    **{name: judging(getattr(Tensor, name)) for name in _JUDGING_METHODS},
-    **{name: new_tensor_like(getattr(Tensor, name)) for name in _LIKE_METHODS},
-    "heaviside": judging(_step),
+    **{name: partial(judging, getattr(Tensor, name)) for name in _JUDGING_METHODS},
+    **{name: partial(new_tensor_like, getattr(Tensor, name)) for name in _LIKE_METHODS},
+    "heaviside": partial(judging, _step),
     "__getitem__": get_item,
     "masked_fill": fill,
     "masked_fill_": fill,

@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from growfx.passes.path_products.values import Learned, NoPathRuleError, PathValue, map_leaves, move, paths_in, raw
+from growfx.passes.operators.names import MOVING_FUNCTIONS, MOVING_METHODS
+from growfx.passes.operators.nests import map_leaves
+from growfx.passes.path_products.run import PathRun
+from growfx.passes.path_products.values import Learned, NoPathRuleError, PathValue, move, paths_in, raw
 
-if TYPE_CHECKING:
-    from growfx.passes.path_products.interpreter import PathGraph
-
-__all__ = ["FUNCTIONS", "METHODS", "MOVING_FUNCTIONS", "MOVING_METHODS", "zeros_for_constants"]
-
-
-def moving(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule of a function that is executed as it is; a constant moved into an activation's shape stays one."""
-
-    def rule(run: PathGraph, value: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(value, PathValue):
-            return move(function, value, *args, **kwargs)
-        with torch.no_grad():
-            moved = function(*raw((value, *args)), **raw(kwargs))
-        return Learned(moved) if isinstance(value, Learned) and isinstance(moved, Tensor) else moved
-
-    return rule
+__all__ = ["FAMILIES", "FUNCTIONS", "METHODS", "zeros_for_constants"]
 
 
-def zeros_for_constants(run: PathGraph, nest: Any) -> Any:
+def moving(function: Callable[..., Any], /, run: PathRun, value: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a function that moves elements; a constant moved into an activation's shape stays one."""
+    if isinstance(value, PathValue):
+        return move(function, value, *args, **kwargs)
+    with torch.no_grad():
+        moved = function(*raw((value, *args)), **raw(kwargs))
+    return Learned(moved) if isinstance(value, Learned) and isinstance(moved, Tensor) else moved
+
+
+def zeros_for_constants(run: PathRun, nest: Any) -> Any:
     """The nest with zeros in place of constant tensors: joined to path values they carry no path."""
     dtype = paths_in(nest)[0].tensor.dtype
 
@@ -44,25 +41,26 @@ def zeros_for_constants(run: PathGraph, nest: Any) -> Any:
     return map_leaves(replace, nest)
 
 
-def joining(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule of `cat`, `stack` and their like: executed, constants replaced by zeros."""
-
-    def rule(run: PathGraph, tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        sources = [source for source in paths_in(tensors) if not source.divisor]
-        if not sources:
-            return move(function, tensors, *args, **kwargs)
-        joined = function(zeros_for_constants(run, tensors), *raw(args), **raw(kwargs))
-        return PathValue(joined, all(source.bounded for source in sources), peak=None)
-
-    return rule
+def joining(function: Callable[..., Any], /, run: PathRun, tensors: Any, *args: Any, **kwargs: Any) -> Any:
+    """`cat`, `stack` and their like: executed, constants replaced by zeros."""
+    sources = [source for source in paths_in(tensors) if not source.divisor]
+    if not sources:
+        return move(function, tensors, *args, **kwargs)
+    joined = function(zeros_for_constants(run, tensors), *raw(args), **raw(kwargs))
+    return PathValue(joined, all(source.bounded for source in sources), peak=None)
 
 
-def padding(run: PathGraph, input: PathValue, pad: Any, mode: str = "constant", value: Any = None) -> Any:  # noqa: A002
+def building(container: type, run: PathRun, /, *args: Any, **kwargs: Any) -> Any:
+    """A container of what there is."""
+    return container(*args, **kwargs)
+
+
+def padding(run: PathRun, input: PathValue, pad: Any, mode: str = "constant", value: Any = None) -> Any:  # noqa: A002
     """Padding; a constant is written as zero, whatever its value (-inf before a maximum must not leak in)."""
     return move(F.pad, input, pad, mode=mode)
 
 
-def attribute(run: PathGraph, value: Any, name: str, *default: Any) -> Any:
+def attribute(run: PathRun, value: Any, name: str, *default: Any) -> Any:
     """`getattr`: shapes and the like are constants; the dtype is the network's, not the path graph's."""
     if not isinstance(value, PathValue):
         return getattr(value, name, *default)
@@ -87,86 +85,14 @@ def attribute(run: PathGraph, value: Any, name: str, *default: Any) -> Any:
     raise NoPathRuleError(f"attribute `{name}` of an activation has no path rule")
 
 
-MOVING_METHODS: dict[str, Callable[..., Any]] = {
-    name: getattr(Tensor, name)
-    for name in [
-        "reshape",
-        "reshape_as",
-        "permute",
-        "transpose",
-        "transpose_",
-        "swapaxes",
-        "swapdims",
-        "movedim",
-        "moveaxis",
-        "flatten",
-        "unflatten",
-        "squeeze",
-        "squeeze_",
-        "unsqueeze",
-        "unsqueeze_",
-        "expand",
-        "expand_as",
-        "repeat",
-        "tile",
-        "repeat_interleave",
-        "chunk",
-        "split",
-        "split_with_sizes",
-        "tensor_split",
-        "unbind",
-        "index_select",
-        "select",
-        "narrow",
-        "roll",
-        "flip",
-        "fliplr",
-        "flipud",
-        "rot90",
-        "unfold",
-        "gather",
-        "masked_select",
-        "take",
-        "take_along_dim",
-        "broadcast_to",
-        "diagonal",
-        "t",
-        "adjoint",
-        "tril",
-        "triu",
-        "sum",
-        "cumsum",
-        "nansum",
-        "ravel",
-        "diag_embed",
-    ]
-}
-MOVING_METHODS["view"] = Tensor.reshape
-MOVING_METHODS["view_as"] = Tensor.reshape_as
-
-MOVING_FUNCTIONS: tuple[Callable[..., Any], ...] = (
-    torch.reshape, torch.permute, torch.transpose, torch.swapaxes, torch.swapdims, torch.movedim, torch.moveaxis,
-    torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze, torch.tile, torch.chunk, torch.split,
-    torch.functional.split,
-    torch.tensor_split, torch.unbind, torch.index_select, torch.select, torch.narrow, torch.roll,
-    torch.flip, torch.fliplr, torch.flipud, torch.rot90, torch.gather, torch.take, torch.take_along_dim,
-    torch.broadcast_to, torch.diagonal, torch.t, torch.sum, torch.cumsum, torch.tril, torch.triu, torch.adjoint,
-    torch.ravel, torch.channel_shuffle, torch.pixel_shuffle, torch.pixel_unshuffle, F.unfold, F.fold, F.pixel_shuffle,
-    F.pixel_unshuffle, F.channel_shuffle, torch.repeat_interleave, torch.masked_select, torch.diag_embed,
-)  # fmt: skip
-
 _CHANGES_SUM = {"sum", "cumsum", "nansum"}
 
 
-def _summed(function: Callable[..., Any]) -> Callable[..., Any]:
+def _summed(function: Callable[..., Any], /, run: PathRun, *args: Any, **kwargs: Any) -> Any:
     """Sums run as they are, but their results may be larger than what they add up."""
-
-    def rule(run: PathGraph, *args: Any, **kwargs: Any) -> Any:
-        kwargs.pop("dtype", None)
-        result = move(function, *args, **kwargs)
-        return map_leaves(lambda item: _unknown_peak(item), result)
-
-    return rule
+    kwargs.pop("dtype", None)
+    result = move(function, *args, **kwargs)
+    return map_leaves(lambda item: _unknown_peak(item), result)
 
 
 def _unknown_peak(item: Any) -> Any:
@@ -185,15 +111,24 @@ _JOINING = (
     torch.column_stack,
 )
 
+FAMILIES: dict[str, tuple[Any, ...]] = {
+    "moving": (moving,),
+    "joining": (joining,),
+    "container": (building,),
+    "padding": (padding,),
+    "attribute": (attribute,),
+    "summed": (_summed,),
+}
+
 FUNCTIONS: dict[Any, Any] = {
-    **{function: moving(function) for function in MOVING_FUNCTIONS},
-    **{function: _summed(function) for function in _SUMMING},
-    **{function: joining(function) for function in _JOINING},
+    **{function: partial(moving, function) for function in MOVING_FUNCTIONS},
+    **{function: partial(_summed, function) for function in _SUMMING},
+    **{function: partial(joining, function) for function in _JOINING},
     F.pad: padding,
     builtins.getattr: attribute,
 }
 
 METHODS: dict[str, Any] = {
-    **{name: moving(function) for name, function in MOVING_METHODS.items()},
-    **{name: _summed(MOVING_METHODS[name]) for name in _CHANGES_SUM},
+    **{name: partial(moving, function) for name, function in MOVING_METHODS.items()},
+    **{name: partial(_summed, MOVING_METHODS[name]) for name in _CHANGES_SUM},
 }

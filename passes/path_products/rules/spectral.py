@@ -7,7 +7,7 @@ is a product with a constant matrix whose elements all have one magnitude: every
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +15,8 @@ from torch.nn import functional as F
 
 from growfx.passes.path_products.rules.arithmetic import add, identity
 from growfx.passes.path_products.rules.products import carrying
+from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import PathValue, move, raw
-
-if TYPE_CHECKING:
-    from growfx.passes.path_products.interpreter import PathGraph
 
 __all__ = ["FUNCTIONS", "METHODS"]
 
@@ -58,7 +56,7 @@ def transform(inverse: bool, half: str = "") -> Callable[..., Any]:
     """The rule of a transform along one dim."""
 
     def rule(
-        run: PathGraph,
+        run: PathRun,
         input: Any,  # noqa: A002 - torch's name
         n: int | None = None,
         dim: int = -1,
@@ -73,7 +71,7 @@ def transform_several(inverse: bool, dims: int | None, half: str = "") -> Callab
     """The rule of a transform along several dims, the last `dims` when none are named; the last one is the halved."""
 
     def rule(
-        run: PathGraph,
+        run: PathRun,
         input: Any,  # noqa: A002 - torch's name
         s: Sequence[int] | None = None,
         dim: Any = None,
@@ -94,7 +92,7 @@ def transform_several(inverse: bool, dims: int | None, half: str = "") -> Callab
 
 
 def short_time(
-    run: PathGraph,
+    run: PathRun,
     input: Any,  # noqa: A002 - torch's name
     n_fft: int,
     hop_length: int | None = None,
@@ -124,22 +122,22 @@ def short_time(
     return PathValue(result if return_complex else result[..., None].expand(*result.shape, 2))
 
 
-def part(run: PathGraph, value: PathValue) -> Any:
+def part(run: PathRun, value: PathValue) -> Any:
     """Real part, imaginary part, conjugate, angle: the paths of the whole."""
     return value.same(bounded=False)
 
 
-def as_pairs(run: PathGraph, value: PathValue) -> Any:
+def as_pairs(run: PathRun, value: PathValue) -> Any:
     """`view_as_real`: both parts."""
     return move(lambda tensor: tensor[..., None].expand(*tensor.shape, 2), value)
 
 
-def from_pairs(run: PathGraph, value: PathValue) -> Any:
+def from_pairs(run: PathRun, value: PathValue) -> Any:
     """`view_as_complex`: what reaches either part reaches the number."""
     return PathValue(carrying(value).sum(-1))
 
 
-def from_parts(run: PathGraph, first: Any, second: Any) -> Any:
+def from_parts(run: PathRun, first: Any, second: Any) -> Any:
     """`complex`, `polar`: what reaches either part reaches the number."""
     return add(run, first, second)
 
@@ -147,7 +145,7 @@ def from_parts(run: PathGraph, first: Any, second: Any) -> Any:
 def shifted(function: Callable[..., Tensor]) -> Callable[..., Any]:
     """`fftshift` and its inverse are executed."""
 
-    def rule(run: PathGraph, value: PathValue, dim: Any = None) -> Any:
+    def rule(run: PathRun, value: PathValue, dim: Any = None) -> Any:
         return move(lambda tensor: function(tensor, raw(dim)), value)
 
     return rule

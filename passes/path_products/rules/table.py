@@ -3,44 +3,47 @@
 Keys are exact: the function object, the name of the tensor method, or the module's class (as a dotted name for classes
 and operators of the model libraries, which are not imported here). A class without a row of its own follows its base
 only when it changes nothing but construction and printing. There is no default: an operator without a row is an error.
+
+Rules that do the same to the places of elements are a *family* (`FAMILIES`). By it `connect` finds its own rules, so
+that an operator stands in one table only. A rule with parameters is a `partial` of its function.
 """
 
 from __future__ import annotations
 
 import collections
-import operator
 from collections.abc import Callable
 from dataclasses import is_dataclass
+from functools import partial
 from typing import Any
 
-import torch
-from torch import nn
+from torch import fx, nn
 
-from growfx.masked.layer_classes import row_of
-from growfx.passes.path_products.rules import arithmetic as path_rules_arithmetic
-from growfx.passes.path_products.rules import attention as path_rules_attention
-from growfx.passes.path_products.rules import layers as path_rules_layers
-from growfx.passes.path_products.rules import norm as path_rules_norm
-from growfx.passes.path_products.rules import products as path_rules_products
-from growfx.passes.path_products.rules import recurrent as path_rules_recurrent
-from growfx.passes.path_products.rules import reduce as path_rules_reduce
-from growfx.passes.path_products.rules import sampling as path_rules_sampling
-from growfx.passes.path_products.rules import scatter as path_rules_scatter
-from growfx.passes.path_products.rules import selection as path_rules_selection
-from growfx.passes.path_products.rules import shape as path_rules_shape
-from growfx.passes.path_products.rules import spectral as path_rules_spectral
+from growfx.passes.operators.classes import row_of
+from growfx.passes.operators.names import operator_name
+from growfx.passes.path_products.rules import (
+    arithmetic,
+    attention,
+    layers,
+    norm,
+    products,
+    recurrent,
+    reduce,
+    sampling,
+    scatter,
+    selection,
+    shape,
+    spectral,
+)
 
 __all__ = [
-    "APPLIED",
     "FUNCTIONS",
     "METHODS",
     "MODULES",
+    "family_of",
     "function_rule",
-    "is_moving",
     "method_rule",
     "module_rule",
-    "operator_name",
-    "row_of",
+    "node_rule",
     "sees_ends",
 ]
 
@@ -58,44 +61,19 @@ def _merged(name: str, *sources: Any) -> dict[Any, Any]:
     return table
 
 
-_FILES = (
-    path_rules_arithmetic,
-    path_rules_products,
-    path_rules_reduce,
-    path_rules_scatter,
-    path_rules_selection,
-    path_rules_shape,
-    path_rules_spectral,
-)
-FUNCTIONS: dict[Any, Rule] = _merged("FUNCTIONS", *_FILES, path_rules_norm, path_rules_attention, path_rules_sampling)
+_FILES = (arithmetic, products, reduce, scatter, selection, shape, spectral)
+FUNCTIONS: dict[Any, Rule] = _merged("FUNCTIONS", *_FILES, norm, attention, sampling)
 METHODS: dict[str, Rule] = _merged("METHODS", *_FILES)
-MODULES: dict[Any, Rule] = _merged(
-    "MODULES",
-    path_rules_products,
-    path_rules_layers,
-    path_rules_norm,
-    path_rules_attention,
-    path_rules_recurrent,
-    path_rules_sampling,
-)
-APPLIED = path_rules_layers.APPLIED
-_SEES_ENDS = (
-    path_rules_selection.SEES_ENDS
-    | path_rules_sampling.SEES_ENDS
-    | path_rules_scatter.SEES_ENDS
-    | path_rules_products.SEES_ENDS
-)
+MODULES: dict[Any, Rule] = _merged("MODULES", products, layers, norm, attention, recurrent, sampling)
+_FAMILY: dict[Any, str] = {
+    rule: family
+    for file in (arithmetic, attention, layers, norm, products, reduce, sampling, selection, shape)
+    for family, rules in file.FAMILIES.items()
+    for rule in rules
+}
+_SEES_ENDS = selection.SEES_ENDS | sampling.SEES_ENDS | scatter.SEES_ENDS | products.SEES_ENDS
 
 _CONTAINERS = (dict, list, tuple, collections.OrderedDict)
-_CASTS = {"to", "type_as", "float", "double", "contiguous", "clone", "detach", "type"}
-_SUMS = {"sum", "cumsum", "nansum", torch.sum, torch.cumsum, torch.nn.functional.fold}
-
-
-def operator_name(target: Any) -> Any:
-    """The key of a function in the table: itself, or the dotted name of an operator that a library registered."""
-    if isinstance(target, torch._ops.OpOverload):
-        target = target.overloadpacket
-    return str(target) if isinstance(target, torch._ops.OpOverloadPacket) else target
 
 
 def function_rule(target: Any) -> Rule | None:
@@ -104,7 +82,7 @@ def function_rule(target: Any) -> Rule | None:
     if rule is None and isinstance(target, type):
         named_tuple = issubclass(target, tuple) and hasattr(target, "_fields")
         if target in _CONTAINERS or is_dataclass(target) or named_tuple:
-            return lambda run, *args, **kwargs: target(*args, **kwargs)
+            return partial(shape.building, target)
     return rule
 
 
@@ -113,18 +91,21 @@ def method_rule(name: str) -> Rule | None:
     return METHODS.get(name)
 
 
+def node_rule(node: fx.Node) -> Rule | None:
+    """The rule of a node that calls a function or method."""
+    return function_rule(node.target) if node.op == "call_function" else method_rule(str(node.target))
+
+
 def module_rule(module: nn.Module) -> Rule | None:
     """The rule of a module's class; a masked twin follows the class it stands for."""
     return row_of(MODULES, getattr(type(module), "twin_of", type(module)))
 
 
+def family_of(rule: Rule | None) -> str:
+    """What operators with a rule do to elements, for passes that ask no more; "" where none does so."""
+    return _FAMILY.get(rule.func if isinstance(rule, partial) else rule, "")
+
+
 def sees_ends(rule: Rule) -> bool:
     """Whether a rule treats what data judged or selected in its own way, not as a constant."""
     return rule in _SEES_ENDS
-
-
-def is_moving(operation: str, target: Any) -> bool:
-    """Whether an operator only moves elements or changes their type."""
-    if operation == "call_method":
-        return target in _CASTS or (target in path_rules_shape.MOVING_METHODS and target not in _SUMS)
-    return target is operator.getitem or (target in path_rules_shape.MOVING_FUNCTIONS and target not in _SUMS)

@@ -10,9 +10,9 @@ from compact_nets import agree, awake, sparse_net
 from torch.utils._python_dispatch import TorchDispatchMode
 from volume_nets import SIZE, LargestResult, VolumeNet
 
-from growfx.passes.compact import convolution as compact_convolution
 from growfx.passes.compact.network import compact
-from growfx.passes.compact.precision import widened
+from growfx.passes.trials import convolution as compact_convolution
+from growfx.passes.trials.precision import widened
 
 GEOMETRIES = [
     (4, 6, {}),

@@ -10,9 +10,9 @@ from compact_nets import agree
 from torch import Tensor, nn
 
 import growfx
-from growfx.masked.inputs import Inputs
 from growfx.passes.compact.network import Compacted, compact
 from growfx.passes.trials import with_rows
+from growfx.recorded.inputs import Inputs
 
 
 def compacted(model: nn.Module, x: Tensor, *layers: str) -> Compacted:
@@ -163,7 +163,7 @@ def test_large_inputs_are_observed_in_few_rows(monkeypatch: pytest.MonkeyPatch) 
     x = torch.randn(1, 1, 24, 24, 24)
     limit = 3 * x.numel()
     monkeypatch.setattr("growfx.passes.compact.liveness._ELEMENTS", limit)
-    monkeypatch.setattr("growfx.passes.trials._ELEMENTS", limit)
+    monkeypatch.setattr("growfx.passes.trials.comparison._ELEMENTS", limit)
     result = compacted(Watched(), x, "a")
     assert left(result)["a"] == 2
     assert 2 * x.numel() <= max(seen) <= limit

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growfx
-from growfx.masked.inputs import Inputs
 from growfx.passes.compact.network import compact
-from growfx.passes.compact.precision import outputs_of, rounded_away, tolerance_of, widened_model
 from growfx.passes.trials import difference, working_copy
+from growfx.passes.trials.precision import outputs_of, rounded_away, tolerance_of, widened_model
+from growfx.recorded.inputs import Inputs
 
 _COMPACT: Any = importlib.import_module("growfx.passes.compact.network")
 

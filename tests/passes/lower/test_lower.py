@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lower_nets import NETS, make, recorded, same
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growfx
@@ -26,45 +26,6 @@ X = torch.randn(1, 3, 12, 12, generator=torch.Generator().manual_seed(7))
 def need(choice: str) -> None:
     if choice == "direct" and sparse_kernel.kernel_status():
         pytest.skip(sparse_kernel.kernel_status())
-
-
-def text(module: fx.GraphModule) -> str:
-    return "\n".join(str(node.format_node()) for node in module.graph.nodes if node.op not in ("placeholder", "output"))
-
-
-def test_the_graph_before_and_after() -> None:
-    module, _ = recorded(make("residual"), X)
-    assert text(module) == GOLDEN_BEFORE
-    names = [name for name, reason in lowerable(module, module.graph).items() if not reason]
-    lowered = lower(module, dict.fromkeys(names, "dense"))
-    assert text(lowered) == GOLDEN_AFTER
-    assert text(module) == GOLDEN_BEFORE
-    assert not [name for name, m in module.named_modules() if isinstance(m, LoweredLayer)]
-
-
-GOLDEN_BEFORE = """\
-%stem : [num_users=1] = call_module[target=stem](args = (%x,), kwargs = {})
-%norm : [num_users=1] = call_module[target=norm](args = (%stem,), kwargs = {})
-%relu : [num_users=2] = call_module[target=relu](args = (%norm,), kwargs = {})
-%first : [num_users=1] = call_module[target=first](args = (%relu,), kwargs = {})
-%shortcut : [num_users=1] = call_module[target=shortcut](args = (%relu,), kwargs = {})
-%add_ : [num_users=1] = call_method[target=add_](args = (%first, %shortcut), kwargs = {})
-%relu_1 : [num_users=2] = call_function[target=torch.nn.functional.relu](args = (%add_,), kwargs = {inplace: False})
-%second : [num_users=1] = call_module[target=second](args = (%relu_1,), kwargs = {})
-%add : [num_users=1] = call_method[target=add](args = (%second, %relu_1), kwargs = {})
-%relu_2 : [num_users=1] = call_function[target=torch.relu](args = (%add,), kwargs = {})
-%mean : [num_users=1] = call_method[target=mean](args = (%relu_2, (2, 3)), kwargs = {})
-%drop : [num_users=1] = call_module[target=drop](args = (%mean,), kwargs = {})
-%head : [num_users=1] = call_module[target=head](args = (%drop,), kwargs = {})"""
-GOLDEN_AFTER = """\
-%stem : [num_users=1] = call_module[target=stem](args = (%x,), kwargs = {})
-%norm : [num_users=1] = call_module[target=norm](args = (%stem,), kwargs = {})
-%relu : [num_users=2] = call_module[target=relu](args = (%norm,), kwargs = {})
-%shortcut : [num_users=1] = call_module[target=shortcut](args = (%relu,), kwargs = {})
-%first_2 : [num_users=1] = call_module[target=first](args = (%relu,), kwargs = {residual: %shortcut, relu: True})
-%second_2 : [num_users=1] = call_module[target=second](args = (%first_2,), kwargs = {residual: %first_2, relu: True})
-%mean : [num_users=1] = call_method[target=mean](args = (%second_2, (2, 3)), kwargs = {})
-%head : [num_users=1] = call_module[target=head](args = (%mean,), kwargs = {})"""
 
 
 @pytest.mark.parametrize("choice", CHOICES)

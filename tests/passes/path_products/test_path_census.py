@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from growfx.passes.operators.classes import row_of
 from growfx.passes.path_products.endings import is_selection
 from growfx.passes.path_products.rules import table as path_rules
 from growfx.passes.path_products.values import Judged, PathValue
@@ -54,7 +55,7 @@ torch.mean torch.div torch.functional.einsum torch.addcmul torch.conv2d torch.nn
 torch.transpose torch.rsqrt torch.nn.functional.max_pool2d torch.softmax torch.chunk torch._C._nn.one_hot torch.unbind
 torch.nn.functional.fold torch.tensor_split torch.sqrt torch.tanh torch.nn.functional.grid_sample
 torch.nn.functional.adaptive_max_pool2d torch.var torch.mul torch.logical_not torch.square torch.maximum torch.exp
-torch.swapaxes torch.repeat_interleave torch.nn.functional.unfold growfx.graph_ops.set_item
+torch.swapaxes torch.repeat_interleave torch.nn.functional.unfold growfx.recorded.graph_ops.set_item
 """
 FUNCTIONS = _FUNCTIONS.split()
 LIBRARY_OPERATORS = ["torchvision.roi_align", "torchvision.deform_conv2d"]
@@ -83,7 +84,7 @@ def named(dotted: str) -> Any:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_that_occurs_has_a_rule(name: str) -> None:
-    assert path_rules.row_of(path_rules.MODULES, named(name)) is not None
+    assert row_of(path_rules.MODULES, named(name)) is not None
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -204,3 +205,29 @@ def test_a_grouped_product_takes_each_row_through_its_matrix() -> None:
         return torch.cat([F.pad(x, (0, 2)) @ expert for expert in experts.double().abs()], 1)
 
     check(grouped, rule)
+
+
+class Contracted(nn.Module):
+    """An einsum of two layers' outputs: (3, 6) and (batch, 3, 6)."""
+
+    def __init__(self, equation: str) -> None:
+        super().__init__()
+        self.left, self.right, self.equation = nn.Linear(4, 6), nn.Linear(4, 6), equation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum(self.equation, self.left(x).sum(0), self.right(x))
+
+
+@pytest.mark.parametrize(
+    ("short", "spelled"),
+    [("...j,...j->...", "bj,abj->ab"), ("...j,...k->...", "bj,abk->ab"), ("...j,...j", "bj,abj->ab")],
+)
+def test_ellipses_for_different_numbers_of_axes_are_aligned_at_their_end(short: str, spelled: str) -> None:
+    found = []
+    for equation in (short, spelled):
+        torch.manual_seed(0)
+        net = growfx.wrap(Contracted(equation).eval(), torch.randn(2, 3, 4))
+        paths = growfx.path_products(net)
+        found.append((paths.log_total, paths.scores["left"] * math.exp(paths.log_scale)))
+    assert found[0][0] == pytest.approx(found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growfx
-from growfx.masked.layer_classes import is_known
-from growfx.passes.path_products.rules.table import MODULES, row_of
-from growfx.passes.record.recorder import _LEAF_KINDS
+from growfx.passes.operators.classes import is_known, row_of
+from growfx.passes.path_products.rules.table import MODULES
+from growfx.passes.record.whole import LEAF_KINDS
 
 Weights = dict[str, Tensor]
 GATE = torch.tensor([[1.0, 0.0], [0.5, -2.0], [1.0, 1.0], [0.0, 1.0]]).repeat(1, 2)
@@ -191,7 +191,7 @@ def test_an_attention_with_a_forward_of_its_own_scores_as_the_plain_one() -> Non
 
 def test_a_class_is_one_node_exactly_where_it_has_a_rule() -> None:
     """The layer classes of timm that compute in their own way, and only they, keep their place in recordings."""
-    classes = {kind for kind in vars(timm.layers).values() if isinstance(kind, type) and issubclass(kind, _LEAF_KINDS)}
+    classes = {kind for kind in vars(timm.layers).values() if isinstance(kind, type) and issubclass(kind, LEAF_KINDS)}
     assert len(classes) > 20
     for kind in classes:
         bare = kind.__new__(kind)

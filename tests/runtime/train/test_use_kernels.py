@@ -173,10 +173,10 @@ def test_a_layer_is_looked_up_anew_when_its_density_has_changed_by_a_fifth(monke
     net, x = wrapped(1.0)
     growfx.use_kernels(net, "auto")
     layer, order = net.layers["conv"], torch.rand(net.layers["conv"].mask.shape)
-    for density, times in [(0.5, 2), (0.5, 2), (0.45, 2), (0.35, 3), (0.9, 4), (0.5, 4)]:
+    for density, times in [(0.5, 2), (0.5, 2), (0.45, 2), (0.35, 3), (0.9, 3), (0.05, 4), (0.5, 4)]:
         layer.mask.copy_(order < order.flatten().sort().values[int(density * order.numel())])
         net(x)
-        assert len(asked) == times, density  # the first also asks for the linear layer
+        assert len(asked) == times, density  # the first also asks for the linear layer; 0.9 is on a line
 
 
 @built
@@ -250,3 +250,48 @@ def test_an_empty_layer_gives_its_bias_and_no_gradient() -> None:
     gradient = net.layers["conv"].weight.grad
     assert gradient is not None
     assert not gradient.any()
+
+
+def test_times_between_two_measured_densities_are_on_their_line_and_none_are_far_from_them() -> None:
+    row = {0.1: choice.Times(100.0, 20.0, 90.0, 10.0), 0.2: choice.Times(100.0, 40.0, 95.0, 30.0)}
+    assert choice._between(row, 0.15) == choice.Times(100.0, pytest.approx(30.0), 90.0, pytest.approx(20.0))
+    assert choice._between(row, 0.4) == choice.Times(100.0, pytest.approx(80.0), 90.0, pytest.approx(70.0))
+    assert choice._between(row, 0.11) == row[0.1]
+    assert choice._between(row, 0.9) is None
+    assert choice._between({0.1: row[0.1]}, 0.15) is None
+    assert choice._between({}, 0.15) is None
+
+
+@built
+def test_a_chooser_goes_on_from_its_state_without_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = wrapped()
+    growfx.use_kernels(net, example_inputs=x)
+    torch.save(net.kernels.chooser.state_dict(), tmp_path / "state.pt")
+    monkeypatch.setattr(choice, "_measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(choice, "_read", lambda *_: pytest.fail("read again"))
+    again = growfx.use_kernels(wrapped()[0])
+    again.kernels.chooser.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    again(x)
+    assert again.kernel_report.layers == net.kernel_report.layers
+
+
+@built
+@pytest.mark.parametrize(("density", "kernel"), [(0.1, "sparse"), (0.5, "dense")])
+def test_a_deterministic_choice_is_by_density(density: float, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_measure", lambda *_: pytest.fail("measured"))
+    net, x = wrapped()
+    net.set_masks({name: torch.rand(layer.mask.shape) < density for name, layer in net.layers.items()})
+    growfx.use_kernels(net, deterministic=True, example_inputs=x)
+    assert set(kernels_of(net).values()) == {kernel}
+
+
+@built
+def test_a_smaller_batch_without_gradients_takes_what_a_larger_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = wrapped()
+    growfx.use_kernels(net).eval()
+    with torch.no_grad():
+        net(x)
+        taken = kernels_of(net)
+        monkeypatch.setattr(choice, "_measure", lambda *_: pytest.fail("measured again"))
+        net(x[:3])
+    assert kernels_of(net) == taken

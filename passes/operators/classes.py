@@ -6,11 +6,14 @@ it is listed here; otherwise a recording looks inside, where it calls operators 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 __all__ = [
+    "APPLIED",
     "BATCH_NORMS",
     "NORMS_OF_AXIS_1",
     "NORMS_OF_LAST_AXES",
@@ -58,6 +61,18 @@ _NOT_CODE = {
     *("__module__", "__doc__", "__annotations__", "__constants__", "__dict__", "__weakref__", "__qualname__"),
     *("__firstlineno__", "__static_attributes__", "__annotate__", "__annotate_func__", "_version"),
 }
+
+
+def standardised(module: Any, weight: Tensor) -> Tensor:
+    """The weight that a weight-standardised convolution applies: zero mean, unit variance per output channel."""
+    gain = module._parameters.get("gain")
+    scale = None if gain is None else (gain.detach().to(weight) * module.scale).reshape(-1)
+    flat = weight.reshape(1, weight.shape[0], -1)
+    return F.batch_norm(flat, None, None, scale, None, True, 0.0, module.eps).reshape(weight.shape)
+
+
+# How a class turns its parameter into the weight it applies, where it does not apply the parameter itself.
+APPLIED: dict[Any, Callable[[Any, Tensor], Tensor]] = dict.fromkeys((*STANDARDISED, *STANDARDISED_SAME), standardised)
 
 
 def row_of(table: dict[Any, Any], cls: type) -> Any:

@@ -1,4 +1,4 @@
-"""Inputs to try a changed model on, and how far its outputs are from those of the model it was made of."""
+"""Compare the outputs of a transformed model with the original's."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from growfx.errors import TraceError
-from growfx.masked.inputs import Inputs
-from growfx.passes.compact.precision import outputs_of, relative_error, rounded_away, widened_model
+from growfx.passes.trials.precision import outputs_of, relative_error, rounded_away, widened_model
+from growfx.recorded.inputs import Inputs
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph

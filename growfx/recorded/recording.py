@@ -6,17 +6,28 @@ import copy
 import functools
 import hashlib
 import linecache
+import sys
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from growfx.errors import TraceError
-from growfx.masked import graph_ops
+from growfx.recorded import graph_ops
 
-__all__ = ["RECORDED_CONSTANT", "RecordFunction", "RecordedGraph", "compiled", "plain_graph_module"]
+__all__ = [
+    "RECORDED_CONSTANT",
+    "RecordFunction",
+    "RecordedGraph",
+    "compiled",
+    "plain_graph_module",
+    "without_compiler",
+]
 
 # What the names of buffers begin with that hold tensors from outside the model; they belong to its graphs alone.
 RECORDED_CONSTANT = "_recorded_constant_"
@@ -106,3 +117,17 @@ def compiled(graph: fx.Graph) -> tuple[Callable[..., Any], Any]:
     linecache.cache[file] = (len(code.src), None, code.src.splitlines(keepends=True), file)
     weakref.finalize(scope["forward"], linecache.cache.pop, file, None)
     return scope["forward"], code
+
+
+@contextmanager
+def without_compiler() -> Generator[None]:
+    """A recording started from compiled code runs as plain Python.
+
+    The compiler's stance is one for the process: threads that change it at once would not leave it as it was.
+    """
+    # The stance comes second: it takes effect when it is made.
+    with _ONE_AT_A_TIME, torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+        yield
+
+
+_ONE_AT_A_TIME = threading.RLock()

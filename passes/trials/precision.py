@@ -16,10 +16,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from growfx.compaction.apply import sharing_copy
-from growfx.masked.inputs import Inputs
-from growfx.passes.compact.convolution import is_large, piecewise
+from growfx.passes.trials.convolution import is_large, piecewise
+from growfx.recorded.inputs import Inputs
 
-__all__ = ["largest_result", "outputs_of", "relative_error", "rounded_away", "tolerance_of", "widened", "widened_model"]
+__all__ = [
+    "largest_error", "largest_result", "outputs_of", "relative_error", "rounded_away", "tolerance_of", "widened",
+    "widened_model",
+]  # fmt: skip
 
 _WIDE = {
     torch.float32: torch.float64,
@@ -100,9 +103,12 @@ def largest_result(model: nn.Module, inputs: Inputs, wide: bool = False) -> int:
     return largest.elements
 
 
-def tolerance_of(dtype: torch.dtype) -> float:
-    """The error, over the largest output, up to which outputs of this type may count as equal."""
-    return _TOLERANCE.get(dtype, 1e-2)
+def tolerance_of(dtype: torch.dtype, *, reordered: bool = False) -> float:
+    """The error, over the largest output, up to which outputs of this type may count as equal.
+
+    `reordered`: of a network that takes its sums in another order, through many layers.
+    """
+    return (10 if reordered else 1) * _TOLERANCE.get(dtype, 1e-2)
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
@@ -114,6 +120,13 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     scale = float(theirs.abs().nan_to_num().max()) or 1.0
     # Infinities of one sign are equal; their difference is not a number.
     return float((ours - theirs).abs().nan_to_num().max()) / scale
+
+
+def largest_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest `relative_error` of several outputs; infinite where their number or shapes differ."""
+    if [value.shape for value in got] != [value.shape for value in expected]:
+        return float("inf")
+    return max((relative_error(a, b) for a, b in zip(got, expected, strict=True) if b.numel()), default=0.0)
 
 
 def rounded_away(model: nn.Module, runs: Sequence[tuple[Inputs, list[Tensor]]], wide: bool) -> list[list[float]]:
