@@ -196,16 +196,17 @@ def _known(values: Sequence[Any]) -> _Known:
 def _between(row: Mapping[float, Times], density: float) -> Times | None:
     """Times at a density, from those measured at others: what a sparse kernel does grows evenly with its entries.
 
-    None where nothing was measured within a fifth, nor at two densities of which one is within a factor of `_REACH`.
+    None where nothing was measured within a fifth, nor at densities below and above within a factor of `_REACH`.
     """
-    near = sorted(row, key=lambda known: abs(math.log(known / density)))
-    if near and density / _STEP < near[0] < density * _STEP:
-        return row[near[0]]
-    if len(near) < 2 or not density / _REACH < near[0] < density * _REACH:
+    near = min(row, key=lambda known: abs(math.log(known / density)), default=None)
+    if near is not None and density / _STEP < near < density * _STEP:
+        return row[near]
+    below = max((d for d in row if d < density), default=0.0)
+    above = min((d for d in row if d > density), default=math.inf)
+    if below * _REACH < density or above > density * _REACH:
         return None
-    a, b = (row[d] for d in near[:2])
-    share = (density - near[0]) / (near[1] - near[0])
-    line = [max(u + share * (v - u), min(u, v) / _REACH) for u, v in zip(astuple(a), astuple(b), strict=True)]
+    a, b, share = row[below], row[above], (density - below) / (above - below)
+    line = [u + share * (v - u) for u, v in zip(astuple(a), astuple(b), strict=True)]
     return Times(min(a.dense, b.dense), line[1], min(a.dense_inner, b.dense_inner), line[3])
 
 
