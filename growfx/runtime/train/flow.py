@@ -33,6 +33,7 @@ _OUTER: set[Any] = {
     *(torch.Tensor.view, torch.Tensor.contiguous, torch.Tensor.flatten, torch.Tensor.reshape),
     *(torch.flatten, torch.reshape, F.scaled_dot_product_attention, torch.Tensor.__matmul__, torch.bmm),
 }
+_IN_PLACE: set[Any] = {torch.relu_, torch.Tensor.relu_}
 _MOST_TAPS = 255  # that a byte can tell apart
 _MAX_POOLS: set[Any] = {F.max_pool2d, torch.max_pool2d}
 _NEVER = {"__get__", "__set__", "size", "dim", "stride", "is_contiguous", "data_ptr", "numel", "ndimension", "detach"}
@@ -134,8 +135,13 @@ class Flow(TorchFunctionMode):
             entry = self.waiting.get(id(args[0]))
             if entry is None or entry[1].chain.adds or entry[1].result is None:
                 return None
-            del self.waiting[id(args[0])]
-            return entry[1].result
+            result = entry[1].result
+            in_place = func in _IN_PLACE or kwargs.get("inplace", False) or any(args[1:])
+            if in_place or not torch.is_grad_enabled():
+                del self.waiting[id(args[0])]
+                return result
+            # Whoever reads the norm itself later still finds it as it was before: another object, the same values.
+            return result.view_as(result)
         if func in ADDITIONS and len(args) == 2 and not kwargs:
             for own, other in (args, args[::-1]):
                 entry = self.waiting.get(id(own))
