@@ -386,11 +386,12 @@ class MaskedLayer(nn.Module):
             elif grad is not None:
                 mask_in_place(own_part(grad), part_of(self.mask, grad))
             return
-        if self._stored.seen != self.mask_marker():
+        changed = self._stored.seen != self.mask_marker()
+        if changed:
             self._settle_whole()
         if self._collecting:
             self.take_dense_gradient(scale)
-        elif grad is not None and not self._stored.mark.is_of(grad):
+        elif grad is not None and (changed or not self._stored.mark.is_of(grad)):
             mask_gradient(grad, self.mask)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> MaskedLayer:

@@ -23,7 +23,7 @@ from growfx.distributed.sharded import all_finite, is_sharded, own_part, part_of
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.registry import LAYER_OF
 
-__all__ = ["StepWatch", "clear_state", "optimizers_of", "watch_optimizers"]
+__all__ = ["StepWatch", "clear_state", "optimizers_of", "step_ahead_by", "watch_optimizers"]
 
 # Optimizers that work edge by edge and add nothing of their own: where weight, gradient and state are zero, they stay
 # zero, and a pass over the weights after each step is saved. All others (orthogonalised or preconditioned updates,
@@ -39,13 +39,15 @@ class _Record:
 
     `steps`: made so far. `cleared`: by parameter, the mask (identity, version) its state was last cleared for. `state`:
     by parameter, identities and versions of its state after the last step, which tell what was loaded or edited since.
-    `versions`: of the parameters, before each step under way (a subclass's step may call its base class's).
+    `versions`: of the parameters, before each step under way (a subclass's step may call its base class's). `hidden`:
+    before each, the gradients of parameters that are stepped already, which the optimizer must not see.
     """
 
     steps: int = 0
     cleared: dict[int, tuple[int, int]] = field(default_factory=dict)
     state: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     versions: list[dict[int, int]] = field(default_factory=list)
+    hidden: list[list[tuple[nn.Parameter, Tensor | None]]] = field(default_factory=list)
 
 
 _RECORDS: weakref.WeakKeyDictionary[Optimizer, _Record] = weakref.WeakKeyDictionary()
@@ -148,7 +150,19 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
             layer.optimizer_will_step(scale)
         versions[id(layer.parameter)] = layer.parameter._version
     record.versions.append(versions)
+    record.hidden.append([] if masked is not None or scale is not None else _step_ahead(optimizer, layers))
     return masked
+
+
+def _step_ahead(optimizer: Optimizer, layers: list[MaskedLayer]) -> list[tuple[nn.Parameter, Tensor | None]]:
+    """Let those who can step parameters over present edges alone do so, and hide these from the optimizer."""
+    hidden: list[tuple[nn.Parameter, Tensor | None]] = []
+    with torch.no_grad():
+        for step in _STEPPING_AHEAD:
+            hidden += [(parameter, parameter.grad) for parameter in step(optimizer, layers)]
+    for parameter, _ in hidden:
+        parameter.grad = None
+    return hidden
 
 
 def _clear_if_touched(optimizer: Optimizer, layer: MaskedLayer, record: _Record) -> None:
@@ -197,6 +211,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if record is None or not record.versions:
         return
     record.versions.pop()
+    for parameter, gradient in record.hidden.pop():
+        parameter.grad = gradient
     found_inf = vars(optimizer).get("found_inf")  # of a fused step, which leaves itself out
     left_out = found_inf is not None and bool(found_inf)
     # A fused step that is left out at the very start leaves state behind that nobody has written.
@@ -208,6 +224,16 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 clear_state(optimizer, layer.parameter, ~layer.mask)
         record.state[id(layer.parameter)] = _versions(optimizer, layer.parameter)
     record.steps += not left_out
+
+
+# Called before each step with the optimizer and its masked layers; step parameters themselves and return these.
+_STEPPING_AHEAD: list[Callable[[Optimizer, list[MaskedLayer]], list[nn.Parameter]]] = []
+
+
+def step_ahead_by(step: Callable[[Optimizer, list[MaskedLayer]], list[nn.Parameter]]) -> None:
+    """Ask `step` before each step of an optimizer to make the part of it that it can; see `present_step.py`."""
+    if step not in _STEPPING_AHEAD:
+        _STEPPING_AHEAD.append(step)
 
 
 _WATCHING: list[Any] = []  # the handles of the hooks, once they are there

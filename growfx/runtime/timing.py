@@ -81,6 +81,7 @@ def interleaved_minima(
     least_rounds: int,
     seconds: float,
     spreads: list[float] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """The least time of each call in microseconds.
 
@@ -94,6 +95,7 @@ def interleaved_minima(
         seconds: further turns until so much time is spent.
         spreads: gets, for each call that ran to the end, how far its median is above its least time, over the least:
             near 0 on a quiet machine, and large where something else was running.
+        clock: what each call is timed by, in seconds.
     """
     if len(calls) < 2:
         least_rounds = min(least_rounds, 3)
@@ -103,9 +105,9 @@ def interleaved_minima(
     running, rounds, end = dict(calls), 0, time.perf_counter() + seconds
     while rounds < least_rounds or (len(running) > 1 and time.perf_counter() < end):
         for name, call in running.items():
-            start = time.perf_counter()
+            start = clock()
             call()
-            taken[name].append(time.perf_counter() - start)
+            taken[name].append(clock() - start)
         rounds += 1
         if rounds == 2:
             limit = _HOPELESS * min(map(min, taken.values()))

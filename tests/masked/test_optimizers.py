@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import growfx
 from growfx import methods
-from growfx.masked import layers
+from growfx.masked import layers as masked_layers
 from growfx.masked.optimizers import _KEEPS_ZEROS
 from growfx.methods.masks import change_masks
 
@@ -337,7 +337,7 @@ def test_what_others_put_outside_the_masks_before_a_step_has_no_effect(edit, nam
 def test_gradients_that_nobody_touched_are_masked_once(monkeypatch):
     """A second pass over every gradient would cost as much as the first."""
     passes = []
-    monkeypatch.setattr(layers, "mask_gradient", lambda *_: passes.append(1))
+    monkeypatch.setattr(masked_layers, "mask_gradient", lambda *_: passes.append(1))
     net = small_net().train()
     net.set_masks({k: torch.rand(layer.mask.shape) < 0.4 for k, layer in net.layers.items()})
     optimizer = optim.SGD(net.parameters(), lr=0.1, momentum=0.9)

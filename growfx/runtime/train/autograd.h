@@ -138,8 +138,9 @@ inline at::Tensor dense_product(const at::Tensor& x, const at::Tensor& values, c
   const int32_t* const start = a.tables[0].const_data_ptr<int32_t>();
   const int32_t* const channel = a.tables[1].const_data_ptr<int32_t>();
   int64_t* const n = index.mutable_data_ptr<int64_t>();
-  for (int64_t s = 0; s < rows * taps; ++s)
-    for (int64_t k = start[s]; k < start[s + 1]; ++k) n[k] = (s / taps * columns + channel[k]) * taps + s % taps;
+  for (int64_t s = 0; s + 1 < a.tables[0].numel(); ++s)
+    for (int64_t k = start[s]; k < start[s + 1]; ++k)
+      n[k] = (s / taps % rows * columns + channel[k]) * taps + s % taps;
   std::vector<int64_t> sizes{rows, columns};
   sizes.insert(sizes.end(), kernel.begin(), kernel.end());
   const at::Tensor flat = at::zeros({rows * columns * taps}, values.options()).index_put({index}, values);
@@ -264,6 +265,36 @@ struct Norm : Function<Norm> {
     const variable_list result = torch::autograd::grad({out}, inputs, {grad}, true, true, true);
     for (int i = 0, k = 0; i < 4; ++i)
       if (wanted[i]) found[all[i].first] = result[k++];
+    return found;
+  }
+};
+
+struct MaxPool : Function<MaxPool> {
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& x, Ints kernel, Ints stride, Ints padding,
+                               Ints dilation, Ints out_size) {
+    using Signature = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, Ints, Ints, Ints, Ints, Ints);
+    static const auto op = handle<Signature>("growfx::max_pool");
+    at::AutoDispatchBelowADInplaceOrView below;
+    const auto [out, which] = op.call(x, kernel, stride, padding, dilation, out_size);
+    ctx->save_for_backward({x, which});
+    ctx->saved_data["kernel"] = kernel, ctx->saved_data["stride"] = stride;
+    ctx->saved_data["padding"] = padding, ctx->saved_data["dilation"] = dilation;
+    ctx->mark_non_differentiable({which});
+    return {out, which};
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, Ints, Ints, Ints, Ints, Ints);
+    static const auto op = handle<Signature>("growfx::max_pool_backward");
+    const variable_list saved = ctx->get_saved_variables();
+    const auto ints = [&](const char* name) { return ctx->saved_data[name].toIntVector(); };
+    const auto kernel = ints("kernel"), stride = ints("stride"), padding = ints("padding"), dilation = ints("dilation");
+    variable_list found(6);
+    if (at::GradMode::is_enabled()) {
+      const at::Tensor out = at::max_pool2d(saved[0], kernel, stride, padding, dilation);
+      found[0] = torch::autograd::grad({out}, {saved[0]}, {grads[0]}, true, true)[0];
+    } else {
+      found[0] = op.call(grads[0], saved[1], saved[0].sizes(), kernel, stride, padding, dilation);
+    }
     return found;
   }
 };

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any, Final
@@ -23,9 +24,11 @@ __all__ = ["KERNELS", "Chooser", "Times"]
 KERNELS: Final = ("auto", "dense", "sparse")
 # A layer keeps its kernel while its density stays within this factor.
 _STEP: Final = 1.2
-_ROUNDS, _SECONDS = 3, 0.05
+_ROUNDS, _SECONDS = 4, 0.05
 # The sparse kernel has to be this much faster than the dense one.
 _MARGIN: Final = 0.95
+# A flow may take this much longer in its layers, for what it saves in norms and pooling.
+_FLOW: Final = 1.05
 # Two measurements give the time at a third density that is not further from them than this factor.
 _REACH: Final = 3.0
 # Without times: a sparse kernel is taken up to this density.
@@ -124,7 +127,7 @@ class Chooser:
             )
         times = [known.times for known in self.last.values() if known.times is not None]
         plain, inner = (sum(min(t.of(inner=which)) for t in times) for which in (False, True))
-        return inner < _MARGIN * plain
+        return inner < _FLOW * plain
 
     def last_times(self, name: str) -> Times | None:
         """The times that decided what the layer `name` took last; None where nothing was timed."""
@@ -193,16 +196,17 @@ def _known(values: Sequence[Any]) -> _Known:
 def _between(row: Mapping[float, Times], density: float) -> Times | None:
     """Times at a density, from those measured at others: what a sparse kernel does grows evenly with its entries.
 
-    None where nothing was measured within a fifth, nor at two densities of which one is within a factor of `_REACH`.
+    None where nothing was measured within a fifth, nor at densities below and above within a factor of `_REACH`.
     """
-    near = sorted(row, key=lambda known: abs(math.log(known / density)))
-    if near and density / _STEP < near[0] < density * _STEP:
-        return row[near[0]]
-    if len(near) < 2 or not density / _REACH < near[0] < density * _REACH:
+    near = min(row, key=lambda known: abs(math.log(known / density)), default=None)
+    if near is not None and density / _STEP < near < density * _STEP:
+        return row[near]
+    below = max((d for d in row if d < density), default=0.0)
+    above = min((d for d in row if d > density), default=math.inf)
+    if below * _REACH < density or above > density * _REACH:
         return None
-    a, b = (row[d] for d in near[:2])
-    share = (density - near[0]) / (near[1] - near[0])
-    line = [max(u + share * (v - u), min(u, v) / _REACH) for u, v in zip(astuple(a), astuple(b), strict=True)]
+    a, b, share = row[below], row[above], (density - below) / (above - below)
+    line = [u + share * (v - u) for u, v in zip(astuple(a), astuple(b), strict=True)]
     return Times(min(a.dense, b.dense), line[1], min(a.dense_inner, b.dense_inner), line[3])
 
 
@@ -219,7 +223,7 @@ def _key(layer: MaskedLayer, g: Geometry, x: Tensor, gradient: bool) -> str:
 
 
 def _file_key(key: str) -> dict[str, Any]:
-    return {"training": key, "torch": torch.__version__, "processor": processor(), "version": 3}
+    return {"training": key, "torch": torch.__version__, "processor": processor(), "version": 4}
 
 
 def _read(key: str) -> dict[float, Times]:
@@ -253,7 +257,9 @@ def _measure(layer: Any, geometry: Geometry, entries: Entries, x: Tensor, out_si
             ),
         }
     with torch.enable_grad() if gradient else torch.no_grad(), torch.autocast("cpu", enabled=False):
-        found = interleaved_minima(calls, least_rounds=_ROUNDS, seconds=_SECONDS)
+        # Of one thread, the time that others do not take from it.
+        clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+        found = interleaved_minima(calls, least_rounds=_ROUNDS, seconds=_SECONDS, clock=clock)
     return Times(
         *(found["dense"], found["sparse"]),
         *(found.get("dense_inner", found["dense"]), found.get("sparse_inner", found["sparse"])),

@@ -43,11 +43,12 @@ void for_active(const uint8_t* mask, int64_t rows, int64_t columns, int64_t taps
 
 using Tables = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// start (O * taps + 1), channel (nnz), index (nnz): entries in the order (output channel, tap, input channel), and where
-// each lies in the weight's memory. back_start (I * taps + 1), back_channel (nnz), back_order (nnz): entries in the order
-// (input channel, tap of the writing order, output channel), and which of the former each is.
+// start (blocks * O * taps + 1), channel (nnz), index (nnz): entries in the order (block of `block[0]` input channels,
+// output channel, tap, input channel), and where each lies in the weight's memory. back_start (blocks * I * taps + 1),
+// back_channel (nnz), back_order (nnz): entries in the order (block of `block[1]` output channels, input channel, tap of
+// the writing order, output channel), and which of the former each is.
 inline Tables index_mask(const at::Tensor& mask, at::IntArrayRef weight_strides, at::IntArrayRef stride,
-                         at::IntArrayRef dilation) {
+                         at::IntArrayRef dilation, at::IntArrayRef block) {
   const at::Tensor whole = mask.contiguous();
   const int64_t rows = mask.size(0), columns = mask.size(1);
   std::array<std::vector<int32_t>, 3> order;
@@ -68,24 +69,30 @@ inline Tables index_mask(const at::Tensor& mask, at::IntArrayRef weight_strides,
         step[tap] = z * axis_of(steps, 0, 0) + y * axis_of(steps, 1, 0) + x * axis_of(steps, 2, 0);
       }
   const auto ints = at::TensorOptions().dtype(at::kInt);
-  at::Tensor start = at::zeros({rows * taps + 1}, ints), back_start = at::zeros({columns * taps + 1}, ints);
+  const int64_t segments = (columns + block[0] - 1) / block[0] * rows * taps;
+  const int64_t back_segments = (rows + block[1] - 1) / block[1] * columns * taps;
+  at::Tensor start = at::zeros({segments + 1}, ints), back_start = at::zeros({back_segments + 1}, ints);
+  const auto segment = [&](int64_t o, int64_t i, int64_t t) { return (i / block[0] * rows + o) * taps + t; };
+  const auto back_segment = [&](int64_t o, int64_t i, int64_t t) {
+    return (o / block[1] * columns + i) * taps + back[t];
+  };
   int32_t* const s = start.mutable_data_ptr<int32_t>();
   int32_t* const b = back_start.mutable_data_ptr<int32_t>();
   const uint8_t* const m = reinterpret_cast<const uint8_t*>(whole.const_data_ptr<bool>());
   for_active(m, rows, columns, taps,
-             [&](int64_t o, int64_t i, int64_t t) { ++s[o * taps + t + 1], ++b[i * taps + back[t] + 1]; });
-  for (int64_t j = 0; j < rows * taps; ++j) s[j + 1] += s[j];
-  for (int64_t j = 0; j < columns * taps; ++j) b[j + 1] += b[j];
-  const int64_t nnz = s[rows * taps];
+             [&](int64_t o, int64_t i, int64_t t) { ++s[segment(o, i, t) + 1], ++b[back_segment(o, i, t) + 1]; });
+  for (int64_t j = 0; j < segments; ++j) s[j + 1] += s[j];
+  for (int64_t j = 0; j < back_segments; ++j) b[j + 1] += b[j];
+  const int64_t nnz = s[segments];
   const auto list = [&] { return at::empty({nnz}, ints); };
   at::Tensor channel = list(), index = list(), back_channel = list(), back_order = list();
   int32_t* const c = channel.mutable_data_ptr<int32_t>();
   int32_t* const n = index.mutable_data_ptr<int32_t>();
   int32_t* const d = back_channel.mutable_data_ptr<int32_t>();
   int32_t* const e = back_order.mutable_data_ptr<int32_t>();
-  std::vector<int32_t> next(s, s + rows * taps), back_next(b, b + columns * taps);
+  std::vector<int32_t> next(s, s + segments), back_next(b, b + back_segments);
   for_active(m, rows, columns, taps, [&](int64_t o, int64_t i, int64_t t) {
-    const int32_t k = next[o * taps + t]++, j = back_next[i * taps + back[t]]++;
+    const int32_t k = next[segment(o, i, t)]++, j = back_next[back_segment(o, i, t)]++;
     c[k] = i, n[k] = o * weight_strides[0] + i * weight_strides[1] + step[t];
     d[j] = o, e[j] = k;
   });
@@ -119,6 +126,16 @@ inline at::Tensor gather_entries(const at::Tensor& weight, const at::Tensor& ind
     for (int64_t k = begin; k < end; ++k) v[k] = w[n[k]];
   });
   return values;
+}
+
+inline void put_entries(const at::Tensor& weight, const at::Tensor& index, const at::Tensor& values) {
+  const int64_t count = index.numel();
+  const int32_t* const n = index.const_data_ptr<int32_t>();
+  const float* const v = values.const_data_ptr<float>();
+  float* const w = weight.mutable_data_ptr<float>();
+  at::parallel_for(0, count, 32768, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) w[n[k]] = v[k];
+  });
 }
 
 inline at::Tensor scatter_entries(const at::Tensor& values, const at::Tensor& index, at::IntArrayRef sizes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,11 @@ from torch.nn.modules.conv import _ConvNd
 
 __all__ = ["LIMIT", "Entries", "Geometry", "geometry_of", "product"]
 
+# Of what a tile reads: per channel and tap, and of a block at least and at most, around the size of a first cache.
+_TILE_BYTES, _BLOCK_BYTES = 512, (24576, 57344)
+# Entries of an output channel that a block should have, and must have to be worth it; rows and columns of images whose
+# borders, where tiles are small, do not count.
+_BLOCK_ENTRIES, _LEAST_ENTRIES, _WIDE = 18.0, 14.0, 8
 # Offsets are 32-bit.
 LIMIT = 2**31 - 1
 
@@ -33,6 +39,10 @@ class Geometry:
         """Sizes of the output for images of `size`; below 1 where the kernel does not fit."""
         axes = zip(size, self.kernel, self.stride, self.dilation, self.front, self.back, strict=True)
         return [(n + p + q - d * (k - 1) - 1) // s + 1 for n, k, s, d, p, q in axes]
+
+    def is_wide(self, out_size: list[int]) -> bool:
+        """Whether most places of an output of `out_size` are away from its borders, or there are none."""
+        return all(k == 1 for k in self.kernel) or min(out_size) >= _WIDE
 
 
 def geometry_of(layer: nn.Module) -> Geometry | str:
@@ -63,6 +73,7 @@ class Entries:
         start, channel: (O * taps + 1) and (nnz), entries by output channel, tap, input channel.
         back_start, back_channel, back_order: (I * taps + 1) and (nnz) twice, entries by input channel.
         strides: of the weight and mask they were made for.
+        wide: whether they are for images so large that blocks of channels are worth it.
     """
 
     index: Tensor
@@ -72,26 +83,45 @@ class Entries:
     back_channel: Tensor
     back_order: Tensor
     strides: tuple[int, ...]
+    wide: bool
 
     @classmethod
-    def of(cls, mask: Tensor, strides: tuple[int, ...], geometry: Geometry) -> Entries:
-        """The entries of `mask` for a weight with these strides; a pass over the mask."""
-        found = torch.ops.growfx.index_mask(mask, strides, geometry.stride, geometry.dilation)
+    def of(cls, mask: Tensor, strides: tuple[int, ...], geometry: Geometry, out_size: list[int]) -> Entries:
+        """The entries of `mask` for a weight with these strides and outputs of `out_size`; a pass over the mask."""
+        wide = geometry.is_wide(out_size)
+        blocks = _blocks(mask) if wide else [max(size, 1) for size in mask.shape[1::-1]]
+        found = torch.ops.growfx.index_mask(mask, strides, geometry.stride, geometry.dilation, blocks)
         start, channel, index, back_start, back_channel, back_order = found
-        return cls(index, start, channel, back_start, back_channel, back_order, strides)
+        return cls(index, start, channel, back_start, back_channel, back_order, strides, wide)
 
     @property
     def nnz(self) -> int:
         """Number of entries."""
         return self.index.numel()
 
-    def are_of(self, mask: Tensor, strides: tuple[int, ...]) -> bool:
+    def are_of(self, mask: Tensor, strides: tuple[int, ...], *, wide: bool) -> bool:
         """Whether these are the entries of `mask` as it is now, whoever wrote to it; reads the mask once."""
-        if self.strides != strides:
+        if self.strides != strides or self.wide != wide:
             return False
         if mask.stride() != strides:
             mask = torch.empty_strided(mask.shape, strides, dtype=mask.dtype).copy_(mask)
         return torch.ops.growfx.has_entries(mask, self.index)
+
+
+def _blocks(mask: Tensor) -> list[int]:
+    """How many input channels, and output channels, are worked on at a time.
+
+    What a tile of outputs reads of them stays in the first cache then, or nearly, at the price of reading and writing
+    the tile once for each block: worth it where a block has many entries of each output channel.
+    """
+    outputs, inputs = mask.shape[:2]
+    entries = float(torch.count_nonzero(mask)) / max(outputs * inputs, 1)  # of a channel
+    bytes_read = _TILE_BYTES * mask[0, 0].numel() if mask.numel() else 1
+    least, most = (max(1, round(size / bytes_read)) for size in _BLOCK_BYTES)
+    if entries * most < _LEAST_ENTRIES:
+        return [max(inputs, 1), max(outputs, 1)]
+    channels = min(max(least, math.ceil(_BLOCK_ENTRIES / entries)), most)
+    return [min(channels, inputs), min(channels, outputs)]
 
 
 def product(

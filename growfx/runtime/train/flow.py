@@ -33,6 +33,9 @@ _OUTER: set[Any] = {
     *(torch.Tensor.view, torch.Tensor.contiguous, torch.Tensor.flatten, torch.Tensor.reshape),
     *(torch.flatten, torch.reshape, F.scaled_dot_product_attention, torch.Tensor.__matmul__, torch.bmm),
 }
+_IN_PLACE: set[Any] = {torch.relu_, torch.Tensor.relu_}
+_MOST_TAPS = 255  # that a byte can tell apart
+_MAX_POOLS: set[Any] = {F.max_pool2d, torch.max_pool2d}
 _NEVER = {"__get__", "__set__", "size", "dim", "stride", "is_contiguous", "data_ptr", "numel", "ndimension", "detach"}
 
 
@@ -100,6 +103,10 @@ class Flow(TorchFunctionMode):
             if found is not None:
                 return found
             args, kwargs = self._all_settled(args, kwargs, outer=False)
+        if func in _MAX_POOLS and is_flowing():
+            found = self._pool(*args, **kwargs)
+            if found is not None:
+                return found
         if func in _OUTER:
             args, kwargs = self._all_settled(args, kwargs, outer=True)
         return func(*args, **kwargs)
@@ -128,8 +135,13 @@ class Flow(TorchFunctionMode):
             entry = self.waiting.get(id(args[0]))
             if entry is None or entry[1].chain.adds or entry[1].result is None:
                 return None
-            del self.waiting[id(args[0])]
-            return entry[1].result
+            result = entry[1].result
+            in_place = func in _IN_PLACE or kwargs.get("inplace", False) or any(args[1:])
+            if in_place or not torch.is_grad_enabled():
+                del self.waiting[id(args[0])]
+                return result
+            # Whoever reads the norm itself later still finds it as it was before: another object, the same values.
+            return result.view_as(result)
         if func in ADDITIONS and len(args) == 2 and not kwargs:
             for own, other in (args, args[::-1]):
                 entry = self.waiting.get(id(own))
@@ -151,6 +163,30 @@ class Flow(TorchFunctionMode):
 
             self.waiting[id(out)] = (out, _Waiting(again, Chain(adds=False, rectifies=True), out))
         return out
+
+    def _pool(
+        self,
+        x: Tensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Tensor | None:
+        """`F.max_pool2d` where the batch is innermost; None where torch is to compute it."""
+        if not is_inner(x) or x.dim() != 4 or x.dtype != torch.float32 or ceil_mode or return_indices:
+            return None
+        kernel, steps, pads, spread = (_pair(v) for v in (kernel_size, stride or kernel_size, padding, dilation))
+        axes = zip(x.shape[2:], kernel, steps, pads, spread, strict=True)
+        size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes]
+        if (
+            min(size) < 1
+            or kernel[0] * kernel[1] > _MOST_TAPS
+            or any(2 * p > k for p, k in zip(pads, kernel, strict=True))
+        ):
+            return None
+        return torch.ops.growfx.max_pool(x, kernel, steps, pads, spread, size)[0]
 
     def _norm(
         self,
@@ -194,3 +230,8 @@ class Flow(TorchFunctionMode):
         place = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
         self.waiting[id(place)] = (place, _Waiting(compute, chain, None))
         return place
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    return (int(values[0]), int(values[-1]))

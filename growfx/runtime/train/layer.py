@@ -58,7 +58,7 @@ class LayerKernel:
             if out_size is None:
                 self.reason = f"its input has the shape {tuple(x.shape)}"
                 return None
-            entries, inner = self.entries_of(layer), self._keeps_inner(images)
+            entries, inner = self._entries_for(layer, out_size), self._keeps_inner(images)
             self.took_sparse, self.reason = self.chooser.takes_sparse(
                 self.name, layer, self.geometry, entries, images, out_size, inner
             )
@@ -71,12 +71,18 @@ class LayerKernel:
         """Whether the output is to stay with the batch innermost."""
         return bool(self.geometry.kernel) and x.dtype == torch.float32 and is_flowing()
 
-    def entries_of(self, layer: MaskedLayer) -> Entries:
-        """The entries of the mask as it is now, checked or made anew."""
-        strides = layer.parameter.stride()
-        if self._entries is None or not self._entries.are_of(layer.mask, strides):
-            self._entries = Entries.of(layer.mask, strides, self.geometry)
+    def _entries_for(self, layer: MaskedLayer, out_size: list[int]) -> Entries:
+        """The entries of the mask as it is now, for outputs of `out_size`: checked or made anew."""
+        strides, wide = layer.parameter.stride(), self.geometry.is_wide(out_size)
+        if self._entries is None or not self._entries.are_of(layer.mask, strides, wide=wide):
+            self._entries = Entries.of(layer.mask, strides, self.geometry, out_size)
         return self._entries
+
+    def entries_of(self, layer: MaskedLayer) -> Entries | None:
+        """The entries that the last call used; None where the mask has changed since."""
+        entries = self._entries
+        known = entries is not None and entries.are_of(layer.mask, layer.parameter.stride(), wide=entries.wide)
+        return entries if known else None
 
     def _out_size(self, x: Tensor) -> list[int] | None:
         """Sizes of the output beside batch and channels; None where the input does not fit."""

@@ -15,7 +15,7 @@ from growfx.runtime.kernel_build import Library
 __all__ = ["TRAINING", "training_status"]
 
 _FOLDER = Path(__file__).parent
-_HEADERS = ("autograd.h", "entries.h", "geometry.h", "layout.h", "norm.h", "norm_operators.h", "products.h")
+_HEADERS = ("autograd.h", "entries.h", "geometry.h", "layout.h", "norm.h", "norm_operators.h", "pool.h", "products.h")
 TRAINING = Library(
     "growfx_training",
     _FOLDER / "operators.cpp",
@@ -42,6 +42,8 @@ def _register() -> None:
         "sparse_product_backward": _product_backward,
         "norm": _norm,
         "norm_backward": _norm_backward,
+        "max_pool": _max_pool,
+        "max_pool_backward": lambda grad, which, in_sizes, *_: _inner(grad, in_sizes),
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"growfx::{name}", fake)
@@ -80,3 +82,9 @@ def _norm(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _norm_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     channels = x.shape[1]
     return _inner(x, x.shape), x.new_empty(channels), x.new_empty(channels), _inner(x, x.shape)
+
+
+def _max_pool(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    height, width = args[-1]
+    out = _inner(x, (x.shape[0], x.shape[1], height, width))
+    return out, x.new_empty((x.shape[1], height * width * x.shape[0]), dtype=torch.uint8)

@@ -59,7 +59,9 @@ class NetworkKernels:
         if any(_GLOBAL_HOOKS):
             return "modules have hooks"
         for module in model.modules():
-            if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+            if module._forward_hooks or module._forward_pre_hooks:
+                return "modules have hooks"
+            if module._backward_hooks or module._backward_pre_hooks:
                 return "modules have hooks"
         return ""
 

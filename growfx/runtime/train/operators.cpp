@@ -19,6 +19,7 @@
 #include "entries.h"
 #include "layout.h"
 #include "norm_operators.h"
+#include "pool.h"
 #include "products.h"
 
 namespace {
@@ -69,23 +70,26 @@ Product make_product(const Geometry& g, const Layer& layer, bool backwards, int6
   p.groups = groups_of(axes, from(1), from(2), inner, inner % (2 * LANES) != 0);
   const std::vector<int64_t> shifts = tap_shifts(axes, from(1), from(2), inner);
   const int64_t rows = backwards ? g.channels : g.out_channels, taps = g.taps;
-  const int32_t* const start = (backwards ? layer.back_start : layer.start).const_data_ptr<int32_t>();
+  const at::Tensor& starts = backwards ? layer.back_start : layer.start;
+  const int32_t* const start = starts.const_data_ptr<int32_t>();
+  const int64_t blocks = (starts.numel() - 1) / (rows * taps);
   const at::Tensor& list = backwards ? layer.back_channel : layer.channel;
   const int32_t* const channel = list.const_data_ptr<int32_t>();
   p.offset.reset(new int32_t[list.numel()]);
-  at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / taps), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, blocks * rows, std::max<int64_t>(1, 16384 / taps), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
       for (int64_t t = 0; t < taps; ++t)
         for (int64_t k = start[r * taps + t]; k < start[r * taps + t + 1]; ++k)
           p.offset[k] = channel[k] * from_plane + shifts[t];
   });
-  p.entries = {rows, taps, start, p.offset.get(), nullptr};
+  p.entries = {blocks, rows, taps, start, p.offset.get(), nullptr};
   return p;
 }
 
 void run_multiply(const Product& p, const float* source, const float* bias, float* out) {
   const std::vector<Tile> tiles = tiles_of(p.groups, TILE, LANES);
-  const int64_t cost = p.entries.start[p.entries.rows * p.entries.taps] + 4 * p.entries.rows;
+  const int64_t segments = p.entries.blocks * p.entries.rows;
+  const int64_t cost = p.entries.start[segments * p.entries.taps] + 4 * segments;
   at::parallel_for(0, tiles.size(), std::max<int64_t>(1, THREAD_WORK / cost), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Tile& tile = tiles[i];
@@ -106,11 +110,16 @@ void run_correlate(const Product& p, const float* source, const float* gradient,
   const std::vector<Tile> tiles = tiles_of(p.groups, HELD, LANES);
   const int64_t rows = p.entries.rows, taps = p.entries.taps, shares = std::min<int64_t>(at::get_num_threads(), rows);
   const int32_t* const start = p.entries.start;
+  std::vector<int64_t> work(rows + 1, 0);  // before each row
+  for (int64_t row = 0; row < rows; ++row) {
+    work[row + 1] = work[row] + 1;
+    for (int64_t b = 0; b < p.entries.blocks; ++b) {
+      const int32_t* const here = start + (b * rows + row) * taps;
+      work[row + 1] += here[taps] - here[0];
+    }
+  }
   const auto row_at = [&](int64_t share) {  // equal by entries
-    const int64_t wanted = (start[rows * taps] + rows) * share / shares;
-    int64_t row = 0;
-    while (row < rows && start[row * taps] + row < wanted) ++row;
-    return share == shares ? rows : row;
+    return std::lower_bound(work.begin(), work.end(), work[rows] * share / shares) - work.begin();
   };
   at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = row_at(begin), last = row_at(end);
@@ -208,8 +217,15 @@ at::Tensor sparse_layer(const at::Tensor& x, const at::Tensor& weight, const Opt
 
 TORCH_LIBRARY_FRAGMENT(growfx, library) {
   library.def(
-      "index_mask(Tensor mask, int[] weight_strides, int[] stride, int[] dilation) -> (Tensor, Tensor, Tensor, Tensor, "
-      "Tensor, Tensor)");
+      "index_mask(Tensor mask, int[] weight_strides, int[] stride, int[] dilation, int[] block) -> (Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "max_pool(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, int[] out_size) -> (Tensor, "
+      "Tensor)");
+  library.def(
+      "max_pool_backward(Tensor grad, Tensor which, int[] in_sizes, int[] kernel, int[] stride, int[] padding, int[] "
+      "dilation) -> Tensor");
+  library.def("put_entries(Tensor(a!) weight, Tensor index, Tensor values) -> ()");
   library.def("has_entries(Tensor mask, Tensor index) -> bool");
   library.def("batch_inner(Tensor x) -> Tensor");
   library.def("batch_outer(Tensor x, ScalarType dtype) -> Tensor");
@@ -237,6 +253,9 @@ TORCH_LIBRARY_IMPL(growfx, CPU, library) {
   library.impl("sparse_product", &sparse_product);
   library.impl("sparse_product_backward", &sparse_product_backward);
   library.impl("norm", &norm);
+  library.impl("max_pool", &max_pool);
+  library.impl("max_pool_backward", &max_pool_backward);
+  library.impl("put_entries", &put_entries);
   library.impl("norm_backward", &norm_backward);
 }
 TORCH_LIBRARY_IMPL(growfx, Autograd, library) {
@@ -258,6 +277,10 @@ TORCH_LIBRARY_IMPL(growfx, Autograd, library) {
                           const Optional& variance, const Optional& added, double eps, bool relu) {
     const variable_list found = Norm::apply(x, weight, bias, mean, variance, added, eps, relu);
     return std::make_tuple(found[0], found[1], found[2]);
+  });
+  library.impl("max_pool", [](const at::Tensor& x, Ints kernel, Ints stride, Ints padding, Ints dilation, Ints out) {
+    const variable_list found = MaxPool::apply(x, kernel, stride, padding, dilation, out);
+    return std::make_tuple(found[0], found[1]);
   });
 }
 TORCH_LIBRARY_IMPL(growfx, CompositeImplicitAutograd, library) { library.impl("sparse_layer", &sparse_layer); }

@@ -11,9 +11,10 @@ namespace {
 constexpr int TILE = 8;   // registers of one tile of `multiply`, at most
 constexpr int HELD = LANES >= 16 ? 16 : 8;  // the same of `correlate`, which needs few others
 
-// Entries of a sparse matrix of taps: those of row r and tap t are start[r * taps + t] .. start[r * taps + t + 1].
+// Entries of a sparse matrix of taps, in blocks of its columns: those of block b, row r and tap t are start[s] ..
+// start[s + 1] with s = (b * rows + r) * taps + t. What a tile reads of the columns of a block stays in the first cache.
 struct Entries {
-  int64_t rows, taps;
+  int64_t blocks, rows, taps;
   const int32_t* start;
   const int32_t* offset;  // from a run's base, in values
   const float* value;
@@ -29,9 +30,19 @@ template <int RUNS, int REGISTERS>
   const float* const values = e.value;
   const float* from[RUNS];
   for (int p = 0; p < RUNS; ++p) from[p] = source + runs[p].from + at;
-  for (int64_t row = 0; row < e.rows; ++row) {
-    const int32_t* const start = e.start + row * e.taps;
+  for (int64_t segment = 0; segment < e.blocks * e.rows; ++segment) {
+    const int32_t* const start = e.start + segment * e.taps;
+    const bool again = segment >= e.rows;
+    const int64_t row = again ? segment % e.rows : segment;
+    if (again && start[0] == start[e.taps]) continue;
+    float* const to = out + row * plane + at;
     Vector sum[CHAINS][RUNS][REGISTERS] = {};
+    if (again) {
+#pragma GCC unroll 8
+      for (int p = 0; p < RUNS; ++p)
+#pragma GCC unroll 8
+        for (int r = 0; r < REGISTERS; ++r) sum[0][p][r] = load(to + runs[p].to + r * LANES);
+    }
     const auto add = [&](int c, int64_t k) {
       const int64_t offset = offsets[k];
       const float value = values[k];
@@ -50,8 +61,7 @@ template <int RUNS, int REGISTERS>
       if constexpr (CHAINS > 1)
         for (; k < stop; ++k) add(0, k);
     }
-    const float added = bias ? bias[row] : 0.0f;
-    float* const to = out + row * plane + at;
+    const float added = bias && !again ? bias[row] : 0.0f;
 #pragma GCC unroll 8
     for (int p = 0; p < RUNS; ++p)
 #pragma GCC unroll 8
@@ -69,14 +79,16 @@ inline void multiply_short(const Entries& e, const Group& group, const Run* runs
                            float* out, int64_t plane, const float* bias) {
   for (int p = 0; p < count; ++p) {
     const float* const from = source + runs[p].from;
-    for (int64_t row = 0; row < e.rows; ++row) {
-      const int32_t* const start = e.start + row * e.taps;
+    for (int64_t segment = 0; segment < e.blocks * e.rows; ++segment) {
+      const int32_t* const start = e.start + segment * e.taps;
+      const int64_t row = segment % e.rows;
       float sum[LANES] = {};
       for (const Range range : group.ranges)
         for (int64_t k = start[range.first]; k < start[range.end]; ++k)
           for (int64_t i = 0; i < group.length; ++i) sum[i] += e.value[k] * from[e.offset[k] + i];
       float* const to = out + runs[p].to + row * plane;
-      for (int64_t i = 0; i < group.length; ++i) to[i] = sum[i] + (bias ? bias[row] : 0.0f);
+      for (int64_t i = 0; i < group.length; ++i)
+        to[i] = sum[i] + (segment >= e.rows ? to[i] : bias ? bias[row] : 0.0f);
     }
   }
 }
@@ -130,8 +142,10 @@ template <int RUNS, int REGISTERS>
   const float* from[RUNS];
   for (int p = 0; p < RUNS; ++p) from[p] = source + runs[p].from + at;
   const Words single = (Words)(lane_numbers(Lanes{}) >= doubled);
-  for (int64_t row = first; row < end; ++row) {
-    const int32_t* const start = e.start + row * e.taps;
+  const int64_t count = end - first;
+  for (int64_t i = 0; i < e.blocks * count; ++i) {
+    const int64_t row = first + i % count;
+    const int32_t* const start = e.start + (i / count * e.rows + row) * e.taps;
     if (start[0] == start[e.taps]) continue;
     const float* const to = gradient + row * plane + at;
     Vector held[RUNS][REGISTERS];
@@ -157,14 +171,14 @@ template <int RUNS, int REGISTERS>
       const int64_t stop = start[range.end];
       for (; k + LANES <= stop; k += LANES) {
         Vector sums[LANES];
-        for (int i = 0; i < LANES; ++i) sums[i] = product(k + i);
+        for (int j = 0; j < LANES; ++j) sums[j] = product(k + j);
         store(result + k, load(result + k) + totals(sums));
       }
       if (2 * (stop - k) > LANES) {
         Vector sums[LANES] = {};
-        for (int i = 0; i < stop - k; ++i) sums[i] = product(k + i);
+        for (int j = 0; j < stop - k; ++j) sums[j] = product(k + j);
         const Vector all = totals(sums);
-        for (int i = 0; i < stop - k; ++i) result[k + i] += all[i];
+        for (int j = 0; j < stop - k; ++j) result[k + j] += all[j];
       } else {
         for (; k < stop; ++k) result[k] += total(product(k));
       }
@@ -176,13 +190,14 @@ inline void correlate_short(const Entries& e, const Group& group, const Run* run
                             const float* gradient, int64_t plane, int64_t first, int64_t end, float* result) {
   for (int p = 0; p < count; ++p) {
     const float* const from = source + runs[p].from;
-    for (int64_t row = first; row < end; ++row) {
-      const int32_t* const start = e.start + row * e.taps;
+    for (int64_t i = 0; i < e.blocks * (end - first); ++i) {
+      const int64_t row = first + i % (end - first);
+      const int32_t* const start = e.start + (i / (end - first) * e.rows + row) * e.taps;
       const float* const to = gradient + runs[p].to + row * plane;
       for (const Range range : group.ranges) {
         for (int64_t k = start[range.first]; k < start[range.end]; ++k) {
           float sum = 0.0f;
-          for (int64_t i = 0; i < group.length; ++i) sum += to[i] * from[e.offset[k] + i];
+          for (int64_t j = 0; j < group.length; ++j) sum += to[j] * from[e.offset[k] + j];
           result[k] += sum;
         }
       }

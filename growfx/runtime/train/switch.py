@@ -11,10 +11,12 @@ from growfx.errors import ConfigError
 from growfx.masked.doors import as_masked_graph
 from growfx.masked.graph import MaskedGraph
 from growfx.masked.isolation import undisturbed
+from growfx.masked.optimizers import step_ahead_by
 from growfx.runtime.train.choice import KERNELS, Chooser
 from growfx.runtime.train.layer import LayerKernel
 from growfx.runtime.train.library import training_status
 from growfx.runtime.train.network import NetworkKernels
+from growfx.runtime.train.present_step import step_present
 
 __all__ = ["use_kernels"]
 
@@ -54,6 +56,8 @@ def use_kernels(
     layers = found.layers
     missing = "" if kernels == "dense" else training_status()
     chooser = None if kernels == "dense" or missing else Chooser(kernels, timed=not deterministic)
+    if chooser is not None:
+        step_ahead_by(step_present)
     for name, layer in layers.items():
         layer.kernel = None if chooser is None else LayerKernel(name, layer, chooser)
     found.kernels = NetworkKernels(found, chooser, missing)

@@ -68,6 +68,15 @@ def viewed(m: Block, x: Tensor) -> Tensor:
     return F.gelu(y.view(n, c, h * w).transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2))
 
 
+def changed_since_it_was_recorded(m: Block, x: Tensor) -> Tensor:
+    y = m.norm_a(m.a(x))
+    z = F.relu(y)
+    return z if not CHANGED else z + y.sigmoid()
+
+
+CHANGED: list[bool] = []
+
+
 def sum_of_three(m: Block, x: Tensor) -> Tensor:
     return (m.norm_a(m.a(x)) + m.norm_way(m.way(x)) + 1.0).relu_() * 2
 
@@ -130,6 +139,19 @@ def test_any_forward_gives_the_same_as_without_kernels(
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-5 * float(value.double().abs().max() + 1))
     assert bool(seen) != (join is inner_checkpoint)
     assert all(seen)
+
+
+def test_a_forward_that_does_something_else_than_was_recorded_gives_what_it_gives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, sparse = pair(changed_since_it_was_recorded)
+    x = torch.randn(20, 3, 8, 8)
+    results(sparse, x)
+    results(net, x)
+    monkeypatch.setitem(globals(), "CHANGED", [True])
+    expected, found = results(net, x), results(sparse, x)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-5 * float(value.double().abs().max() + 1))
 
 
 def test_outputs_are_laid_out_as_torch_lays_them_out() -> None:

@@ -132,8 +132,16 @@ def test_linear_layers_take_any_leading_shape() -> None:
 def network(density: float = 0.2) -> tuple[growfx.MaskedGraph, Tensor]:
     torch.manual_seed(1)
     model = nn.Sequential(
-        *(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3, stride=2, padding=1)),
-        *(nn.BatchNorm2d(24), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5)),
+        # Without biases: before a norm their gradients are nothing but rounding.
+        *(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
+        *(
+            nn.Conv2d(16, 24, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(24),
+            nn.ReLU(inplace=True),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(24, 5),
+        ),
     )
     x = torch.randn(20, 3, 9, 9)
     return growfx.wrap(model, x[:2], density=density), x
