@@ -68,9 +68,10 @@ def forward_cost(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | N
     inputs = net.example(batch=1) if example_inputs is None else net.inputs_like(example_inputs)
     batch = next((value.shape[0] for value in inputs.values if isinstance(value, Tensor) and value.ndim), 1)
     macs = dict.fromkeys(net.layers, 0.0)
+    # recording runs the model, which is not to be counted
+    graph = net.graph_for(inputs) if net.trace_report.faithful else None
     with _counting(net) as counter:
-        if net.trace_report.faithful:
-            graph = net.graph_for(inputs)
+        if graph is not None:
             _GraphCounter(net, graph, counter, macs).run(*inputs.values)
         else:
             _run_modules(net, inputs, counter, macs)

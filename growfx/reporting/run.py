@@ -82,8 +82,8 @@ def layer_rows(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Facts of masked layers as rows for `table`.
 
     Args:
-        layers: dictionaries with `name`, `shape`, `nnz`, `numel` and, where known, `bytes`, `alive_in` and
-            `alive_out` ([units on some path, units]).
+        layers: dictionaries with `name`, `shape`, `nnz`, `numel` and, where known, `bytes`, `sparse_macs` and
+            `dense_macs` (multiply-accumulates), `alive_in` and `alive_out` ([units on some path, units]).
     """
     rows = []
     stored = any("bytes" in layer for layer in layers)
@@ -96,6 +96,8 @@ def layer_rows(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         if stored:
             row["bytes"] = f"{layer['bytes']:,}"
+        for key, title in (("sparse_macs", "multiply-adds"), ("dense_macs", "when dense")):
+            row[title] = "-" if layer.get(key) is None else f"{layer[key]:,.0f}"
         for key in ("alive_in", "alive_out"):
             row[key.replace("_", " ")] = "/".join(map(str, layer[key])) if key in layer else "-"
         rows.append(row)
