@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,5 +57,6 @@ def cost_complaint(entry: object, names: Collection[str]) -> str | None:
 
 def _is_count(value: object) -> bool:
     """Whether `value` is a finite number from 0 up."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and 0 <= value < 1e30 and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return 0 <= value < 1e30  # not true of NaN

@@ -15,6 +15,7 @@ __all__ = ["draw_epochs", "draw_growth", "draw_methods"]
 
 _POINT, _CURVE, _STOP, _BACK = "#1b5e8c", "#c4651a", "#8a1c1c", "#2c7a3f"
 _MARKERS = "osD^v<>Pp*hX"
+_NEARLY_ALL, _WORTH_TELLING = 0.95, 0.05  # weights of a family of curves
 _NAMES = 24  # names below each other beside a plot
 _X_LABELS = {
     "density": "density, % of the masked weights",
@@ -99,15 +100,23 @@ def draw_methods(path: Path, title: str, rows: Sequence[Mapping[str, Any]], key:
 
 
 def _draw_fit(axes: Any, fit: Mapping[str, Any], lowest: float) -> None:
-    from growfx.methods.growth.plateau import LogisticFit
+    from growfx.methods.growth.plateau import AccuracyFit
 
-    curve = LogisticFit.from_json(fit)
+    curve = AccuracyFit.from_json(fit)
     density = np.geomspace(lowest / 100, 1.0, 200)
     level, error = 100 * curve.accuracy(density), 196 * curve.accuracy_error(density)
-    axes.plot(100 * density, level, color=_CURVE, label="logistic fit")
+    axes.plot(100 * density, level, color=_CURVE, label=f"{curve.curve} fit{_shares(curve)}")
     axes.fill_between(
         100 * density, level - error, level + error, color=_CURVE, alpha=0.15, linewidth=0, label="95 % band"
     )
+
+
+def _shares(fit: Any) -> str:
+    """The weights of an average over families; nothing where one has nearly all."""
+    if fit.weights[0] >= _NEARLY_ALL:
+        return ""
+    pairs = zip(fit.curves, fit.weights, strict=True)
+    return " (" + ", ".join(f"{curve.family.name} {100 * w:.0f} %" for curve, w in pairs if w >= _WORTH_TELLING) + ")"
 
 
 def _share(text: str, density: float) -> str:

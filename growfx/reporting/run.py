@@ -53,6 +53,7 @@ def summary(result: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], size
                 "accuracy": percent(r["val_accuracy"]),
                 "noise": percent(r["noise"]),
                 "predicted gain": _gain(r["fit"]),
+                "curve": _curve(r["fit"]),
             }
             for r in rounds
         ]
@@ -114,6 +115,13 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def percent(fraction: float | None) -> str:
     """A fraction as a percentage with two digits; "-" for None."""
     return "-" if fraction is None else f"{100 * fraction:.2f} %"
+
+
+def _curve(fit: Mapping[str, Any] | None) -> str:
+    """The family that the data favour, and whether a plateau is likely but not sure."""
+    if not fit:
+        return "-"
+    return fit.get("curve", "logistic") + (", not sure" if fit.get("unsure") else "")
 
 
 def _gain(fit: Mapping[str, Any] | None) -> str:

@@ -24,7 +24,7 @@ from growfx.masked.layers import MaskedLayer
 from growfx.masked.optimizers import StepWatch
 from growfx.masked.shared import is_shared, unsharded
 from growfx.methods.base import Method, check_accuracy, check_clock, check_net, check_state, not_attached, reading_state
-from growfx.methods.growth.plateau import Decision, LogisticFit, PlateauRule, Point
+from growfx.methods.growth.plateau import AccuracyFit, Decision, PlateauRule, Point
 from growfx.methods.growth.snapshots import Origin, Snapshot, grown_density, next_nnz, seeded
 from growfx.methods.masks import change_masks, collect_gradients, dense_gradients, find_shards
 from growfx.methods.scope import Scope, check_optimizer, find_scope
@@ -301,7 +301,7 @@ class Growing(Method):
         """Return the first round kept that is not before `wanted`; the latest round always is."""
         return min(number for number in self._attached().snapshots if number >= wanted)
 
-    def _forget_hopeless(self, fit: LogisticFit, rule: PlateauRule) -> None:
+    def _forget_hopeless(self, fit: AccuracyFit, rule: PlateauRule) -> None:
         """Drop rounds that are surely too far from the plateau: a snapshot is as large as the network."""
         growth = self._attached()
         for number in list(growth.snapshots)[:-1]:
