@@ -7,7 +7,7 @@ from growfx.masked.graph import MaskedGraph
 from growfx.reporting.plots import draw_epochs, draw_growth
 from growfx.runs.folder import RunFolder
 
-__all__ = ["layer_rows", "percent", "result_rows", "table", "write_report"]
+__all__ = ["layer_rows", "newborn_rows", "percent", "result_rows", "table", "write_report"]
 
 
 def write_report(folder: RunFolder, net: MaskedGraph, result: Mapping[str, Any]) -> str | None:
@@ -50,6 +50,7 @@ def summary(result: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], size
             {
                 "round": r["round"],
                 "density": percent(r["density"]),
+                **({"cost": percent(r["cost"])} if "cost" in r else {}),
                 "accuracy": percent(r["val_accuracy"]),
                 "noise": percent(r["noise"]),
                 "predicted gain": _gain(r["fit"]),
@@ -58,7 +59,28 @@ def summary(result: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], size
             for r in rounds
         ]
         text += f"\n\n{table(rows)}\n\ngrowth stopped: {result['stop_reason']}"
+        newborn = newborn_rows(rounds)
+        text += f"\n\n{table(newborn)}" if newborn else ""
     return text + "\n"
+
+
+def newborn_rows(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """How edges fare at the end of their first round beside older ones, as rows for `table`; of a trace or its log."""
+    from growfx.methods.growth.newborn import newest_cohorts
+
+    def times(ratio: float | None) -> str:
+        return "-" if ratio is None else f"{ratio:.2f} x"
+
+    return [
+        {
+            "round": row["round"],
+            "newborn edges": f"{row['edges']:,}",
+            "gradient of older ones": times(row["gradient_ratio"]),
+            "magnitude of older ones": times(row["magnitude_ratio"]),
+            "still there at the end": percent(row["survival"]),
+        }
+        for row in newest_cohorts(rounds)
+    ]
 
 
 def result_rows(result: Mapping[str, Any], size: int | None = None) -> list[dict[str, Any]]:

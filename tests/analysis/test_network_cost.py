@@ -81,4 +81,4 @@ def test_counting_leaves_buffers_modes_and_generators_as_they_were():
 
 def test_what_is_not_a_masked_network_is_refused_by_name():
     with pytest.raises(ConfigError, match=facts("growfx.cost", "Linear", "growfx.wrap")):
-        growfx.cost(nn.Linear(2, 2))  # pyright: ignore[reportArgumentType]
+        growfx.cost(nn.Linear(2, 2))

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from growfx.analysis.paths import PathProducts
-from growfx.methods.growth.rounds import Growing, Growth
+from growfx.methods.growth.rounds import Growing
 from growfx.methods.growth.snapshots import DRAWS, counted_where_zero
+from growfx.methods.growth.state import Growth
 from growfx.options import option
 from growfx.passes.path_products.products import path_gradients
 from growfx.selection.choose import draw, top
@@ -54,12 +55,13 @@ class PathGrowth(Growing):
     def _paths(self, net: MaskedGraph) -> PathProducts:
         return counted_where_zero(net, path_gradients(net, norm=self.norm, power=self.power))
 
-    def _by_score(self, paths: PathProducts, count: int, keys: EdgeKeys, absent: Mapping[str, Tensor]) -> Selection:
-        """Return `count` of the absent edges by score, or as many as some path reaches."""
+    def _by_score(self, growth: Growth, paths: PathProducts, count: int, keys: EdgeKeys) -> Selection:
+        """Return `count` of the absent edges by score over price, or as many as some path reaches."""
+        scores, absent = growth.priced(paths.scores), growth.absent(paths)
         if self.draw == "sampled":
-            return draw(paths.scores, count, keys, absent)
-        reached = {name: score > 0 for name, score in paths.scores.items()}
-        return top(paths.scores, count, keys, {name: absent[name] & mask for name, mask in reached.items()})
+            return draw(scores, count, keys, absent)
+        reached = {name: score > 0 for name, score in scores.items()}
+        return top(scores, count, keys, {name: absent[name] & mask for name, mask in reached.items()})
 
 
 @dataclass(frozen=True)
@@ -70,5 +72,5 @@ class PWMPR(PathGrowth):
     needs_whole: ClassVar[str] = ""
 
     def _grown(self, growth: Growth, paths: PathProducts, count: int, keys: EdgeKeys) -> Mapping[str, Tensor]:
-        new = self._by_score(paths, count, keys, growth.absent(paths)).masks
+        new = self._by_score(growth, paths, count, keys).masks
         return {name: growth.net.layers[name].mask | new[name] for name in paths.scores}
