@@ -31,6 +31,7 @@ from growfx.methods.growth.state import Growth
 from growfx.methods.masks import change_masks, collect_gradients, dense_gradients, find_shards
 from growfx.methods.scope import check_optimizer, find_scope
 from growfx.methods.session import Attachment, Session, Stage
+from growfx.methods.sign_in import SignIn, check_sign_in
 from growfx.methods.starting import MASKS, warn_if_replaced
 from growfx.options import check_ranges, option
 from growfx.selection.budget import largest_within
@@ -75,6 +76,9 @@ class Growing(Method):
         final_weights: what the final training starts from under the grown masks: "current" takes the weights of the
             operating round, "initial" everything (weights, biases, norm statistics) as it was before the seed.
         seed: of the starting masks and of every draw.
+        sign_in: train each present weight as a product whose scale is reset every so many epochs until the end of
+            training, so that signs can flip (`growfx.methods.sign_in`); 0 trains weights as they are. Schedulers of
+            learning rates are made after `attach`, which adds the scales to the optimizer.
     """
 
     off_path: ClassVar[str] = "left"
@@ -91,6 +95,7 @@ class Growing(Method):
     tolerance: float = option(0.003, low=0, high=1, open_low=True, open_high=True)
     final_weights: str = option("current", choices=FINAL_WEIGHTS)
     seed: int = option(0, low=0, high=2**63 - 1)
+    sign_in: int = option(0, low=0)
     _attachment: Attachment[Growth] = field(default_factory=Attachment[Growth], init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -128,6 +133,8 @@ class Growing(Method):
         find_shards(self, net)
         scope = find_scope(self, net)
         check_optimizer(self, net, optimizer)
+        if self.sign_in:
+            check_sign_in(net, optimizer)
         with unsharded(net):
             price = price_of(self.price, net, scope)
             masks = seeded(scope, self.masks, self.seed_density, self.max_density, self.seed, price)
@@ -139,6 +146,8 @@ class Growing(Method):
             growth.origin = Origin.take(net)
         change_masks(net, optimizer, masks)
         growth.births = Births.of_seed(net.layers)
+        if self.sign_in:
+            growth.sign_in = SignIn(net, optimizer, self.sign_in * steps_per_epoch)
         self._attachment.state = growth
         self._look_ahead()
 
@@ -361,6 +370,8 @@ class Growing(Method):
         if growth.origin is not None:
             growth.origin.restore(growth.net, growth.optimizer)
             growth.origin = None
+        if growth.sign_in is not None:
+            growth.sign_in.forget()
         return changed
 
     # -- state ----------------------------------------------------------------------------------------------
@@ -420,6 +431,7 @@ class Growing(Method):
             "first_epochs": growth.first_epochs,
             "births": growth.births.state_dict(),
             "cohort_gradients": list(growth.cohort_gradients),
+            "sign_in": None if growth.sign_in is None else growth.sign_in.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -444,6 +456,8 @@ class Growing(Method):
             born, sums = state.get("births"), [float(value) for value in state.get("cohort_gradients", [])]
             layers = own.net.layers
             births = Births.of_seed(layers) if born is None else Births.from_state(born, layers)
+            if own.sign_in is not None:
+                own.sign_in.load_state_dict(state["sign_in"])
         own.scope, own.steps, own.growing, own.finished = scope, steps, growing, finished
         own.stop_reason, own.operating_round, own.trace = reason, operating, trace
         own.snapshots, own.gradients, own.origin = snapshots, gradients, origin

@@ -16,6 +16,7 @@ from growfx.methods.growth.newborn import Births
 from growfx.methods.growth.price import Price
 from growfx.methods.growth.snapshots import Origin, Snapshot
 from growfx.methods.scope import Scope
+from growfx.methods.sign_in import SignIn
 from growfx.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Growth:
         price: what edges are paid in. births: when each edge was grown.
         cohort_gradients: of the last step of a round that awaits its report, the sum of gradient magnitudes over the
             edges of each birth; empty where there were none.
+        sign_in: trains the weights as products, None where that is off.
     """
 
     net: MaskedGraph
@@ -62,6 +64,7 @@ class Growth:
     price: Price = field(default_factory=Price)
     births: Births = field(default_factory=Births)
     cohort_gradients: list[float] = field(default_factory=list)
+    sign_in: SignIn | None = None
 
     def __post_init__(self) -> None:
         self.watch = StepWatch(self.optimizer, [layer.parameter for layer in self.net.layers.values()])
