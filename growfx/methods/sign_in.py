@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,14 +47,13 @@ class _Factors:
     """The factors of one layer's present weights, in the order of the mask.
 
     `scale`: m, a parameter of the optimizer. `inner`: w. `mask`: of the edges they belong to. `slope`: the gradient of
-    the product, during a step. `group`: of the optimizer, that the weight is in.
+    the product, during a step.
     """
 
     layer: MaskedLayer
     scale: nn.Parameter
     inner: Tensor
     mask: Tensor
-    group: dict[str, Any] = field(repr=False)
     slope: Tensor | None = None
 
 
@@ -93,7 +92,7 @@ class SignIn:
             weight = layer.parameter.detach()
             inner = weight[layer.mask].clone()
             scale = nn.Parameter(torch.ones_like(inner))
-            self._factors[name] = _Factors(layer, scale, inner, layer.mask.clone(), group)
+            self._factors[name] = _Factors(layer, scale, inner, layer.mask.clone())
         options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         scales = [self._factors[name].scale for name in held]
         try:
@@ -113,10 +112,11 @@ class SignIn:
                 "`sign_in` expects gradients that are there before the optimizer's step, got a step with a closure; "
                 "call `optimizer.step()` after `loss.backward()`, or set `sign_in` = 0"
             )
-        rates = {id(f.scale): f.group["lr"] for f in self._factors.values()}
-        for group in optimizer.param_groups:
-            if group["params"] and id(group["params"][0]) in rates:
-                group["lr"] = rates[id(group["params"][0])]  # a scheduler may know the weights' group only
+        # groups are other objects after a state was loaded
+        groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        for factors in self._factors.values():
+            # a scheduler may know the weights' group only
+            groups[id(factors.scale)]["lr"] = groups[id(factors.layer.parameter)]["lr"]
         for factors in self._factors.values():
             self._follow(factors, optimizer)
             parameter, grad = factors.layer.parameter, factors.layer.parameter.grad

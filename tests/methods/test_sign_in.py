@@ -164,6 +164,20 @@ def test_edges_keep_their_scale_and_momentum_when_masks_change_and_new_ones_star
     assert not kept[new & ~old].any()
 
 
+def test_scales_have_the_learning_rate_of_their_weights_also_after_a_state_was_loaded():
+    net = sparse_net()
+    optimizer = OPTIMIZERS["sgd"](net.parameters())
+    sign_in = SignIn(net, optimizer, 100)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = net.layers["block"].parameter.detach().clone()
+    images, classes = batch(0)
+    F.cross_entropy(net(images), classes).backward()
+    optimizer.step()
+    assert torch.equal(net.layers["block"].parameter.detach(), before)
+    assert all((value["scale"] == 1).all() for value in sign_in.state_dict()["factors"].values())
+
+
 def test_weights_that_something_else_changed_begin_anew():
     net = sparse_net()
     optimizer = OPTIMIZERS["sgd"](net.parameters())
