@@ -6,7 +6,7 @@ those of all growth methods (`growfx.methods.growing`).
 
 What the paper leaves open is decided here: one edge is one scalar weight; layers that no path crosses stay
 dense and are counted; the draw is without replacement, over all layers at once; optimizer state is kept while
-growing and cleared when an earlier round is put back.
+growing and cleared when an earlier round is put back. `PWMPR` lists where its defaults leave the paper.
 """
 
 from __future__ import annotations
@@ -66,7 +66,18 @@ class PathGrowth(Growing):
 
 @dataclass(frozen=True)
 class PWMPR(PathGrowth):
-    """Growth by path products with a stop at the plateau; options as in `PathGrowth`."""
+    """Growth by path products with a stop at the plateau; options as in `PathGrowth`.
+
+    Deviations of the default options from the paper, as far as it is known:
+
+    1. in `growfx.train` the seed is trained for as long as the final training, not for a short round; `growth_rounds` =
+       "published" takes rounds that are alike.
+    2. the curve is an average over logistic, power law and two-step curves by their evidence, not a logistic
+       (`growfx.methods.growth.plateau`).
+    3. growth goes back to the earliest round that is good enough under the last fit, where the paper goes on from the
+       last one.
+    4. rounds anneal their learning rate and are scored by averaged weights, so that their accuracies compare.
+    """
 
     name: ClassVar[str] = "pwmpr"
     needs_whole: ClassVar[str] = ""
