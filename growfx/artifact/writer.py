@@ -11,6 +11,7 @@ read the tensors and the masks without building a model.
 import copy
 import hashlib
 import json
+import logging
 import struct
 import zlib
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from growfx.analysis.network_cost import cost
 from growfx.artifact.codec import encode_index, encode_values
 from growfx.artifact.dtypes import DTYPE_NAMES
 from growfx.artifact.info import ArtifactInfo, describe
@@ -40,6 +42,7 @@ from growfx.artifact.model_recipe import FoundRecipe, find_recipe
 from growfx.artifact.reader import CONFIG, DEFAULT_MAX_BYTES, inspect, load, load_masks, load_state
 from growfx.artifact.remembered_inputs import specs_of
 from growfx.artifact.staging import staged_folder
+from growfx.artifact.stored_cost import StoredCost
 from growfx.artifact.weights_file import MAX_HEADER
 from growfx.compaction.plan import CompactionPlan
 from growfx.distributed.sharded import HOW_TO_GATHER, require_whole
@@ -52,6 +55,8 @@ from growfx.models.build import ModelIdentity
 from growfx.notices import warn_once
 
 __all__ = ["DEFAULT_MAX_BYTES", "artifact_target", "inspect", "load", "load_masks", "load_state", "save"]
+
+_LOG = logging.getLogger("growfx")
 
 WEIGHTS = "sparse.safetensors"
 # timm and transformers load a file of this name without asking; it must hold every tensor, dense.
@@ -193,8 +198,19 @@ def _encode(
         inputs=specs_of(net.example()),
         identity_checked=found.checked,
         notes=found.notes,
+        cost=_stored_cost(net),
     )
     return _Content(manifest, streams, state), found
+
+
+def _stored_cost(net: MaskedGraph) -> StoredCost | None:
+    """The cost of a forward pass; None where the network cannot be run here, which is no reason not to store it."""
+    try:
+        found = cost(net)
+    except Exception as error:  # the model's own code: it may raise anything
+        _LOG.info("the artifact does not tell multiply-accumulates, for a forward pass fails: %s", error)
+        return None
+    return StoredCost({name: (layer.dense, layer.sparse) for name, layer in found.layers.items()}, found.rest)
 
 
 def _plain_state(net: MaskedGraph) -> tuple[dict[str, Tensor], dict[str, MaskedLayer]]:

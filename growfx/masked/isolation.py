@@ -308,7 +308,7 @@ def _bypass(cached: Any, thread: int) -> Callable[..., Any]:
 @contextmanager
 def undisturbed(net: MaskedGraph) -> Generator[None]:
     """The network in training mode; afterwards modes, buffers and global generators are as they were."""
-    device = next(net.parameters()).device
+    device = next((p.device for p in net.parameters()), torch.device("cpu"))
     masks = {id(layer.mask) for layer in net.layers.values()}
     buffers = [(buffer, buffer.clone()) for buffer in net.buffers() if id(buffer) not in masks]
     python, numpy, training = random.getstate(), np.random.get_state(), net.training  # noqa: NPY002
