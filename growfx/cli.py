@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from growfx.commands.flags import OptionCommand
 from growfx.distributed.launch import RankError, process_group, speaks
 from growfx.errors import ConfigError, GrowfxError, GrowfxWarning, one_line
 from growfx.version import __version__
@@ -17,6 +18,7 @@ from growfx.version import __version__
 __all__ = ["main"]
 
 _DATA_HELP = "`digits`, a folder with train/ and val/ or test/ of class folders, or a spec such as torch/cifar10"
+_SET_HELP = "any option, as by its flag; an argument of MODEL by model.KEY=VALUE"
 _DENSE = "dense"  # no method: all weights are trained
 _MAIN = "pwmpr"  # what `growfx grow` runs
 
@@ -76,7 +78,7 @@ class _Commands(click.Group):
             return 130
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="growfx")
 def commands() -> None:
     """Grow sparse networks: any timm, torchvision or own model, from a sparse seed to its plateau.
@@ -115,7 +117,13 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--epochs", type=int, help="length of the (final) training"),
         click.option("--seed", type=int, default=0, show_default=True, help="of everything drawn"),
         _exclude_option(),
-        click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="any other option"),
+        click.option(
+            "--set",
+            "assignments",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help=_SET_HELP,
+        ),
         click.option("--resume", is_flag=True, help="continue the run in --out (or start it)"),
         click.option("--overwrite", is_flag=True, help="replace the run in --out"),
         click.option("--json", "as_json", is_flag=True, help="print the result as JSON"),
@@ -126,7 +134,7 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@commands.command()
+@commands.command(cls=OptionCommand, method=_MAIN)
 @_run_options
 @click.option("--seed-density", type=float, help="density growth starts from")
 @click.option("--max-density", type=float, help="density growth ends at, plateau or not")
@@ -136,7 +144,7 @@ def grow(seed_density: float | None, max_density: float | None, **given: Any) ->
     _run(_MAIN, {k: v for k, v in densities.items() if v is not None}, **given)
 
 
-@commands.command()
+@commands.command(cls=OptionCommand)
 @_run_options
 @click.option("--method", required=True, metavar="NAME", help="see `growfx methods`; or `dense`, the control")
 @click.option("--density", type=float, help="density to train at")
@@ -319,12 +327,17 @@ def bench_command(
 
 
 @commands.command("methods")
+@click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="print the facts as JSON")
-def methods_command(as_json: bool) -> None:
-    """List the methods with the defaults of their options."""
+def methods_command(name: str | None, as_json: bool) -> None:
+    """List the methods with the defaults of their options, or the options of the method NAME."""
     from growfx import methods
     from growfx.options import as_json as defaults
     from growfx.reporting.run import table
+
+    if name is not None:
+        _show_method(name, as_json)
+        return
 
     facts = {name: defaults(methods.create(name)) for name in methods.names()}
     rows = [
@@ -336,7 +349,25 @@ def methods_command(as_json: bool) -> None:
         for name, options in facts.items()
     ]
     rows.append({"method": _DENSE, "options": "the control: all weights", "command": "train"})
-    _show({"methods": facts}, as_json, table(rows))
+    _show({"methods": facts}, as_json, table(rows, widths=(None, 64, None)))
+
+
+def _show_method(name: str, as_json: bool) -> None:
+    """Print the options of one method, its source and an example."""
+    import inspect
+
+    from growfx import methods
+    from growfx.commands.flags import method_rows
+    from growfx.reporting.run import table
+
+    kind = methods.kind_of(name)
+    rows = method_rows(name)
+    source = (inspect.getdoc(inspect.getmodule(kind)) or "").strip()
+    about = (inspect.getdoc(kind) or "").partition("\n\nAttributes:")[0]
+    command = "grow MODEL" if name == _MAIN else f"train MODEL --method {name}"
+    example = f"growfx {command} --data digits --out runs/{name}"
+    text = f"{about}\n\n{table(rows, widths=(None, 10, 24, 44))}\n\n{source}\n\nexample: {example}"
+    _show({"name": name, "about": about, "source": source, "options": rows, "example": example}, as_json, text)
 
 
 @commands.command("zoo")

@@ -16,7 +16,16 @@ from typing import Any
 
 from growfx.errors import ConfigError
 
-__all__ = ["DataOptions", "DefaultFloat", "TrainOptions", "as_count", "as_json", "option", "parse_assignments"]
+__all__ = [
+    "DataOptions",
+    "DefaultFloat",
+    "TrainOptions",
+    "as_count",
+    "as_json",
+    "describe_range",
+    "option",
+    "parse_assignments",
+]
 
 
 class DefaultFloat(float):
@@ -95,6 +104,13 @@ def _check_range(name: str, value: Any, limits: Mapping[str, Any]) -> None:
         inside &= value < high if limits["open_high"] else value <= high
     if not inside:
         raise ConfigError(f"`{name}` = {value!r} is out of range; allowed: {_interval(limits)}")
+
+
+def describe_range(limits: Mapping[str, Any]) -> str:
+    """The values that a field made by `option` allows, as text; "" where there is no limit."""
+    if limits.get("choices"):
+        return ", ".join(limits["choices"])
+    return "" if limits.get("low") is None and limits.get("high") is None else _interval(limits)
 
 
 def _interval(limits: Mapping[str, Any]) -> str:

@@ -1,6 +1,8 @@
 """What a finished run leaves behind: artifact, curve, summary, result; and the tables the commands print."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from growfx.masked.graph import MaskedGraph
@@ -138,11 +140,16 @@ def layer_rows(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of the same keys as a text table."""
+def table(rows: Sequence[Mapping[str, Any]], widths: Sequence[int | None] = ()) -> str:
+    """Rows of the same keys as a text table; `widths` breaks longer cells of a column into lines."""
     from tabulate import tabulate
 
-    return tabulate([list(r.values()) for r in rows], headers=list(rows[0]) if rows else (), disable_numparse=True)
+    cells = [[_broken(value, width) for value, width in zip_longest(r.values(), widths)] for r in rows]
+    return tabulate(cells, headers=list(rows[0]) if rows else (), disable_numparse=True)
+
+
+def _broken(value: Any, width: int | None) -> Any:
+    return value if width is None else "\n".join(textwrap.wrap(str(value), width, break_on_hyphens=False))
 
 
 def percent(fraction: float | None) -> str:
