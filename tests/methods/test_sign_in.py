@@ -1,6 +1,7 @@
 """Weights trained as products: the formula, resets, masks that change, state, refusals."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -217,6 +218,13 @@ def test_a_run_stores_the_products(tmp_path):
     growfx.save(net, tmp_path / "out")
     loaded = growfx.load(tmp_path / "out", model=growfx.unwrap(small_net(4)))
     assert torch.allclose(loaded(images), expected, atol=1e-6)
+
+
+def test_the_methods_that_start_sparse_have_it():
+    options = {name: {f.name for f in dataclasses.fields(methods.kind_of(name))} for name in methods.names()}
+    have = {name for name, known in options.items() if "sign_in" in known}
+    dense = {"acdc", "continuous", "gmp", "imp", "sup-tickets"}
+    assert have == set(methods.names()) - dense
 
 
 @pytest.mark.parametrize("name", ["gmp", "acdc", "imp", "continuous"])

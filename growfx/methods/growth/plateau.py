@@ -18,6 +18,8 @@ and with a chance of 70 % below 5/3 of it: with the default tolerance of 0.3 poi
 on the curves of `benchmarks/plateau.py`. A fit that fails or is unbounded never stops growth.
 
 Not handled: a curve that is flat for many rounds and rises again (whatever is flat long enough is a plateau).
+At a noise of 1 point the density chosen is 1.24 times the ideal one in the median, where rounds 1.3 apart allow 1.14,
+and power laws are left with 0.34 points to gain.
 """
 
 import math
