@@ -41,7 +41,7 @@ from torch.nn.utils import parametrize, prune
 from tqdm import tqdm
 
 import growfx
-import growfx.masked.layers
+from growfx.masked import layers
 
 VARIANTS = ("dense", "again", "masked", "unchecked", "prune", "parametrize")
 CPU_CASES = ("resnet50:32:64", "vit_small_patch16_224:32:64", "convnext_tiny:32:64")
@@ -95,12 +95,12 @@ def build(variant: str, name: str, size: int, density: float) -> nn.Module:
 @contextmanager
 def without_check() -> Iterator[None]:
     """Take stored weights for zero outside their masks, unseen."""
-    checks = growfx.layers.obeys, growfx.layers.mask_in_place
-    growfx.layers.obeys, growfx.layers.mask_in_place = lambda *_: True, lambda values, _: values
+    checks = layers.obeys, layers.mask_in_place
+    layers.obeys, layers.mask_in_place = lambda *_: True, lambda values, _: values
     try:
         yield
     finally:
-        growfx.layers.obeys, growfx.layers.mask_in_place = checks
+        layers.obeys, layers.mask_in_place = checks
 
 
 class Step:

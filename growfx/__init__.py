@@ -14,6 +14,7 @@ from growfx.version import __version__ as __version__
 if TYPE_CHECKING:
     from growfx import methods as methods
     from growfx import passes as passes
+    from growfx.analysis.network_cost import cost as cost
     from growfx.artifact import inspect as inspect
     from growfx.artifact import to_numpy as to_numpy
     from growfx.artifact import to_scipy as to_scipy
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 # Where each public name is found: the one table that `__all__`, `dir` and the lazy lookup are made from. Type checkers
 # read the block above.
 _HOMES = {
+    "analysis.network_cost": ("cost",),
     "artifact": ("inspect", "to_numpy", "to_scipy"),
     "deploy": ("export_onnx", "load", "save"),
     "errors": (

@@ -48,6 +48,7 @@ from growfx.recorded.trace_report import TraceReport
 __all__ = ["Recorded", "record_checked"]
 
 _SEEDS = (0, 1, 2)
+_REDRAWN = (1, 2)  # seeds of inputs under which a value read from data has to be the same
 
 
 class Recorded(Protocol):
@@ -99,6 +100,9 @@ def record_checked(
         difference = work.difference(made, [inputs]) or work.unseen(made, inputs)
     else:
         made, difference = work.recorded(inputs)
+        if made.holds is not None:
+            branches = net.trace_report.branches
+            branches += [read for read in work.branches if read not in branches]
     if difference:
         net.trace_report.notes.append(f"{'train' if training else 'eval'} mode: {difference}")
     return dataclasses.replace(made, faithful=made.faithful and not difference)
@@ -115,6 +119,8 @@ class _Work:
         self.on_meta = _on_meta(self.shell)
         self.drew = False  # whether a run drew random numbers on the CPU
         self.writes = True  # whether a run may write into parameters, which is not known before one was recorded
+        self.pinned = ""  # why the model itself was recorded for the values that it reads from its data, and these
+        self.branches: list[str] = []
 
     # -- recording ------------------------------------------------------------------------------------------------
 
@@ -137,6 +143,9 @@ class _Work:
             given = self._as_given(inputs)
             if given is not None:
                 return given, ""
+        if made is not None and self.pinned:  # and for other sizes it reads others
+            self.report.opaque.setdefault("", self.pinned)
+            return self._run(small, batch_is_free=False), ""
         if made is not None:
             return made, difference
         assert refusal is not None
@@ -163,7 +172,11 @@ class _Work:
         for module in copied.modules():
             module.register_forward_pre_hook(lambda module, _: called.setdefault(names[id(module)]) and None)
         try:
-            with generators_restored(cuda_devices(self.shell), copied), tables_restored(copied), torch.no_grad():
+            with (
+                generators_restored(cuda_devices(self.shell), copied),
+                tables_restored(copied, self.shell),
+                torch.no_grad(),
+            ):
                 given = inputs.copied()
                 copied(*given.args, **given.kwargs)
         except Exception:
@@ -194,6 +207,9 @@ class _Work:
             try:
                 made = self._record(inputs, without_values=without_values)
             except DataDependentError as stop:
+                pinned = None if stop.module else self._pinned(inputs, batch_is_free, stop.reason)
+                if pinned is not None:
+                    return pinned
                 self.report.opaque[stop.module] = stop.reason
             else:
                 return self.finished(made, batch_is_free)
@@ -201,7 +217,36 @@ class _Work:
         made = self.finished(self.with_values(inputs), batch_is_free=False)
         return dataclasses.replace(made, faithful=False, holds_for_values=True)
 
-    def _record(self, inputs: Inputs, *, without_values: bool) -> Recording:
+    def _pinned(self, inputs: Inputs, batch_is_free: bool, reason: str) -> RecordedGraph | None:
+        """A recording in which values that the model itself reads from its data are constants that the graph checks.
+
+        None where other inputs give other values, so that it would hold for these alone, or where what it reads cannot
+        be a constant.
+        """
+        if self.on_meta:
+            return None
+        opaque = dict(self.report.opaque)
+        while True:
+            try:
+                recording = self._record(inputs, without_values=False, pinned=True)
+            except DataDependentError as stop:
+                if stop.module:
+                    self.report.opaque[stop.module] = stop.reason
+                    continue
+                self.report.opaque.clear()
+                self.report.opaque.update(opaque)
+                return None
+            break
+        made = self.finished(recording, batch_is_free)
+        # Outputs are compared by the caller; what decides here is whether others read the same.
+        others = [inputs.copied(_negated), *(inputs.redrawn(seed) for seed in _REDRAWN)]
+        if any(_reads(made.run, self.training, self.shell, other) is False for other in others):
+            return None
+        self.pinned, self.branches = reason, recording.branches
+        holds = functools.partial(_reads, made.run, self.training)
+        return dataclasses.replace(made, holds=holds)
+
+    def _record(self, inputs: Inputs, *, without_values: bool, pinned: bool = False) -> Recording:
         run_on = meta_copy(self.shell) if without_values else working_copy(self.shell, own_values=self.writes)
         _set_flags(run_on, self.flags)
         made = record(
@@ -212,6 +257,7 @@ class _Work:
             run_on=run_on,
             without_values=without_values,
             look_inside=self.look_inside,
+            pinned=pinned,
         )
         self.writes = made.writes_parameters
         return made
@@ -220,7 +266,9 @@ class _Work:
         """Record what the shell does on these very values, whatever it takes out of them."""
         run_on = working_copy(self.shell, own_values=self.writes)
         _set_flags(run_on, self.flags)
-        return record(self.shell, inputs.args, inputs.kwargs, allow_data=True, run_on=run_on, look_inside=True)
+        return record(
+            self.shell, inputs.args, inputs.kwargs, allow_data=True, run_on=run_on, look_inside=self.look_inside
+        )
 
     def unseen(self, made: RecordedGraph, inputs: Inputs) -> str:
         """Whether the graph holds a constant that other inputs make another one: what no operator computed."""
@@ -338,7 +386,7 @@ class _Work:
         with (
             generators_restored(cuda_devices(self.shell), copied),
             caches_bypassed(copied),
-            tables_restored(copied),
+            tables_restored(copied, module),
             ModelCode(),
             clock_shifted() if run is None else contextlib.nullcontext(),
             torch.set_grad_enabled(gradients),
@@ -357,6 +405,25 @@ class _Work:
         return all(layer.obeys() for layer in self.shell.modules() if isinstance(layer, MaskedLayer))
 
 
+def _reads(run: Callable[..., Any], training: bool, shell: nn.Module, given: Inputs) -> bool | None:
+    """Whether a graph that checks the values it reads from its data accepts those of these inputs; None: it fails."""
+    copied = working_copy(shell)
+    _set_flags(copied, _flags(shell, training))
+    given = given.copied()
+    try:
+        with generators_restored(cuda_devices(shell)), tables_restored(copied, shell), torch.no_grad():
+            run(copied, *given.args, **given.kwargs)
+    except TraceError:
+        return False
+    except Exception:  # the model may refuse such inputs, too
+        return None
+    return True
+
+
+def _negated(tensor: Tensor) -> Tensor:
+    return -tensor.detach() if tensor.is_floating_point() else tensor.clone()
+
+
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and (a.is_meta or torch.equal(a.nan_to_num(), b.nan_to_num()))
 
@@ -367,8 +434,10 @@ def _gradients(module: nn.Module, outputs: list[Any]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     total: Any = 0
     for value in outputs:
-        if isinstance(value, Tensor) and value.requires_grad and value.is_floating_point():
-            total = total + (value * torch.randn(value.shape, generator=generator).to(value)).sum()
+        if isinstance(value, Tensor) and value.is_floating_point():
+            # Drawn for each of them: model and graph need not agree on constants that ask for a gradient.
+            factors = torch.randn(value.shape, generator=generator).to(value)
+            total = total + (value * factors).sum() if value.requires_grad else total
     if not isinstance(total, Tensor):
         return []
     found = cast(list[Tensor | None], torch.autograd.grad(total, trained, allow_unused=True))

@@ -20,8 +20,9 @@ edge that is not; step 3 repairs it. All units of a layer with several consumers
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,6 +33,7 @@ from growfx.analysis.weight_layout import by_unit, from_units
 from growfx.errors import ConfigError
 from growfx.masked.layers import MaskedLayer
 from growfx.passes.path_products.products import path_gradients
+from growfx.selection.budget import largest_within
 from growfx.selection.choose import draw, top
 from growfx.selection.density import check_density
 from growfx.selection.edge_keys import EdgeKeys
@@ -86,6 +88,7 @@ def seed_masks(
     layers: Iterable[str] | None = None,
     frozen: Iterable[str] = (),
     by_magnitude: bool = False,
+    price: Mapping[str, float] | None = None,
 ) -> Seed:
     """Draw starting masks of exactly `density`, off-path layers dense and counted.
 
@@ -101,6 +104,8 @@ def seed_masks(
         layers: those to draw in; default: all on a path.
         frozen: layers that keep their masks and are not counted; paths run through them.
         by_magnitude: take the weights of largest magnitude, over all these layers, instead of drawing.
+        price: of an edge, by layer. Densities are then shares of what all edges cost, edges are drawn in proportion to
+            expected visits over price, and the seed has as many in the order of the draw as `density` pays for.
 
     Raises:
         ConfigError: off-path layers alone need more than the density allows.
@@ -112,20 +117,42 @@ def seed_masks(
     total = sum(net.layers[name].numel for name in counted)
     dense = [name for name in counted if name not in chosen]
     alone = sum(net.layers[name].numel for name in dense)
+    if price is not None:
+        total, alone = (sum(price[n] * net.layers[n].numel for n in names) for names in (counted, dense))
+        chosen = {name: value / price[name] for name, value in chosen.items()}
     best = None
     for candidate in (check_density(density, "seed_density"),) if density is not None else _automatic(alone / total):
-        count = round(candidate * total) - alone
-        if count <= 0 or (density is None and candidate > largest):
+        if density is None and candidate > largest:
             continue
-        keys = EdgeKeys(seed, "seed")
-        masks = {name: torch.ones_like(net.layers[name].mask) for name in dense}
-        masks |= _largest(net, chosen, count, keys) if by_magnitude else _draw(net, chosen, count, keys)
-        best = Seed(masks, sum(int(mask.sum()) for mask in masks.values()) / total, dead_units(net, masks))
+        choose = partial(_largest if by_magnitude else _draw, net, chosen, EdgeKeys(seed, "seed"))
+        count = round(candidate * total) - alone
+        if price is not None:
+            count = _paid(choose, chosen, price, candidate * total - alone)
+        if count <= 0:
+            continue
+        masks = {name: torch.ones_like(net.layers[name].mask) for name in dense} | choose(count)
+        spent = sum(int(mask.sum()) * (1 if price is None else price[name]) for name, mask in masks.items())
+        best = Seed(masks, spent / total, dead_units(net, masks))
         if not best.dead_units:
             return best
     if best is None:
-        raise ConfigError(_no_room(dense, alone, total, density, largest))
+        what = "edges" if price is None else "multiply-accumulates"
+        raise ConfigError(_no_room(dense, alone, total, density, largest, what))
     return best
+
+
+def _paid(
+    choose: Callable[[int], Mapping[str, Tensor]],
+    layers: Mapping[str, Tensor],
+    price: Mapping[str, float],
+    budget: float,
+) -> int:
+    """Return how many edges, in the order of the choice, `budget` pays for."""
+
+    def cost_of(count: int) -> float:
+        return sum(price[name] * int(mask.sum()) for name, mask in choose(count).items())
+
+    return largest_within(cost_of, budget, sum(value.numel() for value in layers.values()))
 
 
 def _automatic(off_path: float) -> list[float]:
@@ -140,29 +167,28 @@ def dead_units(net: MaskedGraph, masks: Mapping[str, Tensor]) -> int:
     return sum(int((~alive).sum()) for alive in paths.alive_out.values())
 
 
-def _no_room(dense: Sequence[str], alone: int, total: int, density: float | None, largest: float) -> str:
+def _no_room(dense: Sequence[str], alone: float, total: float, density: float | None, largest: float, what: str) -> str:
     asked = f"{density}" if density is not None else f"None, and at most {largest}"
     if not alone:
         least = 1 / total
-        return (
-            f"`seed_density` is {asked}, of {total} edges, which leaves none; allowed are densities from {least:.4g} up"
-        )
+        allowed = f"allowed are densities from {least:.4g} up"
+        return f"`seed_density` is {asked}, of {total} {what}, which leaves none; {allowed}"
     shown = ", ".join(f"`{name}`" for name in dense[:4]) + (f" and {len(dense) - 4} more" if len(dense) > 4 else "")
     return (
-        f"`seed_density` is {asked}, of {total} edges; {alone} of them are in layers no path crosses ({shown}) and "
+        f"`seed_density` is {asked}, of {total} {what}; {alone} of them are in layers no path crosses ({shown}) and "
         f"stay dense, so allowed are densities above {alone / total:.4g} that leave at least one edge; or wrap the "
         "model with `exclude` (`--exclude` on the command line) for these layers, which are then not counted"
     )
 
 
-def _largest(net: MaskedGraph, visits: Mapping[str, Tensor], count: int, keys: EdgeKeys) -> dict[str, Tensor]:
+def _largest(net: MaskedGraph, visits: Mapping[str, Tensor], keys: EdgeKeys, count: int) -> dict[str, Tensor]:
     """Mark the `count` edges of largest magnitude; absent edges are zero, whatever is stored."""
     layers = {name: net.layers[name] for name in visits}
     sizes = {name: layer.parameter.detach().abs().where(layer.mask, 0) for name, layer in layers.items()}
     return top(sizes, count, keys).masks
 
 
-def _draw(net: MaskedGraph, visits: Mapping[str, Tensor], count: int, keys: EdgeKeys) -> dict[str, Tensor]:
+def _draw(net: MaskedGraph, visits: Mapping[str, Tensor], keys: EdgeKeys, count: int) -> dict[str, Tensor]:
     kept = {name: _first_arrivals(net.layers[name], name, value, keys) for name, value in visits.items()}
     reserved = sum(int(mask.sum()) for mask in kept.values())
     if reserved > count:  # too few edges to keep every unit alive: the likeliest ones

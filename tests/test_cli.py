@@ -198,11 +198,16 @@ def test_inspect_tells_the_same_of_a_run_and_its_artifact(run, capsys):
     theirs = [{k: layer[k] for k in ("name", "shape", "nnz", "alive_out")} for layer in facts["artifact"]["layers"]]
     assert ours == theirs
     assert facts["run"]["nnz"] == sum(layer["nnz"] for layer in ours)
+    for layer in facts["artifact"]["layers"]:
+        assert 0 < layer["sparse_macs"] <= layer["dense_macs"]
+    for total in ("dense", "sparse", "rest"):
+        assert facts["run"]["cost"][total] == pytest.approx(facts["artifact"]["cost"][total])
     assert facts["artifact"]["bytes"] == (run / "artifact" / "sparse.safetensors").stat().st_size
     assert call("inspect", run / "artifact") == 0
     table = capsys.readouterr().out
     assert "layer4.0.conv1" in table
     assert "alive out" in table
+    assert "multiply-adds" in table
     assert "20.00 %" in table
 
 

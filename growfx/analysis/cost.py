@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,10 +43,12 @@ class ForwardCost:
     """Dense multiply-accumulates of one sample's forward pass.
 
     `layers`: by masked layer, 0 for layers that evaluation never uses. `rest`: of everything no mask touches.
+    `uncounted`: by layer whose weight is used but by nothing that is counted, the operator.
     """
 
     layers: Mapping[str, float]
     rest: float
+    uncounted: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def dense(self) -> float:
@@ -68,15 +70,20 @@ def forward_cost(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | N
     inputs = net.example(batch=1) if example_inputs is None else net.inputs_like(example_inputs)
     batch = next((value.shape[0] for value in inputs.values if isinstance(value, Tensor) and value.ndim), 1)
     macs = dict.fromkeys(net.layers, 0.0)
+    users: dict[str, str] = {}
+    # recording runs the model, which is not to be counted
+    graph = net.graph_for(inputs) if net.trace_report.faithful else None
     with _counting(net) as counter:
-        if net.trace_report.faithful:
-            graph = net.graph_for(inputs)
-            _GraphCounter(net, graph, counter, macs).run(*inputs.values)
+        if graph is not None:
+            counting = _GraphCounter(net, graph, counter, macs)
+            counting.run(*inputs.values)
+            users = counting.users
         else:
             _run_modules(net, inputs, counter, macs)
         total = counter.get_total_flops() / 2
     rest = max(total - sum(macs.values()), 0.0)
-    return ForwardCost({name: value / batch for name, value in macs.items()}, rest / batch)
+    uncounted = {name: user for name, user in users.items() if not macs[name]}
+    return ForwardCost({name: value / batch for name, value in macs.items()}, rest / batch, uncounted)
 
 
 def layer_flops(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None = None) -> dict[str, float]:
@@ -180,6 +187,7 @@ class _GraphCounter(fx.Interpreter):
         self._counter, self._macs = counter, macs
         self._names = {id(layer): name for name, layer in net.layers.items()}
         self._parameters = {id(layer.parameter): name for name, layer in net.layers.items()}
+        self.users: dict[str, str] = {}  # by layer, the last operator on its weight that nothing is counted of
         self._weight_of: dict[fx.Node, str] = {}  # nodes that are a layer's weight, or computed from it alone
 
     def run_node(self, n: fx.Node) -> Any:
@@ -190,11 +198,18 @@ class _GraphCounter(fx.Interpreter):
         if n.op == "get_attr" or (owner is not None and macs == 0):
             if owner is not None:
                 self._weight_of[n] = owner  # a view, a transposition or a standardisation is still the weight
+                if n.op != "get_attr":
+                    self.users[owner] = self._operator(n)
         elif n.op == "call_module" and isinstance(module := self.fetch_attr(str(n.target)), nn.MultiheadAttention):
             self._add_attention(module, n)
         elif owner is not None:
             self._macs[owner] += macs
         return result
+
+    def _operator(self, n: fx.Node) -> str:
+        if n.op == "call_module":
+            return f"`{type(self.fetch_attr(str(n.target))).__name__}`"
+        return f"`{n.target if isinstance(n.target, str) else getattr(n.target, '__name__', str(n.target))}`"
 
     def _owner(self, n: fx.Node) -> str | None:
         if n.op == "get_attr":

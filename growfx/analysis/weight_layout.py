@@ -3,7 +3,7 @@
 Every layout is brought into one canonical shape, (groups, outputs, inputs, taps): outputs and inputs per group, and
 all edges between one pair of units along `taps`. Layouts: linear and joint attention projections (out, in);
 convolutions (out, in / groups, kernel...); transposed ones (in, out / groups, kernel...); mixtures of convolution
-kernels (experts, out * in / groups * kernel).
+kernels (experts, out * in / groups * kernel); vectors, whose elements are taken to join a pair of units each.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ __all__ = ["by_unit", "canonical", "from_canonical", "from_units", "joined_units
 
 def canonical(layer: MaskedLayer, values: Tensor) -> Tensor:
     """Values of the weight's shape as (groups, outputs per group, inputs per group, taps)."""
+    if values.ndim < 2:
+        return values.reshape(-1, 1, 1, 1)
     groups = int(getattr(layer, "groups", 1))
     kernel = getattr(layer, "weight_shape", None)
     if kernel is not None:  # one row of all kernels per expert

@@ -6,13 +6,18 @@ from typing import Any
 
 from growfx.artifact.input_specs import InputSpec
 from growfx.artifact.manifest import ITEMSIZES, DenseEntry, Manifest
+from growfx.artifact.stored_cost import StoredCost
 
 __all__ = ["ArtifactInfo", "LayerInfo", "describe"]
 
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One masked layer: `bytes` are those of its stored weight; active zeros count as `nnz`."""
+    """One masked layer: `bytes` are those of its stored weight; active zeros count as `nnz`.
+
+    `dense_macs`, `sparse_macs`: multiply-accumulates of one sample's forward pass, with every weight and under the
+    mask; None where the artifact does not tell.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -21,6 +26,8 @@ class LayerInfo:
     density: float
     bytes: int
     codec: str
+    dense_macs: float | None = None
+    sparse_macs: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class ArtifactInfo:
         inputs: what the network is called with; None where the artifact does not tell.
         identity_checked: whether what `model` builds gave the network's outputs when it was saved.
         notes: why there is no `model`, so that `growfx.load` needs an instance.
+        cost: multiply-accumulates of one sample's forward pass; None where the artifact does not tell.
     """
 
     nnz: int
@@ -52,6 +60,7 @@ class ArtifactInfo:
     inputs: tuple[InputSpec, ...] | None = None
     identity_checked: bool = False
     notes: tuple[str, ...] = ()
+    cost: StoredCost | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values."""
@@ -60,20 +69,31 @@ class ArtifactInfo:
             "layers": [{**asdict(x), "shape": list(x.shape)} for x in self.layers],
             "inputs": None if self.inputs is None else [spec.to_json() for spec in self.inputs],
             "notes": list(self.notes),
+            "cost": None if self.cost is None else self.cost.to_dict(),
         }
 
     def __str__(self) -> str:
         from tabulate import tabulate
 
         rows: list[list[Any]] = [
-            [x.name, "x".join(map(str, x.shape)), x.nnz, x.numel, f"{x.density:.4f}", x.bytes, x.codec]
+            [x.name, "x".join(map(str, x.shape)), x.nnz, x.numel, f"{x.density:.4f}", x.bytes, x.codec, *_counts(x)]
             for x in self.layers
         ]
-        rows.append(["all masked layers", "", self.nnz, self.numel, f"{self.density:.4f}", "", ""])
-        headers = ["layer", "shape", "nnz", "numel", "density", "bytes", "codec"]
-        align = ("left", "left", "right", "right", "right", "right", "left")
+        total = self.cost.totals() if self.cost else (None, None)
+        whole = ["all masked layers", "", self.nnz, self.numel, f"{self.density:.4f}", "", ""]
+        rows.append([*whole, _count(total[1]), _count(total[0])])
+        headers = ["layer", "shape", "nnz", "numel", "density", "bytes", "codec", "multiply-adds", "when dense"]
+        align = ("left", "left", "right", "right", "right", "right", "left", "right", "right")
         table = tabulate(rows, headers=headers, disable_numparse=True, colalign=align)
         return "\n".join([table, f"{self.bytes} bytes on disk, {self.dense_bytes} bytes when dense", *self.notes])
+
+
+def _counts(layer: LayerInfo) -> list[str]:
+    return [_count(layer.sparse_macs), _count(layer.dense_macs)]
+
+
+def _count(number: float | None) -> str:
+    return "-" if number is None else f"{number:,.0f}"
 
 
 def describe(manifest: Manifest, size: int) -> ArtifactInfo:
@@ -89,7 +109,8 @@ def describe(manifest: Manifest, size: int) -> ArtifactInfo:
             stored = entry.index_bytes + (sum(entry.planes) if entry.planes else nnz * itemsize)
             codec = f"{entry.index_codec}+{entry.value_codec}"
         density = nnz / numel if numel else 1.0
-        layers.append(LayerInfo(layer, entry.shape, nnz, numel, density, stored, codec))
+        macs = manifest.cost.layers[layer] if manifest.cost else (None, None)
+        layers.append(LayerInfo(layer, entry.shape, nnz, numel, density, stored, codec, *macs))
     nnz, numel = sum(x.nnz for x in layers), sum(x.numel for x in layers)
     return ArtifactInfo(
         nnz=nnz,
@@ -104,4 +125,5 @@ def describe(manifest: Manifest, size: int) -> ArtifactInfo:
         inputs=manifest.inputs,
         identity_checked=manifest.identity_checked,
         notes=manifest.notes,
+        cost=manifest.cost,
     )

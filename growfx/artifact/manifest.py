@@ -16,6 +16,7 @@ from typing import Any
 from growfx.artifact.codec import INDEX_CODECS, VALUE_CODECS, index_complaint, values_complaint
 from growfx.artifact.entries import COMPLEX_PARTS, ITEMSIZES, DenseEntry, SparseEntry
 from growfx.artifact.input_specs import MOST_INPUTS, InputSpec, input_complaint
+from growfx.artifact.stored_cost import StoredCost, cost_complaint
 from growfx.compaction.plan import CompactionPlan
 from growfx.errors import ArtifactError
 
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 FORMAT = "growfx.sparse"
-# 1.1: `compaction` and `requires`. 1.2: `inputs`, `identity_checked`, `notes`, complex tensors.
+# 1.1: `compaction` and `requires`. 1.2: `inputs`, `identity_checked`, `notes`, `multiply_accumulates`, complex tensors.
 VERSION = "1.2"
 # What a reader must know beyond version 1.0 to load an artifact that lists it in `requires`.
 FEATURES = ("compaction", "complex", "grouped-compaction", "folded-norms", "left-out-modules", "stated-widths")
@@ -67,6 +68,7 @@ class Manifest:
         inputs: what the network is called with, None where that is not known.
         identity_checked: whether what `model` builds gave the network's outputs when it was saved.
         notes: why `model` is None.
+        cost: of a forward pass, None where it is not known.
     """
 
     tensors: Mapping[str, DenseEntry | SparseEntry]
@@ -80,6 +82,7 @@ class Manifest:
     inputs: tuple[InputSpec, ...] | None = None
     identity_checked: bool = False
     notes: tuple[str, ...] = ()
+    cost: StoredCost | None = None
 
     @property
     def names(self) -> set[str]:
@@ -111,6 +114,7 @@ class Manifest:
             "inputs": None if self.inputs is None else [spec.to_json() for spec in self.inputs],
             "layers": [[entry.layer, entry.tensor] for entry in self.layers],
             "model": None if self.model is None else dict(self.model),
+            "multiply_accumulates": None if self.cost is None else self.cost.to_json(),
             "notes": list(self.notes),
             "provenance": dict(self.provenance),
             "tensors": {name: entry.to_json() for name, entry in self.tensors.items()},
@@ -253,10 +257,11 @@ class _Reader:
         for alias, name in aliases.items():
             if alias in tensors or not isinstance(name, str) or name not in tensors:
                 raise self.fail(f"`{alias}` is not a further name of a stored tensor")
+        layers = self._layers(tensors)
         return Manifest(
             tensors=tensors,
             aliases=aliases,
-            layers=self._layers(tensors),
+            layers=layers,
             config=self.take("config", dict),
             model=self.take("model", (dict, type(None))),
             provenance=self.take("provenance", dict),
@@ -265,6 +270,7 @@ class _Reader:
             inputs=self._inputs(),
             identity_checked=self._flag("identity_checked"),
             notes=self._notes(),
+            cost=self._cost([entry.layer for entry in layers]),
         )
 
     def _flag(self, key: str) -> bool:
@@ -279,6 +285,15 @@ class _Reader:
         if not texts or len(notes) > _MOST_NOTES or any(len(note) > _LONGEST_NOTE for note in notes):
             raise self.fail("field `notes` is not a list of a few short texts")
         return tuple(notes)
+
+    def _cost(self, layers: list[str]) -> StoredCost | None:
+        entry = self.body.get("multiply_accumulates")  # older versions have none
+        if entry is None:
+            return None
+        complaint = cost_complaint(entry, layers)
+        if complaint:
+            raise self.fail(f"field `multiply_accumulates`: {complaint}")
+        return StoredCost.from_json(entry, layers)
 
     def _inputs(self) -> tuple[InputSpec, ...] | None:
         inputs = self.body.get("inputs")

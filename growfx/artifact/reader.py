@@ -6,7 +6,7 @@ builders are called, by their registered names, with arguments that bring no wei
 stored.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -100,9 +100,11 @@ def load(
         with unchanged_on_error(plan):
             if small is not None:
                 apply_plan(plan, small)
-            _fill(plan, state)
+            places = _places(plan, state)
+            plan.eval()  # before its weights are there: an `eval` of the model's own may write into them
+            _fill(places)
             remember_inputs(plan, manifest.inputs)
-            return plan.to(device=device, dtype=dtype).eval()
+            return plan.to(device=device, dtype=dtype)
 
 
 def load_state(path: str | Path, *, max_bytes: int = DEFAULT_MAX_BYTES) -> dict[str, Tensor]:
@@ -292,7 +294,8 @@ def _kind(dtype: torch.dtype) -> str:
     return "bool" if dtype == torch.bool else "int"
 
 
-def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def _places(model: nn.Module, state: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Tensors of the model with those stored for them."""
     targets = model.state_dict(keep_vars=True)
     filled: dict[int, str] = {}
     placed: set[int] = set()
@@ -306,8 +309,12 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             # Names that are tied in the artifact but not in this model get tensors of their own.
             plan.append((target, tensor.clone() if id(tensor) in placed else tensor))
             placed.add(id(tensor))
+    return plan
+
+
+def _fill(places: Iterable[tuple[Tensor, Tensor]]) -> None:
     # `.data` keeps every Parameter the object it is, so ties and references to it hold, and takes any dtype.
-    for target, tensor in plan:
+    for target, tensor in places:
         target.data = tensor.to(target.device)
 
 

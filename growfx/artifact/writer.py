@@ -8,8 +8,10 @@ the network. Masks are stored, never inferred from values: a freshly grown weigh
 read the tensors and the masks without building a model.
 """
 
+import copy
 import hashlib
 import json
+import logging
 import struct
 import zlib
 from collections.abc import Mapping
@@ -19,8 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from growfx.analysis.network_cost import cost
 from growfx.artifact.codec import encode_index, encode_values
 from growfx.artifact.dtypes import DTYPE_NAMES
 from growfx.artifact.info import ArtifactInfo, describe
@@ -39,6 +42,7 @@ from growfx.artifact.model_recipe import FoundRecipe, find_recipe
 from growfx.artifact.reader import CONFIG, DEFAULT_MAX_BYTES, inspect, load, load_masks, load_state
 from growfx.artifact.remembered_inputs import specs_of
 from growfx.artifact.staging import staged_folder
+from growfx.artifact.stored_cost import StoredCost
 from growfx.artifact.weights_file import MAX_HEADER
 from growfx.compaction.plan import CompactionPlan
 from growfx.distributed.sharded import HOW_TO_GATHER, require_whole
@@ -51,6 +55,8 @@ from growfx.models.build import ModelIdentity
 from growfx.notices import warn_once
 
 __all__ = ["DEFAULT_MAX_BYTES", "artifact_target", "inspect", "load", "load_masks", "load_state", "save"]
+
+_LOG = logging.getLogger("growfx")
 
 WEIGHTS = "sparse.safetensors"
 # timm and transformers load a file of this name without asking; it must hold every tensor, dense.
@@ -109,7 +115,7 @@ def save(
     net = as_masked_graph(net, "growfx.save")
     for parameter in net.parameters():
         require_whole(parameter, f"an artifact has whole ones; {HOW_TO_GATHER}")
-    target = artifact_target(path)
+    net, target = _evaluating(net), artifact_target(path)
     if provenance is not None and not isinstance(provenance, Mapping):
         raise ArtifactError(f"`provenance` expects a mapping of JSON values, got `{type(provenance).__name__}`")
     content, found = _encode(net, dict(provenance or {}), origin)
@@ -123,6 +129,16 @@ def save(
         why = "; ".join(found.notes)
         warn_once(f"`{target}` does not say how its model is built, for {why}; load it with `model=`, an instance", [])
     return info
+
+
+def _evaluating(net: MaskedGraph) -> MaskedGraph:
+    """The net, or a copy in eval mode where modules change weights when the mode changes (LoRA merges its own).
+
+    What is loaded is in eval mode.
+    """
+    if not net.training or all(type(module).train is nn.Module.train for module in net.shell.modules()):
+        return net
+    return copy.deepcopy(net).eval()
 
 
 def artifact_target(path: str | Path) -> Path:
@@ -182,8 +198,19 @@ def _encode(
         inputs=specs_of(net.example()),
         identity_checked=found.checked,
         notes=found.notes,
+        cost=_stored_cost(net),
     )
     return _Content(manifest, streams, state), found
+
+
+def _stored_cost(net: MaskedGraph) -> StoredCost | None:
+    """The cost of a forward pass; None where the network cannot be run here, which is no reason not to store it."""
+    try:
+        found = cost(net)
+    except Exception as error:  # the model's own code: it may raise anything
+        _LOG.info("the artifact does not tell multiply-accumulates, for a forward pass fails: %s", error)
+        return None
+    return StoredCost({name: (layer.dense, layer.sparse) for name, layer in found.layers.items()}, found.rest)
 
 
 def _plain_state(net: MaskedGraph) -> tuple[dict[str, Tensor], dict[str, MaskedLayer]]:

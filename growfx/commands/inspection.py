@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from growfx.analysis.network_cost import cost
 from growfx.artifact.file import located
 from growfx.artifact.hub import local_path
 from growfx.artifact.remembered_inputs import as_example, default_inputs
@@ -149,6 +150,7 @@ def _facts_of_artifact(path: Path) -> dict[str, Any]:
 
 
 def _facts_of_net(kind: str, model: str, net: MaskedGraph) -> dict[str, Any]:
+    counted = cost(net)
     layers = [
         {
             "name": name,
@@ -156,6 +158,8 @@ def _facts_of_net(kind: str, model: str, net: MaskedGraph) -> dict[str, Any]:
             "nnz": layer.nnz,
             "numel": layer.numel,
             "density": layer.density,
+            "dense_macs": counted.layers[name].dense,
+            "sparse_macs": counted.layers[name].sparse,
         }
         for name, layer in net.layers.items()
     ]
@@ -167,6 +171,7 @@ def _facts_of_net(kind: str, model: str, net: MaskedGraph) -> dict[str, Any]:
         "density": net.density,
         "mask_digest": net.mask_digest(),
         "layers": layers,
+        "cost": counted.to_json(),
     }
     return _with_alive(facts, net)
 

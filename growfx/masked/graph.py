@@ -37,28 +37,14 @@ __all__ = ["MaskedGraph", "RecordFunction", "RecordedGraph"]
 
 
 _REGISTRIES = (
-    "_parameters",
-    "_buffers",
-    "_modules",
-    "_non_persistent_buffers_set",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
+    "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set",
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
 # Of the original alone, or made anew for a copy.
 _NOT_COPIED = {
-    *_REGISTRIES,
-    "_compiled_call_impl",
-    "_graph",
-    "_identity",
-    "_looks_inside",
-    "_places",
-    "_recorder",
-    "_shell",
-    "kernels",
-    "meta",
-    "recordings",
-}
+    *_REGISTRIES, "_compiled_call_impl", "_graph", "_identity", "_looks_inside", "_places",
+    "_recorder", "_shell", "kernels", "meta", "recordings",
+}  # fmt: skip
 # Recordings kept for passes; the oldest goes first.
 _MOST_RECORDINGS = 32
 
@@ -371,12 +357,16 @@ class MaskedGraph(fx.GraphModule):
         # What is drawn by chance is drawn anew in a graph that leaves such modules whole.
         by_chance = all("random number" in why for why in self.trace_report.opaque.values())
         looks = bool(self.trace_report.opaque) and (look_inside or not (training or by_chance))
+        # Passes that follow values have no use for checks of them.
+        looks |= look_inside and recording.holds is not None
         if looks or not recording.faithful:
-            key = (training, given.keyed(batch_is_free=False))
+            values = recording.code.src if recording.holds is not None else ""  # which names those read from data
+            keyed = given.keyed(batch_is_free=False)
+            key = (training, (keyed, values, look_inside, given.digest))
             found = self._looks_inside.get(key)
-            if found is None or key[1] is None:
+            if found is None or keyed is None:
                 with without_compiler(), torch.inference_mode(False):
-                    found = self._recorder(self, given, training, holds_for_values=True)
+                    found = self._recorder(self, given, training, holds_for_values=True, look_inside=look_inside)
                 self._looks_inside[key] = found
             recording = found
         elif look_inside and recording.own_gradient and not training:
@@ -425,7 +415,7 @@ class MaskedGraph(fx.GraphModule):
         for free in (True, False):
             key = self._key(inputs, training, free)
             found = None if key[1] is None else self.recordings.get(key)
-            if found is not None and found.batch_is_free >= free:
+            if found is not None and found.batch_is_free >= free and _holds(found, self.shell, inputs):
                 return found
         return self._record(inputs, training)
 
@@ -712,6 +702,10 @@ class MaskedGraph(fx.GraphModule):
 def _names(layers: Mapping[str, Any], limit: int = 6) -> str:
     shown = ", ".join(f"`{name}`" for name in list(layers)[:limit])
     return f"the masked layers are {shown}{f' and {len(layers) - limit} more' if len(layers) > limit else ''}"
+
+
+def _holds(recording: RecordedGraph, shell: nn.Module, inputs: Inputs) -> bool:
+    return recording.holds is None or bool(recording.holds(shell, inputs))
 
 
 _UNWRAP_FIRST = (

@@ -22,6 +22,7 @@ from growfx.masked.modules import in_mode
 __all__ = [
     "caches_bypassed",
     "clock_shifted",
+    "enrolled",
     "generators_restored",
     "own_generators",
     "python_randomness",
@@ -137,16 +138,23 @@ def _model_code(root: nn.Module) -> list[ModuleType]:
 
 
 @contextmanager
-def tables_restored(root: nn.Module) -> Generator[None]:
+def tables_restored(root: nn.Module, original: nn.Module) -> Generator[None]:
     """Put dicts, lists and sets that a model's Python modules hold back to what they held.
 
     A table keyed by size would keep what a recording computed, which is no value, for the model's own calls.
+
+    Args:
+        root: the model that is run, a copy of `original`: meanwhile registries of modules that hold parts of the
+            original hold those of the copy alone.
+        original: the model it is a copy of.
     """
     classes = _model_classes(root)
     tables = [table for module in _model_code(root) for table in _tables(module)]
     tables += [value for kind in classes for value in vars(kind).values() if type(value) in _TABLES]
     kept = [(table, table.copy()) for table in {id(table): table for table in tables}.values()]
     counters = [(kind, {k: v for k, v in vars(kind).items() if type(v) in _PLAIN}) for kind in classes]
+    for table, parts in _registered([table for table, _ in kept], original, root):
+        _refill(table, parts)
     try:
         yield
     finally:
@@ -157,6 +165,37 @@ def tables_restored(root: nn.Module) -> Generator[None]:
             for name, value in values.items():
                 if vars(kind).get(name) is not value:
                     setattr(kind, name, value)
+
+
+@contextmanager
+def enrolled(original: nn.Module, copied: nn.Module) -> Generator[None]:
+    """Add the parts of a copied model to every registry of modules that holds the originals; not if the block fails.
+
+    Classes that list their instances when they are made (to reset them all) know nothing of copies.
+    """
+    tables = [table for module in _model_code(original) for table in _tables(module)]
+    found = _registered(tables, original, copied)
+    for table, parts in found:
+        table.extend(parts) if isinstance(table, list) else table.update(parts)
+    try:
+        yield
+    except BaseException:
+        for table, parts in found:
+            added = set(map(id, parts))
+            _refill(table, [value for value in table if id(value) not in added])
+        raise
+
+
+def _registered(tables: list[Any], original: nn.Module, copied: nn.Module) -> list[tuple[Any, list[nn.Module]]]:
+    """Registries (lists and sets of nothing but modules) that hold parts of a model, and those parts of a copy."""
+    tables = [t for t in tables if t and not isinstance(t, dict) and all(isinstance(value, nn.Module) for value in t)]
+    if not tables:
+        return []
+    parts = dict(copied.named_modules(remove_duplicate=False))
+    named = original.named_modules(remove_duplicate=False)
+    twins = {id(part): parts[name] for name, part in named if name in parts and parts[name] is not part}
+    found = [(table, [twins[id(value)] for value in table if id(value) in twins]) for table in tables]
+    return [(table, twin) for table, twin in found if twin]
 
 
 def _model_classes(root: nn.Module) -> list[type]:
@@ -269,7 +308,7 @@ def _bypass(cached: Any, thread: int) -> Callable[..., Any]:
 @contextmanager
 def undisturbed(net: MaskedGraph) -> Generator[None]:
     """The network in training mode; afterwards modes, buffers and global generators are as they were."""
-    device = next(net.parameters()).device
+    device = next((p.device for p in net.parameters()), torch.device("cpu"))
     masks = {id(layer.mask) for layer in net.layers.values()}
     buffers = [(buffer, buffer.clone()) for buffer in net.buffers() if id(buffer) not in masks]
     python, numpy, training = random.getstate(), np.random.get_state(), net.training  # noqa: NPY002

@@ -125,7 +125,7 @@ def _without_history(parts: list[nn.Module], memo: dict[int, Any]) -> dict[int, 
     """What stands for tensors inside an autograd graph, which torch refuses to copy."""
     found: dict[int, Any] = {}
     for part in parts:
-        for tensor in _tensors(list(vars(part).items())):
+        for tensor in _tensors([*vars(part).items(), *part._buffers.items()]):
             if not tensor.is_leaf and id(tensor) not in memo:
                 found[id(tensor)] = tensor.detach().clone()
     return found

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.node import has_side_effect
 
 from growfx.errors import TraceError
 
-__all__ = ["affine", "applied", "require_shape", "set_item", "swap_grad_enabled"]
+__all__ = ["affine", "applied", "require_shape", "require_value", "set_item", "swap_grad_enabled"]
 
 
 def set_item(base: Tensor, index: Any, value: Any) -> Tensor:
@@ -50,4 +51,20 @@ def require_shape(value: Tensor, shape: tuple[int, ...]) -> None:
         raise TraceError(
             f"the graph was recorded for an input of shape {shape} and holds for no other, got {tuple(value.shape)}; "
             "wrap the model with such an input, or call the net itself"
+        )
+
+
+@has_side_effect
+def require_value(value: Any, expected: Any, read: str) -> None:
+    """Raise `TraceError` unless a value that the model takes out of its data is the one that a graph was recorded with.
+
+    Args:
+        value: what the graph reads.
+        expected: what the recording saw.
+        read: the operator that reads it and the model's line.
+    """
+    if value != expected:
+        raise TraceError(
+            f"the graph was recorded where {read}, gave {expected!r}, and holds for no other value, got {value!r}; "
+            "record it for these inputs (`net.graph_at`), or call the net itself"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,16 @@ class Inputs:
             return tuple(_signature(value, free) for value in self.args), named
         except _NotKeyedError:
             return None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hex, over the bytes of all tensors: what a recording for these very values depends on."""
+        digest = hashlib.sha256()
+        for tensor in tensors_in(self.values):
+            if not tensor.is_meta and tensor.layout is torch.strided:
+                dense = tensor.detach().cpu().resolve_conj().contiguous().reshape(-1)
+                digest.update(dense.view(torch.uint8).numpy().tobytes() if dense.numel() else b"")
+        return digest.hexdigest()
 
     @property
     def structural(self) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from growfx.errors import TraceError
 from growfx.recorded import graph_ops
+from growfx.recorded.inputs import Inputs
 
 __all__ = [
     "RECORDED_CONSTANT",
@@ -47,6 +48,8 @@ class RecordedGraph:
         holds_for_values: whether it holds for the values it was made with only.
         own_gradient: whether the model does something whose gradient the operators do not tell.
         used: the parameters it reads that no mask, embedding or norm accounts for, in order.
+        holds: where the graph holds for some values that the model reads from its data alone: whether these inputs
+            give them, in the given shell (None: it fails on them). None where it holds for all.
     """
 
     graph: fx.Graph
@@ -58,6 +61,7 @@ class RecordedGraph:
     holds_for_values: bool = False
     own_gradient: bool = False
     used: tuple[str, ...] = ()
+    holds: Callable[[nn.Module, Inputs], bool | None] | None = None
 
 
 # Records the net's shell for these inputs in a mode and checks the graph against the model; with `holds_for_values` on

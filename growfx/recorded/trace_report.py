@@ -22,6 +22,8 @@ class TraceReport:
             its gradients where operators do not tell them.
         side_effects: what the forward does besides returning a value ("assigns `block.state`"); the net does it as the
             model does, a graph does not.
+        branches: values that the forward reads from its data and that the recorded graph holds for alone, with the line
+            that reads them; the graph checks them when it runs, and passes record it anew for inputs with others.
         notes: anything else worth knowing, one sentence each.
     """
 
@@ -31,6 +33,7 @@ class TraceReport:
     tied: dict[str, str] = field(default_factory=dict)
     faithful: bool = False
     side_effects: list[str] = field(default_factory=list)
+    branches: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def rows(self) -> list[tuple[str, str, str]]:
@@ -49,6 +52,7 @@ class TraceReport:
             tabulate(self.rows(), headers=["layer", "state", "reason"]),
             f"recorded graph: {verdict}",
             *(f"the forward {effect}" for effect in self.side_effects),
+            *(f"branches on values: {branch}" for branch in self.branches),
             *self.notes,
         ]
         return "\n".join(lines)

@@ -15,8 +15,10 @@ __all__ = ["draw_epochs", "draw_growth", "draw_methods"]
 
 _POINT, _CURVE, _STOP, _BACK = "#1b5e8c", "#c4651a", "#8a1c1c", "#2c7a3f"
 _MARKERS = "osD^v<>Pp*hX"
+_NEARLY_ALL, _WORTH_TELLING = 0.95, 0.05  # weights of a family of curves
 _NAMES = 24  # names below each other beside a plot
 _X_LABELS = {
+    "cost": "cost, % of the dense multiply-accumulates",
     "density": "density, % of the masked weights",
     "dense_equivalent_epochs": "training cost, dense-equivalent epochs",
     "train_seconds": "training, seconds of wall time",
@@ -36,11 +38,11 @@ def draw_growth(path: Path, title: str, rounds: Sequence[Mapping[str, Any]], sto
     axes = _axes()
     if axes is None:
         return False
-    # with frozen layers the fit is about the others
-    density = [100 * r.get("budget_density", r["density"]) for r in rounds]
+    # the fit is about what growth pays for; with frozen layers about the others
+    density = [100 * r.get("cost", r.get("budget_density", r["density"])) for r in rounds]
     accuracy = np.array([100 * r["val_accuracy"] for r in rounds])
     noise = np.array([100 * (r.get("noise") or 0.0) for r in rounds])
-    axes.errorbar(density, accuracy, yerr=noise, fmt="o", color=_POINT, capsize=3, label="rounds (one sigma)")
+    axes.errorbar(density, accuracy, yerr=noise, fmt="o", color=_POINT, capsize=3, label=_noise_label(noise))
     fit = next((r["fit"] for r in reversed(rounds) if r["fit"]), None)
     if fit is not None:
         _draw_fit(axes, fit, min(density))
@@ -51,7 +53,7 @@ def draw_growth(path: Path, title: str, rounds: Sequence[Mapping[str, Any]], sto
     axes.set_xscale("log")
     _plain_ticks(axes, min(density))
     _set_accuracy_limits(axes, accuracy, noise)
-    axes.set_xlabel("density, % of the masked weights")
+    axes.set_xlabel(_X_LABELS["cost" if "cost" in rounds[-1] else "density"])
     return _save(axes, path, title)
 
 
@@ -100,15 +102,28 @@ def draw_methods(path: Path, title: str, rows: Sequence[Mapping[str, Any]], key:
 
 
 def _draw_fit(axes: Any, fit: Mapping[str, Any], lowest: float) -> None:
-    from growfx.methods.growth.plateau import LogisticFit
+    from growfx.methods.growth.plateau import AccuracyFit
 
-    curve = LogisticFit.from_json(fit)
+    curve = AccuracyFit.from_json(fit)
     density = np.geomspace(lowest / 100, 1.0, 200)
     level, error = 100 * curve.accuracy(density), 196 * curve.accuracy_error(density)
-    axes.plot(100 * density, level, color=_CURVE, label="logistic fit")
+    axes.plot(100 * density, level, color=_CURVE, label=f"{curve.curve} fit{_shares(curve)}")
     axes.fill_between(
         100 * density, level - error, level + error, color=_CURVE, alpha=0.15, linewidth=0, label="95 % band"
     )
+
+
+def _noise_label(noise: np.ndarray) -> str:
+    typical = float(np.median(noise))
+    return f"rounds (one sigma, {typical:.2f} points)" if typical else "rounds"
+
+
+def _shares(fit: Any) -> str:
+    """The weights of an average over families; nothing where one has nearly all."""
+    if fit.weights[0] >= _NEARLY_ALL:
+        return ""
+    pairs = zip(fit.curves, fit.weights, strict=True)
+    return " (" + ", ".join(f"{curve.family.name} {100 * w:.0f} %" for curve, w in pairs if w >= _WORTH_TELLING) + ")"
 
 
 def _share(text: str, density: float) -> str:

@@ -7,7 +7,7 @@ from growfx.masked.graph import MaskedGraph
 from growfx.reporting.plots import draw_epochs, draw_growth
 from growfx.runs.folder import RunFolder
 
-__all__ = ["layer_rows", "percent", "result_rows", "table", "write_report"]
+__all__ = ["layer_rows", "newborn_rows", "percent", "result_rows", "table", "write_report"]
 
 
 def write_report(folder: RunFolder, net: MaskedGraph, result: Mapping[str, Any]) -> str | None:
@@ -50,14 +50,37 @@ def summary(result: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], size
             {
                 "round": r["round"],
                 "density": percent(r["density"]),
+                **({"cost": percent(r["cost"])} if "cost" in r else {}),
                 "accuracy": percent(r["val_accuracy"]),
                 "noise": percent(r["noise"]),
                 "predicted gain": _gain(r["fit"]),
+                "curve": _curve(r["fit"]),
             }
             for r in rounds
         ]
         text += f"\n\n{table(rows)}\n\ngrowth stopped: {result['stop_reason']}"
+        newborn = newborn_rows(rounds)
+        text += f"\n\n{table(newborn)}" if newborn else ""
     return text + "\n"
+
+
+def newborn_rows(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """How edges fare at the end of their first round beside older ones, as rows for `table`; of a trace or its log."""
+    from growfx.methods.growth.newborn import newest_cohorts
+
+    def times(ratio: float | None) -> str:
+        return "-" if ratio is None else f"{ratio:.2f} x"
+
+    return [
+        {
+            "round": row["round"],
+            "newborn edges": f"{row['edges']:,}",
+            "gradient of older ones": times(row["gradient_ratio"]),
+            "magnitude of older ones": times(row["magnitude_ratio"]),
+            "still there at the end": percent(row["survival"]),
+        }
+        for row in newest_cohorts(rounds)
+    ]
 
 
 def result_rows(result: Mapping[str, Any], size: int | None = None) -> list[dict[str, Any]]:
@@ -93,8 +116,8 @@ def layer_rows(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Facts of masked layers as rows for `table`.
 
     Args:
-        layers: dictionaries with `name`, `shape`, `nnz`, `numel` and, where known, `bytes`, `alive_in` and
-            `alive_out` ([units on some path, units]).
+        layers: dictionaries with `name`, `shape`, `nnz`, `numel` and, where known, `bytes`, `sparse_macs` and
+            `dense_macs` (multiply-accumulates), `alive_in` and `alive_out` ([units on some path, units]).
     """
     rows = []
     stored = any("bytes" in layer for layer in layers)
@@ -107,6 +130,8 @@ def layer_rows(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         if stored:
             row["bytes"] = f"{layer['bytes']:,}"
+        for key, title in (("sparse_macs", "multiply-adds"), ("dense_macs", "when dense")):
+            row[title] = "-" if layer.get(key) is None else f"{layer[key]:,.0f}"
         for key in ("alive_in", "alive_out"):
             row[key.replace("_", " ")] = "/".join(map(str, layer[key])) if key in layer else "-"
         rows.append(row)
@@ -123,6 +148,13 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def percent(fraction: float | None) -> str:
     """A fraction as a percentage with two digits; "-" for None."""
     return "-" if fraction is None else f"{100 * fraction:.2f} %"
+
+
+def _curve(fit: Mapping[str, Any] | None) -> str:
+    """The family that the data favour, and whether a plateau is likely but not sure."""
+    if not fit:
+        return "-"
+    return fit.get("curve", "logistic") + (", not sure" if fit.get("unsure") else "")
 
 
 def _gain(fit: Mapping[str, Any] | None) -> str:

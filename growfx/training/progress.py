@@ -40,7 +40,9 @@ class Progress:
         """Report a scored growth round: its density, accuracy, noise and what the method decided."""
         if not self.shown:
             return
-        verdict = "growing" if record["growing"] else f"stop: {record['stop_reason']}"
+        unsure = (record.get("fit") or {}).get("unsure")
+        going = "growing: a plateau is likely, but not sure" if unsure else "growing"
+        verdict = going if record["growing"] else f"stop: {record['stop_reason']}"
         self.say(
             f"round {record['round']}: density {100 * record['density']:.2f} %, accuracy "
             f"{100 * record['val_accuracy']:.2f} +- {100 * record['noise']:.2f} %, {verdict}"

@@ -19,7 +19,12 @@ _EPOCH = {
     "density": "network/density",
     "dense_equivalent_epochs": "cost/dense_equivalent_epochs",
 }
-_ROUND = {"val_accuracy": "round/accuracy", "raw_accuracy": "round/raw_accuracy", "density": "round/density"}
+_ROUND = {
+    "val_accuracy": "round/accuracy",
+    "raw_accuracy": "round/raw_accuracy",
+    "density": "round/density",
+    "cost": "round/cost",
+}
 _FIT = {key: f"fit/{key}" for key in ("A0", "Ainf", "k", "x0", "gain", "gain_error")}
 
 

@@ -102,8 +102,9 @@ def lower_network(
     recording = net.recording(inputs, training=False)
     target = Inputs(_example(inputs.args, dtype), {})
     target = target if batch is None else target.with_batch(batch)
-    if not recording.faithful:
-        reason = net.trace_report.opaque.get("", "") or " ".join(net.trace_report.notes)
+    if not recording.faithful or recording.holds is not None:
+        report = net.trace_report
+        reason = report.opaque.get("", "") or " ".join((*report.branches, *report.notes))
         note = f"the network runs as it is, for it could not be recorded: {reason}"
         return _result(plain.to(dtype), _report("plain", target, dtype, (note,)))
     work = _prepared(plain, net, recording, target, dtype)

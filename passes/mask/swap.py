@@ -19,6 +19,7 @@ from growfx.distributed.sharded import HOW_TO_GATHER, require_whole
 from growfx.errors import ConfigError, TraceError
 from growfx.masked.doors import as_masked_graph
 from growfx.masked.graph import MaskedGraph
+from growfx.masked.isolation import enrolled
 from growfx.masked.layers import MaskedLayer, MaskedParameter
 from growfx.masked.module_copy import copy_modules
 from growfx.masked.modules import chain_tensors
@@ -96,28 +97,29 @@ def wrap(
     handles = {**_swap_in(shell, exclude, report), **_masked_parameters(shell, masked)}
     _declare_opaque(shell, opaque, report)
     first = functools.partial(record_checked, model=model)
-    net = MaskedGraph(shell, example, first, report, functools.partial(identity_of, model))
-    net.place_layers(handles, ())
-    recordings = [net.recording(example, training=False)]
-    try:
-        recordings.append(net.recording(example, training=True))
-    except TraceError as refusal:
-        # Detectors want targets to train on: a call with them will run.
-        report.notes.append(f"train mode was not recorded: {refusal}")
-    net._recorder = record_checked
-    order = _positions(recordings, shell, handles)
-    _name_layers(net, handles, order)
-    report.faithful = all(recording.faithful for recording in recordings)
-    if not report.faithful:
-        report.opaque.setdefault("", " ".join(report.notes))
-    _note_direct_reads(net)
-    _warn_of_hidden_names(net, notes)
-    _warn_of_another_net(shared_names, notes)
-    if density < 1:
-        _draw(net, density, seed)
-    elif pruned:
-        net.set_masks({name: mask for name, mask in pruned.items() if name in net.layers})
-        warn_once("the masks of torch.nn.utils.prune were taken over as the network's own", notes)
+    with enrolled(model, shell):
+        net = MaskedGraph(shell, example, first, report, functools.partial(identity_of, model))
+        net.place_layers(handles, ())
+        recordings = [net.recording(example, training=False)]
+        try:
+            recordings.append(net.recording(example, training=True))
+        except TraceError as refusal:
+            # Detectors want targets to train on: a call with them will run.
+            report.notes.append(f"train mode was not recorded: {refusal}")
+        net._recorder = record_checked
+        order = _positions(recordings, shell, handles)
+        _name_layers(net, handles, order)
+        report.faithful = all(recording.faithful for recording in recordings)
+        if not report.faithful:
+            report.opaque.setdefault("", " ".join(report.notes))
+        _note_direct_reads(net)
+        _warn_of_hidden_names(net, notes)
+        _warn_of_another_net(shared_names, notes)
+        if density < 1:
+            _draw(net, density, seed)
+        elif pruned:
+            net.set_masks({name: mask for name, mask in pruned.items() if name in net.layers})
+            warn_once("the masks of torch.nn.utils.prune were taken over as the network's own", notes)
     return net
 
 
@@ -272,7 +274,8 @@ def unwrap(net: MaskedGraph) -> nn.Module:
         model._non_persistent_buffers_set.discard(name)
     if net.identity is not None:
         remember(model, net.identity)
-    return model
+    with enrolled(net.shell, model):
+        return model
 
 
 def _example(model: nn.Module, example_inputs: Any) -> Inputs:

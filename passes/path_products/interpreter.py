@@ -24,7 +24,7 @@ from growfx.passes.operators.names import describe, is_moving, writes_in_place
 from growfx.passes.operators.nests import leaves, map_leaves
 from growfx.passes.path_products.endings import ended_by, is_selection, placeholder, without_ends
 from growfx.passes.path_products.rules.arithmetic import bounded, identity
-from growfx.passes.path_products.rules.table import method_rule, module_rule, node_rule, sees_ends
+from growfx.passes.path_products.rules.table import carries_steps, method_rule, module_rule, node_rule, sees_ends
 from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import (
     Combined,
@@ -179,10 +179,7 @@ class PathGraph(PathRun):
         def carried(item: Any) -> Any:
             if not isinstance(item, Judged) or not item.tensor.is_floating_point():
                 return item
-            source = item.sources[0]
-            if len(item.sources) == 1 and source.tensor.shape == item.tensor.shape:
-                return source.same()
-            return Judged(item.tensor.to(self.model_dtype), item.sources)
+            return item.carried() or Judged(item.tensor.to(self.model_dtype), item.sources)
 
         return map_leaves(carried, nest)
 
@@ -207,10 +204,14 @@ class PathGraph(PathRun):
 
     def _select(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Data decides what the node takes: what it takes from and decides by are outputs, the result is ended."""
-        for value in ended_by(node, args, kwargs):
+        self._end(ended_by(node, args, kwargs))
+        return placeholder(node, args, kwargs, self.model_dtype)
+
+    def _end(self, values: Iterable[PathValue]) -> None:
+        """Let paths end at values, as at outputs of the network."""
+        for value in values:
             if not any(value.tensor is known.tensor for known in self._ends):
                 self._ends.append(value)
-        return placeholder(node, args, kwargs, self.model_dtype)
 
     def _without_paths(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = list(leaves((args, kwargs)))
@@ -223,7 +224,36 @@ class PathGraph(PathRun):
         result = self._constant(node, args, kwargs)
         if not sources:
             return result
-        return map_leaves(lambda item: Judged(raw(item), sources) if isinstance(raw(item), Tensor) else item, result)
+        if self._embeds(node):  # codes chosen by data (a quantiser's): paths end at the choice, and begin at the codes
+            self._end(sources)
+            with torch.enable_grad():
+                return self._source(raw(result).shape)
+        steps = leaves(self._moved_steps(node, args, kwargs))
+
+        def judged(item: Any) -> Any:
+            step = next(steps, None)
+            if isinstance(item, Judged) or not isinstance(raw(item), Tensor):
+                return item
+            return Judged(raw(item), sources, step if isinstance(step, PathValue) else None)
+
+        return map_leaves(judged, result)
+
+    def _moved_steps(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What steps carry that the node moves, joins or averages; () where it does something else with them."""
+        if not carries_steps(node.op, node.target):
+            return ()
+        rule = node_rule(node)
+        given = map_leaves(lambda item: item.carried() or item if isinstance(item, Judged) else item, (args, kwargs))
+        if rule is None or not paths_in(given):
+            return ()
+        try:
+            with torch.enable_grad():
+                moved = rule(self, *given[0], **given[1])
+        except NoPathRuleError:
+            return ()
+        for value in paths_in(moved):
+            value.peak = _largest(value.tensor.detach())
+        return moved
 
     def _check_write(self, node: fx.Node) -> None:
         """Refuse to write into a part of a path value whose whole is read again: the whole would miss the write."""
@@ -261,11 +291,9 @@ class PathGraph(PathRun):
             return args[0][raw(args[1])]
         inputs = list(leaves((args, kwargs)))
         token = any(isinstance(item, Token) for item in inputs)
-        embeds = node.target in _EMBEDDINGS
         if node.op == "call_module":
             module = self.net.get_submodule(str(node.target))
             self._note_fed(self.constant_fed, module)
-            embeds = isinstance(module, nn.Embedding)
             result = evaluating_copy(module)(*raw(args), **raw(kwargs))
             learned = next(module.parameters(), None) is not None
         else:
@@ -273,10 +301,15 @@ class PathGraph(PathRun):
                 return changed_weights(self, node, args, kwargs)
             result = execute(node, raw(args), raw(kwargs))
             learned = any(isinstance(item, Learned) for item in inputs)
-        if token and embeds:
+        if token and self._embeds(node):
             return self._source(result.shape)
         kind = Token if token else Learned
         return map_leaves(lambda item: kind(item) if isinstance(item, Tensor) and (learned or token) else item, result)
+
+    def _embeds(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self.net.get_submodule(str(node.target)), nn.Embedding)
+        return node.target in _EMBEDDINGS
 
     def _note_fed(self, fed: set[str], module: nn.Module) -> None:
         fed.update(name for part in module.modules() if (name := self.layer_of(part)) is not None)
@@ -309,6 +342,8 @@ class PathGraph(PathRun):
                 yield item
             elif isinstance(item, Judged):
                 yield from item.sources
+                if item.step is not None:
+                    yield item.step
 
     def _scale(self, live: Iterable[PathValue], exponent: int) -> None:
         """Multiply all live path values by 2**exponent: they are a cut of the graph, so all scores change alike."""
@@ -325,6 +360,8 @@ class PathGraph(PathRun):
         known = {id(value.tensor) for value in self._ends}
         outputs = [value for value in paths_in(output) if id(value.tensor) not in known]
         values = [value for value in (*self._ends, *outputs) if not value.divisor]
+        if not values:  # a network of spikes to the end: its rates
+            values = [step for item in leaves(output) if isinstance(item, Judged) and (step := item.carried())]
         if not values:
             raise TraceError("no path leads from the network's input to its output; path products need one")
         self.total = torch.stack([value.tensor.sum() for value in values]).sum()

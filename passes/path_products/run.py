@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from growfx.analysis.weight_layout import by_unit, from_units
 from growfx.masked.layers import MaskedLayer
 from growfx.passes.operators.classes import APPLIED, row_of
+from growfx.passes.operators.constants import evaluating_copy
 from growfx.passes.path_products.values import Combined, Judged, Learned, NoPathRuleError, Token, Weight
 
 if TYPE_CHECKING:
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PathRun"]
 
+# Hooks of `torch.nn.utils.weight_norm` and `spectral_norm`.
+_COMPUTE_WEIGHTS = (WeightNorm, SpectralNorm)
 # A layer, the axis of its input, and what stands along it where that is not all of the layer's units in order.
 _Watch = tuple[str, int, tuple[Tensor, int] | None]
 
@@ -126,7 +131,7 @@ class PathRun(ABC):
                 full = module.mask.is_meta or module.nnz == module.numel
                 return module.parameter.detach() if full else torch.where(module.mask, module.parameter, 0)
         name = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
-        return getattr(module, name).detach()
+        return getattr(_computed(module), name).detach()
 
     def weight(self, module: nn.Module) -> Tensor:
         """Edge magnitudes of a module with a weight: a leaf for masked layers, a constant for others."""
@@ -135,7 +140,17 @@ class PathRun(ABC):
             return self._leaf(name)
         applied = row_of(APPLIED, type(module))
         weight = self.signed(module)
+        behind = self._behind(module, weight)
+        if behind is not None:
+            return self._leaf(behind, weight if applied is None else applied(module, weight.to(torch.float64)))
         return self.learned(weight if applied is None else applied(module, weight.to(torch.float64)))
+
+    def _behind(self, module: nn.Module, weight: Tensor) -> str | None:
+        """The masked parameter that a module computes its weight from, element by element (weight norm)."""
+        if "weight" in module._parameters:
+            return None
+        own = [p for p in module.parameters() if p.shape == weight.shape and id(p) in self._layer_names]
+        return self._layer_names[id(own[0])] if len(own) == 1 else None
 
     def watch(self, layer: str | None, tensor: Tensor, dim: int, units: tuple[Tensor, int] | None = None) -> None:
         """Note, in the backward pass, which units along `dim` of a layer's input lie on a path.
@@ -217,3 +232,15 @@ class PathRun(ABC):
         if self.zeros_as_one and not bool(magnitude.any()):
             magnitude = layer.mask.to(torch.float64)
         return magnitude if self.power == 1 else magnitude.pow_(self.power)
+
+
+def _computed(module: nn.Module) -> nn.Module:
+    """The module, or a shallow copy whose weight is that of the moment where a hook computes it before each call."""
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _COMPUTE_WEIGHTS)]
+    if not hooks:
+        return module
+    twin: Any = evaluating_copy(module)
+    with torch.no_grad():
+        for hook in hooks:
+            hook(twin, ())
+    return twin

@@ -114,10 +114,21 @@ class Judged(Leaf):
     Attributes:
         tensor: its value on the path graph.
         sources: the path values looked at. Paths end there as soon as the judgement selects something.
+        step: what it carries where it goes on as data (a spike, a sign), in its shape, if it was moved or averaged
+            since it was found; None where that is the value looked at, or nothing.
     """
 
     tensor: Tensor
     sources: tuple[PathValue, ...]
+    step: PathValue | None = None
+
+    def carried(self) -> PathValue | None:
+        """The paths of a step that goes on as data; None for other judgements."""
+        if not self.tensor.is_floating_point():
+            return None
+        source = self.sources[0]
+        alone = len(self.sources) == 1 and source.tensor.shape == self.tensor.shape
+        return source.same() if self.step is None and alone else self.step
 
 
 @dataclass(slots=True, eq=False)

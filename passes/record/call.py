@@ -18,7 +18,7 @@ from growfx.notices import OWN_FOLDERS
 from growfx.passes.record.numbers import TracedFloat, TracedInt, plain
 
 __all__ = [
-    "all_can_be_written", "can_be_written", "forward_parameters", "holds_tensor", "is_own_or_torch",
+    "all_can_be_written", "can_be_written", "contents", "forward_parameters", "holds_tensor", "is_own_or_torch",
     "operation", "plain_arguments", "plain_tensor_names", "source_line",
 ]  # fmt: skip
 
@@ -74,6 +74,15 @@ def plain_arguments(value: Any) -> Any:
     if type(value) is dict:
         return {k: plain_arguments(v) for k, v in value.items()}
     return value
+
+
+def contents(nest: Any) -> Any:
+    """What the lists, tuples and dicts in a nest hold, by identity: another value after something was written there."""
+    if isinstance(nest, dict):
+        return tuple((key, contents(value)) for key, value in nest.items())
+    if isinstance(nest, (list, tuple)):
+        return tuple(map(contents, nest))
+    return id(nest)
 
 
 def holds_tensor(value: Any) -> bool:

@@ -19,8 +19,8 @@ class NodeSource(Protocol):
         """Append the node that computes ``function(*args)``."""
         ...
 
-    def decide(self) -> None:
-        """Python is about to branch on a number that depends on values of the input."""
+    def decide(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """Python is about to branch on ``function(*args)``, which depends on values of the input."""
         ...
 
 
@@ -108,7 +108,8 @@ def _deciding(function: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Any, *others: Any) -> Any:
         for number in (self, *others):
             if isinstance(number, _Traced) and number._from_data:
-                number._source.decide()
+                number._source.decide(function, (self, *others))
+                break
         return function(plain(self), *map(plain, others))
 
     return method

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import threading
 import weakref
@@ -24,6 +25,7 @@ from growfx.passes.operators.names import changes_in_place
 from growfx.passes.record.call import (
     all_can_be_written,
     can_be_written,
+    contents,
     forward_parameters,
     holds_tensor,
     operation,
@@ -34,7 +36,7 @@ from growfx.passes.record.call import (
 from growfx.passes.record.data import DataDependentError, DataSizes, NeedsValuesError, has_input
 from growfx.passes.record.meta_shapes import function_shapes, module_shapes
 from growfx.passes.record.numbers import TracedFloat, TracedInt, plain, traced
-from growfx.passes.record.parts import Parts
+from growfx.passes.record.parts import MovedAxes, Parts, are_apart
 from growfx.passes.record.whole import is_one_operator
 from growfx.recorded import graph_ops
 from growfx.recorded.recording import RECORDED_CONSTANT
@@ -47,6 +49,7 @@ _DATA_TO_PYTHON = {
     "__array__", "__bool__", "__complex__", "__contains__", "__float__", "__index__", "__int__", "allclose", "equal",
     "is_nonzero", "item", "numpy", "tolist",
 }  # fmt: skip
+_ARRAYS = {"__array__", "numpy"}
 # Draw random numbers; what a module of dropout draws is drawn in its own node.
 _RANDOM = {
     "alpha_dropout", "bernoulli", "bernoulli_", "cauchy_", "dropout", "dropout1d", "dropout2d", "dropout3d",
@@ -70,6 +73,8 @@ class Recorder(TorchFunctionMode):
         home: the module the graph is for, where `root` is a copy of it.
         without_values: `root` is on the meta device though `home` is not.
         look_inside: record what autograd functions compute, not their application, in eval mode.
+        pinned: where the model's own forward takes values out of data computed from the input, take them as constants
+            and let the graph check them.
 
     Attributes:
         graph: what was recorded.
@@ -80,6 +85,7 @@ class Recorder(TorchFunctionMode):
         own_gradient: whether something was met whose gradient its operators do not tell (an autograd function, a hook).
         left_out: what the model returned that a graph cannot hold.
         writes_parameters: whether the forward changed a parameter, or may have (through numpy).
+        branches: values that the model read and the graph holds for alone, one phrase each.
         thread: the one that records; module calls of others pass by.
     """
 
@@ -91,9 +97,10 @@ class Recorder(TorchFunctionMode):
         home: nn.Module | None = None,
         without_values: bool = False,
         look_inside: bool = False,
+        pinned: bool = False,
     ):
         super().__init__()
-        self.root, self.opaque, self.allow_data = root, opaque, allow_data
+        self.root, self.opaque, self.allow_data, self.pinned = root, opaque, allow_data, pinned
         self.home = root if home is None else home
         self.device = next((t.device for t in chain(self.home.parameters(), self.home.buffers())), None)
         self.without_values = without_values
@@ -104,6 +111,7 @@ class Recorder(TorchFunctionMode):
         self.used: dict[str, str] = {}
         self.own_gradient = False
         self.left_out: list[str] = []
+        self.branches: list[str] = []
         self.randomness: tuple[Any, ...] = ()
         self.generators = own_generators(root)
         self.writes_parameters = False
@@ -314,8 +322,11 @@ class Recorder(TorchFunctionMode):
         return node
 
     def _size(self, tensor: Tensor, dim: int) -> Callable[[], fx.Node]:
+        # A number outlives its tensor, which must not be seen as one that shares memory for it.
+        of_tensor = self._entry(tensor) or functools.partial(self.node_of, tensor)
+
         def make() -> fx.Node:
-            node = self.graph.create_node("call_method", "size", (self.node_of(tensor), dim))
+            node = self.graph.create_node("call_method", "size", (of_tensor(), dim))
             node.meta.update(shape=None, source="", module=self.stack[-1] if self.stack else "", number=True)
             return node
 
@@ -327,9 +338,22 @@ class Recorder(TorchFunctionMode):
         sizes = [traced(int(n), self, self._size(tensor, i), by_data) for i, n in enumerate(tensor.shape)]
         return torch.Size(sizes)
 
-    def decide(self) -> None:
-        """Python is about to branch on a size that depends on data."""
-        self._refuse_data(-1, "a branch on a size that depends on values of the input")
+    def decide(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """Python is about to branch on ``function(*args)`` of sizes that depend on data."""
+        what = "a branch on a size that depends on values of the input"
+        if self._pins():
+            self._pin(self.emit_number(function, args), function(*map(plain, args)), what)
+        else:
+            self._refuse_data(-1, what)
+
+    def _pins(self) -> bool:
+        """Whether a value read now is taken as a constant; inside a submodule, that is recorded whole instead."""
+        return self.pinned and not self.stack
+
+    def _pin(self, node: fx.Node, value: Any, what: str) -> None:
+        """Let the graph check that it reads what the recording saw."""
+        self._emit("call_function", graph_ops.require_value, (node, value, f"{what}, at {source_line()}"), {}, None)
+        self.branches.append(f"{what} gives {value!r}, at {source_line()}")
 
     def check_randomness(self, *, allowed: bool = False) -> None:
         """Stop in the module that is running where Python's or numpy's generator drew since the last check."""
@@ -376,7 +400,7 @@ class Recorder(TorchFunctionMode):
         if name == "__setitem__":
             return self._set_item(*args)
         if name in ("__iter__", "__len__") and self._is_sized_by_data(args[0]):
-            self.decide()
+            self.decide(operator.pos, (self.traced_shape(args[0])[0],))
         if name == "__iter__":
             return iter(self.__torch_function__(Tensor.unbind, (), (args[0], 0)))
         if changes_in_place(name) and isinstance(args[0], Tensor) and self._rewritable(args[0]):
@@ -440,10 +464,11 @@ class Recorder(TorchFunctionMode):
 
     def _number_result(self, name: str, args: Any, kwargs: Any, value: Any) -> Any:
         tensor = args[0]
-        if self._entry(tensor) is None:
+        of_tensor = self._entry(tensor)
+        if of_tensor is None:
             return value
         if name == "numel":
-            make = lambda: self._emit("call_method", "numel", (tensor,), {}, None)  # noqa: E731
+            make = lambda: self._emit("call_method", "numel", (of_tensor(),), {}, None)  # noqa: E731
             return traced(value, self, make, self._is_sized_by_data(tensor))
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
         return self.traced_shape(tensor) if dim is None else self.traced_shape(tensor)[int(dim)]
@@ -465,17 +490,24 @@ class Recorder(TorchFunctionMode):
     def _to_python(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = [a for a in chain(args, kwargs.values()) if isinstance(a, Tensor)]
         read = [self.node_of(t) for t in tensors if self._entry(t)]
-        if any(node in self.from_data for node in read):
-            of = "a tensor computed from the input" if any(map(has_input, read)) else "a random number"
-            self._refuse_data(-1, f"`{name.strip('_')}` of {of}")
-        return func(*args, **kwargs)
+        if not any(node in self.from_data for node in read):
+            return func(*args, **kwargs)
+        from_input = any(map(has_input, read))
+        what = f"`{name.strip('_')}` of {'a tensor computed from the input' if from_input else 'a random number'}"
+        if not (self._pins() and from_input) or name in _ARRAYS:
+            self._refuse_data(-1, what)
+            return func(*args, **kwargs)
+        node_args, node_kwargs = self.as_argument(args), self.as_argument(kwargs)
+        value = func(*args, **kwargs)
+        self._pin(self._emit(*operation(func, name), node_args, node_kwargs, None), value, what)
+        return value
 
     def _set_item(self, base: Tensor, index: Any, value: Any) -> None:
         args = (base, index, value)
         # Looked up before the write, as any argument.
         node_args = self.as_argument(args)
         # `base[i] += x` ends in storing the part that was changed.
-        functional = self._rewritable(base) if base._is_view() else self._owned(base, [base, value])
+        functional = self._rewritable(base, value) if base._is_view() else self._owned(base, [base, value])
         base[plain_arguments(index)] = plain_arguments(value)
         if not functional:
             self._emit("call_function", operator.setitem, node_args, {}, None)
@@ -496,25 +528,32 @@ class Recorder(TorchFunctionMode):
         self._write_back(part)
         return value
 
-    def _rewritable(self, part: Tensor) -> bool:
-        """Whether all that sees a write into `part` is the chain of tensors it was taken from."""
+    def _rewritable(self, part: Tensor, *written: Any) -> bool:
+        """Whether all that sees a write into `part` is the chain it was taken from, and what is `written`."""
         seen = self.parts.chain(part)
-        return len(seen) > 1 and self._owned(seen[-1], seen)
+        return len(seen) > 1 and self._owned(seen[-1], [*seen, *written], part)
 
-    def _owned(self, whole: Tensor, known: list[Any]) -> bool:
-        """Whether `whole` was computed in this run and nothing but the `known` tensors shares its memory."""
+    def _owned(self, whole: Tensor, known: list[Any], part: Tensor | None = None) -> bool:
+        """Whether `whole` was computed in this run and nothing but the `known` tensors shares its memory.
+
+        Given a `part`, the memory of that part.
+        """
         if whole._is_view() or self.node_of(whole).op in ("get_attr", "placeholder"):
             return False
         others = (reference() for reference, _ in self.nodes.values())
-        return not any(t is not None and t._base is whole and all(t is not k for k in known) for t in others)
+        sharing = [t for t in others if t is not None and t._base is whole and all(t is not k for k in known)]
+        return all(part is not None and are_apart(t, part) for t in sharing)
 
     def _write_back(self, part: Tensor) -> None:
         while (link := self.parts.whole_of(part)) is not None:
             whole, index = link
             if index is None:
                 node = self._emit("call_method", "reshape_as", (part, whole), {}, whole)
+            elif isinstance(index, MovedAxes):
+                node = self._emit("call_method", index.method, (part, *index.args), {}, whole)
             else:
                 node = self._emit("call_function", graph_ops.set_item, (whole, index, part), {}, whole)
+            node.meta["carried_back"] = True
             self._track(whole, lambda node=node: node)
             part = whole
 
@@ -533,11 +572,16 @@ class Recorder(TorchFunctionMode):
     def as_one_node(self, op: str, target: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run something without looking inside."""
         node_args, node_kwargs = self.as_argument(tuple(args)), self.as_argument(kwargs)
+        given = plain_arguments(tuple(args)), plain_arguments(kwargs)
+        before = contents(given)
         self.inside_leaf += 1
         try:
-            value = run(*plain_arguments(args), **plain_arguments(kwargs))
+            value = run(*given[0], **given[1])
         finally:
             self.inside_leaf -= 1
+        if contents(given) != before:  # which no node says; where the module that called it is whole, nobody need know
+            level = -2 if op == "call_module" else -1
+            self._refuse_data(level, f"`{target}` writes into a list or dict that it is given")
         node = self._emit(op, target, node_args, node_kwargs, value)
         self._track(value, lambda: node)
         self.data_sizes.note(str(target), (args, kwargs), value, node in self.from_data)

@@ -54,6 +54,7 @@ class Recording:
         side_effects: what the forward did besides returning a value, one phrase each.
         left_out: classes of returned objects that the graph leaves out.
         writes_parameters: whether the forward changed a parameter, or may have.
+        branches: values read from data that the graph holds for alone, one phrase each.
     """
 
     graph: fx.Graph
@@ -64,7 +65,8 @@ class Recording:
     own_gradient: bool
     side_effects: list[str]
     left_out: list[str]
-    writes_parameters: bool = False
+    writes_parameters: bool
+    branches: list[str]
 
 
 # Recording replaces `nn.Module.__call__` for as long as it takes: one at a time in a process.
@@ -81,6 +83,7 @@ def record(
     run_on: nn.Module | None = None,
     without_values: bool = False,
     look_inside: bool = False,
+    pinned: bool = False,
 ) -> Recording:
     """Run ``module(*args, **kwargs)`` once and return what it did as a graph.
 
@@ -96,6 +99,8 @@ def record(
         run_on: the copy to run; made when not given.
         without_values: it is a `meta_copy`: shapes alone are computed, which costs a fraction.
         look_inside: in eval mode, record what autograd functions compute instead of their application.
+        pinned: take values that the model's own forward, not a submodule's, reads from data computed from the input as
+            constants; the graph checks each of them.
 
     Raises:
         TraceError: the forward itself failed; names the module and the source line.
@@ -104,7 +109,7 @@ def record(
     """
     with _ONE_AT_A_TIME:
         root = working_copy(module) if run_on is None else run_on
-        recorder = Recorder(root, frozenset(opaque), allow_data, module, without_values, look_inside)
+        recorder = Recorder(root, frozenset(opaque), allow_data, module, without_values, look_inside, pinned)
         return _recorded(recorder, Inputs(args, dict(kwargs or {})))
 
 
@@ -141,6 +146,7 @@ def _recorded(recorder: Recorder, given: Inputs) -> Recording:
         _changes(before, (_attributes(root), _contents(inputs))),
         list(dict.fromkeys(recorder.left_out)),
         recorder.writes_parameters,
+        list(dict.fromkeys(recorder.branches)),
     )
 
 
@@ -151,7 +157,7 @@ def _quiet(recorder: Recorder) -> Generator[None]:
     with (
         generators_restored(cuda_devices(recorder.home), root),
         caches_bypassed(root),
-        tables_restored(root),
+        tables_restored(root, recorder.home),
         ModelCode(None),  # masked weights are the recorder's concern
         torch.enable_grad(),  # as a training step has it, so that switches of it are seen
         _default_device(recorder),
@@ -386,7 +392,7 @@ def _drop_unseen_writes(graph: fx.Graph) -> None:
     """Where nobody reads the whole after a write into its part, write into the part itself, as the model did."""
     position = {node: i for i, node in enumerate(graph.nodes)}
     for node in reversed(graph.nodes):
-        if not node.users and (node.target is graph_ops.set_item or node.target == "reshape_as"):
+        if not node.users and (node.target is graph_ops.set_item or node.meta.get("carried_back")):
             graph.erase_node(node)
     for node in graph.nodes:
         if node.meta.get("for_write") and all(

@@ -258,7 +258,19 @@ def test_a_failing_run_is_in_the_table_and_stops_no_other(compared):
 def test_a_run_of_a_comparison_is_the_run_that_train_makes(compared, tmp_path, capsys):
     out, _, _ = compared
     torch.set_num_threads(1)
-    options = ["--method", "static", "--density", "0.2", "--seed", "1", "--epochs", "2", *OPTIONS[2:6]]
+    options = [
+        "--method",
+        "static",
+        "--density",
+        "0.2",
+        "--seed",
+        "1",
+        "--epochs",
+        "2",
+        *OPTIONS[2:6],
+        "--set",
+        "kernels=dense",
+    ]
     assert call("train", *MODEL, *options, "--out", tmp_path / "run", "--quiet", "--json") == 0
     ours = json.loads((out / "runs" / "static-d0.2-s1" / "result.json").read_text())
     assert untimed(json.loads(capsys.readouterr().out)) == untimed(ours)

@@ -1,5 +1,6 @@
 """Guests of the zoo, checked on a stand-in for a package: the real ones need not be installed."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -194,6 +195,14 @@ def test_a_matrix_of_a_guest_that_the_report_does_not_name_is_missed(stand_in, m
     facts = check_model("guests/efficientnet_pytorch/efficientnet-b1")
     assert facts.missed == ["matrix"]
     assert facts.problems["weights found"].startswith("1 missed")
+
+
+def test_a_matrix_that_the_table_asks_to_mask_is_masked_and_scored(stand_in, monkeypatch):
+    package, name = guest("guests/efficientnet_pytorch/efficientnet-b1")
+    monkeypatch.setitem(package.models, name, dataclasses.replace(package.models[name], masked=("mat*",)))
+    facts = check_model("guests/efficientnet_pytorch/efficientnet-b1")
+    assert facts.layers["masked"] == 3
+    assert facts.checks == dict.fromkeys([c for c in CHECKS if c != "path rules"], "yes")
 
 
 def test_a_wrap_that_writes_into_the_model_is_found(stand_in, monkeypatch):

@@ -17,7 +17,7 @@ import torch
 from places import ROOT
 from rank_processes import run_ranks, same
 from torch.utils.data import DataLoader, DistributedSampler, Subset
-from training_nets import QUICK, Tiny, final_state, fresh_net, loaders
+from training_nets import QUICK, Tiny, final_state, fresh_net, loaders, untimed
 
 import growfx
 from growfx.distributed import ranks
@@ -68,7 +68,7 @@ def run(out: Path | None, name: str = "rigl", net: growfx.MaskedGraph | None = N
     method = growfx.methods.create(name, **METHODS[name])
     net = net or fresh_net()
     result = growfx.train(net, *data(), method=method, out=out, options=QUICK, progress=False, **options)
-    return dataclasses.asdict(result), net.mask_digest(), weights(net)
+    return untimed(dataclasses.asdict(result)), net.mask_digest(), weights(net)
 
 
 def weights(net) -> str:

@@ -8,16 +8,17 @@ import functools
 import random
 import threading
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import growfx
+from growfx.recorded.inputs import Inputs
 
 
 def gap(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -90,7 +91,7 @@ def test_equal_or_mutated_arguments_are_told_apart(values):
     x = torch.randn(3, 4)
     for value in (*values, *values):
         assert torch.equal(net(x, value), model(x, value))
-        program = net.recording(growfx.inputs.Inputs((x, value), {}), training=False)
+        program = net.recording(Inputs((x, value), {}), training=False)
         torch.testing.assert_close(program.run(net.shell, x, value), model(x, value))
 
 
@@ -393,23 +394,39 @@ def test_attributes_set_on_the_net_are_the_models():
     assert "extra" not in dict(net.named_parameters())
 
 
+class Merges(nn.Linear):
+    """Adds a product of two small matrices to its weight in eval mode, as LoRA does."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.a, self.b, self.merged = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(4, 2)), False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * (self.b @ self.a)
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.merged else y + x @ self.a.T @ self.b.T
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_artifact_has_the_weights_of_eval_mode_where_the_mode_changes_them(training, tmp_path):
+    net = growfx.wrap(nn.Sequential(Merges(), nn.ReLU(), nn.Linear(4, 2)), torch.randn(1, 4)).train(training)
+    x, state = torch.randn(3, 4), {name: value.clone() for name, value in net.state_dict().items()}
+    growfx.save(net, tmp_path / "out")
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert net.training == training
+    loaded = growfx.load(tmp_path / "out", model=nn.Sequential(Merges(), nn.ReLU(), nn.Linear(4, 2)))
+    assert not loaded.training
+    assert gap(loaded(x), net.eval()(x)) == 0
+    assert gap(loaded.train()(x), net.train()(x)) < 1e-5
+
+
 def test_train_and_eval_of_the_model_are_not_called_by_recordings():
-    class Merges(nn.Linear):
-        def __init__(self):
-            super().__init__(4, 4)
-            self.a, self.b, self.merged = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(4, 2)), False
-
-        def train(self, mode=True):
-            super().train(mode)
-            if mode == self.merged:
-                self.weight.data += (-1 if mode else 1) * (self.b @ self.a)
-                self.merged = not mode
-            return self
-
-        def forward(self, x):
-            y = F.linear(x, self.weight, self.bias)
-            return y if self.merged else y + x @ self.a.T @ self.b.T
-
     for training in (True, False):
         torch.manual_seed(0)
         model = nn.Sequential(Merges(), nn.ReLU(), nn.Linear(4, 2)).train(training)
@@ -420,6 +437,100 @@ def test_train_and_eval_of_the_model_are_not_called_by_recordings():
         assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
         assert gap(net(x), expected) < 1e-5
         assert gap(net.train(not training)(x), expected) < 1e-5
+
+
+class Reset(nn.Module):
+    """Keeps a state between calls; the class knows all its instances, and resets them together."""
+
+    instances: ClassVar[list] = []
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("state", torch.zeros(1), persistent=False)
+        self.instances.append(self)
+
+    def forward(self, x):
+        self.state = x + 0.5 * self.state
+        return self.state
+
+    @classmethod
+    def reset(cls):
+        for instance in cls.instances:
+            instance.state = torch.zeros(1)
+
+
+class Unrolled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 6), Reset(), nn.Linear(6, 2), Reset())
+
+    def forward(self, x):
+        Reset.reset()
+        return torch.stack([self.net(x) for _ in range(3)])
+
+
+def test_a_class_that_resets_all_its_instances_knows_those_of_the_net():
+    Reset.instances.clear()
+    torch.manual_seed(0)
+    model = Unrolled().eval()
+    model.net[1].state = torch.full((3, 6), 7.0)
+    before, state, x = list(Reset.instances), model.net[1].state, torch.randn(3, 4)
+    net = growfx.wrap(model, torch.randn(2, 4)).eval()
+    assert net.trace_report.faithful
+    assert Reset.instances == [*before, net.shell.net[1], net.shell.net[3]]
+    assert model.net[1].state is state
+    plain = growfx.unwrap(net)
+    for _ in range(2):
+        assert torch.equal(net(x), model(x))
+        assert torch.equal(plain(x), model(x))
+    assert torch.equal(fx.GraphModule(net.shell, net.graph_at(x))(x), model(x))
+
+
+def test_a_class_keeps_the_instances_it_knew_where_wrap_fails():
+    Reset.instances.clear()
+    model = Unrolled()
+    before = list(Reset.instances)
+    with pytest.raises(growfx.TraceError):
+        growfx.wrap(model, torch.randn(2, 5))
+    assert Reset.instances == before
+
+
+def test_a_state_inside_a_graph_that_a_buffer_holds_is_copied_without_it():
+    model = nn.Sequential(nn.Linear(4, 4), Reset(), nn.Linear(4, 2)).eval()
+    net = growfx.wrap(model, torch.randn(2, 4)).eval()
+    net(torch.randn(2, 4))
+    assert net[1].state.grad_fn is not None
+    assert growfx.path_products(net, example_inputs=torch.randn(2, 4)).log_total > -torch.inf
+    assert growfx.unwrap(net)[1].state.grad_fn is None
+
+
+def test_a_module_recorded_whole_that_writes_into_a_dict_it_is_given_leaves_its_caller_whole():
+    class Fills(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x, found):
+            found["best"] = self.fc(x)[: int((x.sum() * 10).abs()) % 3 + 1]
+
+    class Collects(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fills, self.fc = Fills(), nn.Linear(4, 2)
+
+        def forward(self, x):
+            found = {}
+            self.fills(x, found)
+            return self.fc(found["best"])
+
+    model = Collects().eval()
+    net = growfx.wrap(model, torch.randn(3, 4)).eval()
+    assert "`fills` writes into" in net.trace_report.opaque[""]
+    assert not net.trace_report.faithful
+    for _ in range(3):
+        x = torch.randn(3, 4)
+        assert torch.equal(net(x), model(x))
+        assert torch.equal(fx.GraphModule(net.shell, net.graph_at(x))(x), model(x))
 
 
 # -- names of a twin that a layer has itself --------------------------------------------------------------------------

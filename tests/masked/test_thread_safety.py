@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import growfx
+from growfx.models.build import identity_of
 from growfx.quiet import ignored_warnings
 from growfx.runtime import choice_cache, kernel_build
 from growfx.runtime.sparse_kernel import kernel_status
@@ -203,7 +204,7 @@ def test_models_made_at_once_are_those_asked_for_and_remember_their_names() -> N
     for _ in range(ROUNDS):
         models = together(lambda i: growfx.create_model(names[i], **SPECS[names[i]]))
         for name, model in zip(names, models, strict=True):
-            identity = growfx.models.identity_of(model)
+            identity = identity_of(model)
             assert identity.spec == name
             assert identity.kwargs == SPECS[name]
             alone = growfx.create_model(name, **SPECS[name])

@@ -112,6 +112,36 @@ def test_growth_with_a_long_seed_round_and_initial_weights_is_resumed_bit_for_bi
     assert content_digest(dict(again.state_dict())) == content_digest(dict(net.state_dict()))
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("pwmpr", {"sign_in": 1, "price": "flops", "growth_rounds": "published"}),
+        ("grow-prune", {"sign_in": 2}),
+        ("rigl", {"sign_in": 1}),
+    ],
+)
+def test_products_and_prices_are_resumed_bit_for_bit(name, changes, source, tmp_path, monkeypatch):
+    net, result = run(name, source, tmp_path / "whole", changes)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2, 3)
+        with pytest.raises(KeyboardInterrupt):
+            run(name, source, tmp_path / "parts", changes)
+    again, resumed = run(name, source, tmp_path / "parts", changes, resume=True)
+    assert dataclasses.asdict(resumed) == dataclasses.asdict(result)
+    assert content_digest(dict(again.state_dict())) == content_digest(dict(net.state_dict()))
+    loaded = growfx.load(tmp_path / "whole" / "artifact", model=Tiny())
+    images = torch.randn(5, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), net.eval()(images))
+
+
+def test_in_a_run_the_seed_is_trained_for_as_long_as_the_final_training(source, tmp_path):
+    _, result = run("pwmpr", source, tmp_path / "long")
+    assert result.epochs == 4 + (len(result.trace) - 1) + 4
+    _, result = run("pwmpr", source, tmp_path / "short", {"growth_rounds": "published"})
+    assert result.epochs == len(result.trace) + 4
+
+
 @pytest.mark.parametrize("name", ["continuous", "snfs"])
 def test_a_run_that_breaks_off_leaves_plain_layers(name, source, monkeypatch):
     net = fresh_net()

@@ -108,6 +108,33 @@ def test_the_seed_may_be_trained_for_longer_than_the_other_rounds():
     assert [entry["round"] for entry in method.trace] == [0, 1]
 
 
+def test_adaptive_rounds_train_the_seed_for_as_long_as_the_final_training():
+    # ten steps are said to be the final training
+    net, optimizer, method = attached(steps_per_epoch=2, growth_rounds="adaptive", max_density=0.2)
+    changed = train_steps(net, optimizer, method, 16)
+    assert [number for number, grown in enumerate(changed) if grown] == [10, 12, 14]
+    net, optimizer, method = attached(steps_per_epoch=2, growth_rounds="adaptive", seed_epochs=2, max_density=0.2)
+    changed = train_steps(net, optimizer, method, 10)
+    assert [number for number, grown in enumerate(changed) if grown] == [4, 6, 8]
+
+
+def test_published_rounds_are_alike_and_those_of_other_loops_unless_others_are_asked_for():
+    for options in ({}, {"growth_rounds": "published"}):
+        net, optimizer, method = attached(steps_per_epoch=2, max_density=0.2, **options)
+        changed = train_steps(net, optimizer, method, 8)
+        assert [number for number, grown in enumerate(changed) if grown] == [2, 4, 6]
+    with pytest.raises(ConfigError, match="`growth_rounds`"):
+        attached(growth_rounds="long")
+
+
+def test_an_adaptive_first_round_is_resumed_at_its_length():
+    net, optimizer, method = attached(steps_per_epoch=2, growth_rounds="adaptive", max_density=0.2)
+    train_steps(net, optimizer, method, 6)
+    method.load_state_dict(method.state_dict())
+    changed = train_steps(net, optimizer, method, 8, 6)
+    assert [number for number, grown in enumerate(changed) if grown] == [4, 6]
+
+
 @pytest.mark.parametrize("optimizer_name", sorted(OPTIMIZERS))
 def test_initial_weights_are_put_back_under_the_grown_masks(optimizer_name):
     initial = small_net().state_dict()

@@ -9,6 +9,7 @@ from training_nets import QUICK, Tiny, fresh_net, interrupt_at, loaders
 import growfx
 from growfx import methods
 from growfx.errors import ArtifactError, CheckpointError, ConfigError
+from growfx.runs import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def counts(net) -> dict[str, int]:
 def test_a_run_and_its_artifact_give_the_masks_the_run_ended_with(run, place):
     net, weights = fresh_net(), fresh_net().state_dict()
     attached(net, source=str(next(run.glob(place)) if place else run))
-    reference = growfx.checkpoint.read(run / "checkpoint" / "latest.pt")["net"]
+    reference = checkpoint.read(run / "checkpoint" / "latest.pt")["net"]
     for name, layer in net.layers.items():
         assert torch.equal(layer.mask, reference[f"{name}.mask"])
         assert torch.equal(layer.parameter.detach(), torch.where(layer.mask, weights[f"{name}.weight"], 0))

@@ -44,7 +44,8 @@ def test_a_growth_curve_shows_rounds_fit_band_stop_and_way_back(tmp_path, drawn)
     assert (tmp_path / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     shown = labels(drawn[0])
     last, back = rounds[-1], rounds[rounds[-1]["fit"]["operating_round"]]
-    assert {"rounds (one sigma)", "logistic fit", "95 % band"} <= set(shown)
+    assert {"rounds (one sigma, 0.20 points)", "95 % band"} <= set(shown)
+    assert sum(label.startswith(last["fit"]["curve"] + " fit") for label in shown) == 1
     assert f"stop: plateau ({100 * last['density']:.3g} %)" in shown
     assert f"gone back to ({100 * back['density']:.3g} %)" in shown
     assert back["density"] < last["density"]
@@ -52,9 +53,16 @@ def test_a_growth_curve_shows_rounds_fit_band_stop_and_way_back(tmp_path, drawn)
     assert all(low < 100 * r["val_accuracy"] < high for r in rounds)
 
 
+def test_where_growth_pays_for_time_the_curve_is_over_cost(tmp_path, drawn):
+    rounds = [{**r, "cost": 0.5 * r["density"]} for r in grown()]
+    assert plots.draw_growth(tmp_path / "curve.png", "", rounds, "plateau")
+    assert "multiply-accumulates" in drawn[0].get_xlabel()
+    assert f"stop: plateau ({50 * rounds[-1]['density']:.3g} %)" in labels(drawn[0])
+
+
 def test_rounds_without_a_fit_are_drawn_alone(tmp_path, drawn):
     assert plots.draw_growth(tmp_path / "curve.png", "", grown()[:3], "max_density")
-    assert "logistic fit" not in labels(drawn[0])
+    assert not any(" fit" in label for label in labels(drawn[0]))
 
 
 def test_epochs_are_drawn_where_there_are_no_rounds(tmp_path, drawn):

@@ -43,6 +43,27 @@ def test_a_summary_lists_the_rounds_with_their_predicted_gain():
     assert "growth stopped" not in summary(RESULT, [], 10)
 
 
+def test_a_summary_says_how_newborn_edges_fare_beside_older_ones_and_what_rounds_cost():
+    def cohort(born, edges, survival, magnitude, share):
+        facts = {"born": born, "age": 1 - born, "edges": edges, "survival": survival}
+        return {**facts, "magnitude": magnitude, "gradient_share": share}
+
+    first = [cohort(0, 100, 1.0, 0.2, 1.0)]
+    second = [cohort(0, 100, 1.0, 0.2, 0.8), cohort(1, 50, 0.5, 0.05, 0.2)]
+    shared = {"val_accuracy": 0.8, "noise": 0.002, "fit": {"gain": 0.1, "gain_error": 0.1, "curve": "power law"}}
+    rounds = [
+        {"round": 0, "density": 0.05, "cost": 0.0321, "cohorts": first, **shared},
+        {"round": 1, "density": 0.07, "cost": 0.0432, "cohorts": second, **shared},
+    ]
+    text = summary(RESULT, rounds, 10)
+    assert "3.21 %" in text
+    assert "power law" in text
+    # 0.2 of the gradient on 50 edges beside 0.8 on 100; 0.05 beside 0.2
+    assert "0.50 x" in text
+    assert "0.25 x" in text
+    assert "50.00 %" in text
+
+
 def test_layers_show_bytes_and_alive_units_where_they_are_known():
     layers = [
         {"name": "a", "shape": [4, 3], "nnz": 6, "numel": 12, "bytes": 100, "alive_in": [2, 3], "alive_out": [4, 4]},

@@ -309,7 +309,7 @@ def test_the_environment_switches_the_kernel_off(monkeypatch: pytest.MonkeyPatch
 
 def test_a_process_without_a_compiler_says_so_and_goes_on(tmp_path: Path) -> None:
     code = (
-        "import torch; from growfx.errors import ConfigError; from growfx.sparse_kernel import *\n"
+        "import torch; from growfx.errors import ConfigError; from growfx.runtime.sparse_kernel import *\n"
         "reason = kernel_status(); packed = SparseWeight.pack(torch.ones(1, 1), torch.ones(1, 1).bool())\n"
         "try: linear(torch.ones(1, 1), packed)\n"
         "except ConfigError as error: assert reason in str(error), error\n"

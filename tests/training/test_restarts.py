@@ -13,6 +13,7 @@ from training_nets import QUICK, final_state, fresh_net, loaders, untimed
 
 import growfx
 from growfx.runs.checkpoint import Checkpoints, content_digest
+from growfx.training import run as run_module
 from growfx.training.run import Run
 from growfx.training.start import train
 from growfx.training.step import TrainStep
@@ -90,8 +91,8 @@ def test_a_run_resumed_after_every_single_step_ends_as_one_that_was_never_interr
 def test_a_run_killed_in_validation_between_stages_or_while_it_saves_ends_the_same(name, tmp_path, monkeypatch):
     whole = run(tmp_path / "whole", name, checkpoint_minutes=None)
     kind = growfx.methods.kind_of(name)
-    places = [(growfx.train_run, "evaluate"), (kind, "report"), (kind, "end_stage"), (Checkpoints, "save")]
-    places += [(torch, "save"), (Run, "_log_epoch"), (growfx.train_run, "write_report")]
+    places = [(run_module, "evaluate"), (kind, "report"), (kind, "end_stage"), (Checkpoints, "save")]
+    places += [(torch, "save"), (Run, "_log_epoch"), (run_module, "write_report")]
     draw = random.Random(name)
     lives = (draw.randrange(1, 14) for _ in range(300))
     deaths, parts = until_done(tmp_path / "parts", name, monkeypatch, lives, places)

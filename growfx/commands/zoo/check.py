@@ -102,6 +102,7 @@ class _Check:
         self.facts, self.tell, self.real_below = facts, tell, real_below
         self.rebuild: Callable[[], nn.Module] | None = None  # of guests: the same model, never called before
         self.steps: list[Step] = []  # of the model itself
+        self.options: dict[str, Any] = {}  # of `growfx.wrap`
 
     @contextmanager
     def _stage(self, name: str, *checks: str, fatal: bool = False) -> Generator[None]:
@@ -166,6 +167,8 @@ class _Check:
             facts.input = self.reference.form.to_json()
             facts.other_input = self.reference.other.to_json() if self.reference.other else []
             self.rebuild, self.model = rebuild, rebuild()
+            if package.models[name].masked:
+                self.options["masked"] = package.models[name].masked
 
     def original(self) -> nn.Module:
         """The model itself, of guests one that nothing was done to: some keep state between calls."""
@@ -177,7 +180,7 @@ class _Check:
         with self._stage("wrap", "recorded", fatal=True):
             before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
             try:
-                self.net = growfx.wrap(self.model, self._inputs(self.reference.form, 1))
+                self.net = growfx.wrap(self.model, self._inputs(self.reference.form, 1), **self.options)
             except GrowfxError as refusal:
                 facts.checks["eval"] = f"n/a: growfx refuses: {one_line(refusal)}"  # and so computes nothing wrong
                 raise

@@ -109,9 +109,12 @@ def _projected(outputs: list[Any]) -> Tensor | None:
     generator = torch.Generator().manual_seed(0)
     total: Tensor | None = None
     for output in outputs:
-        if isinstance(output, Tensor) and output.requires_grad and output.numel():
+        if isinstance(output, Tensor) and output.numel() and (output.is_floating_point() or output.is_complex()):
             real = torch.view_as_real(output) if output.is_complex() else output
+            # Drawn for each of them: a constant may ask for a gradient here and not there, and reaches no parameter.
             factors = torch.randn(real.shape, generator=generator).to(real)
+            if not output.requires_grad:
+                continue
             part = (torch.where(real.isfinite(), real, 0) * factors).sum()
             total = part if total is None else total + part
     return total

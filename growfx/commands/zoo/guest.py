@@ -60,10 +60,12 @@ class Guest:
         build: from the imported package to the model, small and with random weights.
         inputs: what the model is called with, as `growfx.wrap` takes it: a tuple of arguments, a dict of keyword
             arguments, or both.
+        masked: `masked` of `growfx.wrap`: parameters of layers that growfx does not know.
     """
 
     build: Callable[[Any], nn.Module]
     inputs: Callable[[Draw], Any]
+    masked: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -275,7 +275,7 @@ _SPEECHBRAIN: Final = {
 }  # fmt: skip
 
 
-def _encodec(**options: Any) -> Guest:
+def _encodec(masked: tuple[str, ...] = (), **options: Any) -> Guest:
     def build(encodec: Any) -> Any:
         modules, model = encodec.modules, encodec.EncodecModel
         small = {"n_filters": 4, "dimension": 16, "ratios": [4, 2], "norm": "weight_norm", **options}
@@ -283,10 +283,13 @@ def _encodec(**options: Any) -> Guest:
         encoder, decoder = modules.SEANetEncoder(**small), modules.SEANetDecoder(**small)
         return model(encoder, decoder, quantizer, [1.5], 8000, 1)
 
-    return Guest(build, lambda draw: (draw.normal(1, draw.size(256)),))
+    return Guest(build, lambda draw: (draw.normal(1, draw.size(256)),), masked)
 
 
-_ENCODEC: Final = {"causal": _encodec(causal=True), "time-group-norm": _encodec(norm="time_group_norm", lstm=0)}
+_ENCODEC: Final = {
+    "causal": _encodec(("*.weight_v",), causal=True),
+    "time-group-norm": _encodec(norm="time_group_norm", lstm=0),
+}
 
 _TCN: Final = {
     "tcn": Guest(lambda t: t.TCN(8, [16, 16, 16]), lambda draw: (draw.normal(8, draw.size(24)),)),

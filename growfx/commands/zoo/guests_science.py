@@ -49,8 +49,9 @@ def _convolutions(kind: str, width: int = 16, **options: Any) -> Guest:
     return Guest(build, _graph)
 
 
-def _graph_model(kind: str, inputs: Any = _graph, **options: Any) -> Guest:
-    return Guest(lambda _: getattr(import_module("torch_geometric.nn"), kind)(8, 16, 2, 4, **options), inputs)
+def _graph_model(kind: str, masked: str) -> Guest:
+    """A model without a head, whose linear layers are all torch_geometric's own."""
+    return Guest(lambda _: getattr(import_module("torch_geometric.nn"), kind)(8, 16, 2, 4), _graph, (masked,))
 
 
 _TORCH_GEOMETRIC: Final = {
@@ -62,9 +63,9 @@ _TORCH_GEOMETRIC: Final = {
     "tag-conv": _convolutions("TAGConv"),
     "cheb-conv": _convolutions("ChebConv", K=2),
     "transformer-conv": _convolutions("TransformerConv", heads=2, concat=False),
-    "gcn": _graph_model("GCN"),
-    "gin": _graph_model("GIN"),
-    "graph-sage": _graph_model("GraphSAGE"),
+    "gcn": _graph_model("GCN", "*.lin.weight"),
+    "gin": _graph_model("GIN", "*.lins.*.weight"),
+    "graph-sage": _graph_model("GraphSAGE", "*.lin_?.weight"),
     "gat-of-data": Guest(
         lambda _: zoo_guest_nets.DataNet(import_module("torch_geometric.nn").GAT(8, 16, 2, 16, heads=2), 16), _data
     ),
@@ -78,20 +79,20 @@ def _row(width: int) -> Any:
     return lambda draw: (draw.normal(width),)
 
 
-def _flow(evaluate: Any, make: Any, context: int = 0) -> Guest:
+def _flow(evaluate: Any, make: Any, context: int = 0, masked: tuple[str, ...] = ()) -> Guest:
     inputs = lambda draw: (draw.normal(5), *([draw.normal(context)] if context else []))  # noqa: E731
-    return Guest(lambda package: zoo_guest_nets.LogProbability(make(package), evaluate), inputs)
+    return Guest(lambda package: zoo_guest_nets.LogProbability(make(package), evaluate), inputs, masked)
 
 
-def _zuko(make: Any, context: int = 0) -> Guest:
-    return _flow(lambda flow, x, given: flow(given).log_prob(x), make, context)
+def _zuko(make: Any, context: int = 0, masked: tuple[str, ...] = ()) -> Guest:
+    return _flow(lambda flow, x, given: flow(given).log_prob(x), make, context, masked)
 
 
 _ZUKO: Final = {
     "maf": _zuko(lambda z: z.flows.MAF(5, transforms=2, hidden_features=[16, 16])),
     "maf-context": _zuko(lambda z: z.flows.MAF(5, 3, transforms=2, hidden_features=[16, 16]), 3),
     "nsf": _zuko(lambda z: z.flows.NSF(5, transforms=2, hidden_features=[16, 16])),
-    "nice": _zuko(lambda z: z.flows.NICE(5, transforms=2, hidden_features=[16, 16])),
+    "nice": _zuko(lambda z: z.flows.NICE(5, transforms=2, hidden_features=[16, 16]), masked=("*.hyper.*.weight",)),
     "masked-mlp": Guest(
         lambda z: z.nn.MaskedMLP(torch.tril(torch.ones(5, 5, dtype=torch.bool)), hidden_features=[16, 16]), _row(5)
     ),
@@ -186,8 +187,8 @@ _TAB_TRANSFORMER: Final = {
 
 def _tensor_product(e3nn: Any) -> nn.Module:
     o3 = import_module("e3nn.o3")
-    first = o3.Linear("4x0e + 4x1o", "8x0e + 4x1o")
-    gate = import_module("e3nn.nn").Gate("4x0e", [torch.relu], "4x0e", [torch.sigmoid], "4x1o")
+    first = o3.Linear("16x0e + 16x1o", "32x0e + 16x1o")
+    gate = import_module("e3nn.nn").Gate("16x0e", [torch.relu], "16x0e", [torch.sigmoid], "16x1o")
     return nn.Sequential(first, gate, o3.Linear(gate.irreps_out, "3x0e"))
 
 
@@ -198,11 +199,12 @@ def _irreps(e3nn: Any) -> nn.Module:
 
 
 _E3NN: Final = {
-    "linear-gate": Guest(_tensor_product, _row(16)),
+    "linear-gate": Guest(_tensor_product, _row(64), masked=("?.weight",)),
     "fully-connected": Guest(_irreps, _row(8)),
     "tensor-product": Guest(
         lambda _: import_module("e3nn.o3").FullyConnectedTensorProduct("4x0e + 2x1o", "1x0e + 1x1o", "4x0e + 2x1o"),
         lambda draw: (draw.normal(10), draw.normal(4)),
+        masked=("weight",),
     ),
 }
 

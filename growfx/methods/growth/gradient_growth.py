@@ -11,8 +11,9 @@ from torch import Tensor
 
 from growfx.analysis.paths import PathProducts
 from growfx.masked.layers import MaskedLayer
-from growfx.methods.growth.rounds import Growing, Growth
+from growfx.methods.growth.rounds import Growing
 from growfx.methods.growth.snapshots import DRAWS
+from growfx.methods.growth.state import Growth
 from growfx.options import option
 from growfx.passes.path_products.products import path_gradients
 from growfx.selection.choose import draw, top
@@ -51,6 +52,7 @@ class GradientGrowth(Growing):
         masks = {name: growth.net.layers[name].mask for name in paths.scores}
         layers = {name: growth.net.layers[name] for name in masks}
         scores = {name: _magnitudes(growth.gradients.get(name), layer) for name, layer in layers.items()}
+        scores = growth.priced(scores)
         absent = growth.absent(paths)
         if self.draw == "top":
             new = top(scores, count, keys, absent).masks

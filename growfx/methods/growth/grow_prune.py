@@ -13,7 +13,7 @@ from growfx.analysis.paths import PathProducts
 from growfx.analysis.weight_layout import by_unit, from_units
 from growfx.masked.layers import MaskedLayer
 from growfx.methods.growth.pwmpr import PathGrowth
-from growfx.methods.growth.rounds import Growth
+from growfx.methods.growth.state import Growth
 from growfx.options import option
 from growfx.selection.choose import top
 from growfx.selection.edge_keys import EdgeKeys
@@ -53,7 +53,7 @@ class GrowPrune(PathGrowth):
         drop_keys = EdgeKeys(keys.seed, f"{keys.stream}, given up")
         weak = {name: droppable(name, layer, self.exchange_fraction, drop_keys) for name, layer in layers.items()}
         spare = sum(int(mask.sum()) for mask in weak.values())
-        new = self._by_score(paths, count + spare, keys, growth.absent(paths))
+        new = self._by_score(growth, paths, count + spare, keys)
         exchanged = max(new.count - count, 0)
         growth.trace[-1]["exchanged"] = exchanged
         magnitudes = {name: layer.parameter.detach().abs() for name, layer in layers.items()}

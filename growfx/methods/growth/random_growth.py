@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from growfx.analysis.paths import PathProducts
-from growfx.methods.growth.rounds import Growing, Growth
+from growfx.methods.growth.rounds import Growing
+from growfx.methods.growth.state import Growth
 from growfx.passes.path_products.products import path_gradients
 from growfx.selection.choose import draw
 from growfx.selection.edge_keys import EdgeKeys
@@ -36,7 +37,7 @@ class RandomGrowth(Growing):
         return path_gradients(net)
 
     def _grown(self, growth: Growth, paths: PathProducts, count: int, keys: EdgeKeys) -> Mapping[str, Tensor]:
-        alike = {name: torch.ones(score.shape) for name, score in paths.scores.items()}
+        alike = growth.priced({name: torch.ones(score.shape) for name, score in paths.scores.items()})
         new = draw(alike, count, keys, growth.absent(paths)).masks
         masks = {name: growth.net.layers[name].mask for name in paths.scores}
         return {name: mask | new[name].to(mask.device) for name, mask in masks.items()}

@@ -1,13 +1,14 @@
 """Growth in rounds: clock, stop at the plateau, restoring the operating round, final training.
 
-A sparse seed is trained for a short round and then given new edges, whose weights start at zero. A logistic fit of
-accuracy over density ends growth (`growfx.methods.growth.plateau`), the operating round's masks and weights are
-restored, and the full training follows. Methods differ in the choice of new edges only.
+A sparse seed is trained for a round and then given new edges, whose weights start at zero. A fit of accuracy over
+density (or over cost) ends growth (`growfx.methods.growth.plateau`), the operating round's masks and weights are put
+back, and the full training follows. Which edges are new is all that methods differ in.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,17 +21,20 @@ from growfx.analysis.paths import PathProducts
 from growfx.distributed import ranks
 from growfx.errors import CheckpointError, ConfigError
 from growfx.masked.agreement import share_buffers
-from growfx.masked.layers import MaskedLayer
-from growfx.masked.optimizers import StepWatch
 from growfx.masked.shared import is_shared, unsharded
 from growfx.methods.base import Method, check_accuracy, check_clock, check_net, check_state, not_attached, reading_state
-from growfx.methods.growth.plateau import Decision, LogisticFit, PlateauRule, Point
+from growfx.methods.growth.newborn import Births
+from growfx.methods.growth.plateau import AccuracyFit, Decision, PlateauRule, Point
+from growfx.methods.growth.price import PRICES, price_of
 from growfx.methods.growth.snapshots import Origin, Snapshot, grown_density, next_nnz, seeded
+from growfx.methods.growth.state import Growth
 from growfx.methods.masks import change_masks, collect_gradients, dense_gradients, find_shards
-from growfx.methods.scope import Scope, check_optimizer, find_scope
+from growfx.methods.scope import check_optimizer, find_scope
 from growfx.methods.session import Attachment, Session, Stage
+from growfx.methods.sign_in import SignIn, check_sign_in
 from growfx.methods.starting import MASKS, warn_if_replaced
-from growfx.options import TrainOptions, check_ranges, option
+from growfx.options import check_ranges, option
+from growfx.selection.budget import largest_within
 from growfx.selection.edge_keys import EdgeKeys
 
 if TYPE_CHECKING:
@@ -39,50 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["Growing", "Growth"]
 
 FINAL_WEIGHTS = ("current", "initial")
-
-
-@dataclass
-class Growth:
-    """One growth under way.
-
-    Attributes:
-        net, optimizer: what the method is attached to.
-        scope: the layers that may grow, and what densities count.
-        steps_per_epoch: optimizer steps; `steps` counts those of the round under way.
-        trace: one entry a round, see `Growing.trace`.
-        snapshots: rounds that may be gone back to, by number.
-        gradients: dense gradients of the last step of a round that awaits its report, by layer with absent edges;
-            empty otherwise.
-        origin: the network before the seed was drawn, if the final training is to start from it.
-        options: of the run, None in the user's own loop. finished: the final training of a run is over.
-    """
-
-    net: MaskedGraph
-    optimizer: Optimizer
-    scope: Scope
-    steps_per_epoch: int
-    steps: int = 0
-    growing: bool = True
-    stop_reason: str = ""
-    operating_round: int | None = None
-    trace: list[dict[str, Any]] = field(default_factory=list)
-    snapshots: dict[int, Snapshot] = field(default_factory=dict)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-    origin: Origin | None = None
-    options: TrainOptions | None = None
-    finished: bool = False
-
-    def __post_init__(self) -> None:
-        self.watch = StepWatch(self.optimizer, [layer.parameter for layer in self.net.layers.values()])
-
-    def absent(self, paths: PathProducts) -> dict[str, Tensor]:
-        """Return the edges that growth chooses from: absent ones of layers that some path crosses, bool."""
-        return {name: ~self.net.layers[name].mask for name in paths.scores}
-
-    @property
-    def unfilled(self) -> dict[str, MaskedLayer]:
-        """Layers with absent edges."""
-        return {name: layer for name, layer in self.net.layers.items() if layer.nnz < layer.numel}
+ROUNDS = ("adaptive", "published")
 
 
 @dataclass(frozen=True)
@@ -97,15 +58,27 @@ class Growing(Method):
             given masks, theirs). Layers that no path crosses stay dense: where they alone are more than 10 %, these are
             fractions of the others.
         growth_ratio: edges of a round over those of the round before.
+        price: what growth pays in. With "weights" every edge costs the same. With "flops" an edge costs the
+            multiply-accumulates it takes in a forward pass, one for each position it is applied at: edges are chosen by
+            score over price, in that order until the next would exceed the round's budget, and `seed_density`,
+            `growth_ratio`, `max_density` and the stop rule are about the share of dense multiply-accumulates of the
+            layers that a density counts (biases, norms and what no mask touches left out). The trace then has `cost`,
+            that share; `density` stays about weights.
         epochs_per_round: length of a growth round, by the clock of `step()`.
-        seed_epochs: length of the first round, in which the seed is trained; None takes that of the others. A short one
-            leaves the seed far from trained, so that the next rounds gain by training as well as by density, and the
-            fit takes the end of that rise for a plateau.
+        growth_rounds: "adaptive" trains the seed until density is what the next rounds gain by: for as long as the
+            final training lasts. "published" trains it for a round like the others; a short one leaves the seed far
+            from trained, so that the next rounds gain by training as well as by density, and the fit takes the end of
+            that rise for a plateau. None is "adaptive" in `growfx.train`, and "published" in other loops, whose
+            `total_steps` may count growth too.
+        seed_epochs: length of the first round, in which the seed is trained; None takes what `growth_rounds` says.
         max_density: growth ends here at the latest.
         tolerance: accuracy (fraction) full density may still gain when growth stops; 0.003 is 0.3 points.
         final_weights: what the final training starts from under the grown masks: "current" takes the weights of the
             operating round, "initial" everything (weights, biases, norm statistics) as it was before the seed.
         seed: of the starting masks and of every draw.
+        sign_in: train each present weight as a product whose scale is reset every so many epochs until the end of
+            training, so that signs can flip (`growfx.methods.sign_in`); 0 trains weights as they are. Schedulers of
+            learning rates are made after `attach`, which adds the scales to the optimizer.
     """
 
     off_path: ClassVar[str] = "left"
@@ -114,12 +87,15 @@ class Growing(Method):
     masks: str = option("drawn", choices=MASKS)
     seed_density: float | None = option(None, low=0, high=1, open_low=True)
     growth_ratio: float = option(1.3, low=1, high=10, open_low=True)
+    price: str = option("weights", choices=PRICES)
     epochs_per_round: int = option(2, low=1)
+    growth_rounds: str | None = option(None, choices=ROUNDS)
     seed_epochs: int | None = option(None, low=1)
     max_density: float = option(1.0, low=0, high=1, open_low=True)
     tolerance: float = option(0.003, low=0, high=1, open_low=True, open_high=True)
     final_weights: str = option("current", choices=FINAL_WEIGHTS)
     seed: int = option(0, low=0, high=2**63 - 1)
+    sign_in: int = option(0, low=0)
     _attachment: Attachment[Growth] = field(default_factory=Attachment[Growth], init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -147,24 +123,31 @@ class Growing(Method):
     # -- clock ----------------------------------------------------------------------------------------------
 
     def attach(self, net: MaskedGraph, optimizer: Optimizer, *, total_steps: int, steps_per_epoch: int) -> None:
-        """Draw the seed. Growth has its own clock, so `total_steps` (of the final training) does not
-        matter.
+        """Draw the seed. `total_steps` are of the final training: the length of the seed's with adaptive rounds.
 
-        Raises `ConfigError` where layers off path alone are denser than the seed, and `TraceError` for a
-        network without path products.
+        Raises `ConfigError` where layers off path alone are denser than the seed, or cost that cannot be counted is the
+        price, and `TraceError` for a network without path products.
         """
         net = check_net(self, net)
-        _, steps_per_epoch = check_clock(total_steps, steps_per_epoch)
+        total_steps, steps_per_epoch = check_clock(total_steps, steps_per_epoch)
         find_shards(self, net)
         scope = find_scope(self, net)
         check_optimizer(self, net, optimizer)
+        if self.sign_in:
+            check_sign_in(net, optimizer)
         with unsharded(net):
-            masks = seeded(scope, self.masks, self.seed_density, self.max_density, self.seed)
+            price = price_of(self.price, net, scope)
+            masks = seeded(scope, self.masks, self.seed_density, self.max_density, self.seed, price)
         warn_if_replaced(self, scope, masks)
-        growth = Growth(net, optimizer, scope, steps_per_epoch)
+        adaptive = self.growth_rounds == "adaptive"
+        training = math.ceil(total_steps / steps_per_epoch) if adaptive else self.epochs_per_round
+        growth = Growth(net, optimizer, scope, steps_per_epoch, first_epochs=self.seed_epochs or training, price=price)
         if self.final_weights == "initial":
             growth.origin = Origin.take(net)
         change_masks(net, optimizer, masks)
+        growth.births = Births.of_seed(net.layers)
+        if self.sign_in:
+            growth.sign_in = SignIn(net, optimizer, self.sign_in * steps_per_epoch)
         self._attachment.state = growth
         self._look_ahead()
 
@@ -186,6 +169,8 @@ class Growing(Method):
         if growth.growing:
             growth.steps += 1
             growth.gradients = gradients
+            if growth.steps == self._round_steps:
+                growth.cohort_gradients = growth.births.gradients(growth.net.layers)
         self._look_ahead()
         return changed
 
@@ -208,7 +193,10 @@ class Growing(Method):
         """Attach to the run's network; its growth rounds anneal as `TrainOptions` says."""
         epochs, steps = session.options.epochs, session.steps_per_epoch
         self.attach(session.net, session.optimizer, total_steps=epochs * steps, steps_per_epoch=steps)
-        self._attached().options = session.options
+        growth = self._attached()
+        growth.options = session.options
+        if self.seed_epochs is None and self.growth_rounds is None:
+            growth.first_epochs = epochs
 
     def next_stage(self) -> Stage | None:
         """Return a growth round while growth goes on, then the final training."""
@@ -231,13 +219,13 @@ class Growing(Method):
         if not self.reads_gradient or growth is None or not growth.growing:
             return False
         last = growth.steps % self._round_steps == self._round_steps - 1
-        return last and self._wanted(growth.scope) > 0
+        return last and self._has_room()
 
     @property
     def _round_epochs(self) -> int:
         """Length of the round under way."""
-        first = self.seed_epochs is not None and not self._attached().trace
-        return self.seed_epochs if first and self.seed_epochs is not None else self.epochs_per_round
+        growth = self._attached()
+        return self.epochs_per_round if growth.trace else growth.first_epochs
 
     @property
     def _round_steps(self) -> int:
@@ -267,7 +255,10 @@ class Growing(Method):
             "dead_units": sum(int((~alive).sum()) for alive in paths.alive_out.values()),
             "off_path": sum(growth.net.layers[name].numel for name in paths.off_path),
             **({} if growth.scope.is_whole else {"budget_density": growth.scope.density}),
+            **({} if growth.price.counts_weights else {"cost": growth.price.share(growth.scope)}),
         }
+        with unsharded(growth.net):
+            entry["cohorts"] = growth.births.cohorts(entry["round"], growth.net.layers, growth.cohort_gradients)
         growth.trace.append(entry)
         decision = None
         if accuracy is not None:
@@ -276,7 +267,7 @@ class Growing(Method):
         if decision is not None and decision.stop:
             return self._stop("plateau", decision)
         added = self._grow(paths)
-        growth.steps, growth.gradients = 0, {}
+        growth.steps, growth.gradients, growth.cohort_gradients = 0, {}, []
         return True if added else self._stop(self._why_no_growth(decision), decision)
 
     def _points(self) -> list[tuple[int, Point]]:
@@ -301,7 +292,7 @@ class Growing(Method):
         """Return the first round kept that is not before `wanted`; the latest round always is."""
         return min(number for number in self._attached().snapshots if number >= wanted)
 
-    def _forget_hopeless(self, fit: LogisticFit, rule: PlateauRule) -> None:
+    def _forget_hopeless(self, fit: AccuracyFit, rule: PlateauRule) -> None:
         """Drop rounds that are surely too far from the plateau: a snapshot is as large as the network."""
         growth = self._attached()
         for number in list(growth.snapshots)[:-1]:
@@ -309,25 +300,54 @@ class Growing(Method):
             if gain[0] - rule.errors * error[0] > rule.margin * rule.tolerance:
                 del growth.snapshots[number]
 
-    def _wanted(self, scope: Scope) -> int:
-        """Return how many edges more the next round has."""
-        nnz = scope.nnz
-        return max(next_nnz(nnz, scope.numel, self.growth_ratio, self.max_density) - nnz, 0)
+    def _has_room(self) -> bool:
+        """Whether the next round may have another edge within `max_density`."""
+        growth = self._attached()
+        if growth.price.counts_weights:
+            return self._wanted_edges() > 0
+        cheapest, limit = growth.price.cheapest(growth.scope), self.max_density * growth.price.total(growth.scope)
+        return cheapest is not None and growth.price.spent(growth.scope) + cheapest <= limit
+
+    def _wanted_edges(self) -> int:
+        """Return how many edges more the next round has, where each costs the same."""
+        scope = self._attached().scope
+        return max(next_nnz(scope.nnz, scope.numel, self.growth_ratio, self.max_density) - scope.nnz, 0)
 
     def _grow(self, paths: PathProducts) -> int:
         """Give the network its next edges; returns how many more it has."""
         growth = self._attached()
-        net, before = growth.net, growth.net.nnz
-        wanted, layers = self._wanted(growth.scope), growth.scope.layers
+        net, before, layers = growth.net, growth.net.nnz, growth.scope.layers
         # what is not among the scores does not grow
         paths = replace(paths, scores={name: score for name, score in paths.scores.items() if name in layers})
-        if wanted and paths.scores:
+        if paths.scores and self._has_room():
             keys = EdgeKeys(self.seed, f"growth round {len(growth.trace)}")
-            change_masks(net, growth.optimizer, self._grown(growth, paths, wanted, keys))
+            masks = self._bought(growth, paths, keys)
+            old = {name: net.layers[name].mask.clone() for name in masks}
+            change_masks(net, growth.optimizer, masks)
+            growth.births.note(len(growth.trace), old, net.layers)
         return net.nnz - before
 
+    def _bought(self, growth: Growth, paths: PathProducts, keys: EdgeKeys) -> Mapping[str, Tensor]:
+        """Return the masks with the edges that the round's budget buys, in the order of the draw."""
+        if growth.price.counts_weights:
+            return self._grown(growth, paths, self._wanted_edges(), keys)
+        scope, price = growth.scope, growth.price
+        limit = self.max_density * price.total(scope)
+        budget = min(self.growth_ratio * price.spent(scope), limit)
+
+        def cost_of(count: int) -> float:
+            return price.spent(scope, self._grown(growth, paths, count, keys))
+
+        most = sum(int((~layer.mask).sum()) for layer in scope.layers.values())
+        count = largest_within(cost_of, budget, most)
+        # a round has one edge more at least, as long as growth may go on at all
+        if not count and (not most or cost_of(1) > limit):
+            return {}
+        return self._grown(growth, paths, max(count, 1), keys)
+
     def _why_no_growth(self, decision: Decision | None) -> str:
-        if self._wanted(self._attached().scope):
+        growth = self._attached()
+        if self._has_room() and growth.price.counts_weights:
             return "no absent edge lies on a path"
         if decision is None:
             return "max_density"
@@ -350,6 +370,8 @@ class Growing(Method):
         if growth.origin is not None:
             growth.origin.restore(growth.net, growth.optimizer)
             growth.origin = None
+        if growth.sign_in is not None:
+            growth.sign_in.forget()
         return changed
 
     # -- state ----------------------------------------------------------------------------------------------
@@ -362,10 +384,12 @@ class Growing(Method):
     @property
     def trace(self) -> list[dict[str, Any]]:
         """One entry a round: round, density, nnz, val_accuracy, noise, fit (curve and decision), dead_units,
-        off_path; with frozen layers also budget_density, over the others, which the fit is about.
+        off_path, cohorts; with frozen layers also budget_density, over the others, which the fit is about; with
+        `price` = "flops" also cost, the share of dense multiply-accumulates, which the fit is about then.
 
         dead_units: output units that no path of non-zero weights crosses, at the end of the round (edges just
-        grown are zero). off_path: edges in layers that no path can cross.
+        grown are zero). off_path: edges in layers that no path can cross. cohorts: how the edges of each earlier growth
+        fare (`growfx.methods.growth.newborn.Births.cohorts`).
         """
         return [] if self._attachment.state is None else self._attachment.state.trace
 
@@ -404,6 +428,10 @@ class Growing(Method):
             "snapshots": {str(number): kept.state_dict() for number, kept in growth.snapshots.items()},
             "gradients": {name: value.clone() for name, value in growth.gradients.items()},
             "origin": None if growth.origin is None else dict(growth.origin.tensors),
+            "first_epochs": growth.first_epochs,
+            "births": growth.births.state_dict(),
+            "cohort_gradients": list(growth.cohort_gradients),
+            "sign_in": None if growth.sign_in is None else growth.sign_in.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -423,9 +451,17 @@ class Growing(Method):
             steps, growing, finished = int(state["steps"]), bool(state["growing"]), bool(state["finished"])
             reason, operating = str(state["stop_reason"]), state["operating_round"]
             trace = list(copy.deepcopy(state["trace"]))
+            # older states have neither: their first round is as long as the others, unless an option says otherwise
+            first_epochs = int(state.get("first_epochs", self.seed_epochs or self.epochs_per_round))
+            born, sums = state.get("births"), [float(value) for value in state.get("cohort_gradients", [])]
+            layers = own.net.layers
+            births = Births.of_seed(layers) if born is None else Births.from_state(born, layers)
+            if own.sign_in is not None:
+                own.sign_in.load_state_dict(state["sign_in"])
         own.scope, own.steps, own.growing, own.finished = scope, steps, growing, finished
         own.stop_reason, own.operating_round, own.trace = reason, operating, trace
         own.snapshots, own.gradients, own.origin = snapshots, gradients, origin
+        own.first_epochs, own.births, own.cohort_gradients = first_epochs, births, sums
         self._look_ahead()
 
 

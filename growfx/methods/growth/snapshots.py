@@ -15,6 +15,7 @@ from growfx.analysis.paths import PathProducts
 from growfx.distributed.sharded import own_part, part_of
 from growfx.errors import CheckpointError, ConfigError
 from growfx.masked.mask_bits import pack, unpack
+from growfx.methods.growth.price import Price
 from growfx.methods.scope import Scope, is_frozen, listed
 from growfx.methods.starting import given_masks, is_resuming, start_density
 from growfx.notices import warn_once
@@ -39,25 +40,47 @@ def next_nnz(nnz: int, numel: int, growth_ratio: float, max_density: float) -> i
     return min(max(round(growth_ratio * nnz), nnz + 1), limit)
 
 
-def seeded(scope: Scope, masks: str, density: float | None, largest: float, seed: int) -> Mapping[str, Tensor]:
+def seeded(
+    scope: Scope, masks: str, density: float | None, largest: float, seed: int, price: Price
+) -> Mapping[str, Tensor]:
     """Return the masks that growth starts from: "drawn", "given" or of "magnitude".
 
-    `density`: of the seed, `largest`: where growth ends, both over the layers that a density counts for `scope`.
+    `density`: of the seed, `largest`: where growth ends, both over the layers that a density counts for `scope`, and
+    shares of what all their edges cost by `price`.
     Raises `ConfigError` where the layers off every path, or the given masks, have another density or a larger one, and
     `TraceError` for a network without path products.
     """
     if masks != "given":
         frozen = [name for name in scope.net.layers if name not in scope.budget]
         which: dict[str, Any] = {"layers": scope.names, "frozen": frozen, "by_magnitude": masks == "magnitude"}
+        which["price"] = price.per_edge
         return seed_masks(scope.net, density, seed=seed, largest=largest, **which).masks
-    own = start_density(scope, density, "seed_density")
-    if scope.nnz > round(largest * scope.numel) and not is_resuming():
+    if not price.counts_weights:
+        _check_given_cost(price.share(scope), density, largest)
+    own = start_density(scope, density if price.counts_weights else None, "seed_density")
+    if price.counts_weights and scope.nnz > round(largest * scope.numel) and not is_resuming():
         raise ConfigError(
             f"the given masks have density {own:.4g}, above `max_density` {largest}; growth starts at the one and ends "
             "at the other"
         )
     check_path_rules(scope.net)  # a network without paths is refused now, not after the first round
     return given_masks(scope.layers)
+
+
+def _check_given_cost(own: float, density: float | None, largest: float) -> None:
+    """Raise `ConfigError` unless given masks cost what a seed of `density` does, and no more than growth may."""
+    if is_resuming():
+        return
+    if density is not None and abs(density - own) > 5e-4 * own:
+        raise ConfigError(
+            f'`seed_density` is {density:.6g}, but `masks` = "given" keeps masks that cost {own:.6g} of the dense '
+            'multiply-accumulates; allowed is that, or None, or `masks` = "magnitude" to choose masks of that cost'
+        )
+    if own > largest:
+        raise ConfigError(
+            f"the given masks cost {own:.4g} of the dense multiply-accumulates, above `max_density` {largest}; growth "
+            "starts at the one and ends at the other"
+        )
 
 
 def counted_where_zero(net: MaskedGraph, paths: PathProducts) -> PathProducts:
@@ -83,8 +106,11 @@ def counted_where_zero(net: MaskedGraph, paths: PathProducts) -> PathProducts:
 
 
 def grown_density(entry: Mapping[str, Any]) -> float:
-    """Return the density of a round in the trace over the layers that count for growth: frozen ones do not."""
-    return entry.get("budget_density", entry["density"])
+    """Return the share that growth pays for, of a round in the trace, over the layers that count: frozen ones do not.
+
+    Where multiply-accumulates are the price that is the round's cost, elsewhere its density.
+    """
+    return entry.get("cost", entry.get("budget_density", entry["density"]))
 
 
 @dataclass(frozen=True)

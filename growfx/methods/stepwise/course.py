@@ -27,6 +27,7 @@ from growfx.methods.base import Method, check_accuracy, check_clock, check_net, 
 from growfx.methods.masks import change_masks, collect_gradients, find_shards
 from growfx.methods.scope import Scope, check_optimizer, find_scope
 from growfx.methods.session import Attachment, Session, Stage
+from growfx.methods.sign_in import SignIn, check_sign_in
 from growfx.methods.starting import warn_if_replaced
 from growfx.options import check_ranges
 
@@ -51,6 +52,7 @@ class Course:
         ever_active: per layer, which edges were active at any time.
         session: the run of `growfx.train`, None in the user's own loop.
         stages: the stages of training still to come; empty in the user's own loop.
+        sign_in: trains the weights as products, None where the method has no such option or it is off.
     """
 
     net: MaskedGraph
@@ -66,6 +68,7 @@ class Course:
     ever_active: dict[str, Tensor] = field(default_factory=dict)
     session: Session | None = None
     stages: list[Stage] = field(default_factory=list)
+    sign_in: SignIn | None = None
 
     def __post_init__(self) -> None:
         self.watch = StepWatch(self.optimizer, [layer.parameter for layer in self.net.layers.values()])
@@ -166,6 +169,9 @@ class Stepwise(Method):
         find_shards(self, net)
         scope = find_scope(self, net, self._least_density)
         check_optimizer(self, net, optimizer)
+        epochs_between: int = getattr(self, "sign_in", 0)
+        if epochs_between:
+            check_sign_in(net, optimizer)
         course = Course(net, optimizer, scope, total_steps, steps_per_epoch, session=session)
         if is_shared(net):
             share_buffers(net)  # norms may count in the starting masks
@@ -173,6 +179,8 @@ class Stepwise(Method):
         warn_if_replaced(self, scope, masks)
         change_masks(net, optimizer, masks)
         course.ever_active = {name: net.layers[name].mask.clone() for name in scope.names}
+        if epochs_between:
+            course.sign_in = SignIn(net, optimizer, epochs_between * steps_per_epoch)
         self._attachment.state = course
         self._look_ahead(course)
         return course
@@ -274,6 +282,7 @@ class Stepwise(Method):
             "start": copy.deepcopy(course.start),
             "ever_active": {name: pack(mask) for name, mask in course.ever_active.items()},
             "stages_left": len(course.stages),
+            "sign_in": None if course.sign_in is None else course.sign_in.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -294,6 +303,8 @@ class Stepwise(Method):
             start = _moved(copy.deepcopy(state.get("start", {})), device)
             steps, updates, left = (int(state[key]) for key in ("steps", "updates", "stages_left"))
             trace = list(copy.deepcopy(state["trace"]))
+            if course.sign_in is not None:
+                course.sign_in.load_state_dict(state["sign_in"])
         course.scope, course.ever_active, course.memory, course.start = scope, ever_active, memory, start
         course.steps, course.updates, course.trace = steps, updates, trace
         del course.stages[: len(course.stages) - left]

@@ -146,6 +146,11 @@ class GraNet(SparseStart):
                 "allowed is at most that"
             )
 
+        if self.sign_in and self.initial_density == 1 and self.masks != "given":
+            raise ConfigError(
+                f"`sign_in` = {self.sign_in} is for networks that start sparse, but `initial_density` is 1; set it "
+                "below 1 (0.5 is the paper's sparse-to-sparse training), or `sign_in` to 0"
+            )
         if self.initial_density == 1 and self.init != "dense" and self.masks != "given":
             raise ConfigError(
                 f"`init` = `{self.init}` has no effect at `initial_density` = 1, where nothing is sparse yet; allowed "

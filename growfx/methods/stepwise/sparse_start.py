@@ -33,9 +33,13 @@ class SparseInit(Stepwise):
             ``sqrt(fan-in / active fan-in)``, so that its activations start with the variance they have in the dense
             network (Evci et al., Gradient Flow in Sparse Neural Networks, AAAI 2022).
         seed: of everything drawn, and of the choice among equal scores.
+        sign_in: train each present weight as a product whose scale is reset every so many epochs until the end of
+            training, so that signs can flip (`growfx.methods.sign_in`); 0 trains weights as they are. Schedulers of
+            learning rates are made after `attach`, which adds the scales to the optimizer.
     """
 
     init: str = option("dense", choices=INITS)
+    sign_in: int = option(0, low=0)
     seed: int = option(0, low=0, high=2**63 - 1)
 
     def _initialised(self, course: Course, masks: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -46,6 +46,9 @@ class Ticket(Stepwise):
             and again when the run is continued.
         shuffle: put the edges of every layer at random places in it.
         seed: of the shuffle.
+        sign_in: train each present weight as a product whose scale is reset every so many epochs until the end of
+            training, so that signs can flip (`growfx.methods.sign_in`); 0 trains weights as they are. Schedulers of
+            learning rates are made after `attach`, which adds the scales to the optimizer.
     """
 
     name: ClassVar[str] = "ticket"
@@ -53,6 +56,7 @@ class Ticket(Stepwise):
     warns_of_loss: ClassVar[bool] = False
     source: str = ""
     shuffle: bool = False
+    sign_in: int = option(0, low=0)
     seed: int = option(0, low=0, high=2**63 - 1)
 
     def _start(self, course: Course) -> Mapping[str, Tensor]:

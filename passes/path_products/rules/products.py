@@ -77,6 +77,18 @@ def einsum(run: PathRun, equation: str, *operands: Any) -> Any:
     return pairs[0][1]
 
 
+def tensor_dot(run: PathRun, a: Any, b: Any, dims: Any = 2, **kwargs: Any) -> Any:
+    """`tensordot` over the last `dims` axes of one and the first of the other, or over pairs of axes."""
+    left, right = raw(a).ndim, raw(b).ndim
+    pairs = (range(left - dims, left), range(dims)) if isinstance(dims, int) else raw(dims)
+    first, second = "abcdefghijklmnop"[:left], [*"ABCDEFGHIJKLMNOP"[:right]]
+    for one, other in zip(*pairs, strict=True):
+        second[int(other)] = first[int(one)]
+    summed = {first[int(one)] for one in pairs[0]}
+    output = "".join(letter for letter in (*first, *second) if letter not in summed)
+    return einsum(run, f"{first},{''.join(second)}->{output}", a, b)
+
+
 def _diagonal(run: PathRun, term: str, item: Any) -> tuple[str, Any]:
     """An operand whose indices all differ: a repeated one means its diagonal. Constants as magnitudes."""
     own = "".join(dict.fromkeys(term))
@@ -176,6 +188,7 @@ FUNCTIONS: dict[Any, Any] = {
     **dict.fromkeys((torch.matmul, torch.bmm, torch.mm, operator.matmul), matmul),
     **dict.fromkeys((torch.addmm, torch.baddbmm), add_matmul),
     **dict.fromkeys((torch.einsum, torch.functional.einsum), einsum),
+    **dict.fromkeys((torch.tensordot, torch.functional.tensordot), tensor_dot),
     **{function: partial(convolving, function, spatial, 1) for function, spatial in _CONVOLUTIONS},
     **{function: partial(convolving, function, spatial, 0) for function, spatial in _TRANSPOSED},
     F.linear: linear,

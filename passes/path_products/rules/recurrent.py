@@ -1,7 +1,7 @@
-"""Path rules of recurrent modules: the gates averaged, the recurrence used once on the mean over time.
+"""Path rules of recurrences: the gates averaged, the recurrence used once on the mean over time.
 
 Unrolled exactly, one recurrent matrix would count once per step, and log R of a network would grow with the length of
-its sequences.
+its sequences. Neurons that leak and fire have no matrix, and are unrolled.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from growfx.passes.path_products.rules.products import carrying
 from growfx.passes.path_products.run import PathRun
-from growfx.passes.path_products.values import PathValue
+from growfx.passes.path_products.values import PathValue, raw
 
-__all__ = ["MODULES"]
+__all__ = ["FUNCTIONS", "MODULES"]
 
 
 def _matrix(run: PathRun, module: Any, name: str) -> Tensor | None:
@@ -100,6 +100,40 @@ def cell(has_memory: bool) -> Callable[..., Any]:
 
     return rule
 
+
+def _fired(inputs: Any, charge: Any, keeps: Any, takes: Any, options: tuple[Any, ...]) -> Any:
+    """Spikes, charges and charges before the reset of neurons over (time, ...): what comes in adds to what is kept.
+
+    A spike passes the paths of its charge, as any step that goes on as data; resets do not act on paths. `options` are
+    the threshold, the reset, two of the gradient, and whether all charges are wanted or the last alone.
+    """
+    steps = carrying(inputs)
+    state = charge.tensor if isinstance(charge, PathValue) else torch.zeros_like(steps[0])
+    charges: list[Tensor] = []
+    for step in steps:
+        state = state * keeps + step * takes
+        charges.append(state)
+    fired, all_charges = torch.stack(charges), options[4] if len(options) > 4 else True
+    return PathValue(fired), PathValue(fired if all_charges else state), PathValue(fired)
+
+
+def integrate(run: PathRun, x: Any, v: Any, *options: Any) -> Any:
+    """spikingjelly's neurons without a leak, `sj_if`."""
+    return _fired(x, v, 1.0, 1.0, options)
+
+
+def leak(run: PathRun, x: Any, v: Any, tau: float, decay_input: bool, *options: Any) -> Any:
+    """spikingjelly's leaky neurons, `sj_lif`: the leak is 1 / tau."""
+    return _fired(x, v, 1 - 1 / tau, 1 / tau if decay_input else 1.0, options)
+
+
+def learned_leak(run: PathRun, x: Any, v: Any, w: Any, decay_input: bool, *options: Any) -> Any:
+    """spikingjelly's neurons with a learned leak, `sj_plif`: a constant, sigmoid(w)."""
+    share = raw(w).detach().to(torch.float64).sigmoid()
+    return _fired(x, v, 1 - share, share if decay_input else 1.0, options)
+
+
+FUNCTIONS: dict[Any, Any] = {"sj_if.forward": integrate, "sj_lif.forward": leak, "sj_plif.forward": learned_leak}
 
 MODULES: dict[Any, Any] = {
     **dict.fromkeys((nn.LSTM, nn.GRU, nn.RNN), recurrent),

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from growfx.passes.path_products.rules.arithmetic import add
 from growfx.passes.path_products.run import PathRun
-from growfx.passes.path_products.values import Ended, Judged, NoPathRuleError, PathValue
+from growfx.passes.path_products.values import Ended, Judged, NoPathRuleError, PathValue, raw
 
 __all__ = ["FAMILIES", "FUNCTIONS", "METHODS", "adaptive", "padded_window", "window", "with_indices"]
 
@@ -47,6 +47,18 @@ def spread_and_mean(run: PathRun, value: PathValue, *args: Any, **kwargs: Any) -
 def norm(run: PathRun, value: PathValue, p: Any = "fro", dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
     """Norms: the mean, so that they scale like what they measure."""
     return mean(run, value, dim, keepdim)
+
+
+def distance(run: PathRun, x1: Any, x2: Any, *args: Any, **kwargs: Any) -> Any:
+    """`cdist`: a norm, so the mean over coordinates, of each row of either side; a constant side carries no path."""
+    sides = [
+        item.tensor.mean(-1).unsqueeze(dim) if isinstance(item, PathValue) else raw(item)[..., 0].unsqueeze(dim)
+        for item, dim in ((x1, -1), (x2, -2))
+    ]
+    values = [
+        PathValue(side) if isinstance(item, PathValue) else side for side, item in zip(sides, (x1, x2), strict=True)
+    ]
+    return add(run, *values)
 
 
 def extreme(
@@ -160,6 +172,7 @@ FUNCTIONS: dict[Any, Any] = {
     **dict.fromkeys((torch.var, torch.std), spread),
     **dict.fromkeys((torch.var_mean, torch.std_mean), spread_and_mean),
     **dict.fromkeys((torch.norm, torch.functional.norm, torch.linalg.norm, torch.linalg.vector_norm), norm),
+    **dict.fromkeys((torch.cdist, torch.functional.cdist), distance),
     torch.max: partial(extreme, torch.max),
     torch.min: partial(extreme, torch.min),
     torch.median: partial(extreme, torch.median),

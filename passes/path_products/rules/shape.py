@@ -16,7 +16,7 @@ from growfx.passes.operators.nests import map_leaves
 from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import Learned, NoPathRuleError, PathValue, move, paths_in, raw
 
-__all__ = ["FAMILIES", "FUNCTIONS", "METHODS", "zeros_for_constants"]
+__all__ = ["FAMILIES", "FUNCTIONS", "JOINING", "METHODS", "zeros_for_constants"]
 
 
 def moving(function: Callable[..., Any], /, run: PathRun, value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -53,6 +53,13 @@ def joining(function: Callable[..., Any], /, run: PathRun, tensors: Any, *args: 
 def building(container: type, run: PathRun, /, *args: Any, **kwargs: Any) -> Any:
     """A container of what there is."""
     return container(*args, **kwargs)
+
+
+def broadcasting(run: PathRun, *tensors: Any) -> Any:
+    """`broadcast_tensors`: each in the common shape; constants stay constants."""
+    items = list(tensors[0]) if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)) else list(tensors)
+    shape = torch.broadcast_shapes(*(raw(item).shape for item in items))
+    return [moving(Tensor.expand, run, item, shape) for item in items]
 
 
 def padding(run: PathRun, input: PathValue, pad: Any, mode: str = "constant", value: Any = None) -> Any:  # noqa: A002
@@ -100,7 +107,7 @@ def _unknown_peak(item: Any) -> Any:
 
 
 _SUMMING = (torch.sum, torch.cumsum, F.fold)
-_JOINING = (
+JOINING = (
     torch.cat,
     torch.concat,
     torch.concatenate,
@@ -123,7 +130,8 @@ FAMILIES: dict[str, tuple[Any, ...]] = {
 FUNCTIONS: dict[Any, Any] = {
     **{function: partial(moving, function) for function in MOVING_FUNCTIONS},
     **{function: partial(_summed, function) for function in _SUMMING},
-    **{function: partial(joining, function) for function in _JOINING},
+    **{function: partial(joining, function) for function in JOINING},
+    **dict.fromkeys((torch.broadcast_tensors, torch.functional.broadcast_tensors), broadcasting),
     F.pad: padding,
     builtins.getattr: attribute,
 }

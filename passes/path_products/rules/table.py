@@ -16,10 +16,11 @@ from dataclasses import is_dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from growfx.passes.operators.classes import row_of
-from growfx.passes.operators.names import operator_name
+from growfx.passes.operators.names import is_moving, operator_name
 from growfx.passes.path_products.rules import (
     arithmetic,
     attention,
@@ -39,6 +40,7 @@ __all__ = [
     "FUNCTIONS",
     "METHODS",
     "MODULES",
+    "carries_steps",
     "family_of",
     "function_rule",
     "method_rule",
@@ -62,7 +64,7 @@ def _merged(name: str, *sources: Any) -> dict[Any, Any]:
 
 
 _FILES = (arithmetic, products, reduce, scatter, selection, shape, spectral)
-FUNCTIONS: dict[Any, Rule] = _merged("FUNCTIONS", *_FILES, norm, attention, sampling)
+FUNCTIONS: dict[Any, Rule] = _merged("FUNCTIONS", *_FILES, norm, attention, sampling, recurrent)
 METHODS: dict[str, Rule] = _merged("METHODS", *_FILES)
 MODULES: dict[Any, Rule] = _merged("MODULES", products, layers, norm, attention, recurrent, sampling)
 _FAMILY: dict[Any, str] = {
@@ -74,6 +76,7 @@ _FAMILY: dict[Any, str] = {
 _SEES_ENDS = selection.SEES_ENDS | sampling.SEES_ENDS | scatter.SEES_ENDS | products.SEES_ENDS
 
 _CONTAINERS = (dict, list, tuple, collections.OrderedDict)
+_RATES = {"mean", "sum", torch.mean, torch.sum}
 
 
 def function_rule(target: Any) -> Rule | None:
@@ -109,3 +112,8 @@ def family_of(rule: Rule | None) -> str:
 def sees_ends(rule: Rule) -> bool:
     """Whether a rule treats what data judged or selected in its own way, not as a constant."""
     return rule in _SEES_ENDS
+
+
+def carries_steps(operation: str, target: Any) -> bool:
+    """Whether an operator on spikes gives spikes or their rates: it moves, joins, sums or averages elements."""
+    return is_moving(operation, target) or target in _RATES or target in shape.JOINING

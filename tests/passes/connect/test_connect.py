@@ -119,10 +119,10 @@ def families_of(rules: Iterable[Callable[..., Any]]) -> tuple[set[str], set[str]
 
 
 NOT_FOLLOWED = {
-    "as_pairs", "bilinear", "deform_conv2d", "from_pairs", "from_parts", "grid_sample", "grouped_matmul",
-    "interpolated", "multihead_function", "padded_sequence", "part", "part_written", "put", "roi_align", "roi_pool",
-    "shifted",
-    "short_time", "transform", "transform_several", "unpool", "writing",
+    "as_pairs", "bilinear", "broadcasting", "deform_conv2d", "distance", "from_pairs", "from_parts", "grid_sample",
+    "grouped_matmul", "integrate", "interpolated", "leak", "learned_leak", "multihead_function", "padded_sequence",
+    "part", "part_written", "put", "roi_align", "roi_pool", "shifted", "short_time", "tensor_dot", "transform",
+    "transform_several", "unpool", "writing",
 }  # fmt: skip
 
 # Per network: groups that could be cut out, each by the layers and channels in it.

@@ -124,6 +124,29 @@ def test_what_data_selected_acts_on_paths_as_one() -> None:
     assert_follows(net, rule)
 
 
+@pytest.mark.parametrize("as_module", [True, False])
+def test_codes_chosen_by_data_end_paths_at_the_choice_and_begin_them_at_the_codes(as_module: bool) -> None:
+    class Quantises(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.codes, self.decoder = nn.Linear(3, 4), nn.Embedding(5, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            chosen = torch.cdist(self.encoder(x), self.codes.weight).argmin(1)
+            codes = self.codes(chosen) if as_module else F.embedding(chosen, self.codes.weight)
+            return self.decoder(codes)
+
+    torch.manual_seed(0)
+    net = with_random_masks(growfx.wrap(Quantises().eval(), torch.randn(2, 3)))
+    ones = torch.ones(1, 4, dtype=torch.float64)
+
+    def rule(w: dict[str, Tensor]) -> Tensor:
+        distances = (ones[:, :3] @ w["encoder"].T).mean(1).expand(5)
+        return torch.cat([distances, (ones @ w["decoder"].T).flatten()])
+
+    assert_follows(net, rule)
+
+
 def test_rows_written_to_places_that_data_chose_are_spread_over_all() -> None:
     def use(net: Any, score: Tensor, place: Tensor) -> Any:
         board = torch.zeros(4, 5)

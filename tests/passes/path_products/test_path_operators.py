@@ -134,6 +134,32 @@ def test_a_write_to_places_chosen_by_data_is_spread_over_all() -> None:
     check(chosen, lambda x: x.mean(1, keepdim=True).expand(-1, 6))
 
 
+TABLE = torch.linspace(-1, 1, 36).view(6, 6)
+
+CONSTANTS: dict[str, tuple[Map, Map]] = {
+    "tensordot over one axis": (lambda x: torch.tensordot(x, TABLE, 1), lambda x: x @ TABLE.abs().double()),
+    "tensordot over named axes": (
+        lambda x: torch.tensordot(x.view(-1, 2, 3), TABLE.view(3, 2, 6), dims=([-1, 1], [0, 1])),
+        lambda x: x.view(-1, 2, 3).transpose(1, 2).flatten(1) @ TABLE.abs().double(),
+    ),
+    "tensordot from the right": (
+        lambda x: torch.tensordot(TABLE, x, dims=((1,), (1,))).t(),
+        lambda x: x @ TABLE.abs().double().T,
+    ),
+    "broadcast tensors": (
+        lambda x: torch.stack(torch.broadcast_tensors(x[:, :1], 2 * x, TABLE[:1])).sum(0),
+        lambda x: x[:, :1] + 2 * x,
+    ),
+    "distances to points": (lambda x: torch.cdist(x, TABLE), lambda x: x.mean(1, keepdim=True).expand(-1, 6)),
+    "distances from points": (lambda x: torch.cdist(TABLE, x).t(), lambda x: x.mean(1, keepdim=True).expand(-1, 6)),
+}
+
+
+@pytest.mark.parametrize("kind", CONSTANTS)
+def test_constants_beside_a_path_value(kind: str) -> None:
+    check(*CONSTANTS[kind])
+
+
 class Spike(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -167,6 +193,93 @@ ELEMENTWISE: dict[str, Map] = {
 def test_elementwise_functions_and_steps_that_go_on_as_data_pass_every_path(kind: str) -> None:
     factor = 3 if "straight" in kind else 1
     check(ELEMENTWISE[kind], lambda x: factor * x)
+
+
+def spikes(x: Tensor) -> Tensor:
+    return (x > 0).float()
+
+
+MOVED_STEPS: dict[str, tuple[Map, Map]] = {
+    "one moment of several": (lambda x: torch.stack([spikes(x), spikes(2 * x)])[1], lambda x: 2 * x),
+    "their rate": (lambda x: torch.stack([spikes(x), spikes(3 * x)]).mean(0), lambda x: 2 * x),
+    "their number": (lambda x: torch.stack([spikes(x), spikes(3 * x)]).sum(0), lambda x: 4 * x),
+    "halves, the other way round": (
+        lambda x: torch.cat(spikes(x).chunk(2, 1)[::-1], 1),
+        lambda x: torch.cat([x[:, 3:], x[:, :3]], 1),
+    ),
+    "beside constants": (
+        lambda x: torch.cat([spikes(x)[:, :3], torch.ones(len(x), 3)], 1),
+        lambda x: torch.cat([x[:, :3], 0 * x[:, 3:]], 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MOVED_STEPS)
+def test_steps_carry_their_paths_where_they_are_moved_joined_or_averaged(kind: str) -> None:
+    check(*MOVED_STEPS[kind])
+
+
+def test_a_network_that_gives_spikes_is_scored_by_their_rates() -> None:
+    class Spiking(nn.Module):
+        def __init__(self, last: Map) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(3, 5), nn.Linear(5, 2), last
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.second(spikes(self.first(x)))
+            return torch.stack([self.last(y), self.last(2 * y)]).mean(0)
+
+    torch.manual_seed(0)
+    spiking, graded = (growfx.wrap(Spiking(last).eval(), torch.randn(2, 3)) for last in (spikes, same))
+    graded.load_state_dict(spiking.state_dict())
+    one, other = growfx.path_products(spiking), growfx.path_products(graded)
+    assert one.scores.keys() == {"first", "second"}
+    for name, score in one.scores.items():
+        torch.testing.assert_close(score, other.scores[name])
+
+
+LIBRARIES: list[torch.library.Library] = []
+
+
+def neuron(name: str, *parameters: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """An operator as spikingjelly registers it; its values do not matter, its shapes do."""
+
+    def forward(x: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        everything = options[len(parameters) + 4]
+        return (x > 0).float(), (x if everything else v).clone(), x.clone()
+
+    if not hasattr(getattr(torch.ops, name), "forward"):
+        library = torch.library.Library(name, "FRAGMENT")
+        given = ", ".join(("Tensor x", "Tensor v", *parameters))
+        usual = "float threshold, float? reset, bool detach_reset, float alpha, bool store_v_seq, int surrogate_id"
+        library.define(f"forward({given}, {usual}) -> (Tensor, Tensor, Tensor)")
+        library.impl("forward", forward, "CompositeExplicitAutograd")
+        LIBRARIES.append(library)
+    return getattr(torch.ops, name).forward.default
+
+
+NEURONS: dict[str, tuple[tuple[str, ...], tuple[Any, ...], float, float]] = {
+    "sj_if": ((), (), 1.0, 1.0),
+    "sj_lif": (("float tau", "bool decay_input"), (4.0, True), 0.75, 0.25),
+    "sj_plif": (("Tensor w", "bool decay_input"), (torch.zeros(()), False), 0.5, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", NEURONS)
+def test_neurons_add_what_comes_in_to_what_they_keep(name: str) -> None:
+    parameters, given, keeps, takes = NEURONS[name]
+    operator, usual = neuron(name, *parameters), (1.0, 0.0, True, 2.0)
+
+    def steps(x: Tensor) -> Tensor:
+        spikes, last, _ = operator(torch.stack([x, 2 * x]), torch.zeros_like(x), *given, *usual, False, 1)
+        after, _, _ = operator(x[None], last, *given, *usual, True, 1)
+        return torch.cat([spikes[1], after[0]], 1)
+
+    def rule(x: Tensor) -> Tensor:
+        second = keeps * takes * x + takes * 2 * x
+        return torch.cat([second, keeps * second + takes * x], 1)
+
+    check(steps, rule)
 
 
 def test_coordinates_carry_no_path() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -101,6 +102,37 @@ def test_a_weight_changed_elementwise_counts_as_it_is_applied(kind: str) -> None
     expected = torch.where(GATE != 0, applied.grad, 0) if change is gated else applied.grad
     scores = growfx.path_products(net).scores["2"]
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=0)  # the model changes it in float32
+
+
+def by_hook(layer: nn.Linear) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the old spelling, which many models have
+        return torch.nn.utils.weight_norm(layer)
+
+
+COMPUTED: dict[str, tuple[Callable[[nn.Linear], nn.Module], str]] = {
+    "by a parametrization": (torch.nn.utils.parametrizations.weight_norm, "*.original1"),
+    "by a hook": (by_hook, "*.weight_v"),
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_a_masked_parameter_that_a_weight_is_computed_from_scores_as_the_weight_does(kind: str) -> None:
+    torch.manual_seed(0)
+    normed, pattern = COMPUTED[kind]
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), normed(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 2)).eval()
+    net = with_random_masks(growfx.wrap(model, torch.randn(2, 4), masked=[pattern]))
+    (name,) = (name for name in net.layers if "2" in name)
+    with torch.no_grad():
+        next(p for key, p in net.named_parameters() if key.endswith(("original0", "weight_g"))).mul_(3)
+    layer, sizes = net.layers[name], [p for p in net[2].parameters() if p.shape == (4, 1)]
+    kept = torch.where(layer.mask, layer.parameter.detach().double(), 0)
+    applied = (kept / kept.norm(dim=1, keepdim=True) * sizes[0].detach()).abs().requires_grad_()
+    first, last = effective(net, "0"), effective(net, "4")
+    (torch.ones(1, 4, dtype=torch.float64) @ first.T @ applied.T @ last.T).sum().backward()
+    scores = growfx.path_products(net).scores
+    torch.testing.assert_close(scores[name], applied.grad, rtol=1e-5, atol=0)
+    torch.testing.assert_close((scores["0"] * first).sum(), (scores[name] * applied.detach()).sum(), rtol=1e-5, atol=0)
 
 
 def test_a_forward_around_the_layers_own_moves_its_units() -> None:

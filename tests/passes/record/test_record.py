@@ -1,8 +1,10 @@
 """Recording: whatever a forward does is in the graph, in order, with a free batch size."""
 
 import dataclasses
+import math
 import random
 from collections import OrderedDict
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import growfx
+from growfx.passes.record.parts import are_apart
 from growfx.passes.record.recording import DataDependentError, record
 
 
@@ -297,6 +300,86 @@ def test_a_write_into_a_part_becomes_functional() -> None:
     assert torch.equal(net([torch.ones(4), torch.ones(5)]), model([torch.ones(4), torch.ones(5)]))
     other = [torch.ones(2), torch.ones(6), torch.ones(3)]
     assert torch.equal(net(other), model(other))
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [
+        lambda y: y.transpose(1, 2).transpose(0, 1),
+        lambda y: y.transpose(-1, 0),
+        lambda y: y.permute(2, 0, 1),
+        lambda y: y.permute((1, -1, 0)),
+        lambda y: torch.permute(y, (2, 1, 0)),
+        lambda y: y.movedim(0, -1),
+        lambda y: y.swapaxes(0, 2)[1:].transpose(0, 1),
+        lambda y: y.narrow(2, 1, 3).permute(2, 0, 1),
+        lambda y: y.select(-2, 2).t().unsqueeze(1),
+    ],
+)
+def test_a_write_into_a_part_behind_moved_axes_becomes_functional(
+    moved: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.last = nn.Linear(4, 12), nn.Linear(12, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.fc(x).view(len(x), 3, 4)
+            moved(y)[0].mul_(3)
+            moved(y)[1] += 2
+            return self.last(y.flatten(1))
+
+    torch.manual_seed(0)
+    net = growfx.wrap(Writes(), torch.randn(2, 4)).eval()
+    assert net.trace_report.faithful
+    nodes = list(net.graph_at(torch.randn(2, 4)).nodes)
+    assert not [n for n in nodes if str(n.target) in ("mul_", "__iadd__") and not n.users]
+    x = torch.randn(2, 4)
+    assert torch.equal(net.graph_module()(x), net(x))
+    # An edge into what is tripled scores three times what it would.
+    once = growfx.path_products(net, norm="identity")
+    factor = torch.ones(2, 3, 4)
+    moved(factor)[0].mul_(3)
+    per_unit = factor[0].flatten().double() * net.get_parameter("last.weight").detach().abs().sum(0).double()
+    scores = once.scores["fc"] * math.exp(once.log_scale)
+    torch.testing.assert_close(scores, per_unit[:, None].expand(12, 4), rtol=1e-6, atol=1e-6)
+
+
+def test_a_write_beside_another_part_that_lives_on_becomes_functional() -> None:
+    class Scan(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.fc(x).view(len(x), 4, 2)
+            even, odd = y[:, :, 0], y[:, :, 1]
+            size = even.size(1)
+            odd.add_(even)
+            even, odd = y[:, 2:], y[:, : size - 2]
+            even.mul_(odd)
+            return torch.cat([y.flatten(1), odd.flatten(1)], 1)
+
+    net = growfx.wrap(Scan(), torch.randn(2, 4)).eval()
+    assert net.trace_report.faithful
+    nodes = list(net.graph_at(torch.randn(2, 4)).nodes)
+    assert not [n for n in nodes if str(n.target) in ("mul_", "add_") and not n.users]
+    x = torch.randn(3, 4)
+    assert torch.equal(net.graph_module()(x), net(x))
+    assert growfx.path_products(net).log_total > -math.inf
+
+
+def test_parts_are_told_apart_by_the_elements_they_hold() -> None:
+    base = torch.zeros(4, 6)
+    views = {"even": base[:, ::2], "odd": base[:, 1::2], "left": base[:, :3], "right": base[:, 3:], "row": base[2]}
+    views |= {"turned": base.t()[3:5], "spread": base[:1, :1].expand(4, 6), "nothing": base[:0], "wide": base[None, 1:]}
+    for one in views.values():
+        for other in views.values():
+            marked = torch.zeros_like(base)
+            marked.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(1)
+            seen = marked.as_strided(other.shape, other.stride(), other.storage_offset())
+            assert are_apart(one, other) == (not seen.any())
 
 
 def test_a_write_that_other_tensors_see_stays_a_write() -> None:
