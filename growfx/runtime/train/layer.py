@@ -96,8 +96,6 @@ class LayerKernel:
 
     def _reason_of_call(self, layer: MaskedLayer, x: Tensor) -> str:
         """Why this call takes dense kernels; "" where it may take sparse ones."""
-        if torch.compiler.is_compiling():
-            return "torch.compile runs the layer"
         reason = layer.refuses_entries()
         if reason:
             return reason
