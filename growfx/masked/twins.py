@@ -46,7 +46,7 @@ class _MaskedConv(_Twin):
     calls_kernel = True
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of the original
-        if self.kernel is not None:
+        if self.kernel is not None and not torch.compiler.is_compiling():
             output = self.kernel(self, input)
             if output is not None:
                 return output
@@ -57,7 +57,7 @@ class _MaskedLinear(_Twin):
     calls_kernel = True
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of the original
-        if self.kernel is not None:
+        if self.kernel is not None and not torch.compiler.is_compiling():
             output = self.kernel(self, input)
             if output is not None:
                 return output

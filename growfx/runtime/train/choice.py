@@ -223,7 +223,7 @@ def _key(layer: MaskedLayer, g: Geometry, x: Tensor, gradient: bool) -> str:
 
 
 def _file_key(key: str) -> dict[str, Any]:
-    return {"training": key, "torch": torch.__version__, "processor": processor(), "version": 4}
+    return {"training": key, "torch": torch.__version__, "processor": processor(), "version": 5}
 
 
 def _read(key: str) -> dict[float, Times]:

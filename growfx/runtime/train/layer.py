@@ -38,6 +38,9 @@ class LayerKernel:
         self.reason = self.never or "it has not been called"
         self.took_sparse = False
         self._entries: Entries | None = None
+        # Where dense kernels were chosen, the mask need not be read again as long as nothing is known to have changed.
+        self._dense_at: tuple[Any, ...] = ()
+        self._dense_reason = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None  # a copy computes dense until `use_kernels` is called on it
@@ -51,6 +54,10 @@ class LayerKernel:
         self.reason = self.never or self._reason_of_call(layer, x)
         if self.reason:
             return None
+        situation = self._situation(layer, x)
+        if situation == self._dense_at:
+            self.reason = self._dense_reason
+            return None
         with torch._C.DisableTorchFunction():
             half = torch.is_autocast_enabled("cpu")
             images = x.to(torch.bfloat16) if half else x
@@ -63,9 +70,16 @@ class LayerKernel:
                 self.name, layer, self.geometry, entries, images, out_size, inner
             )
             if not self.took_sparse:
+                self._dense_at, self._dense_reason = situation, self.reason
                 return None
             bias: Any = layer.bias
             return product(images, layer.weight_of_entries(), bias, entries, self.geometry, out_size, inner=inner)
+
+    def _situation(self, layer: MaskedLayer, x: Tensor) -> tuple[Any, ...]:
+        """What a choice depends on, as far as it can be told without reading the mask."""
+        gradient = torch.is_grad_enabled(), x.requires_grad, layer.parameter.requires_grad
+        where = torch.get_num_threads(), is_flowing(), torch.is_autocast_enabled("cpu"), id(self.chooser.known)
+        return (layer.mask_marker(), x.shape, x.dtype, *gradient, *where)
 
     def _keeps_inner(self, x: Tensor) -> bool:
         """Whether the output is to stay with the batch innermost."""
@@ -96,8 +110,6 @@ class LayerKernel:
 
     def _reason_of_call(self, layer: MaskedLayer, x: Tensor) -> str:
         """Why this call takes dense kernels; "" where it may take sparse ones."""
-        if torch.compiler.is_compiling():
-            return "torch.compile runs the layer"
         reason = layer.refuses_entries()
         if reason:
             return reason

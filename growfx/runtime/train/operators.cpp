@@ -40,12 +40,23 @@ struct Layer {
   at::IntArrayRef kernel, stride, padding, dilation;
 };
 
+// Whether every place of the output reads the same place of the input, and no other.
+bool is_pointwise(const Geometry& g) {
+  for (const AxisSizes& a : g.axes)
+    if (a.kernel != 1 || a.stride != 1 || a.padding != 0 || a.in != a.out) return false;
+  return true;
+}
+
 Geometry geometry_of(at::IntArrayRef in, at::IntArrayRef out, const Layer& layer) {
   Geometry g{in[0], in[1], out[1], 1, {}};
   for (int a = 0; a < 3; ++a) {
     g.axes[a] = {axis_of(in.slice(2), a, 1),      axis_of(out.slice(2), a, 1),      axis_of(layer.kernel, a, 1),
                  axis_of(layer.stride, a, 1), axis_of(layer.padding, a, 0), axis_of(layer.dilation, a, 1)};
     g.taps *= g.axes[a].kernel;
+  }
+  if (is_pointwise(g)) {  // places are like images: one long run
+    g.images *= g.in_places();
+    for (AxisSizes& axis : g.axes) axis.in = axis.out = 1;
   }
   return g;
 }

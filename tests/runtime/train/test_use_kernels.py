@@ -295,3 +295,17 @@ def test_a_smaller_batch_without_gradients_takes_what_a_larger_one_does(monkeypa
         monkeypatch.setattr(choice, "_measure", lambda *_: pytest.fail("measured again"))
         net(x[:3])
     assert kernels_of(net) == taken
+
+
+@built
+@pytest.mark.filterwarnings("ignore")  # torch's own, about its compiler
+def test_compiled_code_is_one_graph_of_dense_kernels() -> None:
+    net, x = wrapped()
+    growfx.use_kernels(net, "sparse")
+    expected = net(x)
+    found = torch.compile(net, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    gradient = net.layers["conv"].weight.grad
+    assert gradient is not None
+    assert not gradient[~net.layers["conv"].mask].any()
