@@ -55,16 +55,16 @@ class TraceError(GrowfxError):
 class UnsupportedOperatorError(TraceError):
     """An operator on a path has no path rule; names node, operator and source line.
 
-    >>> class Sorted(torch.nn.Module):
+    >>> class Products(torch.nn.Module):
     ...     def __init__(self):
     ...         super().__init__()
     ...         self.fc = torch.nn.Linear(4, 4)
     ...     def forward(self, x):
-    ...         return torch.cdist(self.fc(x), x)
+    ...         return torch.cumprod(self.fc(x), 1)
     >>> try:
-    ...     growfx.path_products(growfx.wrap(Sorted(), torch.randn(1, 4)))
+    ...     growfx.path_products(growfx.wrap(Products(), torch.randn(1, 4)))
     ... except growfx.UnsupportedOperatorError as error:
-    ...     print("cdist" in str(error))
+    ...     print("cumprod" in str(error))
     True
     """
 

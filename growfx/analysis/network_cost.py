@@ -82,6 +82,13 @@ def cost(net: MaskedGraph, example_inputs: Any = None) -> Cost:
     Raises:
         ConfigError: not a masked network.
         TraceError: the network cannot be called with `example_inputs`.
+
+    Example:
+        >>> import torch, growfx
+        >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4), density=0.5)
+        >>> cost = growfx.cost(net)
+        >>> cost.dense, cost.sparse
+        (8.0, 4.0)
     """
     net = as_masked_graph(net, "growfx.cost")
     with undisturbed(net):

@@ -25,7 +25,7 @@ class StoredCost:
         return sum(dense), sum(sparse)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values as `growfx.Cost.to_json` gives them, sums over the network included."""
+        """Return JSON values as `Cost.to_json` gives them, sums over the network included."""
         dense, sparse = self.totals()
         layers = {name: {"dense": pair[0], "sparse": pair[1]} for name, pair in self.layers.items()}
         return {"layers": layers, "rest": self.rest, "dense": dense + self.rest, "sparse": sparse + self.rest}

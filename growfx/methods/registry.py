@@ -70,7 +70,7 @@ def create(name: str, **options: Any) -> Method:
 
     Example:
         >>> growfx.methods.create("static", density=0.2, distribution="uniform")
-        Static(init='dense', seed=0, density=0.2, masks='drawn', distribution='uniform')
+        Static(init='dense', sign_in=0, seed=0, density=0.2, masks='drawn', distribution='uniform')
     """
     kind: Any = kind_of(name)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}

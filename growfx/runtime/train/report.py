@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,10 +40,10 @@ class KernelReport:
     layers: dict[str, LayerChoice]
     notes: tuple[str, ...] = ()
 
-    def to_json(self) -> str:
-        """`kernels`, `notes` and, by layer, `kernel`, `reason`, `dense_us`, `sparse_us` and `density`, as JSON."""
+    def to_json(self) -> dict[str, Any]:
+        """`kernels`, `notes` and, by layer, `kernel`, `reason`, `dense_us`, `sparse_us` and `density`, as JSON values."""
         layers = {name: _row(choice) for name, choice in self.layers.items()}
-        return json.dumps({"kernels": self.kernels, "notes": list(self.notes), "layers": layers})
+        return {"kernels": self.kernels, "notes": list(self.notes), "layers": layers}
 
     def __str__(self) -> str:
         width = max([5, *map(len, self.layers)])

@@ -44,6 +44,13 @@ def use_kernels(
 
     Raises:
         ConfigError: unknown `kernels`; "sparse" for a network that is not on a CPU in float32.
+
+    Example:
+        >>> import torch, growfx
+        >>> images = torch.randn(16, 3, 8, 8)
+        >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), images[:1], density=0.1)
+        >>> growfx.use_kernels(net, example_inputs=images).kernel_report.kernels
+        'auto'
     """
     found = as_masked_graph(net, "growfx.use_kernels")
     if kernels not in KERNELS:

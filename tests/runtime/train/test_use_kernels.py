@@ -157,7 +157,7 @@ def test_each_layer_takes_what_was_measured_to_be_faster(monkeypatch: pytest.Mon
     report = net.kernel_report
     assert (report.layers["conv"].dense, report.layers["conv"].sparse) == (100.0, 10.0)
     assert "conv" in str(report)
-    rows = json.loads(report.to_json())["layers"]
+    rows = json.loads(json.dumps(report.to_json()))["layers"]
     assert rows["fc"]["kernel"] == "dense"
 
 
