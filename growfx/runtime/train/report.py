@@ -41,7 +41,7 @@ class KernelReport:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """`kernels`, `notes` and, by layer, `kernel`, `reason`, `dense_us`, `sparse_us` and `density`, as JSON values."""
+        """JSON values: `kernels`, `notes`, and by layer `kernel`, `reason`, `dense_us`, `sparse_us`, `density`."""
         layers = {name: _row(choice) for name, choice in self.layers.items()}
         return {"kernels": self.kernels, "notes": list(self.notes), "layers": layers}
 
