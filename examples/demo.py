@@ -43,6 +43,7 @@ def row(name: str, result: dict[str, Any], size: int) -> list[str]:
         f"{100 * result['density']:.2f} %",
         f"{result['dense_equivalent_epochs']:.1f}",
         f"{result['epochs']}",
+        f"{result['train_seconds']:.1f}",
         f"{size:,}",
     ]
 
@@ -55,7 +56,12 @@ def main() -> None:
     sizes = [json.loads(growfx("inspect", str(path / "artifact"), "--json"))["bytes"] for path in (GROWN, DENSE)]
     reloaded = json.loads(growfx("eval", str(GROWN / "artifact"), "--data", "digits", "--json"))["accuracy"]
     rows = [row("grown", grown, sizes[0]), row("dense control", dense, sizes[1])]
-    print(tabulate(rows, ["", "test accuracy", "density", "dense-equivalent epochs", "epochs run", "bytes"]))
+    print(
+        tabulate(
+            rows,
+            ["", "test accuracy", "density", "dense-equivalent epochs", "epochs run", "seconds of training", "bytes"],
+        )
+    )
     fit = grown["trace"][-1]["fit"]
     told = f", on a curve that is {fit['curve']}" if fit else ""
     print(f"growth stopped: {grown['stop_reason']}, after {len(grown['trace'])} rounds{told}")

@@ -23,7 +23,7 @@ from growfx.options import TrainOptions
 from growfx.reporting.run import write_report
 from growfx.runs.folder import RunFolder, finite
 from growfx.runs.result import Result
-from growfx.runtime.train import kernels_taken, use_kernels
+from growfx.runtime.train import dense_meanwhile, kernels_taken, use_kernels
 from growfx.training.config import model_name
 from growfx.training.evaluation import Score, count_classes, evaluate, paired_noise
 from growfx.training.interrupts import Interrupts, Stopped
@@ -214,7 +214,8 @@ class Run:
     def _finish(self) -> Result:
         test = None
         if self.test_loader is not None:
-            test = self._evaluate(self.net, self.test_loader).accuracy
+            with dense_meanwhile(self.net):  # what the artifact will give
+                test = self._evaluate(self.net, self.test_loader).accuracy
         method, net = self.method, self.net
         result = Result(
             method=method.name if method.changes_masks else "dense" if net.nnz == net.numel else "fixed masks",

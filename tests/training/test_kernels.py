@@ -77,3 +77,22 @@ def test_without_a_compiler_training_goes_on_with_dense_kernels_and_says_why(mon
     assert "there is no compiler" in str(net.kernel_report)
     same, _ = run("dense")
     assert content_digest(dict(net.state_dict())) == content_digest(dict(same.state_dict()))
+
+
+@built
+def test_the_test_accuracy_is_computed_as_the_artifact_computes_it(monkeypatch):
+    net = fresh_net()
+    options = dataclasses.replace(QUICK, kernels="sparse")
+    method = growfx.methods.create("static", density=0.3)
+    train_loader, val_loader = loaders()
+    kernels = []
+    evaluate = growfx.training.run.evaluate
+
+    def noted(net, loader, device):
+        kernels.append(getattr(net, "kernels", None) is not None)
+        return evaluate(net, loader, device)
+
+    monkeypatch.setattr("growfx.training.run.evaluate", noted)
+    growfx.train(net, train_loader, val_loader, test_loader=val_loader, method=method, options=options, progress=False)
+    assert kernels == [True] * 3 + [False]
+    assert net.kernel_report.kernels == "sparse"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from growfx.runtime.train.flow import Flow
 from growfx.runtime.train.layer import LayerKernel
 from growfx.runtime.train.report import KernelReport, LayerChoice
 
-__all__ = ["NetworkKernels", "choices_of", "kernels_taken", "take_choices"]
+__all__ = ["NetworkKernels", "choices_of", "dense_meanwhile", "kernels_taken", "take_choices"]
 
 # Of all modules, whatever network they belong to.
 _GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
@@ -120,3 +121,18 @@ def kernels_taken(net: MaskedGraph) -> dict[str, Any]:
     layers = {name: choice.kernel for name, choice in report.layers.items()}
     taken = list(layers.values())
     return {"asked": report.kernels, **{kind: taken.count(kind) for kind in ("sparse", "dense")}, "layers": layers}
+
+
+@contextmanager
+def dense_meanwhile(net: MaskedGraph) -> Generator[None]:
+    """Compute by dense kernels in this block, as a network does that is loaded from its artifact: the same bits."""
+    kernels, layers = net.kernels, {name: layer.kernel for name, layer in net.layers.items()}
+    net.kernels = None
+    for layer in net.layers.values():
+        layer.kernel = None
+    try:
+        yield
+    finally:
+        net.kernels = kernels
+        for name, layer in net.layers.items():
+            layer.kernel = layers[name]
