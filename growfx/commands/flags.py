@@ -74,14 +74,14 @@ class OptionCommand(click.Command):
 
 
 def _after(flag: str, args: Iterable[str]) -> str | None:
-    """The value of a flag among arguments, as `FLAG VALUE` or `FLAG=VALUE`."""
-    args = list(args)
+    """The value of a flag among arguments, as `FLAG VALUE` or `FLAG=VALUE`: the last, as for click."""
+    args, found = list(args), None
     for i, argument in enumerate(args):
         if argument.startswith(f"{flag}="):
-            return argument.partition("=")[2]
+            found = argument.partition("=")[2]
         if argument == flag and i + 1 < len(args):
-            return args[i + 1]
-    return None
+            found = args[i + 1]
+    return found
 
 
 class _FieldOption(click.Option):

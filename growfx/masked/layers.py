@@ -316,6 +316,8 @@ class MaskedLayer(nn.Module):
         weight, stored = self.parameter, self._stored
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return weight
+        if LAYER_OF.get(id(weight)) is not self:  # of a copy: the optimizer's steps would not find the layer
+            self.adopt()
         if self.read_directly:
             return self._with_masked_gradient(weight, self.mask, own=False)
         if stored.entries is None or stored.entries_address != weight.data_ptr():

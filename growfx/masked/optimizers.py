@@ -17,7 +17,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from growfx.distributed.sharded import all_finite, is_sharded, own_part, part_of
 from growfx.masked.layers import MaskedLayer
@@ -150,8 +155,17 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
             layer.optimizer_will_step(scale)
         versions[id(layer.parameter)] = layer.parameter._version
     record.versions.append(versions)
-    record.hidden.append([] if masked is not None or scale is not None else _step_ahead(optimizer, layers))
+    whole = masked is not None or scale is not None or _others_look(optimizer)
+    record.hidden.append([] if whole else _step_ahead(optimizer, layers))
     return masked
+
+
+def _others_look(optimizer: Optimizer) -> bool:
+    """Whether hooks run between these two, which would find no gradients or change them too late."""
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return True
+    last, first = [*_global_optimizer_pre_hooks.values()][-1], next(iter(_global_optimizer_post_hooks.values()))
+    return last is not _before_step or first is not _after_step
 
 
 def _step_ahead(optimizer: Optimizer, layers: list[MaskedLayer]) -> list[tuple[nn.Parameter, Tensor | None]]:

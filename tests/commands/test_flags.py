@@ -65,6 +65,14 @@ def test_a_flag_of_another_method_is_wrong_usage_with_the_nearest_match(tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_of_two_methods_the_last_counts_with_its_flags(tmp_path, capsys):
+    start = ["train", "test_resnet", "--data", "digits", "--out", tmp_path / "run"]
+    assert call(*start, "--method", "grasp", "--method", "rigl", "--drop-fraction", 2) == 1
+    assert "`drop_fraction` = 2.0 is out of range" in capsys.readouterr().err
+    assert call(*start, "--method", "rigl", "--method=grasp", "--drop-fraction", 0.2) == 2
+    assert "--drop-fraction" in capsys.readouterr().err
+
+
 def test_a_bad_value_is_answered_by_name_and_range(tmp_path, capsys):
     start = ["train", "test_resnet", "--data", "digits", "--out", tmp_path / "run", "--method=rigl"]
     assert call(*start, "--drop-fraction", 2) == 1

@@ -13,6 +13,7 @@ import growfx
 from growfx import methods
 from growfx.errors import ConfigError
 from growfx.methods.sign_in import SignIn
+from growfx.runtime.train.library import training_status
 
 OPTIMIZERS = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-2),
@@ -267,3 +268,23 @@ def test_optimizers_that_compute_gradients_within_their_step_are_refused():
 def test_other_values_are_refused_by_name(value):
     with pytest.raises(ConfigError, match="`sign_in`"):
         methods.create("static", sign_in=value)
+
+
+@pytest.mark.skipif(bool(training_status()), reason=training_status() or "the kernels are there")
+@pytest.mark.parametrize("optimizer_name", ["sgd", "adamw"])
+def test_it_is_the_same_training_where_kernels_compute_present_weights_alone(optimizer_name):
+    trained = []
+    for kernels in ("dense", "sparse"):
+        net = growfx.use_kernels(sparse_net(), kernels)
+        optimizer = OPTIMIZERS[optimizer_name](net.parameters())
+        method = methods.create("static", density=None, masks="given", sign_in=1)
+        method.attach(net, optimizer, total_steps=12, steps_per_epoch=4)
+        for number in range(8):
+            images, classes = batch(number)
+            F.cross_entropy(net(images), classes).backward()
+            optimizer.step()
+            method.step()
+            optimizer.zero_grad()
+        trained.append(net.state_dict())
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value, rtol=1e-3, atol=1e-4)

@@ -7,7 +7,10 @@ dense convolutions, views) gets it. Tensors keep their shapes and values; only t
 
 from __future__ import annotations
 
+import operator
+import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +21,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from growfx.errors import TraceError
 from growfx.runtime.train.chains import ADDITIONS, RECTIFICATIONS, Chain
 
 __all__ = ["Flow", "is_flowing", "is_inner"]
@@ -33,10 +37,15 @@ _OUTER: set[Any] = {
     *(torch.Tensor.view, torch.Tensor.contiguous, torch.Tensor.flatten, torch.Tensor.reshape),
     *(torch.flatten, torch.reshape, F.scaled_dot_product_attention, torch.Tensor.__matmul__, torch.bmm),
 }
-_IN_PLACE: set[Any] = {torch.relu_, torch.Tensor.relu_}
+_IN_PLACE: set[Any] = {torch.relu_, torch.Tensor.relu_, torch.Tensor.add_, torch.Tensor.__iadd__, operator.iadd}
 _MOST_TAPS = 255  # that a byte can tell apart
 _MAX_POOLS: set[Any] = {F.max_pool2d, torch.max_pool2d}
-_NEVER = {"__get__", "__set__", "size", "dim", "stride", "is_contiguous", "data_ptr", "numel", "ndimension", "detach"}
+# What a tensor tells without its values.
+_SHAPES: set[Any] = {
+    *(torch.Tensor.size, torch.Tensor.dim, torch.Tensor.ndimension, torch.Tensor.numel, torch.Tensor.nelement),
+    *(torch.Tensor.stride, torch.Tensor.is_contiguous, torch.Tensor.is_floating_point, torch.Tensor.__len__),
+    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "is_cuda")),
+}
 
 
 def is_inner(x: Tensor) -> bool:
@@ -58,111 +67,172 @@ def is_flowing() -> bool:
 
 @dataclass
 class _Waiting:
-    """A norm whose result is still to be computed, or was rectified before the rectification was called.
+    """A norm, or the sum of one, whose tensor the model has already and whose values wait for what is done with it.
 
-    `result`: None while nothing was computed. `added`: the sum was computed into it, in place as the model sees it.
+    `tensor`: what the model holds: without values, or gone. `result`: the values after the rectification that should
+    follow, where they were computed, and no rectification has taken them. `compute`: the values, with or without it.
+    `reads`: tensors that `compute` reads. `gradient`: whether gradients were wanted. `moved`: whether running
+    statistics have moved, as they do whatever becomes of the values.
     """
 
+    tensor: weakref.ref[Tensor]
     compute: Callable[..., Tensor]
     chain: Chain
     result: Tensor | None
-    added: bool = False
+    reads: tuple[Tensor, ...]
+    gradient: bool
+    moved: list[bool]
+    followed: bool = False
 
 
 class Flow(TorchFunctionMode):
     """One call of a network in the flow.
 
     Args:
-        chains: what follows each norm, by the id of its weight.
+        chains: what follows each norm, by the id of its weight. What a call does otherwise gets the norm's own values.
     """
 
     def __init__(self, chains: Mapping[int, Chain]) -> None:
         super().__init__()
         self.chains = chains
-        self.waiting: dict[int, tuple[Tensor, _Waiting]] = {}
+        self.waiting: dict[int, _Waiting] = {}
 
     def run(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
-        """What `model` returns, laid out as torch lays it out."""
+        """What `model` returns, laid out as torch lays it out.
+
+        Raises:
+            TraceError: an autograd function of the model's was given a norm that was recorded with another use.
+        """
         before, _LOCAL.flow = getattr(_LOCAL, "flow", None), self
         try:
             with self:
                 found = model(*args, **kwargs)
         finally:
             _LOCAL.flow = before
-        if isinstance(found, Tensor):
-            return self._settled(found, outer=True)
-        return pytree.tree_map_only(Tensor, lambda value: self._settled(value, outer=True), found)
+        self._finish()
+        return pytree.tree_map_only(Tensor, _outer, found) if not isinstance(found, Tensor) else _outer(found)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _SHAPES:
+            return func(*args, **kwargs)
         if func is F.batch_norm and is_flowing():
             found = self._norm(*args, **kwargs)
             return func(*args, **kwargs) if found is None else found
-        if self.waiting and self._waits(args) and getattr(func, "__name__", "") not in _NEVER:
+        if self.waiting:
             found = self._follow(func, args, kwargs)
             if found is not None:
                 return found
-            args, kwargs = self._all_settled(args, kwargs, outer=False)
+            self._fill_all((args, kwargs))
+            if _writes(func, kwargs):
+                self._fill_readers_of((args, kwargs))
         if func in _MAX_POOLS and is_flowing():
             found = self._pool(*args, **kwargs)
             if found is not None:
                 return found
         if func in _OUTER:
-            args, kwargs = self._all_settled(args, kwargs, outer=True)
+            args, kwargs = pytree.tree_map_only(Tensor, _outer, (args, kwargs))
         return func(*args, **kwargs)
 
-    def _waits(self, args: Any) -> bool:
-        """Whether something among the arguments waits for what follows it."""
-        for value in args:
-            if id(value) in self.waiting or (isinstance(value, (list, tuple)) and self._waits(value)):
-                return True
-        return False
+    def _state_of(self, value: Any) -> _Waiting | None:
+        state = self.waiting.get(id(value))
+        return state if state is not None and state.tensor() is value else None
 
-    def _all_settled(self, args: Any, kwargs: Any, *, outer: bool) -> Any:
-        return pytree.tree_map_only(Tensor, lambda value: self._settled(value, outer=outer), (args, kwargs))
+    def _wait(self, tensor: Tensor, state: _Waiting) -> Tensor:
+        state.tensor = weakref.ref(tensor)
+        self.waiting[id(tensor)] = state
+        return tensor
 
-    def _settled(self, value: Tensor, *, outer: bool) -> Tensor:
-        """`value` as the model knows it, for a use that no chain foresaw."""
-        entry = self.waiting.get(id(value))
-        if entry is not None:
-            state = entry[1]
-            value = state.result if state.added and state.result is not None else state.compute(None, relu=False)
-        return torch.ops.growfx.batch_outer(value, value.dtype) if outer and is_inner(value) else value
+    def _fill_all(self, values: Any) -> None:
+        """Give all that wait among `values`, nested as they may be, their values."""
+        if isinstance(values, Tensor):
+            self._fill(values)
+        elif isinstance(values, (list, tuple)):
+            for value in values:
+                self._fill_all(value)
+        elif isinstance(values, dict):
+            self._fill_all(tuple(values.values()))
+
+    def _fill(self, value: Tensor) -> None:
+        """Give `value` the values that the model expects in it, for a use that no chain foresaw."""
+        state = self._state_of(value)
+        if state is not None:
+            if state.gradient and not torch.is_grad_enabled():
+                _refuse_functions()
+            del self.waiting[id(value)]
+            with torch.set_grad_enabled(state.gradient):
+                _become(value, state.compute(None, relu=False))
+
+    def _fill_readers_of(self, values: Any) -> None:
+        """Compute what reads the memory of tensors among `values`, which is about to be written to."""
+        written = {_memory(value) for value in pytree.tree_leaves(values) if isinstance(value, Tensor)}
+        for state in [*self.waiting.values()]:
+            value = state.tensor()
+            if value is not None and not written.isdisjoint(map(_memory, state.reads)):
+                self._fill(value)
+
+    def _drop_lost(self) -> None:
+        """Forget what nobody holds any more; running statistics move all the same."""
+        for key, state in [*self.waiting.items()]:
+            if state.tensor() is None:
+                del self.waiting[key]
+                if not state.moved[0]:
+                    with torch.no_grad():
+                        state.compute(None, relu=False)
+
+    def _finish(self) -> None:
+        """Give what the model has kept its values."""
+        self._drop_lost()
+        for state in [*self.waiting.values()]:
+            value = state.tensor()
+            if value is not None:
+                self._fill(value)
 
     def _follow(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
         """The result of the sum or rectification that a norm waits for; None where `func` is neither."""
+        in_place = func in _IN_PLACE
         if func in RECTIFICATIONS and args:
-            entry = self.waiting.get(id(args[0]))
-            if entry is None or entry[1].chain.adds or entry[1].result is None:
-                return None
-            result = entry[1].result
-            in_place = func in _IN_PLACE or kwargs.get("inplace", False) or any(args[1:])
-            if in_place or not torch.is_grad_enabled():
-                del self.waiting[id(args[0])]
-                return result
-            # Whoever reads the norm itself later still finds it as it was before: another object, the same values.
-            return result.view_as(result)
-        if func in ADDITIONS and len(args) == 2 and not kwargs:
-            for own, other in (args, args[::-1]):
-                entry = self.waiting.get(id(own))
-                if entry is not None and entry[1].chain.adds and not entry[1].added:
-                    return self._added(own, other, entry[1])
+            return self._rectified(args[0], in_place or kwargs.get("inplace", False) or any(args[1:]))
+        if func in ADDITIONS and len(args) == 2 and not kwargs and args[0] is not args[1]:
+            for own, other in (args,) if in_place else (args, args[::-1]):
+                state = self._state_of(own)
+                if state is not None and state.chain.adds and not state.followed:
+                    return self._added(own, other, state, in_place)
         return None
 
-    def _added(self, own: Tensor, other: Any, state: _Waiting) -> Tensor | None:
+    def _rectified(self, own: Tensor, in_place: bool) -> Tensor | None:
+        state = self._state_of(own)
+        if state is None or state.result is None or state.gradient != torch.is_grad_enabled():
+            return None
+        result, state.result = state.result, None
+        if not in_place:
+            return result  # whoever reads the norm itself later finds its own values in `own`
+        del self.waiting[id(own)]
+        _become(own, result)
+        return own
+
+    def _added(self, own: Tensor, other: Any, state: _Waiting, in_place: bool) -> Tensor | None:
         """The norm `own` with `other` added; None where torch is to add them."""
         if not isinstance(other, Tensor) or other.shape != own.shape or other.dtype != torch.float32:
             return None
-        added, compute, rectifies = self._settled(other, outer=False), state.compute, state.chain.rectifies
-        out = compute(added, relu=rectifies)
-        state.result, state.added = out, True  # what is added to in place is still known by its old name
-        if rectifies:
+        if state.gradient != torch.is_grad_enabled():
+            return None
+        self._fill(other)
+        compute, rectifies = state.compute, state.chain.rectifies
+        out, state.followed = compute(other, relu=rectifies), True
+        if in_place:
+            del self.waiting[id(own)]
+        if not rectifies:
+            if in_place:
+                _become(own, out)
+            return own if in_place else out
 
-            def again(_: Tensor | None, *, relu: bool) -> Tensor:
-                return compute(added, relu=relu)
+        def again(_: Tensor | None, *, relu: bool) -> Tensor:
+            return compute(other, relu=relu)
 
-            self.waiting[id(out)] = (out, _Waiting(again, Chain(adds=False, rectifies=True), out))
-        return out
+        chain, reads = Chain(adds=False, rectifies=True), (*state.reads, other)
+        place = own if in_place else out.detach()
+        return self._wait(place, _Waiting(state.tensor, again, chain, out, reads, state.gradient, state.moved))
 
     def _pool(
         self,
@@ -200,7 +270,8 @@ class Flow(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor | None:
         """`F.batch_norm` where the batch is innermost; None where torch is to compute it."""
-        x = self._settled(x, outer=False)
+        self._fill(x)
+        self._drop_lost()
         values = x.numel() // max(x.shape[1], 1) if x.dim() > 2 else 0
         if x.dtype != torch.float32 or not x.is_cpu or values < 2 or (not training and mean is None):
             return None
@@ -223,13 +294,50 @@ class Flow(TorchFunctionMode):
         chain = None if weight is None else self.chains.get(id(weight))
         if chain is None:
             return compute(None, relu=False)
-        if not chain.adds:
-            out = compute(None, relu=True)
-            self.waiting[id(out)] = (out, _Waiting(compute, chain, out))
-            return out
-        place = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
-        self.waiting[id(place)] = (place, _Waiting(compute, chain, None))
-        return place
+        out = None if chain.adds else compute(None, relu=True)
+        place = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if out is None else out.detach()
+        reads = tuple(t for t in (x, weight, bias) if t is not None)
+        tensor = weakref.ref(place)
+        return self._wait(place, _Waiting(tensor, compute, chain, out, reads, torch.is_grad_enabled(), moved))
+
+
+def _become(value: Tensor, found: Tensor) -> None:
+    """Make the object `value`, which the model holds, the tensor `found`."""
+    torch._C._swap_tensor_impl(value, found)
+
+
+def _refuse_functions() -> None:
+    """Refuse the forward of an autograd function, which took a tensor's gradient before its values were there."""
+    kinds = [torch.autograd.Function]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    forwards = {getattr(kind.forward, "__code__", None) for kind in kinds}
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not Flow.run.__code__:
+        if frame.f_code in forwards:
+            raise TraceError(
+                "an autograd function expected a tensor with its gradient, got a batch norm that waits for the sum or "
+                'rectification that was recorded after it; call `growfx.use_kernels(net, "dense")` for a model that '
+                "does not always do what was recorded"
+            )
+        frame = frame.f_back
+
+
+def _writes(func: Any, kwargs: Any) -> bool:
+    """Whether a function of torch changes one of its arguments."""
+    name = getattr(func, "__name__", "")
+    hidden = name.startswith("__")
+    in_place = name.startswith("__i") or name == "__setitem__" if hidden else name.endswith("_")
+    return in_place or bool(kwargs.get("inplace")) or kwargs.get("out") is not None
+
+
+def _memory(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr() if value.layout == torch.strided else id(value)
+
+
+def _outer(value: Tensor) -> Tensor:
+    """`value` as torch lays it out."""
+    return torch.ops.growfx.batch_outer(value, value.dtype) if is_inner(value) else value
 
 
 def _pair(value: Any) -> tuple[int, int]:

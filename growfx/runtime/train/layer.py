@@ -89,7 +89,8 @@ class LayerKernel:
         """The entries of the mask as it is now, for outputs of `out_size`: checked or made anew."""
         strides, wide = layer.parameter.stride(), self.geometry.is_wide(out_size)
         if self._entries is None or not self._entries.are_of(layer.mask, strides, wide=wide):
-            self._entries = Entries.of(layer.mask, strides, self.geometry, out_size)
+            with torch.inference_mode(False):  # a backward pass may use them later
+                self._entries = Entries.of(layer.mask, strides, self.geometry, out_size)
         return self._entries
 
     def entries_of(self, layer: MaskedLayer) -> Entries | None:

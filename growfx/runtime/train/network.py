@@ -51,7 +51,8 @@ class NetworkKernels:
             return model(*args, **kwargs)
         if chooser.kernels == "auto" and not chooser.flow_pays():
             return model(*args, **kwargs)
-        return Flow(self._chains).run(model, args, kwargs)
+        # The chains were recorded in training; a forward may do something else in evaluation.
+        return Flow(self._chains if model.training else {}).run(model, args, kwargs)
 
     def _reason_of_call(self, model: nn.Module) -> str:
         """Why this call keeps torch's layout; "" where it need not."""

@@ -43,7 +43,8 @@ def step_present(optimizer: Optimizer, layers: Sequence[MaskedLayer]) -> list[nn
         if index is None or any(group.get(name) for name in _ELSEWHERE):
             continue
         if kind is SGD:
-            _step_sgd(optimizer, parameter, group, index)
+            if not _step_sgd(optimizer, parameter, group, index):
+                continue
         elif not _step_adam(optimizer, parameter, group, index):
             continue
         done.append(parameter)
@@ -73,10 +74,12 @@ def _put(tensor: Tensor, index: Tensor, values: Tensor) -> None:
     torch.autograd.graph.increment_version(tensor)
 
 
-def _step_sgd(optimizer: Optimizer, parameter: nn.Parameter, group: dict[str, Any], index: Tensor) -> None:
-    values, gradient = _gather(parameter, index), _gather(_gradient(parameter), index)
+def _step_sgd(optimizer: Optimizer, parameter: nn.Parameter, group: dict[str, Any], index: Tensor) -> bool:
     momentum = group["momentum"]
     buffer = optimizer.state[parameter].get("momentum_buffer") if momentum != 0 else None
+    if buffer is not None and not _lies_alike(buffer, parameter):
+        return False
+    values, gradient = _gather(parameter, index), _gather(_gradient(parameter), index)
     buffers = [None if buffer is None else _gather(buffer, index)]
     names = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
     sgd([values], [gradient], buffers, foreach=False, fused=False, **{name: group[name] for name in names})
@@ -85,6 +88,7 @@ def _step_sgd(optimizer: Optimizer, parameter: nn.Parameter, group: dict[str, An
         if buffer is None:
             buffer = optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter).detach()
         _put(buffer, index, buffers[0])
+    return True
 
 
 def _step_adam(optimizer: Optimizer, parameter: nn.Parameter, group: dict[str, Any], index: Tensor) -> bool:
@@ -96,7 +100,7 @@ def _step_adam(optimizer: Optimizer, parameter: nn.Parameter, group: dict[str, A
         state["step"] = torch.tensor(0.0, dtype=torch.float64 if torch.get_default_dtype() == torch.float64 else None)
         for name in moments:
             state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
-    if any(state[name].stride() != parameter.stride() for name in moments):
+    if not all(_lies_alike(state[name], parameter) for name in moments):
         return False
     values, gradient = _gather(parameter, index), _gather(_gradient(parameter), index)
     gathered = {name: [_gather(state[name], index)] for name in moments}
@@ -114,6 +118,12 @@ def _step_adam(optimizer: Optimizer, parameter: nn.Parameter, group: dict[str, A
     for name in moments:
         _put(state[name], index, gathered[name][0])
     return True
+
+
+def _lies_alike(state: Tensor, parameter: nn.Parameter) -> bool:
+    """Whether the entries of `state` lie in memory where those of `parameter` do, in the same dtype."""
+    alike = type(state) is Tensor and state.layout == torch.strided and state.dtype == parameter.dtype
+    return alike and state.is_cpu and state.stride() == parameter.stride()
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

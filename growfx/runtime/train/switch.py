@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from growfx.errors import ConfigError
+from growfx.errors import ConfigError, GrowfxError, TraceError
 from growfx.masked.doors import as_masked_graph
 from growfx.masked.graph import MaskedGraph
 from growfx.masked.isolation import undisturbed
 from growfx.masked.optimizers import step_ahead_by
+from growfx.recorded.inputs import Inputs
 from growfx.runtime.train.choice import KERNELS, Chooser
 from growfx.runtime.train.layer import LayerKernel
 from growfx.runtime.train.library import training_status
@@ -43,6 +44,7 @@ def use_kernels(
         the masked network, changed in place.
 
     Raises:
+        TraceError: the model fails on `example_inputs`; the network keeps the kernels it had.
         ConfigError: unknown `kernels`; "sparse" for a network that is not on a CPU in float32.
 
     Example:
@@ -60,19 +62,38 @@ def use_kernels(
         raise ConfigError(f"`kernels` = {kernels!r} is unknown; allowed: {allowed}{hint}")
     if kernels == "sparse":
         _check_sparse(found)
-    layers = found.layers
+    inputs = None if example_inputs is None else found.inputs_like(example_inputs)
     missing = "" if kernels == "dense" else training_status()
     chooser = None if kernels == "dense" or missing else Chooser(kernels, timed=not deterministic)
     if chooser is not None:
         step_ahead_by(step_present)
-    for name, layer in layers.items():
+    before = found.kernels, {name: layer.kernel for name, layer in found.layers.items()}
+    for name, layer in found.layers.items():
         layer.kernel = None if chooser is None else LayerKernel(name, layer, chooser)
     found.kernels = NetworkKernels(found, chooser, missing)
-    if example_inputs is not None and chooser is not None:
-        inputs = found.inputs_like(example_inputs)
-        with undisturbed(found), torch.enable_grad():
-            found(*inputs.args, **inputs.kwargs)
+    if inputs is not None and chooser is not None:
+        try:
+            _time(found, inputs)
+        except BaseException:
+            found.kernels = before[0]
+            for name, layer in found.layers.items():
+                layer.kernel = before[1][name]
+            raise
     return found
+
+
+def _time(net: MaskedGraph, inputs: Inputs) -> None:
+    try:
+        with undisturbed(net), torch.enable_grad():
+            net(*inputs.args, **inputs.kwargs)
+    except GrowfxError:
+        raise
+    except Exception as error:
+        shapes = [tuple(value.shape) for value in inputs.values if isinstance(value, torch.Tensor)]
+        raise TraceError(
+            f"`{type(net.shell).__name__}` fails on `example_inputs` of shape {shapes}: {type(error).__name__}: {error}"
+            ". Pass inputs that the model accepts"
+        ) from error
 
 
 def _check_sparse(net: MaskedGraph) -> None:

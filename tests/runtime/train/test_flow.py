@@ -154,6 +154,155 @@ def test_a_forward_that_does_something_else_than_was_recorded_gives_what_it_give
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-5 * float(value.double().abs().max() + 1))
 
 
+KEPT: list[Tensor] = []
+
+
+def keeps_the_norm(m: Block, x: Tensor) -> Tensor:
+    y = m.norm_a(m.a(x))
+    KEPT.append(y)
+    return F.relu(y)
+
+
+def keeps_the_norm_of_a_sum(m: Block, x: Tensor) -> Tensor:
+    y = m.norm_a(m.a(x))
+    KEPT.append(y)
+    return F.relu(y + m.way(x))
+
+
+def keeps_the_sum(m: Block, x: Tensor) -> Tensor:
+    y = m.norm_a(m.a(x)) + m.way(x)
+    KEPT.append(y)
+    return F.relu(y)
+
+
+def keeps_what_is_added_to(m: Block, x: Tensor) -> Tensor:
+    y = m.way(x).clone()
+    KEPT.append(y)
+    y += m.norm_a(m.a(x))
+    return F.relu(y)
+
+
+def adds_in_place_unseen(m: Block, x: Tensor) -> Tensor:
+    y = m.way(x).clone()
+    y.add_(m.norm_a(m.a(x)))
+    return F.relu(y)
+
+
+def keeps_a_sum_in_place(m: Block, x: Tensor) -> Tensor:
+    y = m.norm_a(m.a(x))
+    y.add_(m.way(x))
+    KEPT.append(y.detach())
+    return F.relu(y)
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        keeps_the_norm,
+        keeps_the_norm_of_a_sum,
+        keeps_the_sum,
+        keeps_what_is_added_to,
+        adds_in_place_unseen,
+        keeps_a_sum_in_place,
+    ],
+)
+def test_what_a_forward_keeps_has_the_values_and_gradients_it_has_without_kernels(
+    join: Callable[[Block, Tensor], Tensor],
+) -> None:
+    net, sparse = pair(join)
+    x, found = torch.randn(20, 3, 8, 8), []
+    for one in (net, sparse):
+        KEPT.clear()
+        out = one(x)
+        kept = [value for value in KEPT if value.requires_grad]
+        gradient = torch.autograd.grad(sum((t.square().sum() for t in kept), out.sum()), one.get_submodule("a").weight)
+        found.append([out, *KEPT, *gradient])
+    KEPT.clear()
+    assert len(found[0]) == len(found[1])
+    for expected, value in zip(*found, strict=True):
+        assert value.requires_grad == expected.requires_grad
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-3)
+
+
+def other_in_evaluation(m: Block, x: Tensor) -> Tensor:
+    y = m.norm_a(m.a(x))
+    if not m.training:
+        y.mul_(2)
+        return F.leaky_relu(input=y)
+    return F.relu(y)
+
+
+def changes_what_the_norm_has_read(m: Block, x: Tensor) -> Tensor:
+    y = m.a(x)
+    z = m.norm_a(y)
+    y.mul_(2)
+    return F.relu(z + y)
+
+
+def sometimes_left_out(m: Block, x: Tensor) -> Tensor:
+    y = m.norm_a(m.a(x))
+    return m.way(x) if CHANGED else m.way(x) + y
+
+
+@pytest.mark.parametrize("join", [other_in_evaluation, changes_what_the_norm_has_read, sometimes_left_out])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_what_no_chain_foresaw_gives_what_torch_gives(
+    join: Callable[[Block, Tensor], Tensor], training: bool, gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, sparse = pair(join)
+    x = torch.randn(20, 3, 8, 8)
+    monkeypatch.setitem(globals(), "CHANGED", [True])
+    with torch.set_grad_enabled(gradient):
+        expected, found = net.train(training)(x), sparse.train(training)(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for (name, before), after in zip(net.named_buffers(), sparse.buffers(), strict=True):
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4, msg=name)
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return 2 * grad
+
+
+def sometimes_another_function(m: Block, x: Tensor) -> Tensor:
+    y = m.norm_a(m.a(x))
+    return Double.apply(y) if CHANGED else F.relu(y)
+
+
+def test_an_autograd_function_that_was_not_recorded_gets_its_gradient_or_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, sparse = pair(sometimes_another_function)
+    x = torch.randn(20, 3, 8, 8)
+    monkeypatch.setitem(globals(), "CHANGED", [True])
+    expected, found = results(net.eval(), x), results(sparse.eval(), x)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-5 * float(value.double().abs().max() + 1))
+    with pytest.raises(growfx.TraceError, match="autograd function"):
+        sparse.train()(x)
+
+
+def checkpointed_from_the_rectification(m: Block, x: Tensor) -> Tensor:
+    y = m.norm_a(m.a(x)) + m.way(x)
+    y = checkpoint(lambda t: F.relu(t) * 2, y, use_reentrant=True)
+    return checkpoint(F.relu, m.norm_b(m.b(y)), use_reentrant=True)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_part_that_is_checkpointed_by_an_autograd_function_may_begin_behind_a_norm() -> None:
+    net, sparse = pair(checkpointed_from_the_rectification)
+    x = torch.randn(20, 3, 8, 8)
+    expected, found = results(net, x), results(sparse, x)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-5 * float(value.double().abs().max() + 1))
+
+
 def test_outputs_are_laid_out_as_torch_lays_them_out() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())

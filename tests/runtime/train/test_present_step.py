@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import growfx
 from growfx.runtime.train import present_step
@@ -130,3 +131,43 @@ def test_clipped_and_accumulated_gradients_are_stepped() -> None:
         found.append(net.state_dict())
     for name, value in found[0].items():
         torch.testing.assert_close(value, found[1][name])
+
+
+@pytest.mark.parametrize("kind", ["momentum", "nesterov", "adamw"])
+def test_state_that_lies_otherwise_in_memory_than_its_weight_is_stepped_edge_by_edge(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for own in (True, False):
+        net = network()
+        optimizer = OPTIMIZERS[kind](net.parameters())
+        with monkeypatch.context() as patch:
+            if own:
+                patch.setattr(present_step, "_MOST", 0.0)
+            train(net, optimizer)
+            net.to(memory_format=torch.channels_last)  # the weights, not what the optimizer keeps
+            train(net, optimizer)
+        found.append(state_of(net, optimizer))
+    for name, value in found[0].items():
+        if isinstance(value, Tensor):
+            torch.testing.assert_close(found[1][name], value)
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_hooks_around_a_step_see_and_change_the_gradients_it_takes(everywhere: bool) -> None:
+    net = network()
+    optimizer = SGD(net.parameters(), 0.1)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+
+    def clear(stepped: Optimizer, args: Any, kwargs: Any) -> None:
+        for group in stepped.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.zero_()
+
+    handle = register_optimizer_step_pre_hook(clear) if everywhere else optimizer.register_step_pre_hook(clear)
+    try:
+        train(net, optimizer, 1)
+    finally:
+        handle.remove()
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name], rtol=0, atol=0)

@@ -298,6 +298,7 @@ def test_a_smaller_batch_without_gradients_takes_what_a_larger_one_does(monkeypa
 
 
 @built
+<<<<<<< HEAD
 @pytest.mark.filterwarnings("ignore")  # torch's own, about its compiler
 def test_compiled_code_is_one_graph_of_dense_kernels() -> None:
     net, x = wrapped()
@@ -309,3 +310,41 @@ def test_compiled_code_is_one_graph_of_dense_kernels() -> None:
     gradient = net.layers["conv"].weight.grad
     assert gradient is not None
     assert not gradient[~net.layers["conv"].mask].any()
+=======
+def test_optimizers_clear_what_a_mask_drops_in_a_copy_too() -> None:
+    found = []
+    for kernels in ("dense", "sparse"):
+        net = growfx.use_kernels(copy.deepcopy(wrapped()[0]), kernels)
+        optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+        for step in range(4):
+            net(wrapped()[1]).square().sum().backward()
+            for layer in net.layers.values():
+                chosen = torch.rand(layer.mask.shape, generator=torch.Generator().manual_seed(step))
+                layer.mask.copy_(chosen < 0.3)
+            optimizer.step()
+            optimizer.zero_grad()
+            net.verify()
+        found.append(net.state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+@built
+def test_a_call_in_inference_mode_leaves_nothing_that_training_cannot_use() -> None:
+    net, x = wrapped()
+    growfx.use_kernels(net, "sparse")
+    with torch.inference_mode():
+        net.eval()(x)
+    net.train()(x).sum().backward()
+    assert set(kernels_of(net).values()) == {"sparse"}
+
+
+@built
+@pytest.mark.parametrize("example", [torch.randn(2, 5, 6, 6), "x"])
+def test_inputs_that_the_model_does_not_accept_leave_the_kernels_it_had(example: object) -> None:
+    net, _ = wrapped()
+    with pytest.raises(growfx.TraceError, match="example_inputs"):
+        growfx.use_kernels(net, "sparse", example_inputs=example)
+    assert net.kernel_report is None
+    assert all(layer.kernel is None for layer in net.layers.values())
+>>>>>>> w-break
