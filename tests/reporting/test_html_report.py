@@ -1,9 +1,11 @@
 """The report of runs: one HTML file that holds every figure, loads nothing, and shows what can be read."""
 
+import html
 import json
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -52,7 +54,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     grown = {"seed_density": 0.1, "epochs_per_round": 1, "growth_rounds": "published", "max_density": 0.7}
     return {
         "grown": train_into(place / "grown", "pwmpr", **grown),
-        "static": train_into(place / "static", "static", density=0.5),
+        "static": train_into(place / "static", "static", density=0.4),
     }
 
 
@@ -261,6 +263,45 @@ def test_sorting_keys_are_numbers_and_each_head_is_a_button(runs: dict[str, Path
         assert {len(row.findall("td")) for row in table.findall("tbody/tr")} <= {len(heads)}
         for cell in table.iter("td"):
             assert cell.get("data-value") is None or float(cell.get("data-value", "")) is not None
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CLICKS = """<script>
+const head = Array.from(document.querySelectorAll("table.sort")[0].tHead.rows[0].cells);
+const body = document.querySelectorAll("table.sort")[0].tBodies[0], seen = [];
+const click = cell => {
+  cell.firstElementChild.click();
+  seen.push(Array.from(body.rows, row => row.cells[0].textContent));
+};
+const density = head.find(cell => cell.textContent === "density");
+[density, density, head[0], head[0]].forEach(click);
+document.querySelector("circle[data-tip]").dispatchEvent(new PointerEvent("pointermove", {bubbles: true}));
+const tip = document.getElementById("tip");
+const note = document.createElement("pre");
+note.textContent = JSON.stringify({seen: seen, tip: tip.textContent, hidden: tip.hidden});
+note.id = "seen"; document.body.append(note);
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_in_a_browser_tables_sort_points_tell_and_the_console_is_empty(runs: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "r.html"
+    growfx.report(list(runs.values()), out)
+    out.write_text(out.read_text().replace("</body>", f"{CLICKS}</body>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={tmp_path}/p"]
+    shown = subprocess.run(
+        [str(BROWSER), *flags, "--dump-dom", out.as_uri()], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "CONSOLE" not in shown.stderr
+    found = re.search(r'<pre id="seen">(.*?)</pre>', shown.stdout)
+    assert found
+    seen = json.loads(html.unescape(found.group(1)))
+    densities = {name: json.loads((path / "result.json").read_text())["density"] for name, path in runs.items()}
+    upward = sorted(densities, key=densities.__getitem__)
+    assert len(set(densities.values())) == 2
+    assert seen["seen"] == [upward, upward[::-1], sorted(runs), sorted(runs)[::-1]]
+    assert not seen["hidden"]
+    assert seen["tip"].startswith(("grown\n", "static\n"))
 
 
 def test_the_folder_of_a_comparison_stands_for_its_runs(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -12,23 +12,31 @@ from growfx.reporting.html.elements import Markup, join, tag
 __all__ = ["Axis", "Band", "Place", "Series", "chart", "small_chart", "stacked_chart", "thinned"]
 
 _WIDTH, _HEIGHT = 640.0, 320.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 12.0, 12.0, 44.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 68.0, 12.0, 12.0, 44.0
 _COLOURS: Final = 10
 _MOST_MARKS, _MOST_POINTS = 200, 500  # of one series; more cannot be told apart on a screen
 
 
 @dataclass(frozen=True)
 class Axis:
-    """The range of an axis; `log` scales need a positive `low`."""
+    """The range of an axis; `log` scales need a positive `low`; `whole`: of numbers that are counted."""
 
     label: str
     low: float
     high: float
     log: bool = False
+    whole: bool = False
 
     @classmethod
     def around(
-        cls, label: str, values: Sequence[float], *, log: bool = False, least: float | None = None, margin: float = 0.06
+        cls,
+        label: str,
+        values: Sequence[float],
+        *,
+        log: bool = False,
+        whole: bool = False,
+        least: float | None = None,
+        margin: float = 0.06,
     ) -> Axis:
         """Return an axis that holds all values and a margin; `least` is the lowest end it may have."""
         log = log and min(values) > 0
@@ -37,7 +45,7 @@ class Axis:
             pad = max((math.log(high) - math.log(low)) * margin, 0.1)
             return cls(label, low / math.exp(pad), high * math.exp(pad), True)
         pad = (high - low) * margin or abs(high) * margin or 0.5
-        return cls(label, low - pad if least is None else max(low - pad, least), high + pad)
+        return cls(label, low - pad if least is None else max(low - pad, least), high + pad, whole=whole)
 
     def share(self, value: float) -> float:
         """Return where a value lies: 0 at the low end, 1 at the high one; nothing lies outside."""
@@ -59,6 +67,7 @@ class Axis:
         raw = (self.high - self.low) / 5
         power = 10.0 ** math.floor(math.log10(raw))
         step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
+        step = max(step, 1.0) if self.whole else step
         first = math.ceil(self.low / step)
         return [round(n * step, 12) for n in range(first, math.floor(self.high / step) + 1)]
 
@@ -169,6 +178,14 @@ def _figure(title: str, drawn: Sequence[Markup], named: Sequence[tuple[str, int]
     return tag("figure", tag("figcaption", title), picture, *legend)
 
 
+def _tick(value: float) -> str:
+    """Return a number on an axis, of few characters."""
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 10 * unit or (unit > 1e3 and abs(value) >= unit):
+            return f"{value / unit:g}{letter}"
+    return f"{value:g}"
+
+
 def _number(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
@@ -209,11 +226,11 @@ class _Frame:
         for tick in self.y.ticks():
             at = _number(self.down(tick))
             parts.append(tag("line", x1=left, x2=right, y1=at, y2=at, class_="grid"))
-            parts.append(tag("text", f"{tick:g}", x=_number(self.left - 6), y=at, class_="y"))
+            parts.append(tag("text", _tick(tick), x=_number(self.left - 6), y=at, class_="y"))
         for tick in self.x.ticks():
             at = _number(self.across(tick))
             parts.append(tag("line", x1=at, x2=at, y1=top, y2=floor, class_="grid"))
-            parts.append(tag("text", f"{tick:g}", x=at, y=_number(self.height - self.bottom + 16), class_="x"))
+            parts.append(tag("text", _tick(tick), x=at, y=_number(self.height - self.bottom + 16), class_="x"))
         middle = _number((self.left + self.width - self.right) / 2)
         parts.append(tag("text", self.x.label, x=middle, y=_number(self.height - 8), class_="x name"))
         turned = f"translate(13 {_number((self.top + self.height - self.bottom) / 2)}) rotate(-90)"

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from growfx.methods.growth.newborn import newest_cohorts
 from growfx.methods.growth.plateau import AccuracyFit
 from growfx.reporting.html.charts import Axis, Band, Place, Series, chart, small_chart, stacked_chart, thinned
 from growfx.reporting.html.elements import Cell, Markup, sortable_table, tag
@@ -141,7 +142,8 @@ def _newborn(rounds: Sequence[Mapping[str, Any]]) -> list[Markup]:
     if not rows:
         return []
     told = "Edges at the end of their first round beside older ones: mean gradient and magnitude, and how many stay."
-    body = [[Cell(str(value)) for value in row.values()] for row in rows]
+    facts = [[number(value) for value in cohort.values()] for cohort in newest_cohorts(rounds)]
+    body = [[*map(Cell, row.values(), values)] for row, values in zip(rows, facts, strict=True)]
     return [tag("h3", "Newborn edges"), tag("p", told, class_="soft"), sortable_table(list(rows[0]), body)]
 
 
@@ -162,7 +164,7 @@ def _cohort_chart(rounds: Sequence[Mapping[str, Any]]) -> Markup | None:
     highest = max(sum(values) for values in zip(*(edges for _, edges in layers), strict=True))
     if min(x) == max(x) or highest <= 0:
         return None
-    across, down = Axis("round", min(x), max(x)), Axis("active edges", 0.0, 1.05 * highest)
+    across, down = Axis("round", min(x), max(x), whole=True), Axis("active edges", 0.0, 1.05 * highest)
     return stacked_chart("Edges by the round they were born in", across, down, x, layers)
 
 

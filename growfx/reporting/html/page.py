@@ -32,7 +32,7 @@ figure.small figcaption { font-size: 0.72rem; font-weight: 400; line-height: 1.2
 table { border-collapse: collapse; font-size: 0.87rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--rule); padding: 0.22rem 0.6rem; text-align: left; vertical-align: top;
   overflow-wrap: normal; }
-td.number { text-align: right; white-space: nowrap; } .facts th { font-weight: 400; color: var(--soft); }
+.sort td { white-space: nowrap; } td.number { text-align: right; } .facts th { font-weight: 400; color: var(--soft); }
 .facts td { overflow-wrap: anywhere; }
 th button { all: unset; cursor: pointer; font-weight: 600; } th button:focus-visible { outline: 2px solid var(--c0); }
 th[aria-sort=ascending] button::after { content: " \\25b2"; }
@@ -49,7 +49,8 @@ details { border-top: 1px solid var(--rule); margin-top: 1rem; } summary { curso
   font-size: 1.1rem; padding: 0.5rem 0; }
 #tip { position: fixed; z-index: 9; pointer-events: none; background: var(--text); color: var(--back);
   padding: 0.25rem 0.5rem; font-size: 0.8rem; white-space: pre-line; max-width: 20rem; border-radius: 3px; }
-#tip[hidden] { display: none; }
+@media screen and (max-width: 40rem) { svg text { font-size: 18px; } .mark { r: 6px; } }
+a { color: var(--c0); } #tip[hidden] { display: none; }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } .wide { overflow: visible; }
   * { print-color-adjust: exact; } table { font-size: 8pt; } tr { break-inside: avoid; } #tip { display: none; } }
 """ + "".join(f".c{i} {{ color: var(--c{i}); }}\n" for i in range(10))

@@ -124,7 +124,7 @@ def _over_epochs(epochs: Sequence[Mapping[str, Any]], key: str, title: str, labe
     tips = [f"epoch {epoch:g}\n{title}: {value:.5g}" for epoch, value in known]
     return chart(
         title,
-        Axis.around("epoch", x),
+        Axis.around("epoch", x, whole=True),
         Axis.around(label, y, least=0.0 if min(y) >= 0 else None),
         [Series("", x, y, tips, colour=0, marks=len(x) <= 60)],
     )
@@ -212,7 +212,7 @@ def _mass_chart(layers: Sequence[LayerInfo], paths: Mapping[str, LayerPaths]) ->
 
 def _by_layer(title: str, axis: Axis, y: Sequence[float], tips: Sequence[str]) -> Markup:
     x = [float(place) for place in range(1, len(y) + 1)]
-    return chart(title, Axis("layer", 0.0, len(y) + 1.0), axis, [Series("", x, y, tips, colour=0)])
+    return chart(title, Axis("layer", 0.0, len(y) + 1.0, whole=True), axis, [Series("", x, y, tips, colour=0)])
 
 
 # -- kernels, artifact, options --------------------------------------------------------------------------------------
