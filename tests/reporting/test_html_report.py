@@ -547,6 +547,15 @@ def test_an_axis_holds_what_it_is_made_around(values: list[float], log: bool) ->
     ElementTree.fromstring(chart("t", axis, axis, [Series("s", values, values, ["tip"] * len(values))]))
 
 
+def test_a_curve_that_leaves_the_plane_is_cut_off_there_and_keeps_its_slope() -> None:
+    axis = Axis("", 0.0, 1.0)
+    drawn = ElementTree.fromstring(chart("t", axis, axis, [Series("s", [0.0, 1.0], [0.5, 1.5], marks=False)]))
+    (plane,) = drawn.findall("svg/svg")
+    x, y, width, height = (float(part) for part in (plane.get("viewBox") or "").split())
+    ends = re.findall(r"[\d.-]+", (plane.findall("path")[0]).get("d") or "")
+    assert [float(v) for v in ends] == pytest.approx([x, y + height / 2, x + width, y - height / 2], abs=0.1)
+
+
 @pytest.mark.parametrize(("count", "most"), [(0, 5), (1, 5), (5, 5), (6, 5), (1000, 2), (1000, 200)])
 def test_thinning_keeps_the_ends_and_the_order(count: int, most: int) -> None:
     kept = thinned(count, most)

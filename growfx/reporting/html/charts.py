@@ -12,7 +12,7 @@ from growfx.reporting.html.elements import Markup, join, tag
 __all__ = ["Axis", "Band", "Place", "Series", "chart", "small_chart", "stacked_chart", "thinned"]
 
 _WIDTH, _HEIGHT = 640.0, 320.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 68.0, 12.0, 12.0, 44.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 68.0, 20.0, 12.0, 44.0
 _COLOURS: Final = 10
 _MOST_MARKS, _MOST_POINTS = 200, 500  # of one series; more cannot be told apart on a screen
 
@@ -48,10 +48,11 @@ class Axis:
         return cls(label, low - pad if least is None else max(low - pad, least), high + pad, whole=whole)
 
     def share(self, value: float) -> float:
-        """Return where a value lies: 0 at the low end, 1 at the high one; nothing lies outside."""
+        """Return where a value lies: 0 at the low end, 1 at the high one, at most one length outside of them."""
         low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
-        at = (math.log(max(value, self.low)) if self.log else value) - low
-        return min(max(at / (high - low), 0.0), 1.0)
+        least = max(self.low**2 / self.high, 1e-300) if self.log else 0.0  # zero has no logarithm
+        at = (math.log(max(value, least)) if self.log else value) - low
+        return min(max(at / (high - low), -1.0), 2.0)
 
     def ticks(self) -> list[float]:
         """Return about five round numbers within the range."""
@@ -130,11 +131,12 @@ def chart(
 ) -> Markup:
     """Return a chart with axes and a legend, as a figure with its title."""
     frame = _Frame(x, y)
+    areas = [tag("path", d=frame.outline(b.x, b.low, b.high), class_=f"band {_colour(b.colour)}") for b in bands]
+    lines = [frame.curve(one) for one in series if one.line and len(one.x) > 1]
     drawn = [
         frame.axes(),
-        *(tag("path", d=frame.outline(b.x, b.low, b.high), class_=f"band {_colour(b.colour)}") for b in bands),
-        *(frame.place(place) for place in places),
-        *(frame.series(one) for one in series),
+        frame.clipped([*areas, *(frame.place(place) for place in places), *lines]),
+        *(frame.marks(one) for one in series if one.marks),
     ]
     named = [(s.label, s.colour) for s in series if s.label] + [(p.label, p.colour) for p in places]
     return _figure(title, drawn, named)
@@ -243,12 +245,20 @@ class _Frame:
             "line", x1=at, x2=at, y1=top, y2=floor, class_=f"place {_colour(place.colour)}", data_tip=place.label
         )
 
-    def series(self, one: Series) -> Markup:
+    def clipped(self, drawn: Sequence[Markup]) -> Markup:
+        """Return what is drawn without what lies outside the plane; an inner picture shows nothing else."""
+        box = [self.left, self.top, self.width - self.left - self.right, self.height - self.top - self.bottom]
+        x, y, width, height = map(_number, box)
+        return tag("svg", *drawn, x=x, y=y, width=width, height=height, viewBox=f"{x} {y} {width} {height}")
+
+    def curve(self, one: Series) -> Markup:
+        faint = " faint" if one.faint else ""
+        return tag("path", d=self.line(one.x, one.y), class_=f"line {_colour(one.colour)}{faint}")
+
+    def marks(self, one: Series) -> Markup:
         parts: list[Markup] = []
         colour = _colour(one.colour)
-        if one.line and len(one.x) > 1:
-            parts.append(tag("path", d=self.line(one.x, one.y), class_=f"line {colour}{' faint' if one.faint else ''}"))
-        for i in thinned(len(one.x), _MOST_MARKS) if one.marks else ():
+        for i in thinned(len(one.x), _MOST_MARKS):
             at, height = _number(self.across(one.x[i])), _number(self.down(one.y[i]))
             if one.errors is not None and one.errors[i] > 0:
                 low, high = (_number(self.down(one.y[i] + sign * one.errors[i])) for sign in (-1, 1))

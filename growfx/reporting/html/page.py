@@ -26,7 +26,8 @@ p { margin: 0.4rem 0; } .soft { color: var(--soft); }
 .notes ul { margin: 0; padding-left: 1.1rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 .multiples { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 0.6rem; }
-figure { margin: 0; break-inside: avoid; } figcaption { font-weight: 600; } svg { display: block; width: 100%; }
+figure { margin: 0; max-width: 44rem; break-inside: avoid; } figcaption { font-weight: 600; }
+figure > svg, svg.bar { display: block; width: 100%; }
 figure.small figcaption { font-size: 0.72rem; font-weight: 400; line-height: 1.25; }
 .wide { overflow-x: auto; margin: 0.5rem 0; }
 table { border-collapse: collapse; font-size: 0.87rem; font-variant-numeric: tabular-nums; }
@@ -52,7 +53,8 @@ details { border-top: 1px solid var(--rule); margin-top: 1rem; } summary { curso
 @media screen and (max-width: 40rem) { svg text { font-size: 18px; } .mark { r: 6px; } }
 a { color: var(--c0); } #tip[hidden] { display: none; }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } .wide { overflow: visible; }
-  * { print-color-adjust: exact; } table { font-size: 8pt; } tr { break-inside: avoid; } #tip { display: none; } }
+  * { print-color-adjust: exact; } table { font-size: 7.5pt; } h2, h3 { break-after: avoid; }
+  th, td { padding: 0.15rem 0.3rem; } .sort td { white-space: normal; } tr { break-inside: avoid; } #tip { display: none; } }
 """ + "".join(f".c{i} {{ color: var(--c{i}); }}\n" for i in range(10))
 
 # No `<` and no `&` in it: the page is well-formed XML as well.
