@@ -277,8 +277,10 @@ const density = head.find(cell => cell.textContent === "density");
 [density, density, head[0], head[0]].forEach(click);
 document.querySelector("circle[data-tip]").dispatchEvent(new PointerEvent("pointermove", {bubbles: true}));
 const tip = document.getElementById("tip");
+body.querySelector("a").click();
+const open = Array.from(document.querySelectorAll("details[id]"), part => part.open);
 const note = document.createElement("pre");
-note.textContent = JSON.stringify({seen: seen, tip: tip.textContent, hidden: tip.hidden});
+note.textContent = JSON.stringify({seen: seen, tip: tip.textContent, hidden: tip.hidden, open: open});
 note.id = "seen"; document.body.append(note);
 </script>"""
 
@@ -301,7 +303,25 @@ def test_in_a_browser_tables_sort_points_tell_and_the_console_is_empty(runs: dic
     assert len(set(densities.values())) == 2
     assert seen["seen"] == [upward, upward[::-1], sorted(runs), sorted(runs)[::-1]]
     assert not seen["hidden"]
+    assert sum(seen["open"]) == 1  # the run whose link was clicked
     assert seen["tip"].startswith(("grown\n", "static\n"))
+
+
+def test_lines_join_the_means_of_seeds_whatever_their_times(runs: dict[str, Path], tmp_path: Path) -> None:
+    folders = []
+    for name, density, seconds, accuracy in (("a", 0.1, 9, 0.5), ("b", 0.4, 1, 0.9), ("c", 0.1, 1, 0.7)):
+        run = copied(runs["static"], tmp_path / name)
+        result = json.loads((run / "result.json").read_text())
+        result |= {"density": density, "train_seconds": seconds, "val_accuracy": accuracy, "test_accuracy": None}
+        (run / "result.json").write_text(json.dumps(result))
+        folders.append(run)
+    page = reported(folders, tmp_path / "r.html")
+    root = ElementTree.fromstring(page.source.removeprefix("<!DOCTYPE html>"))
+    figure = next(f for f in root.iter("figure") if f.findtext("figcaption") == "Accuracy over seconds of training")
+    y = {(c.get("data-tip") or "")[0]: float(c.get("cy", "")) for c in figure.iter("circle")}
+    (line,) = (path for path in figure.iter("path") if "line" in (path.get("class") or ""))
+    ends = [float(v) for v in re.findall(r"[\d.]+", line.get("d") or "")]
+    assert ends[1::2] == pytest.approx([(y["a"] + y["c"]) / 2, y["b"]], abs=0.2)
 
 
 def test_the_folder_of_a_comparison_stands_for_its_runs(runs: dict[str, Path], tmp_path: Path) -> None:

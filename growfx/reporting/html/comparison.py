@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Final
 
 from growfx.reporting.html.charts import Axis, Series, chart
@@ -29,6 +30,16 @@ _COLUMNS: Final = {
     "nnz": ("active weights", ",.0f"),
     "numel": ("masked weights", ",.0f"),
 }
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A run in a chart, and the density that tells which other runs are of the same setting."""
+
+    density: float
+    x: float
+    y: float
+    tip: str
 
 
 def comparison_parts(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Markup]:
@@ -65,35 +76,34 @@ def _accuracy(run: RunRecord, split: str) -> float | None:
 
 def _over(named: Sequence[tuple[str, RunRecord]], key: str, split: str) -> Markup | None:
     title, label, scale = _OVER[key]
-    points: dict[str, list[tuple[float, float, str]]] = {}
+    points: dict[str, list[_Point]] = {}
     for name, run in named:
         at, accuracy = run.figure(key), _accuracy(run, split)
         if at is not None and at > 0 and accuracy is not None:
             tip = f"{name}\n{run.method}\n{label}: {scale * at:.5g}\n{split} accuracy {percent(accuracy)}"
-            points.setdefault(_label(run, named), []).append((scale * at, 100 * accuracy, tip))
+            point = _Point(run.figure("density") or 0.0, scale * at, 100 * accuracy, tip)
+            points.setdefault(_label(run, named), []).append(point)
     if not points:
         return None
     series: list[Series] = []
     for number, (group, members) in enumerate(points.items()):
-        members.sort()
-        x, y, tips = ([member[i] for member in members] for i in range(3))
-        series.append(Series(group, x, y, tips, line=False, colour=number))  # pyright: ignore[reportArgumentType]
-        across, level = _means([(a, b) for a, b, _ in members])
-        series.append(Series("", across, level, marks=False, colour=number))
-    every = [member for members in points.values() for member in members]
-    across_axis = Axis.around(label, [a for a, _, _ in every], log=True)
-    return chart(title, across_axis, Axis.around(f"{split} accuracy, %", [b for _, b, _ in every], least=0.0), series)
+        x, y, tips = [p.x for p in members], [p.y for p in members], [p.tip for p in members]
+        series.append(Series(group, x, y, tips, line=False, colour=number))
+        series.append(Series("", *_means(members), marks=False, colour=number))
+    every = [point for members in points.values() for point in members]
+    across = Axis.around(label, [point.x for point in every], log=True)
+    return chart(title, across, Axis.around(f"{split} accuracy, %", [p.y for p in every], least=0.0), series)
 
 
-def _means(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """Return the means of points whose places are within 5 % of the next: the seeds of one setting."""
-    groups: list[list[tuple[float, float]]] = []
-    for point in points:
-        if groups and point[0] <= 1.05 * groups[-1][-1][0]:
+def _means(points: Sequence[_Point]) -> tuple[list[float], list[float]]:
+    """Return the means of points of the same density, within 5 % of the next: the seeds of one setting."""
+    groups: list[list[_Point]] = []
+    for point in sorted(points, key=lambda p: p.density):
+        if groups and point.density <= 1.05 * groups[-1][-1].density:
             groups[-1].append(point)
         else:
             groups.append([point])
-    return [statistics.fmean(a for a, _ in g) for g in groups], [statistics.fmean(b for _, b in g) for g in groups]
+    return [fmean(p.x for p in group) for group in groups], [fmean(p.y for p in group) for group in groups]
 
 
 def _label(run: RunRecord, named: Sequence[tuple[str, RunRecord]]) -> str:

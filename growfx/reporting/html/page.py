@@ -26,7 +26,8 @@ p { margin: 0.4rem 0; } .soft { color: var(--soft); }
 .notes ul { margin: 0; padding-left: 1.1rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 .multiples { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 0.6rem; }
-figure { margin: 0; max-width: 44rem; break-inside: avoid; } figcaption { font-weight: 600; }
+figure { margin: 0; max-width: 44rem;
+  break-inside: avoid; } figcaption { font-weight: 600; }
 figure > svg, svg.bar { display: block; width: 100%; }
 figure.small figcaption { font-size: 0.72rem; font-weight: 400; line-height: 1.25; }
 .wide { overflow-x: auto; margin: 0.5rem 0; }
@@ -95,6 +96,10 @@ _SCRIPT: Final = """
     heads.forEach(function (head, column) {
       head.firstElementChild.addEventListener("click", function () { sort(table, heads, column); });
     });
+  });
+  document.addEventListener("click", function (event) {
+    const link = event.target.closest("a[href]");
+    if (link) document.getElementById(link.getAttribute("href").slice(1)).open = true;
   });
   window.addEventListener("beforeprint", function () {
     document.querySelectorAll("details").forEach(function (part) { part.open = true; });
