@@ -55,7 +55,8 @@ details { border-top: 1px solid var(--rule); margin-top: 1rem; } summary { curso
 a { color: var(--c0); } #tip[hidden] { display: none; }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } .wide { overflow: visible; }
   * { print-color-adjust: exact; } table { font-size: 7.5pt; } h2, h3 { break-after: avoid; }
-  th, td { padding: 0.15rem 0.3rem; } .sort td { white-space: normal; } tr { break-inside: avoid; } #tip { display: none; } }
+  th, td { padding: 0.15rem 0.3rem; } .sort td { white-space: normal; }
+  tr { break-inside: avoid; } #tip { display: none; } }
 """ + "".join(f".c{i} {{ color: var(--c{i}); }}\n" for i in range(10))
 
 # No `<` and no `&` in it: the page is well-formed XML as well.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +16,9 @@ __all__ = ["RunRecord", "find_runs", "mapping", "number", "read_run", "text"]
 _RUN_FILES: Final = ("log.jsonl", "result.json", "checkpoint")
 # What a record of the log must have and may have to be drawn: numbers.
 _NEEDED: Final = {"epoch": ("epoch", "density"), "round": ("round", "density")}
+_LARGEST: Final = 1e100  # what is measured of a run is far below
+_FRACTIONS: Final = ("density", "val_accuracy", "raw_accuracy", "cost", "budget_density")
 _OPTIONAL: Final = (
-    "val_accuracy",
-    "raw_accuracy",
     "train_loss",
     "lr",
     "dense_equivalent_epochs",
@@ -27,8 +26,6 @@ _OPTIONAL: Final = (
     "steps",
     "nnz",
     "noise",
-    "cost",
-    "budget_density",
     "dead_units",
     "off_path",
 )
@@ -91,13 +88,10 @@ class RunRecord:
 
 
 def number(value: object) -> float | None:
-    """The value if it is a finite number, else None."""
+    """The value if it is a finite number that can be drawn, else None."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
-    try:
-        return value if math.isfinite(value) else None
-    except OverflowError:  # an integer beyond the largest float
-        return None
+    return value if abs(value) < _LARGEST else None  # nor is NaN
 
 
 def text(value: object) -> str:
@@ -235,9 +229,12 @@ def _checked(record: Any) -> tuple[dict[str, Any], str]:
     for name in needed:
         if number(record.get(name)) is None:
             return {}, f"`{name}` is {record.get(name)!r:.60}, expected a number"
-    for name in _OPTIONAL if needed else ():
-        if record.get(name) is not None and number(record[name]) is None:
+    for name in (*_FRACTIONS, *_OPTIONAL) if needed else ():
+        value = number(record.get(name))
+        if record.get(name) is not None and value is None:
             return {}, f"`{name}` is {record[name]!r:.60}, expected a number"
+        if value is not None and name in _FRACTIONS and not 0.0 <= value <= 1.0:
+            return {}, f"`{name}` is {value:.6g}, expected a fraction from 0 to 1"
     if record["event"] == "round":
         record["cohorts"] = _list_where(record.get("cohorts"), _is_cohort)
         densities = mapping(record.get("layer_density")).items()
