@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from growfx.passes.mask import unwrap as unwrap
     from growfx.passes.mask import wrap as wrap
     from growfx.passes.path_products import path_products as path_products
+    from growfx.reporting.html import report as report
     from growfx.runtime.train import use_kernels as use_kernels
     from growfx.training import train as train
 
@@ -59,6 +60,7 @@ _HOMES = {
     "models": ("create_model",),
     "passes.mask": ("unwrap", "wrap"),
     "passes.path_products": ("path_products",),
+    "reporting.html": ("report",),
     "runtime.train": ("use_kernels",),
     "training": ("train",),
 }

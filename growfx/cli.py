@@ -283,6 +283,28 @@ def compare_command(
     return 1 if facts["failures"] else 0
 
 
+@commands.command("report")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="the HTML file to write")
+@click.option("--overwrite", is_flag=True, help="replace the report in --out")
+@click.option("--json", "as_json", is_flag=True, help="print the facts as JSON")
+def report_command(runs: tuple[Path, ...], out: Path, overwrite: bool, as_json: bool) -> None:
+    """Write one HTML file about runs: growth, layers, cost; of several also side by side.
+
+    RUN is a run folder, or the folder of a comparison. The file loads nothing and can be sent by mail.
+    """
+    from growfx.reporting.html import report
+
+    written = report(runs, out, overwrite=overwrite)
+    facts = {
+        "path": str(written.path),
+        "bytes": written.bytes,
+        "runs": [str(run) for run in written.runs],
+        "notes": list(written.notes),
+    }
+    _show(facts, as_json, str(written))
+
+
 @commands.command("bench")
 @click.argument("path")
 @click.option(

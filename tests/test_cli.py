@@ -48,7 +48,7 @@ def test_the_command_line_is_there_before_torch_is():
 
 
 @pytest.mark.parametrize(
-    "command", ["grow", "train", "export", "inspect", "eval", "compare", "bench", "methods", "zoo"]
+    "command", ["grow", "train", "export", "inspect", "eval", "compare", "bench", "methods", "report", "zoo"]
 )
 def test_every_command_explains_itself(command, capsys):
     assert call(command, "--help") == 0

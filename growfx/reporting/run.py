@@ -9,7 +9,7 @@ from growfx.masked.graph import MaskedGraph
 from growfx.reporting.plots import draw_epochs, draw_growth
 from growfx.runs.folder import RunFolder
 
-__all__ = ["layer_rows", "newborn_rows", "percent", "result_rows", "table", "write_report"]
+__all__ = ["curve_text", "gain_text", "layer_rows", "newborn_rows", "percent", "result_rows", "table", "write_report"]
 
 
 def write_report(folder: RunFolder, net: MaskedGraph, result: Mapping[str, Any]) -> str | None:
@@ -55,8 +55,8 @@ def summary(result: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], size
                 **({"cost": percent(r["cost"])} if "cost" in r else {}),
                 "accuracy": percent(r["val_accuracy"]),
                 "noise": percent(r["noise"]),
-                "predicted gain": _gain(r["fit"]),
-                "curve": _curve(r["fit"]),
+                "predicted gain": gain_text(r["fit"]),
+                "curve": curve_text(r["fit"]),
             }
             for r in rounds
         ]
@@ -157,14 +157,15 @@ def percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{100 * fraction:.2f} %"
 
 
-def _curve(fit: Mapping[str, Any] | None) -> str:
-    """The family that the data favour, and whether a plateau is likely but not sure."""
+def curve_text(fit: Mapping[str, Any] | None) -> str:
+    """Return the family that the data favour, and whether a plateau is likely but not sure."""
     if not fit:
         return "-"
     return fit.get("curve", "logistic") + (", not sure" if fit.get("unsure") else "")
 
 
-def _gain(fit: Mapping[str, Any] | None) -> str:
+def gain_text(fit: Mapping[str, Any] | None) -> str:
+    """Return the accuracy that growth to full density would add by a fit, and its standard error, in points."""
     if not fit or fit.get("gain") is None:
         return "-"
     return f"{100 * fit['gain']:.2f} +- {100 * fit['gain_error']:.2f}"

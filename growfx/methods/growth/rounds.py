@@ -254,6 +254,7 @@ class Growing(Method):
             "fit": None,
             "dead_units": sum(int((~alive).sum()) for alive in paths.alive_out.values()),
             "off_path": sum(growth.net.layers[name].numel for name in paths.off_path),
+            "layer_density": {name: layer.density for name, layer in growth.net.layers.items()},
             **({} if growth.scope.is_whole else {"budget_density": growth.scope.density}),
             **({} if growth.price.counts_weights else {"cost": growth.price.share(growth.scope)}),
         }
@@ -384,12 +385,12 @@ class Growing(Method):
     @property
     def trace(self) -> list[dict[str, Any]]:
         """One entry a round: round, density, nnz, val_accuracy, noise, fit (curve and decision), dead_units,
-        off_path, cohorts; with frozen layers also budget_density, over the others, which the fit is about; with
-        `price` = "flops" also cost, the share of dense multiply-accumulates, which the fit is about then.
+        off_path, layer_density, cohorts; with frozen layers also budget_density, over the others, which the fit is
+        about; with `price` = "flops" also cost, the share of dense multiply-accumulates, which the fit is about then.
 
         dead_units: output units that no path of non-zero weights crosses, at the end of the round (edges just
-        grown are zero). off_path: edges in layers that no path can cross. cohorts: how the edges of each earlier growth
-        fare (`growfx.methods.growth.newborn.Births.cohorts`).
+        grown are zero). off_path: edges in layers that no path can cross. layer_density: of each layer by its name.
+        cohorts: how the edges of each earlier growth fare (`growfx.methods.growth.newborn.Births.cohorts`).
         """
         return [] if self._attachment.state is None else self._attachment.state.trace
 
