@@ -298,7 +298,6 @@ def test_a_smaller_batch_without_gradients_takes_what_a_larger_one_does(monkeypa
 
 
 @built
-<<<<<<< HEAD
 @pytest.mark.filterwarnings("ignore")  # torch's own, about its compiler
 def test_compiled_code_is_one_graph_of_dense_kernels() -> None:
     net, x = wrapped()
@@ -310,7 +309,9 @@ def test_compiled_code_is_one_graph_of_dense_kernels() -> None:
     gradient = net.layers["conv"].weight.grad
     assert gradient is not None
     assert not gradient[~net.layers["conv"].mask].any()
-=======
+
+
+@built
 def test_optimizers_clear_what_a_mask_drops_in_a_copy_too() -> None:
     found = []
     for kernels in ("dense", "sparse"):
@@ -347,4 +348,3 @@ def test_inputs_that_the_model_does_not_accept_leave_the_kernels_it_had(example:
         growfx.use_kernels(net, "sparse", example_inputs=example)
     assert net.kernel_report is None
     assert all(layer.kernel is None for layer in net.layers.values())
->>>>>>> w-break
