@@ -433,7 +433,10 @@ def test_wrong_values_in_a_result_and_its_trace_do_not_end_the_report(runs: dict
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     for record in log:
         if record["event"] == "round":
-            record |= {"fit": {"curve": 3, "curves": {"none": {}}, "gain": "x"}, "cohorts": [{"born": "x"}]}
+            record |= {
+                "fit": {"curve": 3, "curves": {"none": {}}, "gain": "x"},
+                "cohorts": [{"born": 0, "edges": 10**400}],
+            }
             record["layer_density"] = {"0": None}
     (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
     page = reported(run, tmp_path / "r.html")
@@ -560,7 +563,7 @@ def test_ticks_are_few_distinct_and_within_the_axis(low: float, high: float, log
     assert low <= ticks[0] <= ticks[-1] <= high
 
 
-@pytest.mark.parametrize("values", [[3.0], [0.0, 0.0], [-2.0, -2.0], [1e-12, 1e12], [0.5, 0.5]])
+@pytest.mark.parametrize("values", [[3.0], [0.0, 0.0], [-2.0, -2.0], [1e-12, 1e12], [0.5, 0.5], [1e-320, 1e-310]])
 @pytest.mark.parametrize("log", [False, True])
 def test_an_axis_holds_what_it_is_made_around(values: list[float], log: bool) -> None:
     axis = Axis.around("", values, log=log)

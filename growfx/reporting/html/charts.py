@@ -39,7 +39,7 @@ class Axis:
         margin: float = 0.06,
     ) -> Axis:
         """Return an axis that holds all values and a margin; `least` is the lowest end it may have."""
-        log = log and min(values) > 0
+        log = log and min(values) > 1e-100  # below, a margin would end at zero
         low, high = min(values), max(values)
         if log:
             pad = max((math.log(high) - math.log(low)) * margin, 0.1)

@@ -17,6 +17,7 @@ from growfx.reporting.run import curve_text, gain_text, newborn_rows, percent
 __all__ = ["growth_parts"]
 
 _SHOWN_WEIGHT: Final = 0.05  # of a family of curves in the average
+_SMALLEST: Final = 1e-12  # density that a logarithmic axis shows
 _MOST_ROUNDS, _MOST_BIRTHS = 60, 10  # positions and areas of the chart of cohorts
 _ROUND_COLOUR, _FIT_COLOUR, _BACK_COLOUR, _STOP_COLOUR = 0, 1, 2, 3
 
@@ -49,7 +50,7 @@ def _paid(record: Mapping[str, Any]) -> float:
 
 
 def _curve_chart(run: RunRecord, notes: list[str]) -> Markup | None:
-    measured = [r for r in run.rounds if r.get("val_accuracy") is not None and _paid(r) > 0]
+    measured = [r for r in run.rounds if r.get("val_accuracy") is not None and _paid(r) > _SMALLEST]
     if not measured:
         notes.append("no round has an accuracy, so there is no growth curve")
         return None
@@ -67,7 +68,7 @@ def _curve_chart(run: RunRecord, notes: list[str]) -> Markup | None:
         try:
             curves, bands = _fit(AccuracyFit.from_json(fitted["fit"]), min(x))
             series.extend(curves)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             notes.append(f"the fit of round {fitted['round']:g} cannot be read ({type(error).__name__}: {error})")
     label = "cost, % of the dense multiply-adds" if "cost" in measured[-1] else "density, % of the masked weights"
     across = Axis("", 0.8 * min(x), 100.0, log=True) if series[1:] else Axis.around("", x, log=True)
@@ -122,7 +123,7 @@ def _round_table(rounds: Sequence[Mapping[str, Any]], notes: list[str]) -> Marku
         fit = mapping(r.get("fit"))
         try:
             gain, curve = gain_text(fit), curve_text(fit)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             notes.append(f"the decision of round {r['round']:g} cannot be read")
             gain, curve = "?", "?"
         active, dead = (Cell(_count(r.get(name)), number(r.get(name))) for name in ("nnz", "dead_units"))

@@ -254,7 +254,7 @@ def _list_where(value: object, fits: Callable[[Any], bool]) -> list[Any]:
 
 def _is_cohort(value: object) -> bool:
     entry = mapping(value)
-    whole = all(type(entry.get(key)) is int and entry[key] >= 0 for key in ("born", "edges"))
+    whole = all(type(entry.get(key)) is int and 0 <= entry[key] < 2**63 for key in ("born", "edges"))
     shares = [entry.get(key, "") for key in ("survival", "gradient_share")]
     known = all(share is None or number(share) is not None for share in shares)
     return whole and known and number(entry.get("magnitude")) is not None
