@@ -344,7 +344,10 @@ def test_the_folder_of_a_run_is_not_taken_for_that_of_a_comparison(compared, cap
 
 
 def test_what_no_run_could_do_is_said_at_once_and_leaves_nothing(tmp_path, capsys):
-    for model, data, message in (("test_resnte", "digits", "did you mean"), ("test_resnet", "nowhere", "is not there")):
+    for model, data, message in (
+        ("test_resnte", "digits", "did you mean"),
+        ("test_resnet", "nowhere", "`nowhere` was not found"),
+    ):
         assert call("compare", model, "--data", data, "--methods", "dense", "--out", tmp_path / "out") == 1
         shown = capsys.readouterr().err
         assert message in shown

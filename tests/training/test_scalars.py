@@ -69,7 +69,7 @@ def test_a_continued_run_goes_on_where_its_checkpoint_was_and_an_overwritten_one
 
 def test_tensorboard_without_its_package_or_a_folder_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="needs the package `tensorboard`: pip install 'growfx"):
+    with pytest.raises(ConfigError, match="needs the package `tensorboard`: pip install tensorboard"):
         run(tmp_path / "run", tensorboard=True)
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)

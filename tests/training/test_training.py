@@ -133,7 +133,9 @@ def test_a_round_is_scored_on_averaged_weights_and_ends_near_a_rate_of_zero(tmp_
 
 def pwmpr() -> Any:
     """Three rounds of two epochs, as `doubling` has."""
-    return growfx.methods.create("pwmpr", seed_density=0.1, growth_ratio=2.0, max_density=0.4)
+    return growfx.methods.create(
+        "pwmpr", seed_density=0.1, growth_ratio=2.0, max_density=0.4, growth_rounds="published"
+    )
 
 
 @pytest.mark.parametrize(
