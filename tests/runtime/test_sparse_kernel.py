@@ -352,7 +352,7 @@ def test_the_source_is_part_of_the_package() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     sources = [kernel_build.SOURCE, *kernel_build.HEADERS]
     patterns = {name: values for name, values in settings["package-data"].items() if name != "growfx"}
-    assert patterns == dict.fromkeys(("growfx.runtime", "growfx.runtime.train"), ["*.cpp", "*.h"])
+    assert patterns == {name: ["*.cpp", "*.h"] for name in ("growfx.runtime", "growfx.runtime.train")}
     for file in sources:
         assert file.parent == Path(kernel_build.__file__).parent
         assert file.read_text().count("\n") <= 450
