@@ -243,7 +243,7 @@ def eval_command(path: Path, data: str, split: str, assignments: tuple[str, ...]
     )
 
 
-@commands.command("compare")
+@commands.command("compare", cls=OptionCommand)
 @click.argument("model")
 @click.option("--data", required=True, help=_DATA_HELP)
 @click.option("--methods", "names", required=True, callback=_listed(str), help="names between commas, `dense` too")

@@ -31,6 +31,7 @@ class OptionCommand(click.Command):
         super().__init__(*args, **kwargs)
         self.method = method
         own = {flag for parameter in self.params for flag in parameter.opts}
+        own |= {"--seed"} if "--seeds" in own else set()  # a comparison has several
         self.params += _flags(TrainOptions, "Training", own)
         self.params += _flags(DataOptions, "Data", own)
 

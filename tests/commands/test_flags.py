@@ -37,6 +37,14 @@ def test_every_option_of_training_data_and_method_has_a_flag(name):
         assert {flag(field.name) for field in dataclasses.fields(kind) if field.init} <= flags
 
 
+def test_a_comparison_has_the_flags_of_training_and_data():
+    flags = flags_of("compare", "--methods", "dense")
+    for kind in (TrainOptions, DataOptions):
+        fields = {field.name for field in dataclasses.fields(kind)} - {"seed"}  # it has --seeds
+        assert {flag(name) for name in fields} <= flags
+    assert "--seed" not in flags
+
+
 @pytest.mark.parametrize("name", methods.names())
 def test_every_option_says_what_it_means(name):
     assert [row["flag"] for row in method_rows(name) if not row["meaning"]] == []
