@@ -9,6 +9,7 @@ full cost; biases, norms, activations and pooling are not.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph
 
 __all__ = [
+    "ONE_AT_A_TIME",
     "CostMeter",
     "ForwardCost",
     "forward_cost",
@@ -58,6 +60,10 @@ class ForwardCost:
     def sparse(self, densities: Mapping[str, float]) -> float:
         """MACs of the whole network at the given layer densities."""
         return sum(macs * densities[name] for name, macs in self.layers.items()) + self.rest
+
+
+# Modes of a network and torch's switch for fused attention are changed while counting.
+ONE_AT_A_TIME = threading.RLock()
 
 
 def forward_cost(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None = None) -> ForwardCost:
@@ -166,17 +172,18 @@ def _densities(net: MaskedGraph) -> dict[str, float]:
 @contextmanager
 def _counting(net: MaskedGraph) -> Generator[FlopCounterMode]:
     """Evaluation mode without gradients, in operators that torch's counter knows; modes are put back."""
-    before = [(module, module.training) for module in net.shell.modules()]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder operators are not counted
-    net.shell.eval()
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            yield counter
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module, training in before:
-            module.training = training
+    with ONE_AT_A_TIME:  # another thread would take what holds meanwhile for what was there before
+        before = [(module, module.training) for module in net.shell.modules()]
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder operators are not counted
+        net.shell.eval()
+        try:
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                yield counter
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+            for module, training in before:
+                module.training = training
 
 
 class _GraphCounter(fx.Interpreter):

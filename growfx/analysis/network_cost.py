@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from growfx.analysis.cost import forward_cost
+from growfx.analysis.cost import ONE_AT_A_TIME, forward_cost
 from growfx.masked.doors import as_masked_graph
 from growfx.masked.isolation import undisturbed
 
@@ -91,7 +91,7 @@ def cost(net: MaskedGraph, example_inputs: Any = None) -> Cost:
         (8.0, 4.0)
     """
     net = as_masked_graph(net, "growfx.cost")
-    with undisturbed(net):
+    with ONE_AT_A_TIME, undisturbed(net):
         counted = forward_cost(net, example_inputs)
     layers = {
         name: LayerCost(counted.layers[name], counted.layers[name] * layer.density)
