@@ -23,6 +23,8 @@ from zoo_sample import SAMPLES, Sample
 import growfx
 from growfx.selection.density import random_masks
 
+pytestmark = pytest.mark.slow
+
 MASKABLE = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention, CondConv2d)
 WHOLE = [
     "resnet50",

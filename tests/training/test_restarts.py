@@ -18,6 +18,8 @@ from growfx.training.run import Run
 from growfx.training.start import train
 from growfx.training.step import TrainStep
 
+pytestmark = pytest.mark.slow
+
 SHORT = dataclasses.replace(QUICK, epochs=2, checkpoint_minutes=0.0)
 METHODS: dict[str, dict[str, Any]] = {
     "pwmpr": {"seed_density": 0.1, "growth_ratio": 2.0, "max_density": 0.4, "epochs_per_round": 1},
