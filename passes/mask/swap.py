@@ -99,20 +99,7 @@ def wrap(
     first = functools.partial(record_checked, model=model)
     with enrolled(model, shell):
         net = MaskedGraph(shell, example, first, report, functools.partial(identity_of, model))
-        net.place_layers(handles, ())
-        recordings = [net.recording(example, training=False)]
-        try:
-            recordings.append(net.recording(example, training=True))
-        except TraceError as refusal:
-            # Detectors want targets to train on: a call with them will run.
-            report.notes.append(f"train mode was not recorded: {refusal}")
-        net._recorder = record_checked
-        order = _positions(recordings, shell, handles)
-        _name_layers(net, handles, order)
-        report.faithful = all(recording.faithful for recording in recordings)
-        if not report.faithful:
-            report.opaque.setdefault("", " ".join(report.notes))
-        _note_direct_reads(net)
+        _record_modes(net, example, handles)
         _warn_of_hidden_names(net, notes)
         _warn_of_another_net(shared_names, notes)
         if density < 1:
@@ -121,6 +108,24 @@ def wrap(
             net.set_masks({name: mask for name, mask in pruned.items() if name in net.layers})
             warn_once("the masks of torch.nn.utils.prune were taken over as the network's own", notes)
     return net
+
+
+def _record_modes(net: MaskedGraph, example: Inputs, handles: dict[str, MaskedParameter]) -> None:
+    """Record evaluation and train mode, name the layers in the order of the data, and report what was found."""
+    report = net.trace_report
+    net.place_layers(handles, ())
+    recordings = [net.recording(example, training=False)]
+    try:
+        recordings.append(net.recording(example, training=True))
+    except TraceError as refusal:
+        # Detectors want targets to train on: a call with them will run.
+        report.notes.append(f"train mode was not recorded: {refusal}")
+    net._recorder = record_checked
+    _name_layers(net, handles, _positions(recordings, net.shell, handles))
+    report.faithful = all(recording.faithful for recording in recordings)
+    if not report.faithful:
+        report.opaque.setdefault("", " ".join(report.notes))
+    _note_direct_reads(net)
 
 
 def _check_options(density: Any, seed: Any) -> None:
