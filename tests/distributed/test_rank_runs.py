@@ -26,6 +26,8 @@ from growfx.errors import CheckpointError, DataError, GrowfxError
 from growfx.runs.checkpoint import content_digest, read
 from growfx.training.step import TrainStep
 
+pytestmark = pytest.mark.slow
+
 METHODS = {
     "rigl": {"density": 0.3, "update_every": 2},
     "snip": {"density": 0.3, "score_batches": 2},

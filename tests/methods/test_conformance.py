@@ -15,6 +15,8 @@ from growfx import methods
 from growfx.analysis.cost import forward_cost, training_cost
 from growfx.selection.density import layer_densities
 
+pytestmark = pytest.mark.slow
+
 Shapes = dict[str, tuple[int, ...]]
 EXCHANGING = ("granet", "mest", "rigl", "rigl-sg", "rigl-sm", "set", "snfs")
 MAGNITUDE = ("acdc", "gmp")

@@ -17,6 +17,8 @@ from growfx.compaction.plan import CompactionPlan
 from growfx.errors import ArtifactError
 from growfx.passes.compact.network import compact
 
+pytestmark = pytest.mark.slow
+
 
 def timm_model(name: str) -> Any:
     return awake(growfx.create_model(name, num_classes=4))

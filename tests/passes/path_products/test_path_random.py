@@ -16,6 +16,8 @@ from torch.nn import functional as F
 import growfx
 from growfx.passes.path_products.products import path_products
 
+pytestmark = pytest.mark.slow
+
 SIDE = 2
 MOST_PATHS = 6_000
 OPERATORS = [
