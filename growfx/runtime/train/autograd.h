@@ -104,28 +104,28 @@ struct ProductArguments {
 };
 
 inline at::Tensor call_product(const at::Tensor& x, const at::Tensor& values, const Optional& bias,
-                               const ProductArguments& a, Ints out_sizes) {
+                               const ProductArguments& a, Ints out_sizes, bool panels) {
   using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const Optional&, const at::Tensor&,
                                const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, Ints, Ints,
-                               Ints, Ints, Ints);
+                               Ints, Ints, Ints, bool);
   static const auto op = handle<Signature>("growfx::sparse_product");
-  const auto& [start, channel, back_start, back_channel, back_order] = a.tables;
+  const auto& [start, source, back_start, back_source, back_order] = a.tables;
   const auto& [kernel, stride, padding, dilation] = a.geometry;
-  return op.call(x, values, bias, start, channel, back_start, back_channel, back_order, kernel, stride, padding,
-                 dilation, out_sizes);
+  return op.call(x, values, bias, start, source, back_start, back_source, back_order, kernel, stride, padding,
+                 dilation, out_sizes, panels);
 }
 inline std::tuple<at::Tensor, at::Tensor, at::Tensor> call_product_backward(const at::Tensor& grad, const at::Tensor& x,
                                                                             const at::Tensor& values,
                                                                             const ProductArguments& a,
-                                                                            std::array<bool, 3> wanted) {
+                                                                            std::array<bool, 3> wanted, bool panels) {
   using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
       const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-      const at::Tensor&, const at::Tensor&, Ints, Ints, Ints, Ints, std::array<bool, 3>);
+      const at::Tensor&, const at::Tensor&, Ints, Ints, Ints, Ints, std::array<bool, 3>, bool);
   static const auto op = handle<Signature>("growfx::sparse_product_backward");
-  const auto& [start, channel, back_start, back_channel, back_order] = a.tables;
+  const auto& [start, source, back_start, back_source, back_order] = a.tables;
   const auto& [kernel, stride, padding, dilation] = a.geometry;
-  return op.call(grad, x, values, start, channel, back_start, back_channel, back_order, kernel, stride, padding,
-                 dilation, wanted);
+  return op.call(grad, x, values, start, source, back_start, back_source, back_order, kernel, stride, padding,
+                 dilation, wanted, panels);
 }
 
 // The same product by torch's operators.
@@ -136,11 +136,11 @@ inline at::Tensor dense_product(const at::Tensor& x, const at::Tensor& values, c
   const int64_t taps = c10::multiply_integers(kernel);
   at::Tensor index = at::empty({values.numel()}, at::kLong);
   const int32_t* const start = a.tables[0].const_data_ptr<int32_t>();
-  const int32_t* const channel = a.tables[1].const_data_ptr<int32_t>();
+  const int32_t* const source = a.tables[1].const_data_ptr<int32_t>();
   int64_t* const n = index.mutable_data_ptr<int64_t>();
   for (int64_t s = 0; s + 1 < a.tables[0].numel(); ++s)
     for (int64_t k = start[s]; k < start[s + 1]; ++k)
-      n[k] = (s / taps % rows * columns + channel[k]) * taps + s % taps;
+      n[k] = s / taps % rows * columns * taps + source[k];
   std::vector<int64_t> sizes{rows, columns};
   sizes.insert(sizes.end(), kernel.begin(), kernel.end());
   const at::Tensor flat = at::zeros({rows * columns * taps}, values.options()).index_put({index}, values);
@@ -158,18 +158,18 @@ inline at::Tensor dense_product(const at::Tensor& x, const at::Tensor& values, c
 
 struct SparseProduct : Function<SparseProduct> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& values, const Optional& bias,
-                            const at::Tensor& start, const at::Tensor& channel, const at::Tensor& back_start,
-                            const at::Tensor& back_channel, const at::Tensor& back_order, Ints kernel, Ints stride,
-                            Ints padding, Ints dilation, Ints out_sizes) {
+                            const at::Tensor& start, const at::Tensor& source, const at::Tensor& back_start,
+                            const at::Tensor& back_source, const at::Tensor& back_order, Ints kernel, Ints stride,
+                            Ints padding, Ints dilation, Ints out_sizes, bool panels) {
     at::AutoDispatchBelowADInplaceOrView below;
-    ctx->save_for_backward({x, values, start, channel, back_start, back_channel, back_order});
+    ctx->save_for_backward({x, values, start, source, back_start, back_source, back_order});
     ctx->saved_data["kernel"] = kernel, ctx->saved_data["stride"] = stride;
-    ctx->saved_data["padding"] = padding, ctx->saved_data["dilation"] = dilation;
+    ctx->saved_data["padding"] = padding, ctx->saved_data["dilation"] = dilation, ctx->saved_data["panels"] = panels;
     ctx->saved_data["wanted"] = std::vector<int64_t>{x.requires_grad(), values.requires_grad(),
                                                      bias.has_value() && bias->requires_grad()};
-    const ProductArguments a{{start, channel, back_start, back_channel, back_order},
+    const ProductArguments a{{start, source, back_start, back_source, back_order},
                              {kernel.vec(), stride.vec(), padding.vec(), dilation.vec()}};
-    return call_product(x, values, bias, a, out_sizes);
+    return call_product(x, values, bias, a, out_sizes, panels);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
@@ -178,10 +178,11 @@ struct SparseProduct : Function<SparseProduct> {
     const auto wanted = ints("wanted");
     const ProductArguments a{{saved[2], saved[3], saved[4], saved[5], saved[6]},
                              {ints("kernel"), ints("stride"), ints("padding"), ints("dilation")}};
-    variable_list found(13);
+    variable_list found(14);
     if (!at::GradMode::is_enabled()) {
       std::tie(found[0], found[1], found[2]) =
-          call_product_backward(grad, x, values, a, {bool(wanted[0]), bool(wanted[1]), bool(wanted[2])});
+          call_product_backward(grad, x, values, a, {bool(wanted[0]), bool(wanted[1]), bool(wanted[2])},
+                                ctx->saved_data["panels"].toBool());
       return found;
     }
     variable_list inputs;

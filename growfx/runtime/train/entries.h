@@ -43,10 +43,11 @@ void for_active(const uint8_t* mask, int64_t rows, int64_t columns, int64_t taps
 
 using Tables = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// start (blocks * O * taps + 1), channel (nnz), index (nnz): entries in the order (block of `block[0]` input channels,
-// output channel, tap, input channel), and where each lies in the weight's memory. back_start (blocks * I * taps + 1),
-// back_channel (nnz), back_order (nnz): entries in the order (block of `block[1]` output channels, input channel, tap of
-// the writing order, output channel), and which of the former each is.
+// start (blocks * O * taps + 1), source (nnz), index (nnz): entries in the order (block of `block[0]` input channels,
+// output channel, tap, input channel), what each reads (input channel * taps + tap), and where each lies in the weight's
+// memory. back_start (blocks * I * taps + 1), back_source (nnz), back_order (nnz): entries in the order (block of
+// `block[1]` output channels, input channel, tap of the writing order, output channel), what each reads (output channel
+// * taps + tap in that order), and which of the former each is.
 inline Tables index_mask(const at::Tensor& mask, at::IntArrayRef weight_strides, at::IntArrayRef stride,
                          at::IntArrayRef dilation, at::IntArrayRef block) {
   const at::Tensor whole = mask.contiguous();
@@ -85,18 +86,18 @@ inline Tables index_mask(const at::Tensor& mask, at::IntArrayRef weight_strides,
   for (int64_t j = 0; j < back_segments; ++j) b[j + 1] += b[j];
   const int64_t nnz = s[segments];
   const auto list = [&] { return at::empty({nnz}, ints); };
-  at::Tensor channel = list(), index = list(), back_channel = list(), back_order = list();
-  int32_t* const c = channel.mutable_data_ptr<int32_t>();
+  at::Tensor source = list(), index = list(), back_source = list(), back_order = list();
+  int32_t* const c = source.mutable_data_ptr<int32_t>();
   int32_t* const n = index.mutable_data_ptr<int32_t>();
-  int32_t* const d = back_channel.mutable_data_ptr<int32_t>();
+  int32_t* const d = back_source.mutable_data_ptr<int32_t>();
   int32_t* const e = back_order.mutable_data_ptr<int32_t>();
   std::vector<int32_t> next(s, s + segments), back_next(b, b + back_segments);
   for_active(m, rows, columns, taps, [&](int64_t o, int64_t i, int64_t t) {
     const int32_t k = next[segment(o, i, t)]++, j = back_next[back_segment(o, i, t)]++;
-    c[k] = i, n[k] = o * weight_strides[0] + i * weight_strides[1] + step[t];
-    d[j] = o, e[j] = k;
+    c[k] = i * taps + t, n[k] = o * weight_strides[0] + i * weight_strides[1] + step[t];
+    d[j] = o * taps + back[t], e[j] = k;
   });
-  return {start, channel, index, back_start, back_channel, back_order};
+  return {start, source, index, back_start, back_source, back_order};
 }
 
 // Whether the true values of a mask, laid out as the weight, are just those at `index`.
