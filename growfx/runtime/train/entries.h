@@ -100,13 +100,26 @@ inline Tables index_mask(const at::Tensor& mask, at::IntArrayRef weight_strides,
   return {start, source, index, back_start, back_source, back_order};
 }
 
+// Calls `use(k, index[k])` for entries first..end. Entries stand in an order that memory is not in, so what they lie at is
+// fetched ahead.
+template <class T, class F>
+void for_indexed(const int32_t* index, int64_t first, int64_t end, const T* memory, const F& use) {
+  constexpr int64_t AHEAD = 48;
+  int64_t k = first;
+  for (; k + AHEAD < end; ++k) {
+    __builtin_prefetch(memory + index[k + AHEAD]);
+    use(k, index[k]);
+  }
+  for (; k < end; ++k) use(k, index[k]);
+}
+
 // Whether the true values of a mask, laid out as the weight, are just those at `index`.
 inline bool has_entries(const at::Tensor& mask, const at::Tensor& index) {
   const uint8_t* const m = reinterpret_cast<const uint8_t*>(mask.const_data_ptr<bool>());
   const int32_t* const n = index.const_data_ptr<int32_t>();
   const int64_t count = index.numel(), size = mask.numel();
   int64_t found = 0, here = 0;
-  for (int64_t k = 0; k < count; ++k) here += m[n[k]];
+  for_indexed(n, 0, count, m, [&](int64_t, int32_t at) { here += m[at]; });
   if (here != count) return false;
   constexpr int64_t PART = 4096;
   for (int64_t i = 0; i < size; i += PART) {
@@ -124,7 +137,7 @@ inline at::Tensor gather_entries(const at::Tensor& weight, const at::Tensor& ind
   const float* const w = weight.const_data_ptr<float>();
   float* const v = values.mutable_data_ptr<float>();
   at::parallel_for(0, count, 32768, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) v[k] = w[n[k]];
+    for_indexed(n, begin, end, w, [&](int64_t k, int32_t at) { v[k] = w[at]; });
   });
   return values;
 }
@@ -135,7 +148,7 @@ inline void put_entries(const at::Tensor& weight, const at::Tensor& index, const
   const float* const v = values.const_data_ptr<float>();
   float* const w = weight.mutable_data_ptr<float>();
   at::parallel_for(0, count, 32768, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) w[n[k]] = v[k];
+    for_indexed(n, begin, end, w, [&](int64_t k, int32_t at) { w[at] = v[k]; });
   });
 }
 
@@ -148,7 +161,7 @@ inline at::Tensor scatter_entries(const at::Tensor& values, const at::Tensor& in
   const float* const v = whole.const_data_ptr<float>();
   float* const w = weight.mutable_data_ptr<float>();
   at::parallel_for(0, count, 32768, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) w[n[k]] = v[k];
+    for_indexed(n, begin, end, w, [&](int64_t k, int32_t at) { w[at] = v[k]; });
   });
   return weight;
 }

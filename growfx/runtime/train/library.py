@@ -15,13 +15,14 @@ from growfx.runtime.kernel_build import Library
 __all__ = ["TRAINING", "training_status"]
 
 _FOLDER = Path(__file__).parent
+_SOURCES = ("autograd.cpp", "products.cpp", "operators.cpp")
 _HEADERS = (
-    *("autograd.h", "entries.h", "geometry.h", "layout.h", "norm.h", "norm_operators.h", "panels.h", "pool.h"),
+    *("entries.h", "geometry.h", "layout.h", "norm.h", "norm_operators.h", "operators.h", "panels.h", "pool.h"),
     *("product.h", "products.h"),
 )
 TRAINING = Library(
     "growfx_training",
-    _FOLDER / "operators.cpp",
+    tuple(_FOLDER / name for name in _SOURCES),
     (*(_FOLDER / name for name in _HEADERS), _FOLDER.parent / "sparse_vectors.h"),
 )
 

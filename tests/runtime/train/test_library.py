@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_every_file_that_the_library_is_made_of_counts_in_its_fingerprint_and_is_packaged() -> None:
-    files = [TRAINING.source, *TRAINING.headers]
+    files = [*TRAINING.sources, *TRAINING.headers]
     included = {
         (file.parent / name).resolve()
         for file in files

@@ -156,6 +156,18 @@ def test_every_number_of_threads_gives_the_same_bits(case: dict[str, Any]) -> No
         assert all(torch.equal(value, other[name]) for name, value in found[0].items())
 
 
+def test_tiles_that_share_outputs_do_not_add_to_each_other_in_several_threads() -> None:
+    torch.manual_seed(0)
+    net = growfx.wrap(nn.Sequential(nn.Conv2d(64, 32, 3, padding=1)), torch.randn(1, 64, 12, 12), density=0.3)
+    growfx.use_kernels(net, "sparse")
+    x = torch.randn(70, 64, 12, 12)  # ends within a register, and has several blocks of channels
+    torch.set_num_threads(1)
+    expected = results(net, x)
+    torch.set_num_threads(4)
+    for _ in range(5):
+        assert all(torch.equal(value, expected[name]) for name, value in results(net, x).items())
+
+
 def test_linear_layers_take_any_leading_shape() -> None:
     torch.manual_seed(0)
     for shape in ((20,), (3, 20), (2, 3, 4, 20)):

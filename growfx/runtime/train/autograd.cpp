@@ -1,8 +1,14 @@
 // Gradients of the operators. Second derivatives go through torch's dense operators.
 
-#pragma once
-
-#include <ATen/ATen.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/batch_norm.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/max_pool2d.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -13,6 +19,7 @@
 #include <vector>
 
 #include "layout.h"
+#include "operators.h"
 
 namespace {
 
@@ -20,8 +27,6 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
-using Optional = std::optional<at::Tensor>;
-using Ints = at::IntArrayRef;
 
 template <class Signature>
 c10::TypedOperatorHandle<Signature> handle(const char* name) {
@@ -199,8 +204,6 @@ struct SparseProduct : Function<SparseProduct> {
   }
 };
 
-using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 inline Three call_norm(const at::Tensor& x, const Optional& weight, const Optional& bias, const Optional& mean,
                        const Optional& variance, const Optional& added, double eps, bool relu) {
@@ -300,4 +303,47 @@ struct MaxPool : Function<MaxPool> {
   }
 };
 
+// A layer as it stands in a network: whatever its weight's and input's layout. `inner`: leave the batch innermost.
+at::Tensor sparse_layer(const at::Tensor& x, const at::Tensor& weight, const Optional& bias, const at::Tensor& index,
+                        const at::Tensor& start, const at::Tensor& source, const at::Tensor& back_start,
+                        const at::Tensor& back_source, const at::Tensor& back_order, Ints stride, Ints padding,
+                        Ints dilation, Ints out_size, bool inner, bool panels) {
+  const bool ready = x.scalar_type() == at::kFloat && batch_is_inner(x);
+  const ProductArguments a{{start, source, back_start, back_source, back_order},
+                           {weight.sizes().slice(2).vec(), stride.vec(), padding.vec(), dilation.vec()}};
+  std::vector<int64_t> sizes{x.size(0), weight.size(0)};
+  sizes.insert(sizes.end(), out_size.begin(), out_size.end());
+  const at::Tensor values = call_gather(weight, index);
+  const at::Tensor out = call_product(ready ? x : call_batch_inner(x), values, bias, a, sizes, panels);
+  return inner ? out : call_batch_outer(out, x.scalar_type());
+}
+
 }  // namespace
+
+TORCH_LIBRARY_IMPL(growfx, Autograd, library) {
+  library.impl("batch_inner", [](const at::Tensor& x) { return BatchInner::apply(x); });
+  library.impl("batch_outer", [](const at::Tensor& x, at::ScalarType dtype) { return BatchOuter::apply(x, dtype); });
+  library.impl("gather_entries",
+               [](const at::Tensor& weight, const at::Tensor& index) { return GatherEntries::apply(weight, index); });
+  library.impl("scatter_entries", [](const at::Tensor& values, const at::Tensor& index, Ints sizes, Ints strides) {
+    return ScatterEntries::apply(values, index, sizes, strides);
+  });
+  library.impl("sparse_product",
+               [](const at::Tensor& x, const at::Tensor& values, const Optional& bias, const at::Tensor& start,
+                  const at::Tensor& source, const at::Tensor& back_start, const at::Tensor& back_source,
+                  const at::Tensor& back_order, Ints kernel, Ints stride, Ints padding, Ints dilation, Ints out_sizes,
+                  bool panels) {
+                 return SparseProduct::apply(x, values, bias, start, source, back_start, back_source, back_order,
+                                             kernel, stride, padding, dilation, out_sizes, panels);
+               });
+  library.impl("norm", [](const at::Tensor& x, const Optional& weight, const Optional& bias, const Optional& mean,
+                          const Optional& variance, const Optional& added, double eps, bool relu) {
+    const variable_list found = Norm::apply(x, weight, bias, mean, variance, added, eps, relu);
+    return std::make_tuple(found[0], found[1], found[2]);
+  });
+  library.impl("max_pool", [](const at::Tensor& x, Ints kernel, Ints stride, Ints padding, Ints dilation, Ints out) {
+    const variable_list found = MaxPool::apply(x, kernel, stride, padding, dilation, out);
+    return std::make_tuple(found[0], found[1]);
+  });
+}
+TORCH_LIBRARY_IMPL(growfx, CompositeImplicitAutograd, library) { library.impl("sparse_layer", &sparse_layer); }
