@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from growfx.distributed import ranks
-from growfx.distributed.sharded import check_recordable, fsdp_modules, is_sharded, own_part, part_of
+from growfx.distributed.sharded import check_recordable, fsdp_modules, is_sharded, local_shard, part_of
 from growfx.errors import MaskError, TraceError
 from growfx.masked.agreement import require_same_masks
 from growfx.masked.averages import copy_masks_into_averages
@@ -99,7 +99,7 @@ class MaskedGraph(fx.GraphModule):
         self._identity: tuple[Callable[[], Any]] | Any = (find_identity,)
         self.replicated, self._compared = False, False
         self._searched_as: type | None = None  # `fully_shard` gives what it is called on another class
-        # In plain containers the layers would become submodules of their own.
+        # In plain containers the layers would become submodules.
         self._named_layers: tuple[dict[str, MaskedLayer]] = ({},)
         self._tied: tuple[list[list[MaskedLayer]]] = ([],)
         self._read_directly: tuple[list[MaskedLayer]] = ([],)
@@ -211,7 +211,7 @@ class MaskedGraph(fx.GraphModule):
         """
         wrong = []
         for name, layer in self.layers.items():
-            outside = own_part(layer.parameter)[~part_of(layer.mask, layer.parameter)]
+            outside = local_shard(layer.parameter)[~part_of(layer.mask, layer.parameter)]
             if bool((outside != 0).any() | torch.signbit(outside).any()):
                 wrong.append(name)
         if wrong:

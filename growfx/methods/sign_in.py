@@ -10,7 +10,7 @@ epochs the scale is folded into the weight, w = theta and m = 1, which changes n
 
 The network never sees the factors. Its parameter is the product throughout: forward, state dict, averages and artifacts
 need nothing. Only for the time of an optimizer's step the parameter holds w, its gradient is that of w, and the
-optimizer has the scales as parameters of their own; afterwards the product is put back.
+optimizer has the scales as separate parameters; afterwards the product is put back.
 
 Deviations and decisions:
 
