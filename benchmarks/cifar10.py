@@ -136,7 +136,7 @@ def options_of(protocol: Protocol, names: Sequence[str]) -> dict[str, Any]:
         if text.partition("=")[0] in {*fields, "img_size", "batch_size", "workers"}
     )
     grown = tuple(f"{density:g}" for density in protocol.grown_to)
-    sweeps = {**protocol.sweeps, **{f"{name}.max_density": grown for name in GROWTH}}
+    sweeps = {**protocol.sweeps, **({f"{name}.max_density": grown for name in GROWTH} if grown else {})}
     return {
         "assignments": (*shared, *own),
         "sweeps": {key: values for key, values in sweeps.items() if key.partition(".")[0] in names},
@@ -215,6 +215,7 @@ def main() -> int:
     names = chosen_methods(args.methods)
     options = options_of(protocol, names)
     sweeps = {key: tuple(values.split(",")) for key, _, values in (text.partition("=") for text in args.sweep)}
+    sized = any(getattr(methods.kind_of(name), "density", None) is not None for name in names if name != "dense")
     results, status = {}, 0
     for model in args.models.split(",") if args.models else protocol.models:
         spec, arguments = protocol.models[model]
@@ -222,7 +223,7 @@ def main() -> int:
             spec,
             str(data),
             methods=names,
-            densities=args.densities or protocol.densities,
+            densities=(args.densities or protocol.densities) if sized else (),
             seeds=args.seeds or protocol.seeds,
             epochs=args.epochs or protocol.epochs,
             assignments=(*options["assignments"], *arguments, *args.set),
