@@ -31,7 +31,7 @@ class CompactionPlan:
             a transposed convolution), numbered over all groups: each group may keep others, of equal number.
         norms: batch norms that the layers before them took over; what else is in them stays, in their place.
         left_out: modules that evaluation never runs; the model has None in their places.
-        widths: module -> where it states a width of its own (`num_features`, `feature_info.0.num_chs`) -> the new one.
+        widths: module -> where it states its own width (`num_features`, `feature_info.0.num_chs`) -> the new one.
     """
 
     tensors: Mapping[str, Mapping[int, Spans]] = field(default_factory=dict)

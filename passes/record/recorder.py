@@ -294,7 +294,7 @@ class Recorder(TorchFunctionMode):
             return items_of
         if isinstance(value, torch.device) and value.type == "meta" and self.device is not None:
             return self.device
-        if isinstance(value, np.generic):  # its text is no Python
+        if isinstance(value, np.generic):  # its text is not valid Python
             return value.item()
         if not can_be_written(value) and build:
             self.left_out.append(type(value).__name__)

@@ -2,7 +2,7 @@
 
 Nothing is traced symbolically, so whatever Python the forward holds (loops, branches on shapes, lists, keyword
 arguments, functional uses of weights) is simply executed. Convolutions, linear layers, norms, attention and
-childless `torch.nn` modules are nodes of their own; every other module is recorded through. Sizes are numbers
+childless `torch.nn` modules become nodes; every other module is recorded through. Sizes are numbers
 that remember their node, which keeps the batch size free; other sizes hold for the recorded input only.
 
 A value that Python takes out of a tensor computed from the input (`.item()`, a branch on data) cannot be
@@ -241,7 +241,7 @@ def working_copy(module: nn.Module, *, trained: bool = False, own_values: bool =
     """A copy of the module to run: values are shared, buffers and attributes are its own, as are what hooks keep.
 
     Its parameters are other objects over the same memory; they require gradients where the module's do if `trained`.
-    `own_values`: they have memory of their own, for forwards that write into them.
+    `own_values`: they have their own memory, for forwards that write into them.
     """
     memo: dict[int, Any] = {id(part.mask): part.mask for part in module.modules() if isinstance(part, MaskedLayer)}
     for parameter in module.parameters():
