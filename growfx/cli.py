@@ -300,6 +300,13 @@ def report_command(runs: tuple[Path, ...], out: Path, overwrite: bool, as_json: 
 @click.option("--compile/--no-compile", "with_compile", default=True, help="time torch.compile")
 @click.option("--density", type=float, help="of random masks, when PATH is a model's name")
 @click.option("--fresh", is_flag=True, help="time the sparse runtime's choices anew, whatever was kept")
+@click.option(
+    "--clock",
+    type=click.Choice(["wall", "cpu"]),
+    default="wall",
+    show_default=True,
+    help="cpu: processor time of all threads, for a busy machine",
+)
 @click.option("--set", "assignments", multiple=True, metavar="model.KEY=VALUE", help="argument of a named model")
 @click.option("--json", "as_json", is_flag=True, help="print all figures as JSON")
 @click.option("--quiet", is_flag=True, help="no progress bar")
@@ -312,7 +319,8 @@ def bench_command(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Time PATH on this machine's CPU: dense torch, compiled, onnxruntime, masked, compact, sparse runtime.
+    """Time PATH on this machine's CPU: dense torch, compiled, masked, compact, sparse runtime, and onnxruntime,
+    OpenVINO and DeepSparse where they are installed.
 
     PATH is an artifact, a run, or a model's name. A row that cannot run says why.
     """
