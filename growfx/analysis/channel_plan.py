@@ -193,15 +193,19 @@ class ChannelPlan:
             raise ConfigError(f"`{kind}` was not counted for this plan; allowed: {known}")
         return self.planned[kind] / self.dense[kind] if self.dense[kind] else 1.0
 
-    def masks(self, net: MaskedGraph) -> dict[str, Tensor]:
-        """The masks of `net` without the edges of all units that leave.
+    def masks(self, net: MaskedGraph, before: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The masks of the layers that lose units, without the edges of these.
+
+        Args:
+            net: a masked network with the layers that the plan is about.
+            before: masks to cut instead of those that it has.
 
         Raises:
-            ConfigError: `net` has other layers than the network that the plan was made for.
+            ConfigError: `net` has other layers.
         """
         self.check(net)
         return {
-            name: net.layers[name].mask
+            name: (net.layers[name].mask if before is None else before[name])
             & unit_masks(net.layers[name], self.outputs.get(name, ()), self.columns.get(name, ()))
             for name in self.shapes
         }

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from growfx.analysis.channel_plan import Budget, ChannelPlan, UnitFamily, unit_masks
 from growfx.analysis.cost import ONE_AT_A_TIME, forward_cost
+from growfx.analysis.weight_layout import by_unit
 from growfx.compaction.apply import sharing_copy
 from growfx.errors import ConfigError, TraceError
 from growfx.masked.isolation import undisturbed
@@ -105,12 +106,13 @@ class ChannelPlanner:
         if any(tensor.is_meta for tensor in net.parameters()):
             raise TraceError("the network is on the meta device, so nothing is known of its values; load them first")
         excluded = _matching(net, options.exclude)
-        self._model = unwrap(net).eval()
+        model = unwrap(net).eval()
+        self._model: nn.Module | None = model
         with ONE_AT_A_TIME, undisturbed(net):
             self._example = net.inputs_like(example_inputs)
             found = connect(net, self._example)
             counted = forward_cost(net, None if example_inputs is None else self._example.values)
-            self._cutter = Cutter(self._model, found, self._example)
+            self._cutter = Cutter(model, found, self._example)
         refused = {**self._cutter.refused}
         for name in excluded:
             _refuse(refused, found.coupled(name) if name in found.layers else (), f"`{name}` is excluded")
@@ -123,7 +125,7 @@ class ChannelPlanner:
         self._check_rounding()
         self.table: CostTable = cost_table(net, self.units, counted.layers, counted.rest)
         if timed:
-            timing = time_cost(self._model, self._example, self.units, self.table)
+            timing = time_cost(model, self._example, self.units, self.table)
             self.table = replace(self.table, costs={**self.table.costs, "time": timing})
         self._limits = self._limited()
 
@@ -230,11 +232,12 @@ class ChannelPlanner:
         self, budget: Budget, values: Tensor, gains: Tensor, score: str, removed: list[list[int]]
     ) -> ChannelPlan:
         """The plan whose network is as fast as the budget says when it is measured; layers do not get faster evenly."""
+        model = self._model or unwrap(self.net).eval()
         fraction, share, least = budget.fraction, 1.0, self._least("time")
         for _ in range(_TIMED):
             with torch.no_grad(), undisturbed(self.net):
-                small = self._cutter.cut(self._model, self.units, self._gone(removed))
-                dense, seconds = measured_share(self._model, small, self._example)
+                small = self._cutter.cut(model, self.units, self._gone(removed))
+                dense, seconds = measured_share(model, small, self._example)
             share = seconds / dense
             if share <= budget.fraction:
                 plan = self._written(budget, gains, score, removed)
@@ -287,25 +290,121 @@ class ChannelPlanner:
 
     def _wrong(self, removed: Sequence[Sequence[int]]) -> dict[int, str]:
         """Families whose removal changes the outputs of the network in which their weights are zero -> how."""
-        families = self.units.families
+        if self._model is None:
+            return {}
+        model, families = self._model, self.units.families
         clusters = [[i] for i, places in enumerate(removed) if places]
 
         def problem(chosen: list[int]) -> str:
             gone = self._mark((i, [families[i].units[place] for place in removed[i]]) for i in chosen)
-            zeroed = self._zeroed(gone)
+            zeroed = self._zeroed(model, gone)
             return self._cutter.difference(zeroed, self.units, gone, self._example)
 
         with torch.no_grad(), undisturbed(self.net):
             return largest_fitting(_by_kind(clusters, families), problem)[1] if clusters else {}
 
-    def _zeroed(self, gone: Tensor) -> nn.Module:
-        """The plain model without the weights into and out of whole units."""
-        model = sharing_copy(self._model)
+    def _zeroed(self, model: nn.Module, gone: Tensor) -> nn.Module:
+        """A copy of the plain model without the weights into and out of whole units."""
+        model = sharing_copy(model)
         for name, (outputs, columns) in self.cuts(gone).items():
             layer = self.net.layers[name]
             weight = getattr(model.get_submodule(name), layer.weight_name)
             weight.data = weight.data * unit_masks(layer, outputs, columns).to(weight.device)
         return model
+
+    def absent(self) -> Tensor:
+        """A bool of every whole unit: none of its edges in is there, in any of its layers."""
+        absent = torch.zeros(self.units.count, dtype=torch.bool)
+        for owner in self.units.outputs.values():
+            absent[owner[owner >= 0]] = True
+        for name, owner in self.units.outputs.items():
+            there = torch.ones(len(owner), dtype=torch.bool)
+            if name in self.net.layers:
+                there = by_unit(self.net.layers[name], self.net.layers[name].mask, by_output=True).any(1).cpu()
+            absent[owner[there & (owner >= 0)]] = False
+        return absent
+
+    def planned(self, plan: ChannelPlan) -> Tensor:
+        """A bool of every whole unit: a plan for this network removes it.
+
+        Raises:
+            ConfigError: the plan is of another network, or takes units apart that can only leave together.
+        """
+        plan.check(self.net)
+        gone = torch.zeros(self.units.count, dtype=torch.bool)
+        for name, outputs in plan.outputs.items():
+            owner = self.units.outputs[name]
+            if max(outputs) >= len(owner):
+                raise ConfigError(f"the plan removes unit {max(outputs)} of `{name}`, which has {len(owner)}")
+            gone[owner[list(outputs)]] = True
+        cuts = self.cuts(gone)
+        if {n: (plan.outputs.get(n, ()), plan.columns.get(n, ())) for n in plan.shapes} != cuts:
+            raise ConfigError(
+                "the plan takes units apart that can only leave together in this network; plan anew with "
+                "`growfx.plan_channels`"
+            )
+        return gone
+
+    def kept(self, gone: Tensor | None) -> np.ndarray:
+        """How many units of each family are left without some whole units."""
+        if gone is None:
+            return self.table.sizes
+        return np.array([int((~gone[list(family.units)]).sum()) for family in self.units.families], np.int64)
+
+    def share(self, kind: str, gone: Tensor | None) -> float:
+        """What the network costs without some whole units, over the dense one's cost."""
+        return self.table.cost(kind, self.kept(gone)) / self.table.cost(kind, self.table.sizes)
+
+    def part_of(self, plan: ChannelPlan, fraction: float) -> ChannelPlan:
+        """A plan that removes a fraction of the groups that `plan` does, those of least gain over cost first."""
+        whole, price = self.planned(plan), self.table.of_one("flops")
+        gains = torch.zeros(self.units.count, dtype=torch.float64)
+        for group in plan.groups:
+            name, outputs = next(iter(group.layers.items()))
+            gains[self.units.outputs[name][outputs[0]]] = group.gain or 0.0
+        values = [
+            (float(gains[unit]) / max(float(price[i]), 1e-300), i, place)
+            for i, family in enumerate(self.units.families)
+            for place, unit in enumerate(family.units)
+            if whole[unit]
+        ]
+        removed: list[list[int]] = [[] for _ in self.units.families]
+        for _, i, place in sorted(values)[: int(fraction * len(values))]:
+            removed[i].append(place)
+        return self._written(plan.budget, gains, plan.score, [sorted(places) for places in removed])
+
+    def vectors(self, chosen: Tensor) -> dict[str, tuple[int, Tensor]]:
+        """Which indices of parameters and buffers beside weights some whole units have.
+
+        Args:
+            chosen: bool of every whole unit, and one more for none.
+
+        Returns:
+            Name -> axis, and a bool of every index along it.
+        """
+        found = self.units.found
+        result = {name: (axis, chosen[self.units.of_group[units]]) for name, (axis, units) in found.parameters.items()}
+        for name, owner in self.units.outputs.items():
+            if name in self.net.layers:
+                for own, tensor in self.net.layers[name].named_parameters(recurse=False):
+                    if own != "weight" and tensor.shape == owner.shape:
+                        result.setdefault(f"{name}.{own}", (0, chosen[owner]))
+        return result
+
+    def held_up(self) -> str:
+        """What keeps the network from being narrower, in words."""
+        price = self.table.of_one("weights")
+        shares: dict[str, float] = {}
+        for i, family in enumerate(self.units.families):
+            if family.reason:
+                shares[family.reason] = shares.get(family.reason, 0.0) + float(price[i]) * len(family.units)
+        largest = sorted(shares, key=lambda reason: -shares[reason])[:_SHOWN]
+        return "; ".join(f"units stay because {reason}" for reason in largest)
+
+    def forget_values(self) -> None:
+        """Drop the copy of the weights; plans made from now on are not compared with the network they are for."""
+        self._model = None
+        self._cutter.forget_values()
 
     def cuts(self, gone: Tensor) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
         """Output units and columns that layers lose with whole units; layers that lose none are left out."""

@@ -43,6 +43,10 @@ class Cutter:
         except Exception:  # it reads its data
             self._hollow = None
 
+    def forget_values(self) -> None:
+        """Drop the weights, and the copy without values, which are not needed to cut other copies of the model."""
+        self._chooser.model, self._hollow = meta_copy(self._chooser.model), None
+
     def problem(self, units: WholeUnits, gone: Tensor) -> str:
         """What is wrong, by shapes alone, when whole units leave; "" where nothing is or nothing can be said.
 
