@@ -16,6 +16,9 @@ function cubic(x) {
   return d < 2 ? ((d - 5) * d + 8) * d * a - 4 * a : 0;
 }
 
+// Weights are whole numbers of 22 bits behind the point, as Pillow's, so that ties are rounded as there.
+const ONE = 1 << 22;
+
 // For each of `size` places of the result the weights of its sources, in a range that begins at `first`.
 function windows(length, size, filter) {
   const scale = length / size, stretch = Math.max(scale, 1), reach = filter.support * stretch, found = [];
@@ -26,7 +29,7 @@ function windows(length, size, filter) {
     const weights = [];
     for (let j = first; j < last; j++) weights.push(filter.at((j - centre + 0.5) / stretch));
     const sum = weights.reduce((a, b) => a + b, 0);
-    found.push({ first, weights: weights.map((w) => w / sum) });
+    found.push({ first, weights: weights.map((w) => Math.sign(w) * Math.floor((Math.abs(w) / sum) * ONE + 0.5)) });
   }
   return found;
 }
@@ -41,13 +44,13 @@ function resampled(bytes, lines, size, source, target, filter) {
       for (let j = 0; j < weights.length; j++) {
         sum += weights[j] * bytes[line * source.stride + (first + j) * source.step];
       }
-      result[line * target.stride + i * target.step] = Math.floor(sum + 0.5);
+      result[line * target.stride + i * target.step] = Math.floor(sum / ONE + 0.5);
     }
   }
   return result;
 }
 
-// A plane of bytes at another size; bytes in between, as Pillow has them.
+// A plane of bytes at another size; bytes in between, as Pillow has them. (Pillow sometimes takes height before width.)
 function resized(plane, width, height, newWidth, newHeight, kind) {
   const filter = FILTERS[kind];
   let now = plane;
