@@ -57,6 +57,10 @@ class Connectivity:
             that shape. What remains after a removal must be a full rectangle in each, and in the queries, keys and
             values of one attention as many heads.
         signals: how the values between layers are made of units.
+        heads: for every head of an attention the groups of its queries, keys and values, each ascending; groups that
+            a product of two activations sums over are in one of them.
+        products: multiply-accumulates of products of two activations at batch 1 -> the groups that share each, one for
+            every part of equal size (0: a part of no unit).
     """
 
     layers: Mapping[str, LayerUnits]
@@ -67,6 +71,8 @@ class Connectivity:
     parameters: Mapping[str, tuple[int, Tensor]]
     frames: tuple[Tensor, ...]
     signals: SignalGraph = field(repr=False)
+    heads: tuple[Tensor, ...] = ()
+    products: tuple[tuple[float, Tensor], ...] = ()
 
     def coupled(self, layer: str) -> Tensor:
         """The group of every output unit of a layer."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, Subset
 
 from growfx.distributed import ranks
-from growfx.errors import ConfigError, DataError
+from growfx.errors import ConfigError, DataError, did_you_mean
 from growfx.methods.session import Stage
 from growfx.options import TrainOptions
 from growfx.runs.checkpoint import content_digest
@@ -90,7 +90,9 @@ def make_optimizer(net: nn.Module, options: TrainOptions) -> torch.optim.Optimiz
             momentum=options.momentum,
         )
     except (ValueError, AssertionError, ImportError, KeyError) as error:
-        raise ConfigError(f"`optimizer` = `{options.optimizer}` cannot be used ({error})") from error
+        names = map(str, optim.list_optimizers())  # pyright: ignore[reportPrivateImportUsage]
+        hint = did_you_mean(options.optimizer, names)
+        raise ConfigError(f"`optimizer` = `{options.optimizer}` cannot be used ({error}){hint}") from error
 
 
 def make_loss(options: TrainOptions) -> nn.Module:

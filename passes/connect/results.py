@@ -11,6 +11,7 @@ from torch import Tensor
 
 from growfx.analysis.connectivity import Connectivity, LayerUnits
 from growfx.analysis.signal_graph import SignalGraph
+from growfx.passes.connect.heads import find_heads
 from growfx.passes.connect.signals import MIX, SLOT, SUM, UNIT, Ints, Signals, numbers
 
 __all__ = ["LayerInputs", "found"]
@@ -73,6 +74,8 @@ def found(
         parameters={name: (axis, torch.from_numpy(of_group[ids])) for name, (axis, ids) in cut.items()},
         frames=tuple(torch.from_numpy(of_group[frame.numpy()]) for frame in frames),
         signals=dag,
+        heads=tuple(torch.from_numpy(head) for head in find_heads(signals, of_group)),
+        products=tuple((cost, torch.from_numpy(of_group[ids])) for cost, ids in signals.products),
     )
 
 

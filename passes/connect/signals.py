@@ -84,6 +84,8 @@ class Signals:
         members: signal -> the signals in a mix.
         pins: signals and the reason why no unit in them may be removed.
         counts: signals and what counts them: removing one changes the others (a mean, a norm, a softmax over them).
+        summed: rows of signals that a product of two activations sums over: the dims of one head's queries or keys.
+        products: multiply-accumulates of products of activations, and the signals that share each equally.
     """
 
     def __init__(self) -> None:
@@ -92,6 +94,8 @@ class Signals:
         self.members: dict[int, Ints] = {}
         self.pins: list[tuple[Ints, str]] = []
         self.counts: list[tuple[Ints, str]] = []
+        self.summed: list[Ints] = []
+        self.products: list[tuple[float, Ints]] = []
         self._new(np.zeros(1, np.int64), NOTHING)
 
     @property

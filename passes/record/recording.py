@@ -16,7 +16,7 @@ import functools
 import operator
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import chain
 from typing import Any
 
@@ -31,6 +31,7 @@ from growfx.masked.module_copy import copy_modules, separate_hooks
 from growfx.masked.weight_reads import ModelCode
 from growfx.passes.record.call import all_can_be_written, is_own_or_torch
 from growfx.passes.record.data import DataDependentError, NeedsValuesError
+from growfx.passes.record.hooks import HookChangesValuesError
 from growfx.passes.record.recorder import Recorder
 from growfx.recorded import graph_ops
 from growfx.recorded.inputs import Inputs, tensors_in
@@ -287,11 +288,12 @@ def _intercepted_calls(recorder: Recorder) -> Generator[None]:
             if inside:
                 return original(module, *args, **kwargs)
             if recorder.is_leaf(module, name):
-                value = recorder.call_leaf(original, module, name, args, kwargs)
-                recorder.check_randomness(allowed=True)
-            else:
-                value = original(module, *args, **kwargs)
-                recorder.check_randomness()
+                with suppress(HookChangesValuesError):
+                    value = recorder.call_leaf(original, module, name, args, kwargs)
+                    recorder.check_randomness(allowed=True)
+                    return value
+            value = original(module, *args, **kwargs)
+            recorder.check_randomness()
             return value
         except Exception:
             recorder.failed_in = recorder.failed_in or name
