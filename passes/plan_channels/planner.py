@@ -303,7 +303,7 @@ class ChannelPlanner:
         def problem(chosen: list[int]) -> str:
             gone = self._mark((i, [families[i].units[place] for place in removed[i]]) for i in chosen)
             zeroed = self._zeroed(model, gone)
-            return self._cutter.difference(zeroed, self.units, gone, self._example)
+            return self._cutter.difference(zeroed, self.units, gone)
 
         with torch.no_grad(), undisturbed(self.net):
             return largest_fitting(_by_kind(clusters, families), problem)[1] if clusters else {}

@@ -1,5 +1,6 @@
 """Growth of width: the seed, what a round adds and what it costs, and that a round changes no output."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -116,7 +117,7 @@ def test_rounds_stay_within_their_growth_and_the_largest_density(price: str) -> 
     assert sizes == sorted(sizes)
     assert max(sizes) <= 0.6 + 1e-9
     assert max(sizes) > 0.5
-    assert all(after <= 1.5 * before + 1e-9 for before, after in zip(sizes, sizes[1:], strict=False))
+    assert all(after <= 1.5 * before + 1e-9 for before, after in itertools.pairwise(sizes))
     assert not method.growing
 
 
