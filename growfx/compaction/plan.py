@@ -31,7 +31,7 @@ class CompactionPlan:
             a transposed convolution), numbered over all groups: each group may keep others, of equal number.
         norms: batch norms that the layers before them took over; what else is in them stays, in their place.
         left_out: modules that evaluation never runs; the model has None in their places.
-        widths: module -> where it states a width of its own (`num_features`, `feature_info.0.num_chs`) -> the new one.
+        widths: module -> where it states its own width (`num_features`, `feature_info.0.num_chs`) -> the new one.
         heads: module -> attribute that says how many heads of an attention there are, or how wide all of them are
             together (`num_heads`, `attn_dim`) -> the new number, which its code splits features by.
     """

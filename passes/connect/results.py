@@ -14,11 +14,11 @@ from growfx.analysis.signal_graph import SignalGraph
 from growfx.passes.connect.heads import find_heads
 from growfx.passes.connect.signals import MIX, SLOT, SUM, UNIT, Ints, Signals, numbers
 
-__all__ = ["Fed", "found"]
+__all__ = ["LayerInputs", "found"]
 
 
 @dataclass(eq=False)
-class Fed:
+class LayerInputs:
     """A layer during the run: its units as signals, and which signals stand `at` which of its columns."""
 
     units: Ints
@@ -31,7 +31,7 @@ class Fed:
 
 def found(
     signals: Signals,
-    layers: Mapping[str, Fed],
+    layers: Mapping[str, LayerInputs],
     inputs: Mapping[str, Ints],
     parameters: Mapping[str, Tensor],
     frames: Iterable[Tensor],
@@ -126,7 +126,7 @@ def _first_fed(signals: Signals) -> Ints:
         first[:-1] = better
 
 
-def _layer_units(layer: Fed, signals: Signals, number: Ints, first: Ints, of_group: Ints) -> LayerUnits:
+def _layer_units(layer: LayerInputs, signals: Signals, number: Ints, first: Ints, of_group: Ints) -> LayerUnits:
     """Outputs and sources of a layer."""
     sources = np.zeros(layer.columns, np.int64)
     if layer.at:

@@ -25,8 +25,22 @@ from growfx.passes.connect.signals import (
 from growfx.passes.operators.nests import leaves, map_leaves
 
 __all__ = [
-    "Ids", "Lost", "Named", "Pairs", "Token", "WeightPart", "aligned", "combine", "contract", "known", "moved",
-    "raw_ids", "real", "reduce", "slots_in", "whole",
+    "Ids",
+    "Named",
+    "Pairs",
+    "Token",
+    "Unknown",
+    "WeightPart",
+    "aligned",
+    "combine",
+    "contract",
+    "known",
+    "moved",
+    "raw_ids",
+    "real",
+    "reduce",
+    "slots_in",
+    "whole",
 ]  # fmt: skip
 
 
@@ -43,7 +57,7 @@ class Ids:
 
 
 class Named:
-    """A parameter or buffer that is no layer's weight, or what became of it: its values, and a slot per element.
+    """A parameter or buffer that is not a layer's weight, or what became of it: its values, and a slot per element.
 
     `ids` is None where the elements can no longer be told apart.
     """
@@ -75,8 +89,8 @@ class WeightPart:
         self.layer, self.places, self.counted = layer, places, counted
 
 
-class Lost:
-    """What data selected: nothing is known of it, not even its shape."""
+class Unknown:
+    """The result of a selection by data: nothing is known of it, not even its shape."""
 
 
 def real(nest: Any) -> Any:
