@@ -1,0 +1,70 @@
+"""Start a Ray cluster, run a comparison on it, and kill a node on the way: `ray_nodes.py FOLDER compare ...`.
+
+To be run in a network namespace, as Ray listens on all addresses of a machine: a head without processors at 127.0.0.2,
+and two nodes of one processor each. Prints one line of JSON.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HEAD = "127.0.0.2:6379"
+START = ["start", "--block", "--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=80000000"]
+
+
+class Node:
+    """A node of the cluster: its processes are one session, so that they end together."""
+
+    def __init__(self, folder: Path, address: str, *more: str) -> None:
+        command = [sys.executable, "-m", "ray.scripts.scripts", *START, f"--node-ip-address={address}", *more]
+        with (folder / f"{address}.log").open("w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+    def kill(self) -> None:
+        """End all of it at once, as a failing machine would."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def compared(folder: Path, arguments: list[str], victim: Node) -> dict[str, object]:
+    """Run the comparison, and kill the node once a run has written a checkpoint."""
+    command = [sys.executable, "-m", "growfx", *arguments, "--launcher", "ray", "--address", HEAD]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    killed = False
+    while process.poll() is None:
+        if not killed and any((folder / "out" / "runs").glob("*/checkpoint/latest.pt")):
+            victim.kill()
+            killed = True
+        time.sleep(0.2)
+    return {"status": process.returncode, "killed": killed, "errors": process.communicate()[1][-2000:]}
+
+
+def main() -> None:
+    """Start the nodes, run, and end them."""
+    folder = Path(sys.argv[1])
+    for name in ("initial_delay", "period", "timeout"):
+        os.environ[f"RAY_health_check_{name}_ms"] = "500"
+    os.environ |= {"RAY_health_check_failure_threshold": "3"}
+    nodes = [Node(folder, "127.0.0.2", "--head", "--port=6379", "--num-cpus=0", f"--temp-dir={folder}/ray")]
+    try:
+        log = folder / "127.0.0.2.log"
+        deadline = time.monotonic() + 120
+        while "Ray runtime started" not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        nodes += [Node(folder, f"127.0.0.{n}", f"--address={HEAD}", "--num-cpus=1") for n in (3, 4)]
+        joined = [folder / f"127.0.0.{n}.log" for n in (3, 4)]
+        while not all("Ray runtime started" in log.read_text() for log in joined) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        print(json.dumps(compared(folder, sys.argv[2:], nodes[-1])))
+    finally:
+        for node in nodes[::-1]:
+            node.kill()
+
+
+if __name__ == "__main__":
+    main()
