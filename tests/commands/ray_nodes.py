@@ -6,14 +6,17 @@ and two nodes of one processor each. Prints one line of JSON.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 HEAD = "127.0.0.2:6379"
-START = ["start", "--block", "--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=80000000"]
+_PATIENCE = 180  # seconds, on a busy machine
+START = ["start", "--block", "--disable-usage-stats", "--object-store-memory=80000000"]
 
 
 class Node:
@@ -21,8 +24,17 @@ class Node:
 
     def __init__(self, folder: Path, address: str, *more: str) -> None:
         command = [sys.executable, "-m", "ray.scripts.scripts", *START, f"--node-ip-address={address}", *more]
-        with (folder / f"{address}.log").open("w") as log:
+        self.log = folder / f"{address}.log"
+        with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+    def wait(self) -> None:
+        """Wait until it has started."""
+        deadline = time.monotonic() + _PATIENCE
+        while "Ray runtime started" not in self.log.read_text():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                sys.exit(f"a node did not start: {self.log.read_text()[-2000:]}")
+            time.sleep(0.3)
 
     def kill(self) -> None:
         """End all of it at once, as a failing machine would."""
@@ -50,20 +62,20 @@ def main() -> None:
     for name in ("initial_delay", "period", "timeout"):
         os.environ[f"RAY_health_check_{name}_ms"] = "500"
     os.environ |= {"RAY_health_check_failure_threshold": "3"}
-    nodes = [Node(folder, "127.0.0.2", "--head", "--port=6379", "--num-cpus=0", f"--temp-dir={folder}/ray")]
+    # Paths of sockets may have 107 characters, and Ray's own part takes 60 of them.
+    short = tempfile.mkdtemp(prefix="ray-")
+    head = ["--head", "--include-dashboard=false", "--port=6379", "--num-cpus=0", f"--temp-dir={short}"]
+    nodes = [Node(folder, "127.0.0.2", *head)]
     try:
-        log = folder / "127.0.0.2.log"
-        deadline = time.monotonic() + 120
-        while "Ray runtime started" not in log.read_text() and time.monotonic() < deadline:
-            time.sleep(0.5)
+        nodes[0].wait()
         nodes += [Node(folder, f"127.0.0.{n}", f"--address={HEAD}", "--num-cpus=1") for n in (3, 4)]
-        joined = [folder / f"127.0.0.{n}.log" for n in (3, 4)]
-        while not all("Ray runtime started" in log.read_text() for log in joined) and time.monotonic() < deadline:
-            time.sleep(0.5)
+        for node in nodes:
+            node.wait()
         print(json.dumps(compared(folder, sys.argv[2:], nodes[-1])))
     finally:
         for node in nodes[::-1]:
             node.kill()
+        shutil.rmtree(short, ignore_errors=True)
 
 
 if __name__ == "__main__":
