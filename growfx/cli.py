@@ -189,43 +189,26 @@ def train(method: str, density: float | None, **given: Any) -> None:
 
 @commands.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="artifact folder")
+@click.option("--out", type=click.Path(path_type=Path), help="artifact folder")
+@click.option("--native", type=click.Path(path_type=Path), help="folder with a C++ program that runs the network")
 @click.option("--dense", is_flag=True, help="also write a dense model.safetensors that timm loads")
 @click.option("--compact", is_flag=True, help="leave out units that the outputs do not need, fold norms")
 @click.option("--onnx", type=click.Path(path_type=Path), help="also write the network as one (dense) ONNX file")
 @click.option("--best", is_flag=True, help="from the checkpoint of the best validation accuracy, not the last")
 @click.option("--json", "as_json", is_flag=True, help="print the facts as JSON")
-def export(run: Path, out: Path, dense: bool, compact: bool, onnx: Path | None, best: bool, as_json: bool) -> None:
-    """Write the artifact of a run from its checkpoint."""
-    from growfx.commands.job import reopen
-    from growfx.deploy.onnx import export_onnx, onnx_target, require_onnx
-    from growfx.deploy.saving import check_options, save, save_small, small_network
-    from growfx.reporting.run import percent, provenance
+def export(run: Path, best: bool, as_json: bool, **targets: Any) -> None:
+    """Write the artifact of a run from its checkpoint, or what runs it elsewhere; one of --out and --native at least.
 
-    check_options(out, dense=dense, compact=compact)
-    if onnx is not None:
-        require_onnx()
-        onnx_target(onnx)
-    net, folder = reopen(run, best=best)
-    if onnx is not None:
-        export_onnx(net, onnx)
-    # The result's figures are those of the last epoch, not of the best one.
-    origin = provenance(folder, None if best else folder.read_json("result.json"))
-    small = small_network(net) if compact else None
-    if small is None:
-        info = save(net, out, dense=dense, compact=compact, provenance=origin)
-    else:
-        info = save_small(net, small, out, provenance=origin)
-    facts = {
-        "path": str(out),
-        "nnz": info.nnz,
-        "numel": info.numel,
-        "density": info.density,
-        "bytes": info.bytes,
-        **({} if small is None else {"compaction": small.to_json()}),
-    }
-    line = f"{out}: density {percent(info.density)}, {info.nnz:,} active weights, {info.bytes:,} bytes"
-    _show(facts, as_json, line if small is None else f"{small}\n{line}")
+    The folder of --native needs a C++ compiler, and neither Python nor torch.
+    """
+    from growfx.commands.export import Targets, export_run
+
+    try:
+        chosen = Targets(**targets)
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from error
+    facts, text = export_run(run, chosen, best=best)
+    _show(facts, as_json, text)
 
 
 @commands.command("inspect")
@@ -373,6 +356,13 @@ def report_command(runs: tuple[Path, ...], out: Path, overwrite: bool, as_json: 
 @click.option("--compile/--no-compile", "with_compile", default=True, help="time torch.compile")
 @click.option("--density", type=float, help="of random masks, when PATH is a model's name")
 @click.option("--fresh", is_flag=True, help="time the sparse runtime's choices anew, whatever was kept")
+@click.option(
+    "--clock",
+    type=click.Choice(["wall", "cpu"]),
+    default="wall",
+    show_default=True,
+    help="cpu: processor time of all threads, for a busy machine",
+)
 @click.option("--set", "assignments", multiple=True, metavar="model.KEY=VALUE", help="argument of a named model")
 @click.option("--json", "as_json", is_flag=True, help="print all figures as JSON")
 @click.option("--quiet", is_flag=True, help="no progress bar")
@@ -385,7 +375,8 @@ def bench_command(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Time PATH on this machine's CPU: dense torch, compiled, onnxruntime, masked, compact, sparse runtime.
+    """Time PATH on this machine's CPU: dense torch, compiled, masked, compact, sparse runtime, and onnxruntime,
+    OpenVINO and DeepSparse where they are installed.
 
     PATH is an artifact, a run, or a model's name. A row that cannot run says why.
     """

@@ -45,7 +45,7 @@ def model_card(info: ArtifactInfo, config: Mapping[str, Any]) -> str:
     rows = [f"| `{x.name}` | {'x'.join(map(str, x.shape))} | {x.nnz:,} | {x.density:.4f} |" for x in info.layers]
     layers = "\n".join(["\n## Layers\n", "| layer | shape | nnz | density |", "|---|---|---|---|", *rows, ""])
     return _CARD.format(
-        title=config.get("architecture") or "A network of its own class",
+        title=config.get("architecture") or "A network of a custom class",
         density=info.density,
         nnz=info.nnz,
         numel=info.numel,

@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from growfx.compaction.folded_norm import folding_refusal, without_norm
 from growfx.compaction.plan import CompactionPlan, Spans, damaged_plan
-from growfx.compaction.widths import check_widths, state_widths
+from growfx.compaction.widths import check_heads, check_widths, state_widths
 from growfx.masked.module_copy import copy_modules
 
 __all__ = [
@@ -182,6 +182,7 @@ def _apply(model: nn.Module, plan: CompactionPlan) -> nn.Module:
         for attribute, size in sizes.items():
             setattr(model.get_submodule(name), attribute, size)
     state_widths(model, plan.widths)
+    state_widths(model, plan.heads)
     for name in plan.norms:
         model.set_submodule(name, without_norm(model.get_submodule(name)))
     for name in plan.left_out:
@@ -240,7 +241,8 @@ def _check_names(model: nn.Module, plan: CompactionPlan) -> None:
             raise damaged_plan(f"`{name}` is not a layer without a bias")
     _check_norms(modules, plan)
     check_widths(modules, plan.widths)
-    touched = (*plan.tensors, *plan.blocks, *plan.modules, *plan.biases, *plan.norms, *plan.widths)
+    check_heads(modules, plan.heads)
+    touched = (*plan.tensors, *plan.blocks, *plan.modules, *plan.biases, *plan.norms, *plan.widths, *plan.heads)
     for name in plan.left_out:
         if not name or name not in modules:
             raise damaged_plan(f"the model has no module `{name}`")

@@ -1,7 +1,9 @@
-"""What leaves training: `growfx.save`, `growfx.load` and ONNX files."""
+"""What leaves training: `growfx.save`, `growfx.load`, ONNX files, and folders that need no Python."""
 
 from growfx.deploy.loading import load
+from growfx.deploy.native import export_native
 from growfx.deploy.onnx import export_onnx
+from growfx.deploy.plain import unwrap
 from growfx.deploy.saving import save
 
-__all__ = ["export_onnx", "load", "save"]
+__all__ = ["export_native", "export_onnx", "load", "save", "unwrap"]

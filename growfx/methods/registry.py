@@ -13,6 +13,8 @@ __all__ = ["create", "kind_of", "names"]
 # Module and class of each method; a module is imported when its method is first made.
 _METHODS: Final[Mapping[str, str]] = {
     "acdc": "stepwise.acdc:ACDC",
+    "channel-growth": "growth.channel_growth:ChannelGrowth",
+    "channel-prune": "stepwise.channel_prune:ChannelPrune",
     "continuous": "staged.continuous:Continuous",
     "gmp": "stepwise.gradual:GMP",
     "gradient-growth": "growth.gradient_growth:GradientGrowth",

@@ -119,6 +119,8 @@ class Comparison:
                 f"`{flag} {key}` is for `{owner}`, which is not compared; allowed before the dot: {names}"
             )
         outcome = own == "density" and dot and owner not in ("model", DENSE) and not _takes_density(_kind(owner))
+        if self.densities and own == "budget":
+            raise ConfigError(f"`{flag} {key}` contradicts `--densities`, which are budgets of parameters; give one")
         if own in _OWN_FLAGS and owner != "model" and not outcome:
             raise ConfigError(f"`{flag} {key}` would be the same for all runs; give it by `{_OWN_FLAGS[own]}`")
 
@@ -156,9 +158,9 @@ class Comparison:
         for values in itertools.product(*swept.values()):
             chosen = [f"{key}={value}" for key, value in zip(swept, values, strict=True)]
             for density, seed in itertools.product(densities, self.seeds):
-                spec = self.spec(method, seed, chosen, {} if density is None else {"density": density})
+                spec = self.spec(method, seed, chosen, {} if density is None else _sized(_kind(method), density))
                 parts = [method, *([] if density is None else [f"d{density:g}"]), *chosen, f"s{seed}"]
-                asked = getattr(spec.make_method(), "density", None) if sized else None
+                asked = _asked(spec.make_method(), density) if sized else None
                 yield Planned(_file_name("-".join(parts)), spec, " ".join([method, *chosen]), asked)
 
     def spec(
@@ -267,8 +269,8 @@ def compare(
     Args:
         model, data: specs as on the command line.
         methods: names, "dense" among the allowed.
-        densities: for methods that are given one; without any, those run at their default. Others (growth) run once
-            for every seed.
+        densities: for methods that are given one; methods of whole units read them as budgets of parameters. Without
+            any, those run at their default. Others (growth) run once for every seed.
         seeds: one run each.
         epochs: of the (final) training.
         assignments: `KEY=VALUE` goes to every option class that has the key, `METHOD.KEY=VALUE` to the runs of one
@@ -439,8 +441,23 @@ def _kind(method: str) -> type:
 
 
 def _takes_density(kind: type) -> bool:
-    """Whether a method is told its density. Where the default is None, density is an outcome."""
-    return getattr(kind, "density", None) is not None
+    """Whether a method is told its density, or a budget. Where the default is None, density is an outcome."""
+    return getattr(kind, "density", None) is not None or _takes_budget(kind)
+
+
+def _takes_budget(kind: type) -> bool:
+    """Whether a method removes whole units until a budget is met: a density is one of parameters."""
+    return "budget" in field_names(kind)
+
+
+def _sized(kind: type, density: float) -> dict[str, Any]:
+    """The option that tells a method its density."""
+    return {"budget": f"params={density!r}"} if _takes_budget(kind) else {"density": density}
+
+
+def _asked(method: Any, density: float | None) -> float | None:
+    """The density a method was told, or works at by default; None for a budget of another kind."""
+    return density if _takes_budget(type(method)) else getattr(method, "density", None)
 
 
 def _file_name(text: str) -> str:
