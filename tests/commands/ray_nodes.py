@@ -16,6 +16,7 @@ from pathlib import Path
 
 HEAD = "127.0.0.2:6379"
 _PATIENCE = 180  # seconds, on a busy machine
+_ATTEMPTS = 4
 START = ["start", "--block", "--disable-usage-stats", "--object-store-memory=80000000"]
 
 
@@ -28,19 +29,30 @@ class Node:
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
-    def wait(self) -> None:
-        """Wait until it has started."""
+    def has_started(self) -> bool:
+        """Wait until it runs; False where it has given up, as it does after 30 seconds of a busy machine."""
         deadline = time.monotonic() + _PATIENCE
         while "Ray runtime started" not in self.log.read_text():
             if self.process.poll() is not None or time.monotonic() > deadline:
-                sys.exit(f"a node did not start: {self.log.read_text()[-2000:]}")
+                return False
             time.sleep(0.3)
+        return True
 
     def kill(self) -> None:
         """End all of it at once, as a failing machine would."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+
+
+def started(folder: Path, address: str, *more: str) -> Node:
+    """A node that runs."""
+    for _ in range(_ATTEMPTS):
+        node = Node(folder, address, *more)
+        if node.has_started():
+            return node
+        node.kill()
+    sys.exit(f"a node did not start: {(folder / f'{address}.log').read_text()[-2000:]}")
 
 
 def compared(folder: Path, arguments: list[str], victim: Node) -> dict[str, object]:
@@ -65,12 +77,11 @@ def main() -> None:
     # Paths of sockets may have 107 characters, and Ray's own part takes 60 of them.
     short = tempfile.mkdtemp(prefix="ray-")
     head = ["--head", "--include-dashboard=false", "--port=6379", "--num-cpus=0", f"--temp-dir={short}"]
-    nodes = [Node(folder, "127.0.0.2", *head)]
+    nodes = list[Node]()
     try:
-        nodes[0].wait()
-        nodes += [Node(folder, f"127.0.0.{n}", f"--address={HEAD}", "--num-cpus=1") for n in (3, 4)]
-        for node in nodes:
-            node.wait()
+        nodes.append(started(folder, "127.0.0.2", *head))
+        for address in ("127.0.0.3", "127.0.0.4"):
+            nodes.append(started(folder, address, f"--address={HEAD}", "--num-cpus=1"))
         print(json.dumps(compared(folder, sys.argv[2:], nodes[-1])))
     finally:
         for node in nodes[::-1]:
