@@ -229,10 +229,29 @@ def train_speed_table() -> str:
     return f"{table(rows)}\n\n{where(found, 'train_speed')}"
 
 
+def included_table() -> str:
+    """The networks that come with growfx."""
+    found = result("included")
+    rows = [
+        {
+            "name": f"`growfx:{row['name']}`",
+            "test accuracy": f"{row['test_accuracy']:.1%}",
+            "density": f"{row['density']:.1%}",
+            "weights": f"{row['nnz']:,}",
+            "bytes": f"{row['bytes']:,}",
+            "cost": f"{row['dense_equivalent_epochs']:.1f} dense epochs",
+            "made by": f"`{row['command']}`",
+        }
+        for row in found["networks"]
+    ]
+    return f"{table(rows)}\n\n{where(found, 'included')}"
+
+
 PAGES = {
     "cli": command_pages,
     "methods": method_pages,
     "options": option_pages,
+    "included": included_table,
     "inference": inference_table,
     "storage": storage_table,
     "plateau": plateau_table,
