@@ -10,6 +10,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -235,7 +236,7 @@ def _parse(spec: str, kwargs: Mapping[str, Any]) -> ModelIdentity:
     if spec.startswith(_TORCHVISION):
         return ModelIdentity("torchvision", spec.removeprefix(_TORCHVISION), dict(kwargs))
     source, colon, _ = spec.partition(":")
-    # timm's own prefixes, `hf-hub:` and `local-dir:`, are no importable module names.
+    # timm's own prefixes, `hf-hub:` and `local-dir:`, are not importable module names.
     if colon and all(part.isidentifier() for part in source.split(".")):
         return ModelIdentity("python", spec, dict(kwargs))
     return ModelIdentity("timm", spec, dict(kwargs))
@@ -246,6 +247,9 @@ def _build_timm(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
 
     if not timm.is_model(name.split(".")[0]):
         raise _unknown(name)
+    path = kwargs.get("checkpoint_path")
+    if path and not Path(path).is_file():  # of which timm says nothing but FileNotFoundError
+        raise ConfigError(f"model `{name}`: `checkpoint_path` = `{path}` was not found; expected a file of weights")
     return _call(lambda: timm.create_model(name, **kwargs), name)
 
 

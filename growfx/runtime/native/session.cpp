@@ -1,0 +1,246 @@
+#include "session.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+namespace growfx_native {
+
+namespace {
+
+// Floats that may be read behind the end of a tensor.
+constexpr int64_t BEHIND = 256;
+constexpr int64_t POST_TASK = int64_t{16} << 10;
+
+struct Named {
+  const char* name;
+  Maker make;
+};
+constexpr Named MAKERS[] = {
+    {"attention", make_attention},   {"binary", make_binary},         {"concat", make_concat},
+    {"convolution", make_convolution}, {"deconvolution", make_deconvolution}, {"gather", make_gather},
+    {"group_norm", make_group_norm}, {"layer_norm", make_layer_norm}, {"linear", make_linear},
+    {"pad", make_pad},               {"pointwise", make_pointwise},   {"pool", make_pool},
+    {"product", make_product},       {"reduce", make_reduce},         {"resize", make_resize},
+    {"select", make_select},         {"softmax", make_softmax},       {"view", make_view},
+};
+
+// Kernels that take a sparse constant as their second operand.
+bool takes_sparse(const std::string& kernel) {
+  return kernel == "convolution" || kernel == "deconvolution" || kernel == "linear";
+}
+
+}  // namespace
+
+Maker maker_of(const std::string& kernel) {
+  for (const Named& named : MAKERS)
+    if (kernel == named.name) return named.make;
+  return nullptr;
+}
+
+void Buffer::Free::operator()(char* p) const { std::free(p); }
+
+bool Buffer::reserve(int64_t floats) {
+  if (floats <= size_ && data_) return true;
+  constexpr uintptr_t LINE = 64;
+  // Where addresses have 32 bits, the number of bytes of what a file asks for may have more.
+  constexpr int64_t MOST = PTRDIFF_MAX / static_cast<int64_t>(sizeof(float)) - BEHIND - static_cast<int64_t>(LINE);
+  if (floats > MOST) return false;
+  const size_t bytes = (static_cast<size_t>(floats) + BEHIND) * sizeof(float) + LINE;
+  memory_.reset(static_cast<char*>(std::calloc(bytes, 1)));
+  size_ = memory_ ? floats : 0;
+  const uintptr_t at = (reinterpret_cast<uintptr_t>(memory_.get()) + LINE - 1) / LINE * LINE;
+  data_ = memory_ ? reinterpret_cast<float*>(at) : nullptr;
+  return data_ != nullptr;
+}
+
+std::string Session::open(const uint8_t* data, size_t size) {
+  std::string problem = read_network(data, size, network_);
+  if (!problem.empty()) return problem;
+  for (const std::string& name : network_.kernels)
+    if (!maker_of(name)) return "kernel `" + name + "` is not in this library; build the one that was exported with the file";
+  std::vector<char> needs_dense(network_.constants.size(), 0);
+  const size_t values = network_.values.size();
+  const auto reads = [&](uint32_t id) {
+    if (id != NONE && id >= values) needs_dense[id - values] = 1;
+  };
+  for (const Step& step : network_.steps) {
+    const bool sparse = takes_sparse(network_.kernels[step.kernel]);
+    for (size_t i = 0; i < step.inputs.size(); ++i)
+      if (!sparse || i != 1) reads(step.inputs[i]);
+    for (const Post& post : step.post) reads(post.operand);
+  }
+  for (size_t i = 0; i < network_.constants.size(); ++i) {
+    Constant& c = network_.constants[i];
+    if (c.elements < 1) return "the file is damaged: a constant without elements";
+    if (c.sparse && needs_dense[i]) {
+      std::vector<float> all(static_cast<size_t>(c.elements), 0.0f);
+      for (size_t k = 0; k < c.positions.size(); ++k) all[c.positions[k]] = c.values[k];
+      c.values.swap(all);
+      c.positions.clear();
+      c.sparse = false;
+    }
+    if (!c.sparse) c.values.resize(static_cast<size_t>(c.elements) + BEHIND, 0.0f);
+    Tensor tensor;
+    tensor.sizes = c.sizes, tensor.elements = c.elements, tensor.constant = &c;
+    tensor.data = c.sparse ? nullptr : c.values.data();
+    constants_.push_back(tensor);
+  }
+  return prepare(1);
+}
+
+std::string Session::place(int64_t batch) {
+  values_.assign(network_.values.size(), Tensor{});
+  std::vector<int64_t> sizes(network_.slots, 1);
+  for (size_t i = 0; i < values_.size(); ++i) {
+    const Value& value = network_.values[i];
+    if (!resolve(value.shape, batch, values_[i].sizes)) return "its values are too large";
+    values_[i].elements = element_count(values_[i].sizes);
+    if (values_[i].elements < 1) return "a value without elements";
+    sizes[value.slot] = std::max(sizes[value.slot], values_[i].elements);
+  }
+  slots_.resize(network_.slots);
+  for (size_t i = 0; i < slots_.size(); ++i)
+    if (!slots_[i].reserve(sizes[i])) return "not enough memory";
+  for (size_t i = 0; i < values_.size(); ++i) values_[i].data = slots_[network_.values[i].slot].data();
+  return "";
+}
+
+Tensor Session::operand(uint32_t id) const {
+  return id < values_.size() ? values_[id] : constants_[id - values_.size()];
+}
+
+std::string Session::make_step(size_t index, int64_t batch) {
+  const Step& step = network_.steps[index];
+  Arguments a;
+  a.step = &step;
+  for (const uint32_t id : step.inputs) a.inputs.push_back(operand(id));
+  if (takes_sparse(network_.kernels[step.kernel]) && a.inputs.size() > 1 && !a.inputs[1].constant &&
+      computed_[network_.values[step.inputs[1]].slot]) {
+    Tensor& weight = a.inputs[1];
+    auto constant = std::make_unique<Constant>();
+    constant->sizes = weight.sizes, constant->elements = weight.elements;
+    constant->values.assign(weight.data, weight.data + weight.elements + BEHIND);
+    weight.constant = constant.get();
+    weights_.push_back(std::move(constant));
+  }
+  a.output = operand(step.output);
+  a.kernels = kernels_;
+  a.threads = workers_->threads();
+  a.batch = batch;
+  for (const Post& post : step.post) {
+    PostCall call{static_cast<uint8_t>(post.op), nullptr, post.a, post.b};
+    if (post.operand != NONE) {
+      const Tensor other = operand(post.operand);
+      if (!other.data || other.elements != a.output.elements) return "an operand of another size";
+      call.operand = other.data;
+    }
+    a.post.push_back(call);
+  }
+  std::string complaint;
+  Prepared& prepared = prepared_[index];
+  prepared.ready = maker_of(network_.kernels[step.kernel])(a, complaint);
+  if (!prepared.ready) return complaint;
+  if (!prepared.ready->does_post) prepared.post = a.post;
+  prepared.output = a.output.data, prepared.elements = a.output.elements;
+  return "";
+}
+
+void Session::find_once() {
+  once_.assign(network_.steps.size(), 0);
+  computed_.assign(network_.slots, 0);
+  // Slots that one step writes, and nobody else.
+  std::vector<int> writers(network_.slots, 0);
+  for (const uint32_t id : network_.inputs) writers[network_.values[id].slot] = 2;
+  for (const Step& step : network_.steps) ++writers[network_.values[step.output].slot];
+  const size_t values = network_.values.size();
+  const auto is_there = [&](uint32_t id) { return id >= values || computed_[network_.values[id].slot]; };
+  for (size_t i = 0; i < once_.size(); ++i) {
+    const Step& step = network_.steps[i];
+    const uint32_t slot = network_.values[step.output].slot;
+    bool once = writers[slot] == 1;
+    for (const uint32_t id : step.inputs) once = once && is_there(id);
+    for (const Post& post : step.post) once = once && (post.operand == NONE || is_there(post.operand));
+    once_[i] = computed_[slot] = once;
+  }
+}
+
+std::string Session::make_once(size_t index) {
+  const int64_t scratch = prepared_[index].ready->scratch;
+  for (Buffer& buffer : scratch_)
+    if (!buffer.reserve(scratch)) return "not enough memory";
+  run_step(index);
+  return "";
+}
+
+std::string Session::prepare(int64_t batch) {
+  if (batch == batch_) return "";
+  batch_ = 0;
+  std::string problem = place(batch);
+  if (!problem.empty()) return problem;
+  prepared_.clear();
+  prepared_.resize(network_.steps.size());
+  weights_.clear();
+  find_once();
+  scratch_.resize(static_cast<size_t>(workers_->threads()));
+  int64_t scratch = 0;
+  for (size_t i = 0; i < prepared_.size(); ++i) {
+    problem = make_step(i, batch);
+    if (problem.empty() && once_[i]) problem = make_once(i);
+    if (!problem.empty())
+      return "step " + std::to_string(i) + " (`" + network_.kernels[network_.steps[i].kernel] + "`): " + problem;
+    scratch = std::max(scratch, prepared_[i].ready->scratch);
+  }
+  for (Buffer& buffer : scratch_)
+    if (!buffer.reserve(scratch)) return "not enough memory";
+  batch_ = batch;
+  return "";
+}
+
+void Session::set_threads(int threads) {
+  if (threads == workers_->threads()) return;
+  workers_ = std::make_unique<Workers>(threads);
+  batch_ = 0;
+}
+
+void Session::run_step(size_t index) {
+  struct Context {
+    const Session* session;
+    const Prepared* step;
+  };
+  const Prepared& step = prepared_[index];
+  Context context{this, &step};
+  workers_->run(
+      step.ready->tasks,
+      [](void* p, int64_t task, int thread) {
+        const Context& c = *static_cast<const Context*>(p);
+        c.step->ready->run(task, c.session->scratch_[static_cast<size_t>(thread)].data());
+      },
+      &context);
+  if (step.post.empty()) return;
+  workers_->run(
+      (step.elements + POST_TASK - 1) / POST_TASK,
+      [](void* p, int64_t task, int) {
+        const Context& c = *static_cast<const Context*>(p);
+        const int64_t from = task * POST_TASK, count = std::min(POST_TASK, c.step->elements - from);
+        const auto& post = c.step->post;
+        c.session->kernels_->post(post.data(), static_cast<int64_t>(post.size()), c.step->output + from, count, from);
+      },
+      &context);
+}
+
+void Session::run(const float* const* inputs, float* const* outputs) {
+  for (size_t i = 0; i < network_.inputs.size(); ++i) {
+    const Tensor& value = values_[network_.inputs[i]];
+    std::memcpy(value.data, inputs[i], static_cast<size_t>(value.elements) * sizeof(float));
+  }
+  for (size_t i = 0; i < prepared_.size(); ++i)
+    if (!once_[i]) run_step(i);
+  for (size_t i = 0; i < network_.outputs.size(); ++i) {
+    const Tensor& value = values_[network_.outputs[i]];
+    std::memcpy(outputs[i], value.data, static_cast<size_t>(value.elements) * sizeof(float));
+  }
+}
+
+}  // namespace growfx_native

@@ -1,0 +1,70 @@
+// A network that is ready to run at one batch size.
+
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "network.h"
+#include "steps.h"
+#include "workers.h"
+
+namespace growfx_native {
+
+// Memory for floats on a cache line, with room behind the end: registers may read past it.
+class Buffer {
+ public:
+  bool reserve(int64_t floats);
+  float* data() const { return data_; }
+
+ private:
+  struct Free {
+    void operator()(char* p) const;
+  };
+  std::unique_ptr<char[], Free> memory_;
+  float* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+class Session {
+  struct Prepared {
+    std::unique_ptr<Ready> ready;
+    std::vector<PostCall> post;  // what the step does not do itself
+    float* output = nullptr;
+    int64_t elements = 0;
+  };
+
+ public:
+  // Reads a network; "" or what is wrong with it.
+  std::string open(const uint8_t* data, size_t size);
+  // Works out what a run needs; "" or why the network does not run at this batch size.
+  std::string prepare(int64_t batch);
+  void run(const float* const* inputs, float* const* outputs);
+  void set_threads(int threads);
+
+  const Network& network() const { return network_; }
+  const Kernels& kernels() const { return *kernels_; }
+
+ private:
+  std::string place(int64_t batch);
+  std::string make_step(size_t index, int64_t batch);
+  std::string make_once(size_t index);
+  void find_once();
+  void run_step(size_t index);
+  Tensor operand(uint32_t id) const;
+
+  Network network_;
+  const Kernels* kernels_ = &kernels_here();
+  std::unique_ptr<Workers> workers_ = std::make_unique<Workers>(1);
+  int64_t batch_ = 0;
+  std::vector<Tensor> values_, constants_;
+  std::vector<Buffer> slots_;
+  std::vector<Buffer> scratch_;  // one for each thread
+  std::vector<Prepared> prepared_;
+  // Steps that depend on constants alone are run when a batch size is prepared.
+  std::vector<char> once_, computed_;                 // by step; by slot
+  std::vector<std::unique_ptr<Constant>> weights_;    // computed ones
+};
+
+}  // namespace growfx_native

@@ -1,0 +1,85 @@
+// Steps of a network at one batch size: checked against the shapes that they have there, with everything worked out
+// that a run needs.
+
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "network.h"
+
+namespace growfx_native {
+
+// A value or constant at a batch size.
+struct Tensor {
+  Sizes sizes;
+  int64_t elements = 0;
+  float* data = nullptr;               // of a sparse constant: NULL
+  const Constant* constant = nullptr;  // NULL for a value
+
+  int64_t rank() const { return static_cast<int64_t>(sizes.size()); }
+};
+
+// What a step is made of.
+struct Arguments {
+  const Step* step = nullptr;
+  std::vector<Tensor> inputs;
+  Tensor output;
+  std::vector<PostCall> post;
+  const Kernels* kernels = nullptr;
+  int threads = 1;
+  int64_t batch = 1;
+
+  bool has(size_t inputs_least, size_t inputs_most, size_t ints_least) const {
+    return inputs.size() >= inputs_least && inputs.size() <= inputs_most && step->ints.size() >= ints_least;
+  }
+  float real(size_t i, float otherwise) const { return i < step->floats.size() ? step->floats[i] : otherwise; }
+};
+
+// Ready to run: so many tasks, each of which writes its own part of the output.
+class Ready {
+ public:
+  virtual ~Ready() = default;
+  virtual void run(int64_t task, float* scratch) const = 0;
+
+  int64_t tasks = 1;
+  int64_t scratch = 0;  // floats that each task needs
+  bool does_post = false;
+};
+
+using Made = std::unique_ptr<Ready>;
+
+// Each returns NULL with a complaint where the step does not fit its operands.
+using Maker = Made (*)(const Arguments&, std::string& complaint);
+// NULL for a kernel that this library does not have.
+Maker maker_of(const std::string& kernel);
+
+inline Made refused(std::string& complaint, const char* text) {
+  complaint = text;
+  return nullptr;
+}
+
+Made make_convolution(const Arguments&, std::string&);
+Made make_linear(const Arguments&, std::string&);
+Made make_product(const Arguments&, std::string&);
+Made make_attention(const Arguments&, std::string&);
+Made make_deconvolution(const Arguments&, std::string&);
+
+Made make_view(const Arguments&, std::string&);
+Made make_concat(const Arguments&, std::string&);
+Made make_pad(const Arguments&, std::string&);
+Made make_gather(const Arguments&, std::string&);
+Made make_resize(const Arguments&, std::string&);
+
+Made make_pointwise(const Arguments&, std::string&);
+Made make_binary(const Arguments&, std::string&);
+Made make_select(const Arguments&, std::string&);
+Made make_pool(const Arguments&, std::string&);
+Made make_layer_norm(const Arguments&, std::string&);
+Made make_group_norm(const Arguments&, std::string&);
+Made make_reduce(const Arguments&, std::string&);
+Made make_softmax(const Arguments&, std::string&);
+
+}  // namespace growfx_native

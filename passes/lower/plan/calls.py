@@ -1,0 +1,276 @@
+"""Record what torch computes when a network runs, operator by operator, for any batch size.
+
+The network runs twice, with batches of 2 and 3, and every ATen operator is noted. Both runs call the same operators in
+the same order; a number that differs between them grows with the batch. Tensors that are computed from parameters
+alone, and are the same in both, are constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from growfx.errors import TraceError
+from growfx.passes.operators.nests import Leaf, map_leaves
+from growfx.passes.record.recording import working_copy
+from growfx.quiet import ignored_warnings
+from growfx.recorded.inputs import Inputs
+from growfx.runtime.native.plan import Shape, Size
+
+__all__ = ["Call", "Calls", "Reference", "record_calls"]
+
+_BATCHES = (2, 3)
+
+
+class Reference(Leaf):
+    """A tensor in the arguments of a call, by its number in the order in which they appeared."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Reference) and self.number == other.number
+
+    def __hash__(self) -> int:
+        return hash(self.number)
+
+    def __repr__(self) -> str:
+        return f"%{self.number}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operator.
+
+    Attributes:
+        operator: its name, as in `aten.add`.
+        arguments: by name, defaults included, with a `Reference` in the place of a tensor and a `Size` in that of a
+            number that grows with the batch.
+        results: numbers of the tensors that it returns; None for what is not a tensor.
+    """
+
+    operator: str
+    arguments: dict[str, Any]
+    results: tuple[int | None, ...]
+
+
+@dataclass
+class Calls:
+    """A network as operators.
+
+    Attributes:
+        calls: in order; those that only compute constants are left out.
+        makers: number of a constant that is computed -> the call that does.
+        shapes: by tensor number.
+        dtypes: by tensor number.
+        constants: tensor number -> its value.
+        inputs, outputs: tensor numbers.
+    """
+
+    calls: list[Call]
+    makers: dict[int, Call]
+    shapes: dict[int, Shape]
+    dtypes: dict[int, torch.dtype]
+    constants: dict[int, Tensor]
+    inputs: list[int]
+    outputs: list[int]
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes operators while a network runs."""
+
+    def __init__(self, stored: Sequence[Tensor]) -> None:
+        super().__init__()
+        # All tensors are kept alive, for ids of dead ones are given again.
+        self.tensors: list[Tensor] = []
+        self.numbers: dict[int, int] = {}
+        self.computed: set[int] = set()
+        self.calls: list[tuple[Any, Any, Any, tuple[int | None, ...]]] = []
+        for tensor in stored:
+            self.number_of(tensor)
+
+    def number_of(self, tensor: Tensor) -> int:
+        number = self.numbers.get(id(tensor))
+        return self._add(tensor) if number is None else number
+
+    def add_input(self, tensor: Tensor) -> int:
+        number = self._add(tensor)
+        self.computed.add(number)
+        return number
+
+    def _add(self, tensor: Tensor) -> int:
+        self.tensors.append(tensor)
+        self.numbers[id(tensor)] = len(self.tensors) - 1
+        return len(self.tensors) - 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = (args, kwargs or {})
+        noted = map_leaves(self._noted, given)
+        depends = any(isinstance(x, Reference) and x.number in self.computed for x in pytree.tree_leaves(noted))
+        if depends and func in _READS_VALUES:
+            raise TraceError(
+                "the network reads a number from data that it computes (`.item()`, or a branch on it), so it has no "
+                "steps that hold for all inputs"
+            )
+        result = func(*args, **(kwargs or {}))
+        listed = result if isinstance(result, (tuple, list)) else (result,)
+        results = tuple(self._add(x) if isinstance(x, Tensor) else None for x in listed)
+        if depends:
+            self.computed.update(number for number in results if number is not None)
+        self.calls.append((func, *noted, results))
+        if depends and func._schema.is_mutable and func is not torch.ops.aten.as_strided_.default:
+            self._check_write(func, args[0])
+        return result
+
+    def _check_write(self, func: Any, written: Any) -> None:
+        """Operators inside torch's own may write into a tensor that they have just made, of which there is no view."""
+        pointer = written.untyped_storage().data_ptr()
+        alive = {id(x) for x in self.tensors if x.numel() and x.untyped_storage().data_ptr() == pointer}
+        if alive != {id(written)}:
+            raise TraceError(f"`{func}` writes into a tensor that has views, which the native runtime cannot follow")
+
+    def _noted(self, value: Any) -> Any:
+        return Reference(self.number_of(value)) if isinstance(value, Tensor) else value
+
+
+_READS_VALUES = (
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.is_nonzero.default,
+)
+
+
+def record_calls(model: nn.Module, inputs: Inputs) -> Calls:
+    """The operators of a model in evaluation mode.
+
+    Args:
+        model: with values, on the CPU, in float32.
+        inputs: example inputs, all positional float tensors whose first axis is the batch.
+
+    Raises:
+        TraceError: the operators depend on the data, or on the batch in a way that no formula tells.
+    """
+    given = [x for x in inputs.args if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0]
+    if len(given) != len(inputs.args) or inputs.kwargs or not given:
+        raise TraceError("the native runtime takes float tensors as positional arguments; the network takes others")
+    with ignored_warnings():
+        model = working_copy(model)
+        # What a model keeps from its first call, such as a table of positions, is there when it is recorded.
+        _run(model, inputs.with_batch(_BATCHES[0]))
+        runs = [_run(model, inputs.with_batch(batch)) for batch in _BATCHES]
+    return _unified(*runs)
+
+
+@dataclass
+class _Run:
+    calls: list[tuple[Any, Any, Any, tuple[int | None, ...]]]
+    shapes: list[tuple[int, ...]]
+    dtypes: list[torch.dtype]
+    constants: dict[int, Tensor]
+    computed: set[int]
+    inputs: list[int]
+    outputs: list[int]
+
+
+def _run(model: nn.Module, inputs: Inputs) -> _Run:
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    recorder = _Recorder([*model.parameters(), *model.buffers()])
+    numbers: list[int] = []
+
+    def forward(*args: Tensor) -> Any:
+        return pytree.tree_leaves(model(*args))
+
+    # In functional form nothing is written in place, so a value never changes.
+    functional: Callable[..., Any] = torch.func.functionalize(forward)
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            args = [x.detach().clone() for x in inputs.args]
+            numbers = [recorder.add_input(x) for x in args]
+            with recorder:
+                outputs = functional(*args)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    tensors = [x for x in outputs if isinstance(x, Tensor)]
+    if not tensors:
+        raise TraceError("the network returns no tensors")
+    constants = {i: x for i, x in enumerate(recorder.tensors) if i not in recorder.computed}
+    outs = [recorder.number_of(x) for x in tensors]
+    shapes, dtypes = [tuple(x.shape) for x in recorder.tensors], [x.dtype for x in recorder.tensors]
+    return _Run(recorder.calls, shapes, dtypes, constants, recorder.computed, numbers, outs)
+
+
+def _unified(first: _Run, second: _Run) -> Calls:
+    same = len(first.calls) == len(second.calls) and all(
+        a[0] is b[0] and a[3] == b[3] for a, b in zip(first.calls, second.calls, strict=True)
+    )
+    if not same or first.outputs != second.outputs:
+        raise TraceError("the network calls other operators at another batch size, so it has no plan for all of them")
+    shapes = {
+        i: tuple(_size(a, b) for a, b in zip(one, two, strict=True))
+        for i, (one, two) in enumerate(zip(first.shapes, second.shapes, strict=True))
+    }
+    constants = {i: x for i, x in first.constants.items() if _equal(x, second.constants.get(i))}
+    calls, makers = list[Call](), dict[int, Call]()
+    for (func, args, kwargs, results), (_, args_2, kwargs_2, _) in zip(first.calls, second.calls, strict=True):
+        is_constant = all(number is None or number in constants for number in results)
+        name = f"{func.namespace}.{func.overloadpacket.__name__}"
+        if func._schema.is_mutable and name != "aten.as_strided_":
+            name = name.removesuffix("_")
+        try:
+            call = Call(name, _by_name(func, *_merged((args, kwargs), (args_2, kwargs_2))), results)
+        except ValueError as error:
+            if is_constant:
+                continue
+            raise TraceError(f"`{name}` gets {error}, which grows with the batch in no simple way") from error
+        if is_constant:
+            makers |= {number: call for number in results if number is not None}
+        else:
+            calls.append(call)
+    dtypes = dict(enumerate(first.dtypes))
+    return Calls(calls, makers, shapes, dtypes, constants, first.inputs, first.outputs)
+
+
+def _by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    given = {
+        argument.name: args[i] if i < len(args) else argument.default_value
+        for i, argument in enumerate(func._schema.arguments)
+    }
+    return given | kwargs
+
+
+def _equal(a: Tensor, b: Tensor | None) -> bool:
+    if b is None or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return a is b or a.data_ptr() == b.data_ptr() or bool(torch.equal(a, b)) or bool(((a == b) | (a != a)).all())
+
+
+def _merged(a: Any, b: Any) -> Any:
+    """Nests of the same form, with a `Size` wherever the numbers differ."""
+    if isinstance(a, (tuple, list)):
+        if len(a) != len(b):
+            raise ValueError(f"{len(a)} and {len(b)} arguments")
+        items = [_merged(x, y) for x, y in zip(a, b, strict=True)]
+        return tuple(items) if isinstance(a, tuple) else items
+    if isinstance(a, dict):
+        return {key: _merged(value, b[key]) for key, value in a.items()}
+    if isinstance(a, int) and not isinstance(a, bool) and isinstance(b, int) and a != b:
+        return _size(a, b)
+    if isinstance(a, float) and a == a and a != b:
+        raise ValueError(f"{a} and {b}")
+    return a
+
+
+def _size(a: int, b: int) -> Size:
+    grows = (b - a) // (_BATCHES[1] - _BATCHES[0])
+    if grows < 0:
+        raise TraceError("a size becomes smaller with a larger batch, so the network has no plan for all of them")
+    return Size(grows, a - grows * _BATCHES[0])

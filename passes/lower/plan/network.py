@@ -1,0 +1,111 @@
+"""Plan a whole network for the native runtime."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from growfx.errors import UnsupportedOperatorError
+from growfx.passes.lower.plan.builder import Builder, NoKernelError
+from growfx.passes.lower.plan.calls import Calls, record_calls
+from growfx.passes.lower.plan.fuse import fold_factors, fuse_chains, merge_views
+from growfx.passes.lower.plan.graph import Node
+from growfx.passes.lower.plan.memory import planned
+from growfx.passes.lower.plan.rules import RULES
+from growfx.recorded.inputs import Inputs
+from growfx.runtime.native.plan import Constant, Plan
+
+__all__ = ["missing_kernels", "plan_network"]
+
+
+def plan_network(model: nn.Module, masks: Mapping[str, Tensor], inputs: Inputs) -> Plan:
+    """The steps of a network for any batch size, norms folded into weights, chains fused, memory planned.
+
+    Args:
+        model: a plain model in evaluation mode with values in float32 on the CPU.
+        masks: name of a parameter -> bool tensor of its shape; what is false is not stored.
+        inputs: example inputs, as the model is called.
+
+    Raises:
+        UnsupportedOperatorError: operators without a kernel; names them all.
+        TraceError: the operators depend on the data.
+    """
+    calls = record_calls(model, inputs)
+    builder, missing = _built(calls, _Masks(model, masks))
+    if missing:
+        named = ", ".join(f"`{name}`" for name in missing)
+        raise UnsupportedOperatorError(
+            f"the native runtime has no kernel for {named}, which the network computes; run it with `growfx.load`"
+        )
+    graph = builder.finished()
+    graph.drop_unused()
+    folded = fold_factors(graph)
+    merge_views(graph)
+    fuse_chains(graph)
+    graph.drop_unused()
+    return planned(graph, folded)
+
+
+def missing_kernels(model: nn.Module, inputs: Inputs) -> Counter[str]:
+    """The operators of a network that have no kernel, and how often each is called.
+
+    Raises:
+        TraceError: as of `plan_network`.
+    """
+    return _built(record_calls(model, inputs), _Masks(model, {}))[1]
+
+
+def _built(calls: Calls, masks: _Masks) -> tuple[Builder, Counter[str]]:
+    builder, missing = Builder(calls, masks.of, RULES), Counter[str]()
+    lost: set[int] = set()
+    for call in calls.calls:
+        name = call.operator
+        shapes = [calls.shapes[number] for number in call.results if number is not None]
+        rule = RULES.get(name)
+        try:
+            if rule is None:
+                raise NoKernelError("")
+            if lost and _reads(call.arguments, lost):
+                lost.update(number for number in call.results if number is not None)
+                continue
+            made = rule(builder, call.arguments, shapes)
+        except NoKernelError as reason:
+            missing[f"{name} {reason}".strip()] += 1
+            lost.update(number for number in call.results if number is not None)
+            continue
+        listed = [made] if isinstance(made, (Node, Constant)) else made
+        for number, operand in zip(call.results, listed, strict=False):
+            if number is not None and operand is not None:
+                builder.keep(number, operand)
+    return builder, missing
+
+
+def _reads(arguments: object, lost: set[int]) -> bool:
+    """Whether a call reads what could not be computed."""
+    from growfx.passes.lower.plan.calls import Reference
+    from growfx.passes.operators.nests import leaves
+
+    return any(isinstance(x, Reference) and x.number in lost for x in leaves(arguments))
+
+
+class _Masks:
+    """Masks of constants that are views of masked parameters."""
+
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        for name, mask in masks.items():
+            parameter = model.get_parameter(name)
+            # The mask in the parameter's own order in memory, so that a view of one is a view of the other.
+            laid = torch.empty_like(parameter, dtype=torch.bool).copy_(mask)
+            self._known[parameter.untyped_storage().data_ptr()] = (parameter.detach(), laid)
+
+    def of(self, tensor: Tensor) -> Tensor | None:
+        """The mask of a tensor; None where all of it counts."""
+        parameter, mask = self._known.get(tensor.untyped_storage().data_ptr(), (None, None))
+        if parameter is None or mask is None or tensor.dtype != parameter.dtype:
+            return None
+        offset = tensor.storage_offset() - parameter.storage_offset()
+        return mask.as_strided(tensor.shape, tensor.stride(), offset)

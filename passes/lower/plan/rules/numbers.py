@@ -1,0 +1,249 @@
+"""Rules of operators on single numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from growfx.passes.lower.plan.builder import Arguments, Builder, NoKernelError, Rule, view_ops
+from growfx.passes.lower.plan.calls import Reference
+from growfx.passes.lower.plan.graph import Chained, Node, Operand
+from growfx.runtime.native.plan import OPERATIONS, Shape, Size
+
+__all__ = ["RULES"]
+
+
+def _one(*operations: str) -> Rule:
+    """Operations without numbers of the call."""
+
+    def rule(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
+        x = next(iter(a.values()))
+        return b.pointwise(b.operand(x), shapes[0], *(Chained(name) for name in operations))
+
+    return rule
+
+
+def _with(made: Callable[[Arguments], Sequence[Chained]]) -> Rule:
+    """Operations made of the call's numbers."""
+
+    def rule(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
+        return b.pointwise(b.operand(a["self"]), shapes[0], *made(a))
+
+    return rule
+
+
+def _bound(value: Any, otherwise: float) -> float:
+    return otherwise if value is None else float(value)
+
+
+def _clamp(a: Arguments) -> list[Chained]:
+    if isinstance(a.get("min"), Reference) or isinstance(a.get("max"), Reference):
+        raise NoKernelError("with bounds that are tensors")
+    low = _bound(a.get("min", a.get("min_val")), -math.inf)
+    high = _bound(a.get("max", a.get("max_val")), math.inf)
+    return [Chained("relu")] if (low, high) == (0, math.inf) else [Chained("clamp", a=low, b=high)]
+
+
+def _gelu(a: Arguments) -> list[Chained]:
+    return [Chained("gelu_tanh" if a["approximate"] == "tanh" else "gelu")]
+
+
+def _softplus(a: Arguments) -> list[Chained]:
+    beta = float(a["beta"])
+    if a["threshold"] != 20:
+        raise NoKernelError("with another threshold than 20")
+    if beta == 1:
+        return [Chained("softplus")]
+    return [Chained("scale", a=beta), Chained("softplus"), Chained("scale", a=1 / beta)]
+
+
+def _elu(a: Arguments) -> list[Chained]:
+    if a["input_scale"] != 1:
+        raise NoKernelError("with an `input_scale`")
+    return [Chained("elu", a=float(a["alpha"]) * float(a["scale"]), b=float(a["scale"]))]
+
+
+def _celu(a: Arguments) -> list[Chained]:
+    alpha = float(a["alpha"])
+    return [Chained("scale", a=1 / alpha), Chained("elu", a=alpha, b=alpha)]
+
+
+def _power(a: Arguments) -> list[Chained]:
+    exponent = float(a["exponent"])
+    known = {2.0: "square", 0.5: "sqrt", -0.5: "rsqrt", -1.0: "reciprocal"}
+    return [Chained(known[exponent])] if exponent in known else [Chained("power", a=exponent)]
+
+
+def _compare(operation: str, swapped: bool = False) -> Rule:
+    def rule(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
+        other = a["other"]
+        x = b.operand(a["self"])
+        if not isinstance(other, Reference):
+            return b.pointwise(x, shapes[0], *_compared(operation, float(other), swapped))
+        difference = b.add("binary", [x, b.operand(other)], shapes[0], [OPERATIONS.index("sub")])
+        return b.pointwise(difference, shapes[0], *_compared(operation, 0.0, swapped))
+
+    return rule
+
+
+def _compared(operation: str, value: float, negated: bool) -> list[Chained]:
+    found = [Chained(operation, a=value)]
+    return [*found, Chained("scale", a=-1.0, b=1.0)] if negated else found
+
+
+def _binary(operation: str, turned: str) -> Rule:
+    """An operation of two tensors, or a tensor and a number; `turned` is the one with its operands exchanged."""
+
+    def rule(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Operand:
+        first, second = a["self"], a["other"]
+        alpha = float(a.get("alpha") or 1)
+        if a.get("rounding_mode") is not None:
+            raise NoKernelError("with a `rounding_mode`")
+        if isinstance(second, Size):
+            raise NoKernelError("with a number that grows with the batch")
+        if not isinstance(second, Reference):
+            return b.pointwise(b.operand(first), shapes[0], _scalar(operation, float(second) * alpha))
+        if _is_number(b, second) and not _is_number(b, first):
+            value = float(b.value(second)) * alpha
+            return b.pointwise(b.operand(first), shapes[0], _scalar(operation, value))
+        if _is_number(b, first) and alpha == 1 and not _is_number(b, second):
+            return b.pointwise(b.operand(second), shapes[0], _scalar(turned, float(b.value(first))))
+        right = b.operand(second)
+        if alpha != 1:
+            right = b.pointwise(right, b.shape(second), Chained("scale", a=alpha))
+        return b.add("binary", [b.operand(first), right], shapes[0], [OPERATIONS.index(operation)])
+
+    return rule
+
+
+def _is_number(b: Builder, reference: Reference) -> bool:
+    return b.is_constant(reference) and all(size == (0, 1) for size in b.shape(reference))
+
+
+def _scalar(operation: str, value: float) -> Chained:
+    """An operation with one number, which for the common ones is a factor and a summand."""
+    factors = {
+        "add": (1.0, value),
+        "sub": (1.0, -value),
+        "rsub": (-1.0, value),
+        "mul": (value, 0.0),
+    }
+    if operation == "div" and value != 0:
+        factors["div"] = (1 / value, 0.0)
+    if operation in factors:
+        return Chained("scale", a=factors[operation][0], b=factors[operation][1])
+    if operation in ("maximum", "minimum"):
+        low, high = (value, math.inf) if operation == "maximum" else (-math.inf, value)
+        return Chained("clamp", a=low, b=high)
+    raise NoKernelError(f"of a tensor and the number {value}")
+
+
+def _rsub(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Operand:
+    if isinstance(a["other"], Reference) or float(a.get("alpha") or 1) != 1:
+        raise NoKernelError("of two tensors")
+    return b.pointwise(b.operand(a["self"]), shapes[0], _scalar("rsub", float(a["other"])))
+
+
+def _power_of_tensors(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
+    if isinstance(a["exponent"], Reference) or not isinstance(a["self"], Reference):
+        raise NoKernelError("of an exponent that is a tensor")
+    return b.pointwise(b.operand(a["self"]), shapes[0], *_power(a))
+
+
+def _select(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
+    return b.add("select", [b.operand(a[name]) for name in ("condition", "self", "other")], shapes[0])
+
+
+def _masked_fill(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
+    import torch
+
+    value = a["value"]
+    filled = b.operand(value) if isinstance(value, Reference) else b.constant(torch.tensor(float(value)))
+    return b.add("select", [b.operand(a["mask"]), filled, b.operand(a["self"])], shapes[0])
+
+
+def _prelu(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
+    """relu(x) - weight * relu(-x)."""
+    x, shape = b.operand(a["self"]), shapes[0]
+    above = b.pointwise(x, shape, Chained("relu"))
+    below = b.pointwise(x, shape, Chained("scale", a=-1.0), Chained("relu"))
+    scaled = b.add("binary", [below, b.operand(a["weight"])], shape, [OPERATIONS.index("mul")])
+    return b.add("binary", [above, scaled], shape, [OPERATIONS.index("sub")])
+
+
+def _addcmul(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
+    product = b.add("binary", [b.operand(a["tensor1"]), b.operand(a["tensor2"])], shapes[0], [1])
+    if float(a["value"]) != 1:
+        product = b.pointwise(product, shapes[0], Chained("scale", a=float(a["value"])))
+    return b.add("binary", [b.operand(a["self"]), product], shapes[0], [0])
+
+
+def _lerp(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
+    start, end, weight = b.operand(a["self"]), b.operand(a["end"]), a["weight"]
+    difference = b.add("binary", [end, start], shapes[0], [OPERATIONS.index("sub")])
+    if isinstance(weight, Reference):
+        part = b.add("binary", [difference, b.operand(weight)], shapes[0], [1])
+    else:
+        part = b.pointwise(difference, shapes[0], Chained("scale", a=float(weight)))
+    return b.add("binary", [start, part], shapes[0], [0])
+
+
+def _glu(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
+    shape = b.shape(a["self"])
+    axis = a["dim"] % len(shape)
+    x, half = b.operand(a["self"]), shapes[0][axis]
+    value = b.view(x, view_ops.slice(axis, 0, 1, half), shapes[0])
+    gate = b.view(x, view_ops.slice(axis, half.fixed, 1, half), shapes[0])
+    return b.add("binary", [value, b.pointwise(gate, shapes[0], Chained("sigmoid"))], shapes[0], [1])
+
+
+RULES: Final[dict[str, Rule]] = {
+    "aten._prelu_kernel": _prelu,
+    "aten.abs": _one("abs"),
+    "aten.add": _binary("add", "add"),
+    "aten.addcmul": _addcmul,
+    **dict.fromkeys(("aten.clamp", "aten.clamp_min", "aten.clamp_max", "aten.hardtanh"), _with(_clamp)),
+    "aten.celu": _with(_celu),
+    "aten.cos": _one("cos"),
+    "aten.div": _binary("div", "rdiv"),
+    "aten.elu": _with(_elu),
+    "aten.eq": _compare("equal"),
+    "aten.erf": _one("erf"),
+    "aten.exp": _one("exp"),
+    "aten.floor": _one("floor"),
+    "aten.ge": _compare("less", True),
+    "aten.gelu": _with(_gelu),
+    "aten.glu": _glu,
+    "aten.gt": _compare("greater"),
+    "aten.hardsigmoid": _one("hard_sigmoid"),
+    "aten.hardswish": _one("hard_swish"),
+    "aten.le": _compare("greater", True),
+    "aten.leaky_relu": _with(lambda a: [Chained("leaky", a=float(a["negative_slope"]))]),
+    "aten.lerp": _lerp,
+    "aten.log": _one("log"),
+    "aten.lt": _compare("less"),
+    "aten.masked_fill": _masked_fill,
+    "aten.maximum": _binary("maximum", "maximum"),
+    "aten.minimum": _binary("minimum", "minimum"),
+    "aten.mish": _one("mish"),
+    "aten.mul": _binary("mul", "mul"),
+    "aten.ne": _compare("equal", True),
+    "aten.neg": _with(lambda a: [Chained("scale", a=-1.0)]),
+    "aten.pow": _power_of_tensors,
+    "aten.reciprocal": _one("reciprocal"),
+    "aten.relu": _one("relu"),
+    "aten.relu6": _with(lambda a: [Chained("clamp", a=0.0, b=6.0)]),
+    "aten.round": _one("round"),
+    "aten.rsqrt": _one("rsqrt"),
+    "aten.rsub": _rsub,
+    "aten.sigmoid": _one("sigmoid"),
+    "aten.silu": _one("silu"),
+    "aten.sin": _one("sin"),
+    "aten.softplus": _with(_softplus),
+    "aten.sqrt": _one("sqrt"),
+    "aten.square": _one("square"),
+    "aten.sub": _binary("sub", "rsub"),
+    "aten.tanh": _one("tanh"),
+    "aten.where": _select,
+}
