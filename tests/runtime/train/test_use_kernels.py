@@ -173,20 +173,21 @@ def test_a_layer_by_panels_gives_the_step_of_a_dense_one(monkeypatch: pytest.Mon
     torch.manual_seed(0)
     layers = (nn.Conv2d(3, 10, 3, padding=1), nn.BatchNorm2d(10), nn.ReLU(), nn.Conv2d(10, 6, 3), nn.BatchNorm2d(6))
     net, x = growfx.wrap(nn.Sequential(*layers), torch.randn(2, 3, 8, 8), density=0.7), torch.randn(32, 3, 8, 8)
+    wanted = torch.randn(32, 6, 6, 6)
     panels = growfx.use_kernels(copy.deepcopy(net), "auto")
     for _ in range(2):  # the first call chooses
         panels.zero_grad()
         found = panels(x)
-        found.square().sum().backward()
+        (found * wanted).sum().backward()
     expected = net(x)
-    expected.square().sum().backward()
+    (expected * wanted).sum().backward()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert {layer.kernel for layer in panels.kernel_report.layers.values()} == {"dense"}
     assert all("batch innermost" in layer.reason for layer in panels.kernel_report.layers.values())
     for name, parameter in net.named_parameters():
         if not name.endswith("bias"):  # before a norm it has none but rounding
             gradient = panels.get_parameter(name).grad
-            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-3)
 
 
 @built
