@@ -1,4 +1,9 @@
-"""All methods side by side on CIFAR-10 as class folders (train/ and test/), by one of two stated protocols.
+"""All methods side by side on CIFAR-10 as class folders (train/ and test/), by one of four stated protocols.
+
+`--protocol P1`: WRN-16-2, 45,000 / 5,000 / 10,000 images, 30 epochs in batches of 128, 3 seeds, densities of 5 to 30 %;
+growth stops by itself. `--protocol P2`, for development: WRN-16-1, 15,000 / 5,000 / 10,000 images, 15 epochs, densities
+of 5, 10 and 20 %. In both, options of methods are their defaults where `--set` does not say otherwise, sparse kernels
+are chosen by time.
 
 `--protocol gpu`: WRN-16-2 and WRN-22-2, all images, 30 epochs, 3 seeds, densities of 5, 10, 20 and 30 %, growth to the
 same densities and to its own plateau, and the controls of equal cost. Hundreds of runs: choose by `--methods`,
@@ -12,6 +17,7 @@ searches twice for 5 epochs, `acdc` has 3 cycles, `synflow` 20 rounds. One seed 
 and what they cost; differences of a few points are noise.
 
     python benchmarks/cifar10.py --data cifar10/ --protocol cpu [--out runs/cifar10-cpu] [--jobs N]
+        [--set pwmpr.sign_in=3 ...] [--sweep pwmpr.growth_ratio=1.3,1.6 ...]
 
 The same command continues where it was interrupted. Figures go to `benchmarks/results/methods_<protocol>.json`, tables
 in Markdown to standard output.
@@ -67,6 +73,30 @@ PROTOCOLS = {
         controls=True,
         images=None,
     ),
+    "P1": Protocol(
+        models={"WRN-16-2": ("wide_resnet:wrn_16_2", ())},
+        epochs=30,
+        seeds=(0, 1, 2),
+        densities=(0.05, 0.1, 0.2, 0.3),
+        grown_to=(),
+        assignments=("img_size=32",),
+        method_assignments=(),
+        sweeps={},
+        controls=True,
+        images={"train": 0, "val": 500, "test": 0},
+    ),
+    "P2": Protocol(
+        models={"WRN-16-1": ("wide_resnet:WideResNet", ("model.depth=16", "model.k=1"))},
+        epochs=15,
+        seeds=(0, 1, 2),
+        densities=(0.05, 0.1, 0.2),
+        grown_to=(),
+        assignments=("img_size=32",),
+        method_assignments=(),
+        sweeps={},
+        controls=True,
+        images={"train": 1500, "val": 500, "test": 0},
+    ),
     "cpu": Protocol(
         models={"WRN-16-1": ("wide_resnet:WideResNet", ("model.depth=16", "model.k=1"))},
         epochs=10,
@@ -106,7 +136,7 @@ def options_of(protocol: Protocol, names: Sequence[str]) -> dict[str, Any]:
         if text.partition("=")[0] in {*fields, "img_size", "batch_size", "workers"}
     )
     grown = tuple(f"{density:g}" for density in protocol.grown_to)
-    sweeps = {**protocol.sweeps, **{f"{name}.max_density": grown for name in GROWTH}}
+    sweeps = {**protocol.sweeps, **({f"{name}.max_density": grown for name in GROWTH} if grown else {})}
     return {
         "assignments": (*shared, *own),
         "sweeps": {key: values for key, values in sweeps.items() if key.partition(".")[0] in names},
@@ -169,6 +199,8 @@ def main() -> int:
     parser.add_argument("--densities", type=lambda text: tuple(float(part) for part in text.split(",")))
     parser.add_argument("--seeds", type=lambda text: tuple(int(part) for part in text.split(",")))
     parser.add_argument("--epochs", type=int)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another option of the runs")
+    parser.add_argument("--sweep", action="append", default=[], metavar="KEY=A,B", help="run every one of these values")
     parser.add_argument("--no-controls", action="store_true")
     parser.add_argument("--quiet", action="store_true")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/methods_<protocol>.json")
@@ -182,6 +214,8 @@ def main() -> int:
             subset(args.data, data, protocol.images, 0)
     names = chosen_methods(args.methods)
     options = options_of(protocol, names)
+    sweeps = {key: tuple(values.split(",")) for key, _, values in (text.partition("=") for text in args.sweep)}
+    sized = any(getattr(methods.kind_of(name), "density", None) is not None for name in names if name != "dense")
     results, status = {}, 0
     for model in args.models.split(",") if args.models else protocol.models:
         spec, arguments = protocol.models[model]
@@ -189,11 +223,11 @@ def main() -> int:
             spec,
             str(data),
             methods=names,
-            densities=args.densities or protocol.densities,
+            densities=(args.densities or protocol.densities) if sized else (),
             seeds=args.seeds or protocol.seeds,
             epochs=args.epochs or protocol.epochs,
-            assignments=(*options["assignments"], *arguments),
-            sweeps=options["sweeps"],
+            assignments=(*options["assignments"], *arguments, *args.set),
+            sweeps={**options["sweeps"], **sweeps},
             controls=protocol.controls and not args.no_controls,
             jobs=args.jobs,
             out=out / model,

@@ -122,15 +122,15 @@ def one_method(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def resting(net: Any, optimizer: Any) -> dict[str, int]:
     """Bytes of what a rank keeps between steps."""
-    from growfx.distributed.sharded import own_part
+    from growfx.distributed.sharded import local_shard
 
     layers = net.layers.values()
     state = [value for entry in optimizer.state.values() for value in entry.values() if value is not None]
     return {
-        "parameters": sum(own_part(value).nbytes for value in net.parameters()),
-        "gradients": sum(own_part(value.grad).nbytes for value in net.parameters() if value.grad is not None),
+        "parameters": sum(local_shard(value).nbytes for value in net.parameters()),
+        "gradients": sum(local_shard(value.grad).nbytes for value in net.parameters() if value.grad is not None),
         "masks": sum(layer.mask.nbytes for layer in layers),
-        "optimizer": sum(own_part(value).nbytes for value in state),
+        "optimizer": sum(local_shard(value).nbytes for value in state),
     }
 
 

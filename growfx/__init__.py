@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from growfx.artifact import to_scipy as to_scipy
     from growfx.deploy import export_native as export_native
     from growfx.deploy import export_onnx as export_onnx
+    from growfx.deploy import export_web as export_web
     from growfx.deploy import load as load
     from growfx.deploy import save as save
+    from growfx.deploy import unwrap as unwrap
     from growfx.errors import ArtifactError as ArtifactError
     from growfx.errors import CheckpointError as CheckpointError
     from growfx.errors import ConfigError as ConfigError
@@ -33,9 +35,9 @@ if TYPE_CHECKING:
     from growfx.errors import UnsupportedOperatorError as UnsupportedOperatorError
     from growfx.masked import MaskedGraph as MaskedGraph
     from growfx.models import create_model as create_model
-    from growfx.passes.mask import unwrap as unwrap
     from growfx.passes.mask import wrap as wrap
     from growfx.passes.path_products import path_products as path_products
+    from growfx.passes.plan_channels import plan_channels as plan_channels
     from growfx.reporting.html import report as report
     from growfx.runtime.train import use_kernels as use_kernels
     from growfx.training import train as train
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "analysis.network_cost": ("cost",),
     "artifact": ("inspect", "to_numpy", "to_scipy"),
-    "deploy": ("export_native", "export_onnx", "load", "save"),
+    "deploy": ("export_native", "export_onnx", "export_web", "load", "save", "unwrap"),
     "errors": (
         "ArtifactError",
         "CheckpointError",
@@ -59,8 +61,9 @@ _HOMES = {
     ),
     "masked": ("MaskedGraph",),
     "models": ("create_model",),
-    "passes.mask": ("unwrap", "wrap"),
+    "passes.mask": ("wrap",),
     "passes.path_products": ("path_products",),
+    "passes.plan_channels": ("plan_channels",),
     "reporting.html": ("report",),
     "runtime.train": ("use_kernels",),
     "training": ("train",),

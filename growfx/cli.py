@@ -10,16 +10,18 @@ from typing import Any
 
 import click
 
-from growfx.commands.flags import OptionCommand
+from growfx.commands.flags import DATA_ONLY, OptionCommand
 from growfx.distributed.launch import RankError, process_group, speaks
-from growfx.errors import ConfigError, GrowfxError, GrowfxWarning, one_line
+from growfx.errors import ConfigError, GrowfxError, GrowfxWarning, did_you_mean, one_line
 from growfx.version import __version__
 
 __all__ = ["main"]
 
 _DATA_HELP = "`digits`, a folder with train/ and val/ or test/ of class folders, or a spec such as torch/cifar10"
 _SET_HELP = "any option, as by its flag; an argument of MODEL by model.KEY=VALUE"
+_CHECKPOINT_HELP = "start from a state dict of MODEL (.pth, .pt, .bin, .safetensors)"
 _DENSE = "dense"  # no method: all weights are trained
+_COLUMNS = 100  # of text; wider lines are hard to read
 _MAIN = "pwmpr"  # what `growfx grow` runs
 
 
@@ -108,6 +110,14 @@ def _exclude_option() -> Callable[..., Any]:
     )
 
 
+def _weight_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say where initial weights come from."""
+    file = click.Path(path_type=Path)
+    words = "start from the pretrained weights of MODEL's library (downloaded)"
+    command = click.option("--checkpoint", type=file, metavar="FILE", help=_CHECKPOINT_HELP)(command)
+    return click.option("--pretrained", is_flag=True, help=words)(command)
+
+
 def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of a command that makes a run."""
     decorators = [
@@ -117,6 +127,7 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--epochs", type=int, help="length of the (final) training"),
         click.option("--seed", type=int, default=0, show_default=True, help="of everything drawn"),
         _exclude_option(),
+        _weight_options,
         click.option(
             "--set",
             "assignments",
@@ -134,6 +145,13 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _complete_method(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """The names that complete what was typed."""
+    from growfx import methods
+
+    return [name for name in (_DENSE, *methods.names()) if name.startswith(incomplete) and name != _MAIN]
+
+
 @commands.command(cls=OptionCommand, method=_MAIN)
 @_run_options
 @click.option("--seed-density", type=float, help="density growth starts from")
@@ -146,7 +164,13 @@ def grow(seed_density: float | None, max_density: float | None, **given: Any) ->
 
 @commands.command(cls=OptionCommand)
 @_run_options
-@click.option("--method", required=True, metavar="NAME", help="see `growfx methods`; or `dense`, the control")
+@click.option(
+    "--method",
+    required=True,
+    metavar="NAME",
+    help="see `growfx methods`; or `dense`, the control",
+    shell_complete=_complete_method,
+)
 @click.option("--density", type=float, help="density to train at")
 def train(method: str, density: float | None, **given: Any) -> None:
     """Train MODEL on DATA by another method than growth, or as a dense control."""
@@ -156,7 +180,8 @@ def train(method: str, density: float | None, **given: Any) -> None:
     if method not in allowed:
         hint = " (that one is `growfx grow`)" if method == _MAIN else ""
         names = ", ".join(f"`{n}`" for n in allowed)
-        raise ConfigError(f"method `{method}` is unknown to `growfx train`{hint}; allowed: {names}")
+        near = did_you_mean(method, allowed)
+        raise ConfigError(f"method `{method}` is unknown to `growfx train`{hint}; allowed: {names}{near}")
     if method == _DENSE and density not in (None, 1.0):
         raise ConfigError(f"method `dense` has density 1; `--density {density}` contradicts it")
     _run(method, {} if density is None else {"density": density}, **given)
@@ -166,13 +191,14 @@ def train(method: str, density: float | None, **given: Any) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="artifact folder")
 @click.option("--native", type=click.Path(path_type=Path), help="folder with a C++ program that runs the network")
+@click.option("--web", type=click.Path(path_type=Path), help="folder with a page that runs the network in a browser")
 @click.option("--dense", is_flag=True, help="also write a dense model.safetensors that timm loads")
 @click.option("--compact", is_flag=True, help="leave out units that the outputs do not need, fold norms")
 @click.option("--onnx", type=click.Path(path_type=Path), help="also write the network as one (dense) ONNX file")
 @click.option("--best", is_flag=True, help="from the checkpoint of the best validation accuracy, not the last")
 @click.option("--json", "as_json", is_flag=True, help="print the facts as JSON")
 def export(run: Path, best: bool, as_json: bool, **targets: Any) -> None:
-    """Write the artifact of a run from its checkpoint, or what runs it elsewhere; one of --out and --native at least.
+    """Write the artifact of a run from its checkpoint, or what runs it elsewhere; one of --out, --native, --web.
 
     The folder of --native needs a C++ compiler, and neither Python nor torch.
     """
@@ -194,7 +220,8 @@ def inspect_command(path: str, assignments: tuple[str, ...], as_json: bool) -> N
     """Show the layers of an artifact, a run or a model by name: shape, nnz, density, bytes, alive units."""
     from growfx.commands.inspection import facts_of
     from growfx.options import parse_assignments
-    from growfx.reporting.run import layer_rows, percent, table
+    from growfx.reporting.fitted import fitted_table, short_count, terminal_columns
+    from growfx.reporting.run import layer_rows, percent
 
     facts = facts_of(path, parse_assignments(assignments, {})["model"])
     size = f", {facts['bytes']:,} bytes" if facts.get("bytes") else ""
@@ -202,11 +229,15 @@ def inspect_command(path: str, assignments: tuple[str, ...], as_json: bool) -> N
         f"{facts['kind']} {path}: {facts['model']}, density {percent(facts['density'])}, "
         f"{facts['nnz']:,} of {facts['numel']:,} masked weights active{size}"
     )
-    note = [facts["alive_note"]] if facts.get("alive_note") else []
-    _show(facts, as_json, "\n".join([head, table(layer_rows(facts["layers"])), *note]))
+    cost = facts.get("cost")
+    notes = [f"{short_count(cost['sparse'])} multiply-adds, {short_count(cost['dense'])} when dense"] if cost else []
+    notes += [facts["alive_note"]] if facts.get("alive_note") else []
+    drop = ("when dense", "bytes", "alive in", "shape", "multiply-adds")
+    layers = fitted_table(layer_rows(facts["layers"]), terminal_columns(), wrap=("layer",), drop=drop)
+    _show(facts, as_json, "\n".join([head, layers, *notes]))
 
 
-@commands.command("eval")
+@commands.command("eval", cls=OptionCommand, groups=DATA_ONLY)
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--data", required=True, help=_DATA_HELP)
 @click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True)
@@ -235,6 +266,7 @@ def eval_command(path: Path, data: str, split: str, assignments: tuple[str, ...]
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="folder of the comparison")
 @click.option("--epochs", type=int, help="length of the (final) training")
 @_exclude_option()
+@_weight_options
 @click.option("--set", "assignments", multiple=True, metavar="[METHOD.]KEY=VALUE", help="any other option")
 @click.option("--sweep", "sweeps", multiple=True, metavar="METHOD.KEY=V1,V2", help="run a method with each value")
 @click.option("--controls", is_flag=True, help="add controls of equal cost, and tickets with other masks or weights")
@@ -300,6 +332,13 @@ def report_command(runs: tuple[Path, ...], out: Path, overwrite: bool, as_json: 
 @click.option("--compile/--no-compile", "with_compile", default=True, help="time torch.compile")
 @click.option("--density", type=float, help="of random masks, when PATH is a model's name")
 @click.option("--fresh", is_flag=True, help="time the sparse runtime's choices anew, whatever was kept")
+@click.option(
+    "--clock",
+    type=click.Choice(["wall", "cpu"]),
+    default="wall",
+    show_default=True,
+    help="cpu: processor time of all threads, for a busy machine",
+)
 @click.option("--set", "assignments", multiple=True, metavar="model.KEY=VALUE", help="argument of a named model")
 @click.option("--json", "as_json", is_flag=True, help="print all figures as JSON")
 @click.option("--quiet", is_flag=True, help="no progress bar")
@@ -312,7 +351,8 @@ def bench_command(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Time PATH on this machine's CPU: dense torch, compiled, onnxruntime, masked, compact, sparse runtime.
+    """Time PATH on this machine's CPU: dense torch, compiled, masked, compact, sparse runtime, and onnxruntime,
+    OpenVINO and DeepSparse where they are installed.
 
     PATH is an artifact, a run, or a model's name. A row that cannot run says why.
     """
@@ -338,7 +378,7 @@ def methods_command(name: str | None, as_json: bool) -> None:
     """List the methods with the defaults of their options, or the options of the method NAME."""
     from growfx import methods
     from growfx.options import as_json as defaults
-    from growfx.reporting.run import table
+    from growfx.reporting.fitted import fitted_table, terminal_columns
 
     if name is not None:
         _show_method(name, as_json)
@@ -354,25 +394,63 @@ def methods_command(name: str | None, as_json: bool) -> None:
         for name, options in facts.items()
     ]
     rows.append({"method": _DENSE, "options": "the control: all weights", "command": "train"})
-    _show({"methods": facts}, as_json, table(rows, widths=(None, 64, None)))
+    text = fitted_table(rows, min(terminal_columns() or _COLUMNS, _COLUMNS), wrap=("options",))
+    _show({"methods": facts}, as_json, text)
 
 
 def _show_method(name: str, as_json: bool) -> None:
     """Print the options of one method, its source and an example."""
     import inspect
+    import re
 
     from growfx import methods
     from growfx.commands.flags import method_rows
-    from growfx.reporting.run import table
+    from growfx.reporting.fitted import fitted_table, terminal_columns
 
     kind = methods.kind_of(name)
     rows = method_rows(name)
     source = (inspect.getdoc(inspect.getmodule(kind)) or "").strip()
     about = (inspect.getdoc(kind) or "").partition("\n\nAttributes:")[0]
+    about = re.sub(r"[;,]\s+options\s+as\s+in\s+`\w+`(,\s+and)?\.?$", ".", about)  # all are listed
     command = "grow MODEL" if name == _MAIN else f"train MODEL --method {name}"
     example = f"growfx {command} --data digits --out runs/{name}"
-    text = f"{about}\n\n{table(rows, widths=(None, 10, 24, 44))}\n\n{source}\n\nexample: {example}"
+    columns = min(terminal_columns() or _COLUMNS, _COLUMNS)
+    shown = example if len(example) + 2 <= columns else example.replace(" --data", " \\\n      --data")
+    options = fitted_table(rows, columns, wrap=("meaning", "allowed", "default", "flag"))
+    about, source = (_filled(part, columns) for part in (about, source))
+    text = f"{about}\n\n{options}\n\n{source}\n\nexample:\n  {shown}"
     _show({"name": name, "about": about, "source": source, "options": rows, "example": example}, as_json, text)
+
+
+def _filled(text: str, columns: int) -> str:
+    """Fill the paragraphs of a docstring anew for a terminal; lists keep their lines."""
+    import re
+    import textwrap
+
+    filled = []
+    for paragraph in text.split("\n\n"):
+        listed = re.search(r"^\s*(\d+\.|[-*])? {2}|^\s*(\d+\.|[-*]) ", paragraph, flags=re.MULTILINE)
+        for line in paragraph.split("\n") if listed else [" ".join(paragraph.split())]:
+            indent = " " * (len(line) - len(line.lstrip()))
+            filled += textwrap.wrap(line, columns, subsequent_indent=indent, break_on_hyphens=False)
+        filled.append("")
+    return "\n".join(filled).rstrip()
+
+
+@commands.command("completion")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion_command(shell: str) -> None:
+    """Print the script that lets SHELL complete commands, flags, choices and files.
+
+    bash: `eval "$(growfx completion bash)"` in ~/.bashrc. zsh: the same with zsh in ~/.zshrc. fish: `growfx completion
+    fish > ~/.config/fish/completions/growfx.fish`.
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    if kind is None:
+        raise ConfigError(f"click has no completion for `{shell}`")
+    click.echo(kind(commands, {}, "growfx", "_GROWFX_COMPLETE").source())
 
 
 @commands.command("zoo")
@@ -458,6 +536,8 @@ def _run(
     epochs: int | None,
     seed: int,
     exclude: tuple[str, ...],
+    pretrained: bool,
+    checkpoint: Path | None,
     assignments: tuple[str, ...],
     resume: bool,
     overwrite: bool,
@@ -471,7 +551,16 @@ def _run(
     from growfx.reporting.run import result_rows, table
 
     spec = RunSpec.parse(
-        model, data, method_name, assignments, seed=seed, epochs=epochs, method_options=method_options, exclude=exclude
+        model,
+        data,
+        method_name,
+        assignments,
+        seed=seed,
+        epochs=epochs,
+        method_options=method_options,
+        exclude=exclude,
+        pretrained=pretrained,
+        checkpoint=checkpoint,
     )
     with process_group(spec.train_options.device):
         result = spec.run(out, resume=resume, overwrite=overwrite, progress=not quiet)

@@ -13,6 +13,9 @@ A message says what was expected, what was given and what to do, with names in b
 error but affects the result is a `GrowfxWarning` (see `growfx.notices`).
 """
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "ArtifactError",
     "CheckpointError",
@@ -23,6 +26,7 @@ __all__ = [
     "MaskError",
     "TraceError",
     "UnsupportedOperatorError",
+    "did_you_mean",
     "one_line",
 ]
 
@@ -138,6 +142,12 @@ class GrowfxWarning(UserWarning):
     ...     warnings.simplefilter("error", growfx.GrowfxWarning)  # make an error of what must be known
     ...     net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4))
     """
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Return "; did you mean `NAME`?" with the known name nearest to `name`, or "" when none is near."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean `{close[0]}`?" if close else ""
 
 
 def one_line(error: BaseException) -> str:

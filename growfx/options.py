@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from growfx.errors import ConfigError
+from growfx.errors import ConfigError, did_you_mean
 
 __all__ = [
     "DataOptions",
@@ -92,7 +92,7 @@ def _check_range(name: str, value: Any, limits: Mapping[str, Any]) -> None:
     if choices:
         if value not in choices:
             allowed = ", ".join(f"`{c}`" for c in choices)
-            raise ConfigError(f"`{name}` = {value!r} is unknown; allowed: {allowed}")
+            raise ConfigError(f"`{name}` = {value!r} is unknown; allowed: {allowed}{did_you_mean(value, choices)}")
         return
     low, high = limits.get("low"), limits.get("high")
     if isinstance(value, str) or (low is None and high is None):
@@ -160,7 +160,7 @@ class TrainOptions:
         tensorboard: also write loss, accuracy, density, rate, cost and the fit of growth to `tensorboard/` in the run
             folder; needs the package `tensorboard`.
         checkpoint_minutes: a checkpoint is written at the end of every epoch, and within one when the last is this old
-            (0: after every step; None: at the ends of epochs only). Outcomes do not depend on it.
+            (0 writes one after every step, None at the ends of epochs only). Outcomes do not depend on it.
         keep_checkpoints: how many are kept, beside the best.
     """
 
@@ -262,6 +262,7 @@ def parse_assignments(assignments: Iterable[str], kinds: Mapping[str, type]) -> 
     """
     found: dict[str, dict[str, Any]] = {"model": {}, **{name: {} for name in kinds}}
     fields = {name: _init_hints(kind) for name, kind in kinds.items()}
+    limits = {name: {f.name: f.metadata for f in dataclasses.fields(kind)} for name, kind in kinds.items()}
     for text in assignments:
         key, equals, value = text.partition("=")
         if not equals or not key:
@@ -275,7 +276,7 @@ def parse_assignments(assignments: Iterable[str], kinds: Mapping[str, type]) -> 
             close = difflib.get_close_matches(key, known, n=3) or known
             raise ConfigError(f"option `{key}` is unknown; allowed: {', '.join(f'`{k}`' for k in close)}")
         for name in owners:
-            found[name][key] = _parse(key, value, _kinds(fields[name][key]))
+            found[name][key] = _parse(key, value, _kinds(fields[name][key]), limits[name][key])
     return found
 
 
@@ -293,7 +294,7 @@ def _kinds(hint: Any) -> tuple[type, ...]:
     return (typing.get_origin(hint) or hint,)
 
 
-def _parse(key: str, text: str, kinds: tuple[type, ...]) -> Any:
+def _parse(key: str, text: str, kinds: tuple[type, ...], limits: Mapping[str, Any]) -> Any:
     if type(None) in kinds and text.lower() in ("none", "null"):
         return None
     for kind in kinds:
@@ -309,7 +310,8 @@ def _parse(key: str, text: str, kinds: tuple[type, ...]) -> Any:
     if any(kind in (tuple, list) for kind in kinds):
         return _literal(text)
     wanted = " or ".join(k.__name__.replace("NoneType", "none") for k in kinds)
-    raise ConfigError(f"`{key}` = `{text}` is not of type {wanted}")
+    allowed = describe_range(limits) or ("true, false" if bool in kinds else "")
+    raise ConfigError(f"`{key}` = `{text}` is not of type {wanted}{f'; allowed: {allowed}' if allowed else ''}")
 
 
 def _literal(text: str) -> Any:

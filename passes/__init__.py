@@ -19,5 +19,6 @@ PASSES: Final = {
     "walks": "walk_masks",
     "fold_norm": "fold_norm",
     "compact": "compact",
+    "plan_channels": "plan_channels",
     "lower": "lower",
 }

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -54,8 +54,11 @@ _REDRAWN = (1, 2)  # seeds of inputs under which a value read from data has to b
 class Recorded(Protocol):
     """What recordings are made for: a masked network, or a program of the sparse runtime."""
 
-    recordings: dict[tuple[bool, Any], RecordedGraph]
     trace_report: TraceReport
+
+    def recordings_in_mode(self, training: bool) -> Iterable[RecordedGraph]:
+        """What was recorded in train or evaluation mode so far."""
+        ...
 
     @property
     def shell(self) -> nn.Module:
@@ -357,8 +360,7 @@ class _Work:
         """The very same operators as in the other mode, which were compared already, need no second comparison."""
         return not made.own_gradient and any(
             recording.faithful and recording.code.src == made.code.src and not recording.own_gradient
-            for (training, _), recording in self.net.recordings.items()
-            if training != self.training
+            for recording in self.net.recordings_in_mode(not self.training)
         )
 
     def _compared(self, made: RecordedGraph, given: Inputs, expected: list[Any]) -> str:

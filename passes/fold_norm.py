@@ -122,9 +122,7 @@ def _pairs(model: nn.Module, graph: fx.Graph, trials: Sequence[Trial]) -> tuple[
     for name, norm in modules.items():
         if isinstance(norm, _BatchNorm) and name not in pairs and name not in kept:
             seen = any(str(node.target).startswith(f"{name}.") for node in graph.nodes if node.op == "get_attr")
-            kept[name] = (
-                f"a `{type(norm).__name__}` computes in a way of its own" if seen else "evaluation never runs it"
-            )
+            kept[name] = f"a `{type(norm).__name__}` has its own forward" if seen else "evaluation never runs it"
     return pairs, kept
 
 

@@ -14,7 +14,7 @@ Where a step is more than a choice among weights:
 * A unit that feeds several columns of a layer (feature maps that are flattened) chooses one evenly.
 * Products (gates, attention) are passed through any of their factors, as sums are.
 * A layer without a mask is crossed at random, whatever its weights. A unit whose weights are all zero chooses evenly.
-* A layer over positions has no units that walks could follow: every walk makes one step of its own in each, from (to)
+* A layer over positions has no units that walks could follow: every walk makes one separate step in each, from (to)
   a position that is chosen in turn.
 
 Deviations from the released code: 1. the last walk is cut where the number of edges is reached; 2. edges still missing

@@ -52,11 +52,15 @@ class Connectivity:
         pinned: group -> why no unit of it may be removed: inputs, outputs, what is not understood.
         counted: group -> what is computed over it together with other units (a norm, a softmax, a mean): without
             them the others would change, unless that operator is told to go on counting them.
-        parameters: parameter or buffer that is no layer's weight -> (axis, unit of every index along it, 0 for none).
+        parameters: parameter or buffer other than a layer's weight -> (axis, unit of every index along it, 0 for none).
         frames: groups that stand along several axes of one value, such as (heads, dims) or (2, half the channels), in
             that shape. What remains after a removal must be a full rectangle in each, and in the queries, keys and
             values of one attention as many heads.
         signals: how the values between layers are made of units.
+        heads: for every head of an attention the groups of its queries, keys and values, each ascending; groups that
+            a product of two activations sums over are in one of them.
+        products: multiply-accumulates of products of two activations at batch 1 -> the groups that share each, one for
+            every part of equal size (0: a part of no unit).
     """
 
     layers: Mapping[str, LayerUnits]
@@ -67,6 +71,8 @@ class Connectivity:
     parameters: Mapping[str, tuple[int, Tensor]]
     frames: tuple[Tensor, ...]
     signals: SignalGraph = field(repr=False)
+    heads: tuple[Tensor, ...] = ()
+    products: tuple[tuple[float, Tensor], ...] = ()
 
     def coupled(self, layer: str) -> Tensor:
         """The group of every output unit of a layer."""
@@ -115,7 +121,7 @@ class Connectivity:
         """Layer name -> bool per output unit: its whole group is dead, and neither pinned nor counted.
 
         A dead unit may still have a value: a constant one, from biases and shifts, where no path leads in; any value
-        where no path leads out. Without it the output stays as it is once such constants are added to what they feed.
+        where no path leads out. Without it the output stays unchanged once such constants are added to what they feed.
         """
         alive = self.alive(paths)
         kept = torch.zeros(len(self.group), dtype=torch.bool)

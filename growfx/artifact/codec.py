@@ -47,7 +47,7 @@ VALUE_CODECS = ("planes", "raw")
 
 # A bitmask is fixed-size and decodes without inflating, so it is preferred up to this excess.
 _BITMASK_EXCESS = 1.02
-# Inflating a plane costs more than reading it; below this saving it is stored as it is.
+# Inflating a plane costs more than reading it; below this saving it is stored unchanged.
 _PLANE_SAVING = 0.01
 _SKIP = 255
 

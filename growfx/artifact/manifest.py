@@ -37,7 +37,15 @@ FORMAT = "growfx.sparse"
 # 1.1: `compaction` and `requires`. 1.2: `inputs`, `identity_checked`, `notes`, `multiply_accumulates`, complex tensors.
 VERSION = "1.2"
 # What a reader must know beyond version 1.0 to load an artifact that lists it in `requires`.
-FEATURES = ("compaction", "complex", "grouped-compaction", "folded-norms", "left-out-modules", "stated-widths")
+FEATURES = (
+    "compaction",
+    "complex",
+    "grouped-compaction",
+    "folded-norms",
+    "left-out-modules",
+    "stated-widths",
+    "heads",
+)
 # No model comes near it; beyond it sizes would not fit the integers of other readers.
 _MAX_NUMEL = 1 << 34
 _MAX_RANK = 64
@@ -131,6 +139,7 @@ def _features(plan: CompactionPlan | None, tensors: Mapping[str, DenseEntry | Sp
         "folded-norms": bool(plan and plan.norms),
         "left-out-modules": bool(plan and plan.left_out),
         "stated-widths": bool(plan and plan.widths),
+        "heads": bool(plan and plan.heads),
     }
     return [name for name in FEATURES if needed[name]]
 

@@ -53,7 +53,7 @@ def setting_differences(model: nn.Module, expected: nn.Module) -> list[SettingDi
     found: list[SettingDifference] = []
     for name in dict.fromkeys((*ours, *theirs)):
         if name not in ours or name not in theirs:
-            what = "a module of its own" if name in ours else "missing"
+            what = "a module that only the network has" if name in ours else "missing"
             found.append(SettingDifference(f"`{name}` is {what}", decisive=True))
         elif not _same_class(type(ours[name]), type(theirs[name])):
             kinds = f"{type(ours[name]).__name__}, not {type(theirs[name]).__name__}"

@@ -306,7 +306,7 @@ def _places(model: nn.Module, state: Mapping[str, Tensor]) -> list[tuple[Tensor,
         if state[before] is not tensor:
             raise ArtifactError(f"`{before}` and `{name}` are one tensor in the model and two in the artifact")
         if before == name:
-            # Names that are tied in the artifact but not in this model get tensors of their own.
+            # Names that are tied in the artifact but not in this model get separate tensors.
             plan.append((target, tensor.clone() if id(tensor) in placed else tensor))
             placed.add(id(tensor))
     return plan

@@ -204,7 +204,7 @@ def _encode(
 
 
 def _stored_cost(net: MaskedGraph) -> StoredCost | None:
-    """The cost of a forward pass; None where the network cannot be run here, which is no reason not to store it."""
+    """The cost of a forward pass; None where the network cannot be run here, which does not prevent storing it."""
     try:
         found = cost(net)
     except Exception as error:  # the model's own code: it may raise anything

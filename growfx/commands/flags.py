@@ -9,35 +9,44 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import click
+from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
+from growfx.errors import ConfigError
 from growfx.options import DataOptions, TrainOptions, describe_range
 
-__all__ = ["OptionCommand", "method_rows", "option_texts"]
+__all__ = ["DATA_ONLY", "OptionCommand", "method_rows", "option_texts"]
 
 _PREFIX = "set_"  # of the parameter names of generated flags
 _METHOD = "growfx.method"
 _SEVERAL = re.compile(r"^(\w+(?:, \w+)*): (.*)$")
+# What has flags: a dataclass of options, the title of its group in the help, and of which fields (None: of all).
+_Groups = tuple[tuple[type, str, tuple[str, ...] | None], ...]
+_TRAINING: _Groups = ((TrainOptions, "Training", None), (DataOptions, "Data", None))
+_READING = ("batch_size", "img_size", "workers", "val_fraction", "split_seed", "data_dir", "download")
+DATA_ONLY: _Groups = ((DataOptions, "Data", _READING), (TrainOptions, "Machine", ("device",)))
 
 
 class OptionCommand(click.Command):
     """A command with a flag for every field of `TrainOptions` and `DataOptions`, and of the method that is named.
 
-    What is given by flags is added to the parameter `assignments`, as `--set KEY=VALUE` is. Flags that the command
-    defines itself stay its own. The method is `method`, or what follows `--method`; its flags are known only once it is
-    named, and a flag of another method is wrong usage.
+    What is given by flags is added to the parameter `assignments`, as `--set KEY=VALUE` is; an option given by both
+    must have one value. Flags that the command defines itself stay its own. The method is `method`, or what follows
+    `--method`; its flags are known only once it is named, and a flag of another method is wrong usage.
     """
 
-    def __init__(self, *args: Any, method: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, method: str | None = None, groups: _Groups = _TRAINING, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.method = method
+        self.method, self.has_methods = method, groups is _TRAINING
         own = {flag for parameter in self.params for flag in parameter.opts}
         own |= {"--seed"} if "--seeds" in own else set()  # a comparison has several
-        self.params += _flags(TrainOptions, "Training", own)
-        self.params += _flags(DataOptions, "Data", own)
+        for kind, title, names in groups:
+            self.params += _flags(kind, title, own, names)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse, with the flags of the method that the arguments name."""
-        if not {"-h", "--help"} & set(args):  # which needs no method, and shall be quick
+        # Help and completion need no method, and shall be quick.
+        if self.has_methods and not ctx.resilient_parsing and not {"-h", "--help"} & set(args):
             ctx.meta[_METHOD] = self._method_flags(args)
         return super().parse_args(ctx, args)
 
@@ -49,8 +58,10 @@ class OptionCommand(click.Command):
         """Run the command, with what was given by flags among its `assignments`."""
         given = {name: value for name, value in ctx.params.items() if name.startswith(_PREFIX)}
         ctx.params = {name: value for name, value in ctx.params.items() if name not in given}
-        texts = [f"{name.removeprefix(_PREFIX)}={value}" for name, value in given.items() if value is not None]
-        ctx.params["assignments"] = (*texts, *ctx.params["assignments"])
+        values = {name.removeprefix(_PREFIX): value for name, value in given.items() if value is not None}
+        typed = {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+        _refuse_contradiction({**{name: ctx.params[name] for name in typed}, **values}, ctx.params["assignments"])
+        ctx.params["assignments"] = (*(f"{k}={v}" for k, v in values.items()), *ctx.params["assignments"])
         return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -63,8 +74,9 @@ class OptionCommand(click.Command):
         for name, rows in groups.items():
             with formatter.section(name):
                 formatter.write_dl(rows)
-        with formatter.section("Method"):
-            formatter.write_text("`growfx methods NAME` lists the flags of a method.")
+        if self.has_methods:
+            with formatter.section("Method"):
+                formatter.write_text("`growfx methods NAME` lists the flags of a method.")
 
     def _method_flags(self, args: list[str]) -> list[click.Parameter]:
         from growfx import methods
@@ -85,17 +97,40 @@ def _after(flag: str, args: Iterable[str]) -> str | None:
     return found
 
 
+def _refuse_contradiction(flags: Mapping[str, Any], assignments: Iterable[str]) -> None:
+    """Raise `ConfigError` where `--set` gives an option another value than its flag does."""
+    for text in assignments:
+        key, _, value = text.partition("=")
+        if key in flags and not _same(str(flags[key]), value):
+            flag = f"--{key.replace('_', '-')}"
+            shown = {True: flag, False: f"--no-{flag[2:]}"}.get(flags[key]) if isinstance(flags[key], bool) else None
+            raise ConfigError(f"`--set {text}` contradicts `{shown or f'{flag} {flags[key]}'}`; give `{key}` once")
+
+
+def _same(one: str, other: str) -> bool:
+    try:
+        return float(one) == float(other)
+    except ValueError:
+        return one.lower() == other.lower()
+
+
 class _FieldOption(click.Option):
+    """A flag made from a field; values among a few are completed by the shell."""
+
     group: str
+    choices: tuple[str, ...] = ()
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in self.choices if name.startswith(incomplete)]
 
 
-def _flags(kind: type, group: str, taken: set[str]) -> list[click.Parameter]:
-    """One flag for each field of a dataclass of options whose flag is not taken."""
+def _flags(kind: type, group: str, taken: set[str], names: tuple[str, ...] | None = None) -> list[click.Parameter]:
+    """One flag for each field of a dataclass of options (of `names`, where given) whose flag is not taken."""
     texts, flags = option_texts(kind), []
     hints = typing.get_type_hints(kind)
     for field in _fields(kind):
         flag = f"--{field.name.replace('_', '-')}"
-        if flag in taken:
+        if flag in taken or (names is not None and field.name not in names):
             continue
         words = f"{texts.get(field.name, '')}  [{_limits(field)}]".strip()
         if hints[field.name] is bool:
@@ -103,7 +138,7 @@ def _flags(kind: type, group: str, taken: set[str]) -> list[click.Parameter]:
         else:
             metavar = _metavar(hints[field.name], field.metadata)
             option = _FieldOption([flag, _PREFIX + field.name], default=None, metavar=metavar, help=words)
-        option.group = group
+        option.group, option.choices = group, tuple(field.metadata.get("choices") or ())
         flags.append(option)
     return flags
 
@@ -121,9 +156,10 @@ def _metavar(hint: Any, limits: Mapping[str, Any]) -> str:
 
 def _limits(field: dataclasses.Field[Any]) -> str:
     default = field.default if field.default is not dataclasses.MISSING else "as the docstring says"
-    shown = "none" if default is None else default
-    allowed = describe_range(field.metadata)
-    return f"default: {shown}" + (f"; allowed: {allowed}" if allowed else "")
+    if default is None or isinstance(default, bool):
+        default = {None: "none", True: "on", False: "off"}[default]
+    allowed = "" if field.metadata.get("choices") else describe_range(field.metadata)  # the flag shows choices
+    return f"default: {default}" + (f"; allowed: {allowed}" if allowed else "")
 
 
 def option_texts(kind: type) -> dict[str, str]:

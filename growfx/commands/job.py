@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from growfx.commands.starting_weights import StartingWeights
 from growfx.data.loaders import InputFormat, fit_input, make_loader
 from growfx.data.sources import DataSource, open_data
 from growfx.distributed import ranks
@@ -34,6 +35,7 @@ class Job:
 
     Attributes:
         exclude: patterns of names of layers that have no mask.
+        weights_from: which weights the model started from, see `StartingWeights.build`; None for initial ones.
     """
 
     net: MaskedGraph
@@ -41,6 +43,7 @@ class Job:
     form: InputFormat
     options: DataOptions
     exclude: tuple[str, ...] = ()
+    weights_from: Mapping[str, Any] | None = None
 
     def loader(self, split: str, *, train: bool = False) -> DataLoader[Any]:
         """A loader of one split, see `growfx.data.loaders.make_loader`."""
@@ -52,7 +55,8 @@ class Job:
         source = self.source
         facts = {"spec": source.spec, "fingerprint": source.fingerprint, "classes": list(source.classes)}
         excluded = {"exclude": list(self.exclude)} if self.exclude else {}
-        return {"data": {**facts, **as_json(self.options)}, "input": self.form.as_json(), **excluded}
+        weights = {"weights_from": dict(self.weights_from)} if self.weights_from else {}
+        return {"data": {**facts, **as_json(self.options)}, "input": self.form.as_json(), **excluded, **weights}
 
 
 def assemble(
@@ -63,6 +67,7 @@ def assemble(
     model_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
     exclude: Sequence[str] = (),
+    weights: StartingWeights | None = None,
 ) -> Job:
     """Open the data, build the model with its number of classes and an image size that fits, and wrap it.
 
@@ -71,9 +76,11 @@ def assemble(
         model_kwargs: arguments of the model; they go before what the data suggests.
         seed: of the initial weights.
         exclude: patterns of names of layers that get no mask.
+        weights: where the initial weights come from, if not from `seed`.
 
     Raises:
-        DataError, ConfigError, TraceError: as `open_data`, `create_model` and `wrap`.
+        DataError, ConfigError, TraceError, CheckpointError: as `open_data`, `create_model`, `wrap` and
+            `StartingWeights.build`.
     """
     if options.download:
         ranks.on_first(lambda: open_data(data, options))  # the others find it there
@@ -84,10 +91,14 @@ def assemble(
         kwargs.setdefault("num_classes", len(source.classes))
     built = create_model(model, **kwargs)
     if options.img_size is not None and _fixed_size(built) and "img_size" not in kwargs:
+        kwargs["img_size"] = options.img_size
         torch.manual_seed(seed)
-        built = create_model(model, **kwargs, img_size=options.img_size)
+        built = create_model(model, **kwargs)
+    facts = None
+    if weights is not None:
+        built, facts = weights.build(model, kwargs, seed)
     form = fit_input(source, built, options)
-    return Job(wrap_for(built, form, exclude), source, form, options, tuple(exclude))
+    return Job(wrap_for(built, form, exclude), source, form, options, tuple(exclude), facts)
 
 
 def wrap_for(model: nn.Module, form: InputFormat, exclude: Sequence[str] = ()) -> MaskedGraph:

@@ -18,11 +18,12 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from growfx.compaction.folded_norm import folding_refusal, without_norm
 from growfx.compaction.plan import CompactionPlan, Spans, damaged_plan
-from growfx.compaction.widths import check_widths, state_widths
+from growfx.compaction.widths import check_heads, check_widths, state_widths
 from growfx.masked.module_copy import copy_modules
 
 __all__ = [
     "apply_plan",
+    "apply_trusted",
     "columns_axis",
     "hollow",
     "kept_indices",
@@ -144,6 +145,11 @@ def apply_plan(model: nn.Module, plan: CompactionPlan) -> nn.Module:
     return _apply(model, plan)
 
 
+def apply_trusted(model: nn.Module, plan: CompactionPlan) -> nn.Module:
+    """`apply_plan` for a plan that was just made of this model: it is not tried on a copy before."""
+    return _apply(model, plan)
+
+
 def hollow(model: nn.Module) -> nn.Module:
     """A copy of a model without values."""
     return _copied(model, lambda tensor: torch.empty_like(tensor, device="meta"))
@@ -182,6 +188,7 @@ def _apply(model: nn.Module, plan: CompactionPlan) -> nn.Module:
         for attribute, size in sizes.items():
             setattr(model.get_submodule(name), attribute, size)
     state_widths(model, plan.widths)
+    state_widths(model, plan.heads)
     for name in plan.norms:
         model.set_submodule(name, without_norm(model.get_submodule(name)))
     for name in plan.left_out:
@@ -240,7 +247,8 @@ def _check_names(model: nn.Module, plan: CompactionPlan) -> None:
             raise damaged_plan(f"`{name}` is not a layer without a bias")
     _check_norms(modules, plan)
     check_widths(modules, plan.widths)
-    touched = (*plan.tensors, *plan.blocks, *plan.modules, *plan.biases, *plan.norms, *plan.widths)
+    check_heads(modules, plan.heads)
+    touched = (*plan.tensors, *plan.blocks, *plan.modules, *plan.biases, *plan.norms, *plan.widths, *plan.heads)
     for name in plan.left_out:
         if not name or name not in modules:
             raise damaged_plan(f"the model has no module `{name}`")

@@ -16,7 +16,7 @@ Widths = Mapping[str, Mapping[str, int]]
 # A stored plan lists no more spans than this; a model of a million units needs fewer.
 _MAX_SPANS = 1 << 22
 
-_OPTIONAL = ("blocks", "norms", "left_out", "widths")
+_OPTIONAL = ("blocks", "norms", "left_out", "widths", "heads")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ class CompactionPlan:
             a transposed convolution), numbered over all groups: each group may keep others, of equal number.
         norms: batch norms that the layers before them took over; what else is in them stays, in their place.
         left_out: modules that evaluation never runs; the model has None in their places.
-        widths: module -> where it states a width of its own (`num_features`, `feature_info.0.num_chs`) -> the new one.
+        widths: module -> where it states its own width (`num_features`, `feature_info.0.num_chs`) -> the new one.
+        heads: module -> attribute that says how many heads of an attention there are, or how wide all of them are
+            together (`num_heads`, `attn_dim`) -> the new number, which its code splits features by.
     """
 
     tensors: Mapping[str, Mapping[int, Spans]] = field(default_factory=dict)
@@ -41,9 +43,10 @@ class CompactionPlan:
     norms: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     widths: Widths = field(default_factory=dict)
+    heads: Widths = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        sizes = self.tensors or self.modules or self.blocks or self.widths
+        sizes = self.tensors or self.modules or self.blocks or self.widths or self.heads
         return bool(sizes or self.biases or self.norms or self.left_out)
 
     def to_json(self) -> dict[str, Any]:
@@ -54,6 +57,7 @@ class CompactionPlan:
             **({"norms": list(self.norms)} if self.norms else {}),
             **({"left_out": list(self.left_out)} if self.left_out else {}),
             **({"widths": {name: dict(numbers) for name, numbers in self.widths.items()}} if self.widths else {}),
+            **({"heads": {name: dict(numbers) for name, numbers in self.heads.items()}} if self.heads else {}),
             "biases": list(self.biases),
             "modules": {name: dict(sizes) for name, sizes in self.modules.items()},
             "tensors": {
@@ -74,13 +78,13 @@ class CompactionPlan:
             raise damaged_plan(f"a plan has the fields `biases`, `modules`, `tensors`, and at most {more} beside them")
         biases, norms, left_out = (_names(key, value.get(key, [])) for key in ("biases", "norms", "left_out"))
         modules, tensors, blocks = value["modules"], value["tensors"], value.get("blocks", {})
-        widths = value.get("widths", {})
-        for key, part in (("modules", modules), ("tensors", tensors), ("widths", widths)):
+        widths, heads = value.get("widths", {}), value.get("heads", {})
+        for key, part in (("modules", modules), ("tensors", tensors), ("widths", widths), ("heads", heads)):
             if not isinstance(part, dict) or not all(isinstance(inner, dict) for inner in part.values()):
                 raise damaged_plan(f"`{key}` is not an object of objects")
         if not isinstance(blocks, dict):
             raise damaged_plan("`blocks` is not an object")
-        for name, sizes in (*modules.items(), *widths.items()):
+        for name, sizes in (*modules.items(), *widths.items(), *heads.items()):
             if not all(_is_count(size) for size in sizes.values()):
                 raise damaged_plan(f"`{name}` has a size that is not a positive integer")
         read = {
@@ -91,8 +95,10 @@ class CompactionPlan:
         every = [kept for axes in read.values() for kept in axes.values()]
         if sum(map(len, (*every, *grouped.values()))) > _MAX_SPANS:
             raise damaged_plan(f"it has more than {_MAX_SPANS} spans")
-        sizes, stated = ({name: dict(inner) for name, inner in part.items()} for part in (modules, widths))
-        return cls(read, sizes, biases, grouped, norms, left_out, stated)
+        sizes, stated, split = (
+            {name: dict(inner) for name, inner in part.items()} for part in (modules, widths, heads)
+        )
+        return cls(read, sizes, biases, grouped, norms, left_out, stated, split)
 
 
 def damaged_plan(what: str) -> ArtifactError:

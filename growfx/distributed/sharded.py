@@ -26,12 +26,12 @@ __all__ = [
     "check_recordable",
     "fsdp_modules",
     "is_sharded",
-    "like_part",
-    "own_part",
+    "local_shard",
     "part_of",
     "require_whole",
     "reshard",
     "rows_a_rank",
+    "with_local_shard",
 ]
 
 HOW_TO_GATHER = (
@@ -77,7 +77,7 @@ def rows_a_rank(sharded: Any) -> int:
     return -(-sharded.shape[0] // sharded.device_mesh.size())
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """Return the local shard: the rows on this rank, sharing memory, detached; all of an unsharded tensor."""
     found: Any = tensor.detach()
     with torch.no_grad():
@@ -86,7 +86,7 @@ def own_part(tensor: Tensor) -> Tensor:
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether all values are finite on all ranks; each rank gets the same answer."""
-    fine = all(bool(torch.isfinite(own_part(tensor)).all()) for tensor in tensors)
+    fine = all(bool(torch.isfinite(local_shard(tensor)).all()) for tensor in tensors)
     sharded: Any = next(filter(is_sharded, tensors), None)
     if sharded is None:
         return fine
@@ -105,7 +105,7 @@ def part_of(whole: Tensor, sharded: Any) -> Tensor:
     return whole[start : start + rows]
 
 
-def like_part(part: Tensor, sharded: Any) -> Tensor:
+def with_local_shard(part: Tensor, sharded: Any) -> Tensor:
     """Return a tensor sharded like `sharded` whose local shard is `part`."""
     from torch.distributed.tensor import DTensor
 

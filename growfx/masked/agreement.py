@@ -21,7 +21,7 @@ _SHOWN = 6  # layers named in an error
 def share_buffers(net: nn.Module) -> None:
     """Give every rank the buffers of rank 0, masks aside, as `DistributedDataParallel` does before each forward.
 
-    In between each rank has norm statistics of its own, which must not decide anything.
+    In between each rank has its own norm statistics, which must not decide anything.
     """
     masks = {id(module.mask) for module in net.modules() if isinstance(module, MaskedLayer)}
     for buffer in net.buffers():
@@ -44,7 +44,7 @@ def require_same_masks(layers: Mapping[str, MaskedLayer]) -> None:
     raise MaskError(
         f"the masks of {_listed(named)} differ between ranks: rank {_numbers(others)} against rank 0; every rank "
         "needs the same model, seed and options, weights loaded before `DistributedDataParallel` or `fully_shard` "
-        "takes the network, and no change of weights or masks of its own"
+        "takes the network, and no change of weights or masks"
     )
 
 

@@ -13,7 +13,7 @@ from growfx.masked.graph import MaskedGraph
 
 __all__ = ["as_masked_graph", "is_masked_graph"]
 
-# Where something else than a network has a class of its own; elsewhere it is a wrong option.
+# Where something else than a network has its own class; elsewhere it is a wrong option.
 _KINDS: dict[str, type[GrowfxError]] = {
     "growfx.save": ArtifactError,
     "growfx.unwrap": TraceError,

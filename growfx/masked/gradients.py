@@ -103,7 +103,7 @@ def _flat(tensor: Tensor) -> Tensor | None:
 class GradientMark:
     """Which tensor, at which version, a backward pass has just masked.
 
-    autograd hands a parameter's only gradient on as it is; one that was added to, clipped, averaged over ranks or made
+    autograd hands a parameter's only gradient on unchanged; one that was added to, clipped, averaged over ranks or made
     by others is another tensor or version, and nothing is known of it.
     """
 
@@ -113,7 +113,7 @@ class GradientMark:
         self._version = -1
 
     def put(self, gradient: Tensor) -> None:
-        """Note that `gradient` is masked as it is now."""
+        """Note that `gradient` is masked in its current state."""
         self._storage, self._version = StorageWeakRef(gradient.untyped_storage()), gradient._version
 
     def is_of(self, gradient: Tensor) -> bool:
@@ -126,7 +126,7 @@ class GradientMark:
 
 
 class MarkGradient(torch.autograd.Function):
-    """The weight as it is; its gradient, which is masked already, noted as such."""
+    """The weight unchanged; its gradient, which is masked already, noted as such."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mark: GradientMark) -> Tensor:  # noqa: D102 - of autograd
@@ -140,7 +140,7 @@ class MarkGradient(torch.autograd.Function):
 
 
 class MaskGradient(torch.autograd.Function):
-    """The weight as it is; its gradient masked, in a copy."""
+    """The weight unchanged; its gradient masked, in a copy."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor, mark: GradientMark) -> Tensor:  # noqa: D102 - of autograd

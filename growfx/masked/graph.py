@@ -6,9 +6,8 @@ import copy
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,21 +15,22 @@ import torch
 from torch import Tensor, fx, nn
 
 from growfx.distributed import ranks
-from growfx.distributed.sharded import check_recordable, fsdp_modules, is_sharded, own_part, part_of
+from growfx.distributed.sharded import fsdp_modules, is_sharded, local_shard, part_of
 from growfx.errors import MaskError, TraceError
 from growfx.masked.agreement import require_same_masks
 from growfx.masked.averages import copy_masks_into_averages
 from growfx.masked.direct_uses import masked_reads
 from growfx.masked.layers import MaskedLayer, MaskedParameter, check_mask
 from growfx.masked.module_copy import copy_modules
-from growfx.masked.modules import chain_tensors, settings_of
+from growfx.masked.modules import chain_tensors
 from growfx.masked.optimizers import watch_optimizers
 from growfx.masked.placement import Places
 from growfx.masked.plain_state import hide_masks, load_by_model, state_by_model
+from growfx.masked.recordings import Recordings
 from growfx.masked.torch_pruning import translated
 from growfx.masked.weight_reads import watch_parameter
 from growfx.recorded.inputs import Inputs, as_inputs
-from growfx.recorded.recording import RecordedGraph, RecordFunction, plain_graph_module, without_compiler
+from growfx.recorded.recording import RecordedGraph, RecordFunction, plain_graph_module
 from growfx.recorded.trace_report import TraceReport
 
 __all__ = ["MaskedGraph", "RecordFunction", "RecordedGraph"]
@@ -40,13 +40,6 @@ _REGISTRIES = (
     "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set",
     "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
-# Of the original alone, or made anew for a copy.
-_NOT_COPIED = {
-    *_REGISTRIES, "_compiled_call_impl", "_graph", "_identity", "_looks_inside", "_places",
-    "_recorder", "_shell", "kernels", "meta", "recordings",
-}  # fmt: skip
-# Recordings kept for passes; the oldest goes first.
-_MOST_RECORDINGS = 32
 
 
 class MaskedGraph(fx.GraphModule):
@@ -87,10 +80,8 @@ class MaskedGraph(fx.GraphModule):
         watch_optimizers()
         copy_masks_into_averages()
         self._adopt(shell)
-        self._example, self._recorder = example, recorder
-        self.recordings: dict[tuple[bool, Any], RecordedGraph] = {}
-        # Recordings that hold for the values they were made with, to work on where the model takes values out of data.
-        self._looks_inside: dict[tuple[bool, Any], RecordedGraph] = {}
+        self._example = example
+        self.recordings = Recordings(recorder)
         self._graph = fx.Graph()
         self._code = ""
         self.meta: dict[str, Any] = {}
@@ -99,12 +90,11 @@ class MaskedGraph(fx.GraphModule):
         self._identity: tuple[Callable[[], Any]] | Any = (find_identity,)
         self.replicated, self._compared = False, False
         self._searched_as: type | None = None  # `fully_shard` gives what it is called on another class
-        # In plain containers the layers would become submodules of their own.
+        # In plain containers the layers would become submodules.
         self._named_layers: tuple[dict[str, MaskedLayer]] = ({},)
         self._tied: tuple[list[list[MaskedLayer]]] = ([],)
         self._read_directly: tuple[list[MaskedLayer]] = ([],)
         self._places: Places | None = None
-        self._known_settings = 0
         self._complete = True
 
     def _adopt(self, shell: nn.Module) -> None:
@@ -211,7 +201,7 @@ class MaskedGraph(fx.GraphModule):
         """
         wrong = []
         for name, layer in self.layers.items():
-            outside = own_part(layer.parameter)[~part_of(layer.mask, layer.parameter)]
+            outside = local_shard(layer.parameter)[~part_of(layer.mask, layer.parameter)]
             if bool((outside != 0).any() | torch.signbit(outside).any()):
                 wrong.append(name)
         if wrong:
@@ -327,7 +317,7 @@ class MaskedGraph(fx.GraphModule):
     @property
     def batch_is_free(self) -> bool:
         """Whether the first dimension of the inputs is a batch of any size, as far as is known."""
-        return all(recording.batch_is_free or recording.holds_for_values for recording in self.recordings.values())
+        return self.recordings.batch_is_free
 
     def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:
         """Inputs the model accepts: those given to `growfx.wrap`, with `batch` rows, on the net's device.
@@ -354,37 +344,7 @@ class MaskedGraph(fx.GraphModule):
         application, whose gradient is its author's.
         """
         recording = self.recording(given, training)
-        # What is drawn by chance is drawn anew in a graph that leaves such modules whole.
-        by_chance = all("random number" in why for why in self.trace_report.opaque.values())
-        looks = bool(self.trace_report.opaque) and (look_inside or not (training or by_chance))
-        # Passes that follow values have no use for checks of them.
-        looks |= look_inside and recording.holds is not None
-        if looks or not recording.faithful:
-            values = recording.code.src if recording.holds is not None else ""  # which names those read from data
-            keyed = given.keyed(batch_is_free=False)
-            key = (training, (keyed, values, look_inside, given.digest))
-            found = self._looks_inside.get(key)
-            if found is None or keyed is None:
-                with without_compiler(), torch.inference_mode(False):
-                    found = self._recorder(self, given, training, holds_for_values=True, look_inside=look_inside)
-                self._looks_inside[key] = found
-            recording = found
-        elif look_inside and recording.own_gradient and not training:
-            recording = self._inside(given, recording.batch_is_free)
-        if not recording.faithful:
-            raise TraceError(
-                "the recording is not faithful, so there is no graph to work on: "
-                f"{self.trace_report.opaque.get('', '')} {' '.join(self.trace_report.notes)}"
-            )
-        return recording.graph
-
-    def _inside(self, given: Inputs, batch_is_free: bool) -> RecordedGraph:
-        key = (False, ("inside", given.keyed(batch_is_free=batch_is_free)))
-        found = self._looks_inside.get(key)
-        if found is None or key[1][1] is None:
-            with without_compiler(), torch.inference_mode(False):
-                found = self._looks_inside[key] = self._recorder(self, given, False, look_inside=True)
-        return found
+        return self.recordings.for_pass(self, recording, given, training, look_inside).graph
 
     def graph_module(self, *, training: bool | None = None) -> fx.GraphModule:
         """The recorded program as a plain `torch.fx.GraphModule` over the same masked layers, to run or transform.
@@ -412,41 +372,17 @@ class MaskedGraph(fx.GraphModule):
         Raises:
             TraceError: the model fails on the inputs.
         """
-        for free in (True, False):
-            key = self._key(inputs, training, free)
-            found = None if key[1] is None else self.recordings.get(key)
-            if found is not None and found.batch_is_free >= free and _holds(found, self.shell, inputs):
-                return found
-        return self._record(inputs, training)
-
-    def _key(self, inputs: Inputs, training: bool, batch_is_free: bool) -> tuple[bool, Any]:
-        """What a recording depends on: the mode, the inputs, and the numbers, flags and names that modules hold."""
-        signature = inputs.keyed(batch_is_free=batch_is_free)
-        return training, None if signature is None else (signature, self._settings())
-
-    def _settings(self) -> int:
-        if fsdp_modules(self):  # which gives modules other classes and hooks; nothing is recorded from then on
-            return self._known_settings
-        # What a forward assigns is its state, not a setting.
-        states = [what.partition("`")[2].rstrip("`") for what in self.trace_report.side_effects]
-        self._known_settings = settings_of(self.shell, states)
-        return self._known_settings
-
-    def _record(self, inputs: Inputs, training: bool) -> RecordedGraph:
-        check_recordable(self.shell)
-        with without_compiler(), torch.inference_mode(False):  # constants may be used in training later
-            made = self._recorder(self, inputs, training)
-        key = self._key(inputs, training, made.batch_is_free)
-        if key[1] is not None or not self.recordings:
-            while len(self.recordings) >= _MOST_RECORDINGS:
-                del self.recordings[next(iter(self.recordings))]
-            self.recordings[key] = made
+        found = self.recordings.find(self, inputs, training)
+        if found is not None:
+            return found
+        made = self.recordings.make(self, inputs, training)
         if len(self.recordings) == 1 or (training == self.training and inputs is self._example):
             self._show(made)
         return made
 
-    # What `torch.compiler.disable` sets; calling that here would import the whole compiler with growfx.
-    _record._torchdynamo_disable = True  # type: ignore[attr-defined]
+    def recordings_in_mode(self, training: bool) -> Iterator[RecordedGraph]:
+        """What was recorded in train or evaluation mode so far."""
+        return self.recordings.in_mode(training)
 
     def _show(self, recording: RecordedGraph) -> None:
         self._graph, code = recording.graph, recording.code
@@ -565,7 +501,7 @@ class MaskedGraph(fx.GraphModule):
         """Switch the mode and show its graph."""
         self.shell.train(mode)
         self._searched_as = None
-        recording = self.recordings.get(self._key(self._example, mode, batch_is_free=True))
+        recording = self.recordings.known(self, self._example, mode)
         if recording is not None:
             self._show(recording)
         return self
@@ -657,30 +593,14 @@ class MaskedGraph(fx.GraphModule):
         clone = fx.GraphModule.__new__(type(self))
         memo[id(self)] = clone
         shell = copy_modules(self.shell, memo)
-        anew = (
-            "_compiled_call_impl",
-            "recordings",
-            "_looks_inside",
-            "_graph",
-            "_recorder",
-            "_identity",
-            "meta",
-            "_places",
-            "_shell",
-            "kernels",
-        )
+        anew = ("_compiled_call_impl", "recordings", "_graph", "_identity", "meta", "_places", "_shell", "kernels")
         state = {k: v for k, v in self.__dict__.items() if k not in (*anew, *_REGISTRIES)}
         clone.__dict__.update(copy.deepcopy(state, memo))
         clone._adopt(shell)
-        clone.__dict__.update(
-            _recorder=self._recorder, _looks_inside={}, _identity=self._identity, meta=dict(self.meta), _places=None
-        )
-        # Only one who edits a copy's graph needs a copy of the graph.
-        recordings = {key: replace(r, graph=copy.deepcopy(r.graph)) for key, r in self.recordings.items()}
-        shown = next((key for key, r in self.recordings.items() if r.graph is self._graph), None)
+        recordings, shown = self.recordings.copied(self._graph)
+        clone.__dict__.update(_identity=self._identity, meta=dict(self.meta), _places=None)
+        clone.__dict__.update(recordings=recordings, _graph=shown)
         clone._find_readers()
-        clone.__dict__["recordings"] = recordings
-        clone.__dict__["_graph"] = fx.Graph() if shown is None else recordings[shown].graph
         return clone
 
     def __copy__(self) -> MaskedGraph:
@@ -702,10 +622,6 @@ class MaskedGraph(fx.GraphModule):
 def _names(layers: Mapping[str, Any], limit: int = 6) -> str:
     shown = ", ".join(f"`{name}`" for name in list(layers)[:limit])
     return f"the masked layers are {shown}{f' and {len(layers) - limit} more' if len(layers) > limit else ''}"
-
-
-def _holds(recording: RecordedGraph, shell: nn.Module, inputs: Inputs) -> bool:
-    return recording.holds is None or bool(recording.holds(shell, inputs))
 
 
 _UNWRAP_FIRST = (

@@ -141,7 +141,7 @@ def _model_code(root: nn.Module) -> list[ModuleType]:
 def tables_restored(root: nn.Module, original: nn.Module) -> Generator[None]:
     """Put dicts, lists and sets that a model's Python modules hold back to what they held.
 
-    A table keyed by size would keep what a recording computed, which is no value, for the model's own calls.
+    A table keyed by size would keep what a recording computed, which is not a value, for the model's own calls.
 
     Args:
         root: the model that is run, a copy of `original`: meanwhile registries of modules that hold parts of the
@@ -240,7 +240,7 @@ def caches_bypassed(root: nn.Module) -> Generator[None]:
     Those of all loaded modules, and of the classes of `root` wherever these were made.
 
     A cache keyed by a size would hand out the result of another call, in which the size was a plain number, and would
-    keep results of this one. Within the context each such function has a cache of its own.
+    keep results of this one. Within the context each such function has its own cache.
     """
     thread = threading.get_ident()
     stand_ins: dict[int, Callable[..., Any]] = {}

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from growfx.distributed.sharded import check_cut, is_sharded, like_part, own_part, part_of, require_whole
+from growfx.distributed.sharded import check_cut, is_sharded, local_shard, part_of, require_whole, with_local_shard
 from growfx.errors import MaskError
 from growfx.masked.gradients import (
     GradientMark,
@@ -158,7 +158,7 @@ class MaskedLayer(nn.Module):
 
     def obeys(self) -> bool:
         """Whether the stored parameter is zero outside the mask (of either sign); values on a CPU only."""
-        return obeys(own_part(self.parameter.detach()), part_of(self.mask, self.parameter))
+        return obeys(local_shard(self.parameter.detach()), part_of(self.mask, self.parameter))
 
     def settle(self) -> None:
         """Make the stored parameter +0.0 outside the mask."""
@@ -175,7 +175,7 @@ class MaskedLayer(nn.Module):
             self.sharded = True
             self.adopt()
         if not self.mask.is_meta:
-            mask_in_place(own_part(weight), part_of(self.mask, weight))
+            mask_in_place(local_shard(weight), part_of(self.mask, weight))
 
     def _settle_whole(self) -> None:
         """Do so with a whole parameter."""
@@ -362,11 +362,11 @@ class MaskedLayer(nn.Module):
         if grad is None:
             return
         if self.dense_gradient is None:
-            part = own_part(grad)
+            part = local_shard(grad)
             part = part.clone() if scale is None else part / scale
-            self.dense_gradient = like_part(part, grad) if is_sharded(grad) else part
+            self.dense_gradient = with_local_shard(part, grad) if is_sharded(grad) else part
         if is_sharded(grad):
-            mask_in_place(own_part(grad), part_of(self.mask, grad))
+            mask_in_place(local_shard(grad), part_of(self.mask, grad))
             return
         self._settle_whole()
         mask_in_place(grad, self.mask)
@@ -386,7 +386,7 @@ class MaskedLayer(nn.Module):
             if self._collecting:
                 self.take_dense_gradient(scale)
             elif grad is not None:
-                mask_in_place(own_part(grad), part_of(self.mask, grad))
+                mask_in_place(local_shard(grad), part_of(self.mask, grad))
             return
         changed = self._stored.seen != self.mask_marker()
         if changed:
@@ -540,7 +540,7 @@ def check_mask(name: str, own: Tensor, mask: object) -> Tensor:
     """Return `mask` if it can replace `own`, the mask of the layer `name`.
 
     Raises:
-        MaskError: it is no bool tensor of the same shape.
+        MaskError: it is not a bool tensor of the same shape.
     """
     shape = tuple(own.shape)
     if not isinstance(mask, Tensor):

@@ -37,7 +37,7 @@ def copy_modules(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         memo: id -> what stands for that object in the copy; parameters found there are shared or replaced.
 
     Raises:
-        TraceError: a module with a way of its own to be copied fails to be.
+        TraceError: a module's own way to be copied fails.
     """
     parts = list(module.modules())
     memo.update(_without_history(parts, memo))
@@ -149,7 +149,7 @@ def _copies_plainly(part: nn.Module) -> bool:
 
 
 def separate_hooks(module: nn.Module) -> None:
-    """Give a copy's hooks lists, dicts and sets of their own, so that a run of it leaves no trace in the caller's.
+    """Give a copy's hooks their own lists, dicts and sets, so that a run of it leaves no trace in the caller's.
 
     A hook keeps what it sees in its closure, its defaults or its module's globals; objects are shared.
     """

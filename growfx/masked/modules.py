@@ -22,13 +22,15 @@ def chain_tensors(module: nn.Module) -> Iterator[Tensor]:
 def settings_of(module: nn.Module, states: Collection[str] = ()) -> int:
     """A number that is another one, as good as certainly, when a flag, number or name that a module holds is another.
 
-    Forward hooks and a replaced forward count, modes and private attributes do not, nor what a masked layer adds.
+    Forward hooks, those of all modules of the process included, and a replaced forward count; modes and private
+    attributes do not, nor what a masked layer adds.
 
     Args:
         module: the root.
         states: full names of attributes to leave out.
     """
-    found: list[Any] = []
+    of_all = nn.modules.module
+    found: list[Any] = [tuple(of_all._global_forward_hooks), tuple(of_all._global_forward_pre_hooks)]
     for name, part in module.named_modules():
         own = part.twin_of.__name__ if isinstance(part, MaskedLayer) else type(part).__name__
         found.append((name, own, *map(tuple, (part._forward_hooks, part._forward_pre_hooks))))

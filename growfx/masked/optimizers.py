@@ -24,13 +24,13 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from growfx.distributed.sharded import all_finite, is_sharded, own_part, part_of
+from growfx.distributed.sharded import all_finite, is_sharded, local_shard, part_of
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.registry import LAYER_OF
 
 __all__ = ["StepWatch", "clear_state", "optimizers_of", "step_ahead_by", "watch_optimizers"]
 
-# Optimizers that work edge by edge and add nothing of their own: where weight, gradient and state are zero, they stay
+# Optimizers that work edge by edge and add nothing else: where weight, gradient and state are zero, they stay
 # zero, and a pass over the weights after each step is saved. All others (orthogonalised or preconditioned updates,
 # moments with an epsilon in them, anything unknown) are cleaned up after. The tests hold each of these to it.
 _TORCH = ("sgd.SGD", "adam.Adam", "adamw.AdamW", "rmsprop.RMSprop", "nadam.NAdam", "radam.RAdam", "adagrad.Adagrad")
@@ -73,7 +73,7 @@ def clear_state(optimizer: Optimizer, parameter: nn.Parameter, where: Tensor) ->
         return
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
-            _set_zero(own_part(value), part_of(where, value))
+            _set_zero(local_shard(value), part_of(where, value))
 
 
 def _set_zero(value: Tensor, where: Tensor) -> None:

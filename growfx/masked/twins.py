@@ -135,7 +135,7 @@ def maskable_reason(module: nn.Module) -> str | None:
         TypeError: `module` is none of these.
     """
     if not is_maskable(module):
-        raise TypeError(f"`{type(module).__name__}` is no convolution, linear layer or attention")
+        raise TypeError(f"`{type(module).__name__}` is not a convolution, linear layer or attention")
     name = weight_name_of(module)
     weight = module._parameters.get(name)
     if weight is None and isinstance(module, nn.MultiheadAttention):
@@ -153,7 +153,7 @@ def maskable_reason(module: nn.Module) -> str | None:
 
 
 def has_names_of_a_twin(module: nn.Module) -> bool:
-    """Whether a layer has a `mask`, or another name of a masked twin, of its own that becoming one would hide."""
+    """Whether a layer has a `mask`, or another attribute of a masked twin, that becoming one would hide."""
     own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
     for kind in type(module).__mro__:
         if kind.__module__.startswith("torch.nn.modules"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from growfx.distributed.sharded import is_sharded, own_part, part_of, reshard
+from growfx.distributed.sharded import is_sharded, local_shard, part_of, reshard
 from growfx.errors import ConfigError
 from growfx.masked.agreement import require_same_masks
 from growfx.masked.graph import MaskedGraph
@@ -64,7 +64,7 @@ def change_masks(net: MaskedGraph, optimizer: Optimizer, masks: Mapping[str, Ten
         differs = mask.to(layer.mask.device) ^ layer.mask
         count = int(differs.sum())
         if count:
-            own_part(layer.parameter).masked_fill_(part_of(differs, layer.parameter), 0.0)
+            local_shard(layer.parameter).masked_fill_(part_of(differs, layer.parameter), 0.0)
             for each in {optimizer, *optimizers_of(layer.parameter)}:
                 clear_state(each, layer.parameter, differs)
         changed += count

@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any, Final
 
-from growfx.errors import ConfigError
+from growfx.errors import ConfigError, did_you_mean
 from growfx.methods.base import Method
 
 __all__ = ["create", "kind_of", "names"]
@@ -13,6 +13,8 @@ __all__ = ["create", "kind_of", "names"]
 # Module and class of each method; a module is imported when its method is first made.
 _METHODS: Final[Mapping[str, str]] = {
     "acdc": "stepwise.acdc:ACDC",
+    "channel-growth": "growth.channel_growth:ChannelGrowth",
+    "channel-prune": "stepwise.channel_prune:ChannelPrune",
     "continuous": "staged.continuous:Continuous",
     "gmp": "stepwise.gradual:GMP",
     "gradient-growth": "growth.gradient_growth:GradientGrowth",
@@ -57,7 +59,7 @@ def kind_of(name: str) -> type[Method]:
     """
     if not isinstance(name, str) or name not in _METHODS:
         allowed = ", ".join(f"`{known}`" for known in names())
-        raise ConfigError(f"method `{name}` is unknown; allowed: {allowed}")
+        raise ConfigError(f"method `{name}` is unknown; allowed: {allowed}{did_you_mean(name, _METHODS)}")
     module, _, kind = _METHODS[name].partition(":")
     return getattr(importlib.import_module(f"growfx.methods.{module}"), kind)
 
@@ -77,7 +79,8 @@ def create(name: str, **options: Any) -> Method:
     for option in options:
         if option not in fields:
             allowed = ", ".join(_described(field) for field in fields.values())
-            raise ConfigError(f"method `{name}` has no option `{option}`; allowed: {allowed}")
+            hint = did_you_mean(option, fields)
+            raise ConfigError(f"method `{name}` has no option `{option}`; allowed: {allowed}{hint}")
     return kind(**options)
 
 

@@ -10,11 +10,14 @@ epochs the scale is folded into the weight, w = theta and m = 1, which changes n
 
 The network never sees the factors. Its parameter is the product throughout: forward, state dict, averages and artifacts
 need nothing. Only for the time of an optimizer's step the parameter holds w, its gradient is that of w, and the
-optimizer has the scales as parameters of their own; afterwards the product is put back.
+optimizer has the scales as separate parameters; afterwards the product is put back.
 
 Deviations and decisions:
 
-1. The scale is reset to 1; the paper also studies other inner scalings.
+1. The scale is reset to 1 and the weight to theta. The paper's invariant is m^2 - w^2 = beta, reset to beta = 1 with
+   the same theta, so m = sqrt((1 + sqrt(1 + 4 theta^2)) / 2): 1.005 at theta = 0.1. (As summarised by a third party;
+   the paper's own text was not at hand.) Its flow is dtheta/dt = -(m^2 + w^2) dL/dtheta, with m^2 + w^2 =
+   sqrt(4 theta^2 + beta^2).
 2. Scales have no weight decay; that of the weights acts on w.
 3. Edges that grow during training start with m = 1, as do weights that anything else than the optimizer has changed.
 4. Weights that a mask change or a reset touches keep the optimizer's state of w; the scales' state goes with the edge.

@@ -235,7 +235,7 @@ def _parse(spec: str, kwargs: Mapping[str, Any]) -> ModelIdentity:
     if spec.startswith(_TORCHVISION):
         return ModelIdentity("torchvision", spec.removeprefix(_TORCHVISION), dict(kwargs))
     source, colon, _ = spec.partition(":")
-    # timm's own prefixes, `hf-hub:` and `local-dir:`, are no importable module names.
+    # timm's own prefixes, `hf-hub:` and `local-dir:`, are not importable module names.
     if colon and all(part.isidentifier() for part in source.split(".")):
         return ModelIdentity("python", spec, dict(kwargs))
     return ModelIdentity("timm", spec, dict(kwargs))

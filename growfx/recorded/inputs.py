@@ -157,7 +157,7 @@ def tensors_in(nest: Any) -> Iterator[Tensor]:
         else:
             items = vars(value).values() if hasattr(value, "__dict__") else ()
             depth += 1
-        for item in list(iter(items)):  # a tuple of a class of its own may have no length
+        for item in list(iter(items)):  # a tuple subclass may have no length
             yield from walk(item, depth)
         if isinstance(value, Mapping) and hasattr(value, "__dict__"):
             for item in list(vars(value).values()):

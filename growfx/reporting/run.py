@@ -6,6 +6,7 @@ from itertools import zip_longest
 from typing import Any
 
 from growfx.masked.graph import MaskedGraph
+from growfx.reporting.fitted import short_count
 from growfx.reporting.plots import draw_epochs, draw_growth
 from growfx.runs.folder import RunFolder
 
@@ -37,7 +38,8 @@ def write_report(folder: RunFolder, net: MaskedGraph, result: Mapping[str, Any])
 
 def provenance(folder: RunFolder, result: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the artifact says of its origin: data, input format, method, options, and the result's figures."""
-    kept = {k: folder.config[k] for k in ("versions", "data", "input", "method", "seed") if k in folder.config}
+    told = ("versions", "data", "input", "method", "seed", "weights_from")
+    kept = {k: folder.config[k] for k in told if k in folder.config}
     if result is not None:
         names = ("val_accuracy", "test_accuracy", "dense_equivalent_epochs", "epochs", "stop_reason")
         kept["result"] = {name: result[name] for name in names}
@@ -89,6 +91,7 @@ def result_rows(result: Mapping[str, Any], size: int | None = None) -> list[dict
     """A result as rows of name and value for `table`; `size` is the artifact's in bytes."""
     facts = {
         "model": result["model"],
+        **weights_row(result.get("weights_from")),
         "method": result["method"],
         "density": f"{percent(result['density'])} ({result['nnz']:,} of {result['numel']:,} weights)",
         "validation accuracy": percent(result["val_accuracy"]),
@@ -102,6 +105,11 @@ def result_rows(result: Mapping[str, Any], size: int | None = None) -> list[dict
     if size is not None:
         facts["artifact"] = f"{size:,} bytes"
     return [{"": name, "value": value} for name, value in facts.items()]
+
+
+def weights_row(source: Mapping[str, Any] | None) -> dict[str, str]:
+    """Which weights a run started from, as a row of a table; none for initial ones."""
+    return {"started from": f"{source['name']}, sha256 {source['sha256'][:16]}"} if source else {}
 
 
 def seconds_text(result: Mapping[str, Any]) -> str:
@@ -133,7 +141,7 @@ def layer_rows(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if stored:
             row["bytes"] = f"{layer['bytes']:,}"
         for key, title in (("sparse_macs", "multiply-adds"), ("dense_macs", "when dense")):
-            row[title] = "-" if layer.get(key) is None else f"{layer[key]:,.0f}"
+            row[title] = "-" if layer.get(key) is None else short_count(layer[key])
         for key in ("alive_in", "alive_out"):
             row[key.replace("_", " ")] = "/".join(map(str, layer[key])) if key in layer else "-"
         rows.append(row)

@@ -197,7 +197,7 @@ def _fails_its_sums(path: Path) -> bool:
     """Whether what torch wrote was changed since: its archives hold a check sum of every part, which it never reads."""
     try:
         with path.open("rb") as stream:
-            if stream.read(4) != b"PK\x03\x04":  # older files of torch are no archives
+            if stream.read(4) != b"PK\x03\x04":  # older files of torch are not archives
                 return False
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is not None

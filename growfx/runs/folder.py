@@ -41,6 +41,7 @@ _FREE = {
     "train.checkpoint_minutes",
     "train.keep_checkpoints",
     "data.spec",
+    "weights_from.name",
     "data.data_dir",
     "data.download",
     "data.workers",

@@ -20,6 +20,7 @@ class Result:
             validation, over all resumes; results are compared without them.
         eval_seconds: wall time of validation and test.
         trace: one `{round, density, nnz, val_accuracy, fit}` a growth round.
+        weights_from: `kind`, `name` and `sha256` of the weights the run started from; None for initial ones.
     """
 
     method: str
@@ -39,3 +40,4 @@ class Result:
     train_seconds: float = field(compare=False)
     train_cpu_seconds: float = field(compare=False)
     eval_seconds: float = field(compare=False)
+    weights_from: dict[str, Any] | None = None

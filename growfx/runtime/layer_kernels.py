@@ -193,7 +193,7 @@ _KINDS: Final[dict[tuple[str, str], Any]] = {
 
 
 def sparse_choices(plain: nn.Conv2d | nn.Linear) -> dict[str, str]:
-    """Choices that are no dense kernel -> why they cannot be had here for this layer; "" where they can."""
+    """Choices other than dense kernels -> why they are unavailable for this layer; "" where they can."""
     direct = sparse_kernel.kernel_status()
     csr = "" if plain.weight.dtype == torch.float32 else f"torch has no sparse product of {plain.weight.dtype}"
     if not csr and not torch.backends.mkl.is_available():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -57,6 +58,10 @@ class Program(nn.Module):
         if name == "shell" or "shell" not in modules:
             raise AttributeError(name)
         return getattr(modules["shell"], name)
+
+    def recordings_in_mode(self, training: bool) -> Iterator[RecordedGraph]:
+        """What was recorded in train or evaluation mode so far."""
+        return (recording for (mode, _), recording in self.recordings.items() if mode == training)
 
     def note_direct_read(self, name: str) -> None:
         """Nothing to do: there are no masks."""

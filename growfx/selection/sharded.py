@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from growfx.distributed import ranks
-from growfx.distributed.sharded import own_part, part_of, rows_a_rank
+from growfx.distributed.sharded import local_shard, part_of, rows_a_rank
 from growfx.errors import ConfigError
 from growfx.selection.edge_keys import EdgeKeys
 from growfx.selection.result import Selection, check_count
@@ -259,7 +259,7 @@ def _parts(scores: Mapping[str, Any], allowed: Mapping[str, Tensor] | None) -> l
                 f"`allowed` of layer `{name}`: expected torch.bool of the scores' shape {tuple(score.shape)}, "
                 f"got {allowed_mask.dtype} of shape {tuple(allowed_mask.shape)}"
             )
-        local = own_part(score).reshape(-1).cpu()
+        local = local_shard(score).reshape(-1).cpu()
         if local.dtype not in (torch.float32, torch.float64):
             local = local.double()
         size = score.numel()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, Subset
 
 from growfx.distributed import ranks
-from growfx.errors import ConfigError, DataError
+from growfx.errors import ConfigError, DataError, did_you_mean
 from growfx.methods.session import Stage
 from growfx.options import TrainOptions
 from growfx.runs.checkpoint import content_digest
@@ -59,7 +59,7 @@ def steps_of(loader: Any) -> int:
     if ranks.world_size() > 1 and not _shares_out(loader):
         raise ConfigError(
             f"the training loader gives each of the {ranks.world_size()} ranks all images; share them out with "
-            "`sampler=torch.utils.data.DistributedSampler(dataset)`, or give each rank a `Subset` of its own"
+            "`sampler=torch.utils.data.DistributedSampler(dataset)`, or give each rank its own `Subset`"
         )
     (most,) = ranks.largest(-steps)
     return -most
@@ -90,7 +90,9 @@ def make_optimizer(net: nn.Module, options: TrainOptions) -> torch.optim.Optimiz
             momentum=options.momentum,
         )
     except (ValueError, AssertionError, ImportError, KeyError) as error:
-        raise ConfigError(f"`optimizer` = `{options.optimizer}` cannot be used ({error})") from error
+        names = map(str, optim.list_optimizers())  # pyright: ignore[reportPrivateImportUsage]
+        hint = did_you_mean(options.optimizer, names)
+        raise ConfigError(f"`optimizer` = `{options.optimizer}` cannot be used ({error}){hint}") from error
 
 
 def make_loss(options: TrainOptions) -> nn.Module:
@@ -120,7 +122,7 @@ def make_mixup(options: TrainOptions, classes: int) -> Callable[[Tensor, Tensor]
     """timm's mixup and cutmix of images (B, C, H, W) and class numbers (B) into targets (B, classes), drawn from
     numpy's global generator; None where the options ask for neither.
 
-    What it returns raises `ConfigError` for a batch of an odd number of images, and where cutmix is no option.
+    What it returns raises `ConfigError` for a batch of an odd number of images, and where cutmix is not allowed.
     """
     from timm.data.mixup import Mixup
 
@@ -160,7 +162,7 @@ def make_average(net: nn.Module, options: TrainOptions, steps: int) -> Any:
 def seed_globally(seed: int, epoch: int, loader: Any = None) -> None:
     """Seed every global generator, and a loader's own, from the run's seed and the epoch's number.
 
-    Ranks draw numbers of their own, but a sampler that shares the images out among them is seeded alike.
+    Ranks draw their own numbers, but a sampler that shares the images out among them is seeded alike.
     """
     from timm.utils.random import random_seed
 

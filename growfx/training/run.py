@@ -233,6 +233,7 @@ class Run:
             trace=[finite(entry) for entry in method.trace],
             kernels=self._kernels or kernels_taken(net),
             **self.state.clock.seconds(),
+            weights_from=self.folder.config.get("weights_from") if self.folder else None,
         )
         if self.folder:
             notice = write_report(self.folder, net, dataclasses.asdict(result))

@@ -183,7 +183,7 @@ class TrainStep:
 def replicate(net: MaskedGraph) -> DistributedDataParallel:
     """Return `net` in `DistributedDataParallel`, which sends rank 0's weights and buffers to all."""
     unused = bool(unused_parameters(net))
-    # gradients need no copy of their own beside what is sent
+    # gradients need no copy beside what is sent
     return DistributedDataParallel(net, find_unused_parameters=unused, gradient_as_bucket_view=True)
 
 

@@ -19,6 +19,7 @@ from growfx.analysis.connectivity import Connectivity
 from growfx.analysis.signal_graph import Origin, Reach
 from growfx.compaction.apply import columns_axis, sizes_after, spans
 from growfx.compaction.plan import CompactionPlan, Spans
+from growfx.passes.compact.heads import count_heads
 from growfx.passes.compact.liveness import Liveness, edges
 
 __all__ = ["Chooser", "Removal", "fold_constants", "make_plan"]
@@ -260,7 +261,8 @@ def make_plan(chooser: Chooser, removal: Removal) -> tuple[CompactionPlan, dict[
         cut(name, axis, ~removal.removed[units])
     folds = dict(_folds(chooser, removal))
     biases = tuple(name for name in folds if model.get_submodule(name)._parameters.get("bias") is None)
-    return CompactionPlan(tensors, sizes_after(model, tensors, groups, blocks), biases, blocks), folds
+    heads = count_heads(model, found, removal.removed)
+    return CompactionPlan(tensors, sizes_after(model, tensors, groups, blocks), biases, blocks, heads=heads), folds
 
 
 def _folds(chooser: Chooser, removal: Removal) -> Iterator[tuple[str, Tensor]]:

@@ -13,7 +13,7 @@ model takes one, in float64 where the model runs in it. A removal that the model
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ from growfx.passes.connect.interpreter import connect
 from growfx.passes.mask.swap import unwrap
 from growfx.passes.record.recording import meta_copy
 from growfx.passes.trials.comparison import Trial, difference, example_of, trials_of, working_copy
+from growfx.passes.trials.halving import largest_fitting
 from growfx.passes.trials.precision import outputs_of
 from growfx.passes.trials.result import PassResult
 from growfx.recorded.inputs import Inputs
@@ -97,7 +98,7 @@ def compact(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None =
     error, problem = difference(result, trials)
     if problem:
         return _whole(net, model, problem)
-    plan = replace(plan, widths=_widths(model, result, trials))
+    plan = replace(plan, widths=_widths(model, result, plan, trials))
     state_widths(result, plan.widths)
     report = CompactionReport(
         layers=tuple(_changes(net, found, chooser, removal, reasons)),
@@ -134,9 +135,9 @@ def _fitting(chooser: Chooser, trials: Sequence[Trial]) -> tuple[list[int], dict
     problems: dict[int, str] = {}
     shapes = _on_meta(chooser.model, trials)
     if shapes is not None:
-        clusters, wrong = _largest(clusters, lambda groups: _problem(chooser, groups, *shapes))
+        clusters, wrong = largest_fitting(clusters, lambda groups: _problem(chooser, groups, *shapes))
         problems |= wrong
-    clusters, wrong = _largest(clusters, lambda groups: _problem(chooser, groups, chooser.model, trials))
+    clusters, wrong = largest_fitting(clusters, lambda groups: _problem(chooser, groups, chooser.model, trials))
     return [group for cluster in clusters for group in cluster], problems | wrong
 
 
@@ -153,29 +154,6 @@ def _on_meta(model: nn.Module, trials: Sequence[Trial]) -> tuple[nn.Module, list
         return None
 
 
-def _largest(
-    clusters: list[list[int]], problem_of: Callable[[list[int]], str]
-) -> tuple[list[list[int]], dict[int, str]]:
-    """As many clusters as work together: those of a half that does not are tried by halves again."""
-    accepted: list[list[int]] = []
-    wrong: dict[int, str] = {}
-
-    def visit(part: list[list[int]]) -> None:
-        if not part:
-            return
-        problem = problem_of([group for cluster in (*accepted, *part) for group in cluster])
-        if not problem:
-            accepted.extend(part)
-        elif len(part) == 1:
-            wrong.update(dict.fromkeys(part[0], problem))
-        else:
-            visit(part[: len(part) // 2])
-            visit(part[len(part) // 2 :])
-
-    visit(clusters)
-    return accepted, wrong
-
-
 def _problem(chooser: Chooser, groups: list[int], model: nn.Module, trials: Sequence[Trial]) -> str:
     removal, _ = chooser.removal(groups)
     plan, folds = make_plan(chooser, removal)
@@ -190,9 +168,12 @@ def _built(model: nn.Module, plan: CompactionPlan, folds: dict[str, Tensor]) -> 
     return small
 
 
-def _widths(model: nn.Module, result: nn.Module, trials: Sequence[Trial]) -> dict[str, dict[str, int]]:
+def _widths(
+    model: nn.Module, result: nn.Module, plan: CompactionPlan, trials: Sequence[Trial]
+) -> dict[str, dict[str, int]]:
     """The widths that the smaller model must state anew; those stay that its code computes other outputs with."""
-    found = list(find_widths(model, result, trials[0].inputs).items())
+    measured = find_widths(model, result, trials[0].inputs)
+    found = [(place, width) for place, width in measured.items() if place[1] not in plan.heads.get(place[0], ())]
 
     def chosen(indices: Iterable[int]) -> dict[str, dict[str, int]]:
         widths: dict[str, dict[str, int]] = {}
@@ -203,7 +184,7 @@ def _widths(model: nn.Module, result: nn.Module, trials: Sequence[Trial]) -> dic
     def problem(indices: list[int]) -> str:
         return difference(state_widths(sharing_copy(result), chosen(indices)), trials)[1]
 
-    good, _ = _largest([[index] for index in range(len(found))], problem)
+    good, _ = largest_fitting([[index] for index in range(len(found))], problem)
     return chosen(sorted(index for part in good for index in part))
 
 

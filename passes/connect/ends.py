@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from growfx.masked.layers import MaskedLayer
 from growfx.passes.connect.run import UnitRun
 from growfx.passes.connect.signals import MIX, UNIT, filled, narrowed, numbers, tidy
-from growfx.passes.connect.values import Ids, Lost, Token, WeightPart
+from growfx.passes.connect.values import Ids, Token, Unknown, WeightPart
 from growfx.passes.operators.nests import leaves, map_leaves
 
 __all__ = ["begin", "embeds", "lose", "pin_layers", "selects", "source"]
@@ -70,12 +70,12 @@ def embeds(node: fx.Node, module: nn.Module | None) -> bool:
 def selects(run: UnitRun, args: Any, kwargs: Any) -> bool:
     """Whether an operator looks at data to decide what it returns, or is given what came of that."""
     items = list(leaves((args, kwargs)))
-    if any(isinstance(item, Lost) for item in items):
+    if any(isinstance(item, Unknown) for item in items):
         return run.name not in _FILLING or not any(isinstance(item, Ids) for item in items)
     return run.name in _BY_INDEX and any(isinstance(item, Ids) for item in leaves((args[1:], kwargs)))
 
 
-def lose(run: UnitRun, node: fx.Node, args: Any, kwargs: Any) -> Lost:
+def lose(run: UnitRun, node: fx.Node, args: Any, kwargs: Any) -> Unknown:
     """What data selects: all units involved stay, and so do those of layers that work on it."""
     for item in leaves((args, kwargs)):
         if isinstance(item, Ids):
@@ -87,7 +87,7 @@ def lose(run: UnitRun, node: fx.Node, args: Any, kwargs: Any) -> Lost:
         for name in pin_layers(run, run.net.get_submodule(target), target, "it works on what data selects"):
             layer = run.layers[name]
             run.feeds(name, np.arange(layer.columns), np.repeat(run.signals.fresh(1, MIX), layer.columns))
-    return Lost()
+    return Unknown()
 
 
 def pin_layers(run: UnitRun, module: nn.Module, target: str, reason: str) -> list[str]:

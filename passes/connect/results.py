@@ -11,13 +11,14 @@ from torch import Tensor
 
 from growfx.analysis.connectivity import Connectivity, LayerUnits
 from growfx.analysis.signal_graph import SignalGraph
+from growfx.passes.connect.heads import find_heads
 from growfx.passes.connect.signals import MIX, SLOT, SUM, UNIT, Ints, Signals, numbers
 
-__all__ = ["Fed", "found"]
+__all__ = ["LayerInputs", "found"]
 
 
 @dataclass(eq=False)
-class Fed:
+class LayerInputs:
     """A layer during the run: its units as signals, and which signals stand `at` which of its columns."""
 
     units: Ints
@@ -30,7 +31,7 @@ class Fed:
 
 def found(
     signals: Signals,
-    layers: Mapping[str, Fed],
+    layers: Mapping[str, LayerInputs],
     inputs: Mapping[str, Ints],
     parameters: Mapping[str, Tensor],
     frames: Iterable[Tensor],
@@ -73,6 +74,8 @@ def found(
         parameters={name: (axis, torch.from_numpy(of_group[ids])) for name, (axis, ids) in cut.items()},
         frames=tuple(torch.from_numpy(of_group[frame.numpy()]) for frame in frames),
         signals=dag,
+        heads=tuple(torch.from_numpy(head) for head in find_heads(signals, of_group)),
+        products=tuple((cost, torch.from_numpy(of_group[ids])) for cost, ids in signals.products),
     )
 
 
@@ -123,7 +126,7 @@ def _first_fed(signals: Signals) -> Ints:
         first[:-1] = better
 
 
-def _layer_units(layer: Fed, signals: Signals, number: Ints, first: Ints, of_group: Ints) -> LayerUnits:
+def _layer_units(layer: LayerInputs, signals: Signals, number: Ints, first: Ints, of_group: Ints) -> LayerUnits:
     """Outputs and sources of a layer."""
     sources = np.zeros(layer.columns, np.int64)
     if layer.at:

@@ -15,9 +15,9 @@ from growfx.errors import TraceError
 from growfx.masked.graph import MaskedGraph
 from growfx.masked.layers import MaskedLayer
 from growfx.passes.connect.operations import of_shapes, on_meta
-from growfx.passes.connect.results import Fed
+from growfx.passes.connect.results import LayerInputs
 from growfx.passes.connect.signals import MIX, SLOT, UNIT, Ints, Signals, filled, narrowed, numbers
-from growfx.passes.connect.values import Ids, Lost, Named, WeightPart, real, slots_in, whole
+from growfx.passes.connect.values import Ids, Named, Unknown, WeightPart, real, slots_in, whole
 from growfx.passes.operators.nests import leaves, map_leaves
 
 __all__ = ["UnitRun"]
@@ -38,7 +38,7 @@ class UnitRun(ABC):
     def __init__(self, net: MaskedGraph) -> None:
         self.net = net
         self.signals = Signals()
-        self.layers: dict[str, Fed] = {}
+        self.layers: dict[str, LayerInputs] = {}
         self.inputs: dict[str, Ints] = {}
         self.frames: dict[bytes, Tensor] = {}
         self.name = self.place = self.target = self.layer = ""
@@ -57,7 +57,7 @@ class UnitRun(ABC):
     def outputs(self, layer: str, units: int, columns: int, groups: int = 1) -> Ints:
         """The output units of a layer, new at its first use."""
         if layer not in self.layers:
-            self.layers[layer] = Fed(self.signals.fresh(units, UNIT), columns, groups)
+            self.layers[layer] = LayerInputs(self.signals.fresh(units, UNIT), columns, groups)
         return self.layers[layer].units
 
     def feeds(self, layer: str, columns: Ints, signals: Ints) -> None:
@@ -162,13 +162,13 @@ class UnitRun(ABC):
         try:
             shapes = self.shapes(op, args, kwargs)
         except Exception:  # its shape depends on data
-            return Lost()
+            return Unknown()
         return of_shapes(shapes, lambda shape: Ids(torch.tensor(float(mix), dtype=torch.float64).expand(shape)))
 
     def judged(self, op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A comparison or the like: no unit is in its result, whose values are unknown."""
         result = op(*real(args), **real(kwargs))
-        return map_leaves(lambda item: Lost() if isinstance(item, Tensor) else item, result)
+        return map_leaves(lambda item: Unknown() if isinstance(item, Tensor) else item, result)
 
     def register(self, name: str, module: Any) -> None:
         """A layer's units, where it is not called as usual."""

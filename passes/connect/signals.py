@@ -6,7 +6,7 @@ operator accepts them) say for each element of an activation what it carries; 0 
 * a *unit*: an input channel, or an output channel or feature of a layer;
 * a *slot*: one element of a parameter or buffer that is not a layer's weight;
 * a *sum*: two signals at one place of an elementwise operation. They stand and fall together;
-* *led*: a signal under the influence of another one that has no place of its own beside it (a spatial gate);
+* *led*: a signal under the influence of another one that has no separate place beside it (a spatial gate);
 * a *product*: an element of a matrix with one signal per row and another one per column;
 * a *mix*: any number of signals, none of them leading (a mean over channels, an attention map).
 """
@@ -84,6 +84,8 @@ class Signals:
         members: signal -> the signals in a mix.
         pins: signals and the reason why no unit in them may be removed.
         counts: signals and what counts them: removing one changes the others (a mean, a norm, a softmax over them).
+        summed: rows of signals that a product of two activations sums over: the dims of one head's queries or keys.
+        products: multiply-accumulates of products of activations, and the signals that share each equally.
     """
 
     def __init__(self) -> None:
@@ -92,6 +94,8 @@ class Signals:
         self.members: dict[int, Ints] = {}
         self.pins: list[tuple[Ints, str]] = []
         self.counts: list[tuple[Ints, str]] = []
+        self.summed: list[Ints] = []
+        self.products: list[tuple[float, Ints]] = []
         self._new(np.zeros(1, np.int64), NOTHING)
 
     @property
@@ -122,7 +126,7 @@ class Signals:
         return self._new(np.zeros(number, np.int64), kind)
 
     def couple(self, left: Ints, right: Ints) -> None:
-        """What carries one of a pair cannot lose it without what carries the other. Mixes are no partners."""
+        """What carries one of a pair cannot lose it without what carries the other. Mixes are not partners."""
         kind = self.kind
         real = (left != right) & (left > 0) & (right > 0) & (kind[left] != MIX) & (kind[right] != MIX)
         left, right = left[real], right[real]
@@ -172,7 +176,7 @@ class Signals:
             self.counts.append((found, reason))
 
     def leading(self, ids: Ints) -> Ints:
-        """The units and slots, or sums of them, that have a place of their own in these signals."""
+        """The units and slots, or sums of them, that have their own place in these signals."""
         waiting, found = np.unique(ids), []
         while len(waiting):
             kind = self.kind[waiting]

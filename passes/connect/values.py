@@ -25,8 +25,22 @@ from growfx.passes.connect.signals import (
 from growfx.passes.operators.nests import leaves, map_leaves
 
 __all__ = [
-    "Ids", "Lost", "Named", "Pairs", "Token", "WeightPart", "aligned", "combine", "contract", "known", "moved",
-    "raw_ids", "real", "reduce", "slots_in", "whole",
+    "Ids",
+    "Named",
+    "Pairs",
+    "Token",
+    "Unknown",
+    "WeightPart",
+    "aligned",
+    "combine",
+    "contract",
+    "known",
+    "moved",
+    "raw_ids",
+    "real",
+    "reduce",
+    "slots_in",
+    "whole",
 ]  # fmt: skip
 
 
@@ -43,7 +57,7 @@ class Ids:
 
 
 class Named:
-    """A parameter or buffer that is no layer's weight, or what became of it: its values, and a slot per element.
+    """A parameter or buffer that is not a layer's weight, or what became of it: its values, and a slot per element.
 
     `ids` is None where the elements can no longer be told apart.
     """
@@ -75,8 +89,8 @@ class WeightPart:
         self.layer, self.places, self.counted = layer, places, counted
 
 
-class Lost:
-    """What data selected: nothing is known of it, not even its shape."""
+class Unknown:
+    """The result of a selection by data: nothing is known of it, not even its shape."""
 
 
 def real(nest: Any) -> Any:
@@ -319,10 +333,12 @@ def contract(signals: Signals, left: Tensor, right: Tensor, axes: Sequence[int])
             for axis in axes:
                 part = part.narrow(axis, 0, 1) if part.shape[axis] else part
             passing.append(part)
+    _note_product(signals, (left, right), shape)
     for one in meeting[0]:
         for other in meeting[1]:
             pairs = Pairs(one, other)
             signals.couple(pairs.left, pairs.right)
+            signals.summed += [_rows(part, axes)[0] for part in (one, other)]
     for own, others in (meeting, reversed(meeting)):
         if own and not others:
             for part in own:
@@ -338,6 +354,12 @@ def contract(signals: Signals, left: Tensor, right: Tensor, axes: Sequence[int])
         result = pairs.restored(joined(pairs.left, pairs.right))
     inner = [axis % len(shape) for axis in axes]
     return tidy(result.expand([1 if axis in inner else size for axis, size in enumerate(shape)]))
+
+
+def _note_product(signals: Signals, sides: Sequence[Tensor], shape: Sequence[int]) -> None:
+    """Note what a product costs; the units of the side that has most of them share it."""
+    plain = [signals.plain(numbers(narrowed(side))) for side in sides]
+    signals.products.append((float(np.prod(shape)), max(plain, key=lambda ids: len(np.unique(ids[ids > 0])))))
 
 
 def _levelled(signals: Signals, tensor: Tensor, axes: Sequence[int]) -> Tensor:

@@ -28,7 +28,7 @@ __all__ = ["lower", "lowerable", "swap_layers"]
 def lower(
     module: fx.GraphModule, choices: Mapping[str, str], masks: Mapping[str, Tensor] | None = None
 ) -> fx.GraphModule:
-    """The network with the named layers lowered; `module` is not changed, and shares what stays as it is.
+    """The network with the named layers lowered; `module` is not changed, and shares its other modules.
 
     Args:
         module: a recorded network in evaluation mode. Layers in it that are lowered already take over what follows
@@ -37,7 +37,7 @@ def lower(
         masks: layer -> bool tensor of its weight's shape; a layer without one has all its weights active.
 
     Raises:
-        ConfigError: a name that is no layer of the graph or cannot be lowered, an unknown choice, or one that cannot
+        ConfigError: a name that is not a layer of the graph or cannot be lowered, an unknown choice, or one that cannot
             be had here.
     """
     _check(lowerable(module, module.graph), choices)
@@ -71,7 +71,7 @@ def swap_layers(model: nn.Module, choices: Mapping[str, str], masks: Mapping[str
 
 
 def lowerable(model: nn.Module, graph: fx.Graph) -> dict[str, str]:
-    """The convolutions and linear layers that a graph calls, in data-flow order: "" or why each stays as it is.
+    """The convolutions and linear layers that a graph calls, in data-flow order: "" or why each stays unchanged.
 
     Args:
         model: whose modules the graph names.
@@ -84,11 +84,11 @@ def lowerable(model: nn.Module, graph: fx.Graph) -> dict[str, str]:
             layer = model.get_submodule(str(node.target))
             if isinstance(layer, (_ConvNd, nn.Linear)):
                 found[str(node.target)] = _refusal(layer) or _read(str(node.target), reads)
-        elif node.op == "get_attr":  # a layer with a forward of its own is recorded through
+        elif node.op == "get_attr":  # a layer with its own forward is recorded through
             name = str(node.target).rpartition(".")[0]
             layer = model.get_submodule(name)
             if isinstance(layer, (_ConvNd, nn.Linear)) and type(layer).forward not in _FORWARDS:
-                found.setdefault(name, f"a `{type(layer).__name__}` computes in a way of its own")
+                found.setdefault(name, f"a `{type(layer).__name__}` has its own forward")
     return found
 
 
@@ -102,7 +102,7 @@ def _read(name: str, reads: Iterable[str]) -> str:
 def _refusal(layer: nn.Module) -> str:
     kind, rule = type(layer).__name__, module_rule(layer)
     if rule not in (convolution, linear) or row_of(APPLIED, type(layer)) is not None:
-        return f"a `{kind}` computes in a way of its own"
+        return f"a `{kind}` has its own forward"
     if layer._parameters.get("weight") is None:
         return "its weight is computed at each use"
     if layer._forward_hooks or layer._forward_pre_hooks:
@@ -125,8 +125,8 @@ def _refusal(layer: nn.Module) -> str:
 def _check(layers: Mapping[str, str], choices: Mapping[str, str]) -> None:
     for name, choice in choices.items():
         if choice not in CHOICES:
-            raise ConfigError(f"`{choice}` is no choice for `{name}`; allowed: {', '.join(CHOICES)}")
+            raise ConfigError(f"unknown choice `{choice}` for `{name}`; allowed: {', '.join(CHOICES)}")
         if name not in layers:
-            raise ConfigError(f"`{name}` is no convolution or linear layer that the graph calls")
+            raise ConfigError(f"`{name}` is not a convolution or linear layer that the graph calls")
         if layers[name]:
             raise ConfigError(f"`{name}` cannot be lowered: {layers[name]}")

@@ -81,7 +81,7 @@ def lower_network(
     example_inputs: Tensor | tuple[Any, ...] | None = None,
     batch: int | None = None,
 ) -> PassResult[LoweringReport]:
-    """The fastest of: layers by their fastest kernels, all layers dense with norms folded, the network as it is.
+    """The fastest of: layers by their fastest kernels, all layers dense with norms folded, the network unchanged.
 
     Args:
         plain: a network with values on a CPU, in eval mode; it may become a part of the result.
@@ -105,7 +105,7 @@ def lower_network(
     if not recording.faithful or recording.holds is not None:
         report = net.trace_report
         reason = report.opaque.get("", "") or " ".join((*report.branches, *report.notes))
-        note = f"the network runs as it is, for it could not be recorded: {reason}"
+        note = f"the network runs unchanged, since it could not be recorded: {reason}"
         return _result(plain.to(dtype), _report("plain", target, dtype, (note,)))
     work = _prepared(plain, net, recording, target, dtype)
     return _decide(work, dtype)
@@ -115,7 +115,7 @@ def _prepared(
     plain: nn.Module, net: MaskedGraph, recording: RecordedGraph, inputs: Inputs, dtype: torch.dtype
 ) -> _Work:
     opaque = net.trace_report.opaque.items()
-    notes = [f"`{name}` runs as it is, for it was recorded whole: {why}" for name, why in opaque]
+    notes = [f"`{name}` runs unchanged, since it was recorded whole: {why}" for name, why in opaque]
     try:
         folded = fold_norm(net, _example(inputs.args, torch.float32)).model
     except TraceError as refusal:
@@ -180,7 +180,7 @@ def _decide(work: _Work, dtype: torch.dtype) -> PassResult[LoweringReport]:
     trial = Trial(work.inputs, expected, [tolerance_of(dtype, reordered=True)] * len(expected), wide=False)
     error, problem = difference(work.network, [trial])
     if problem:
-        work.notes.append(f"{problem}, so the network runs as it is")
+        work.notes.append(f"{problem}, so the network runs unchanged")
         return _result(work.plain, _finished(work, found, "plain", dtype))
     work.notes.append(f"outputs differ from the plain network's by {error:.1e} of the largest")
     networks = {"lowered": work.network, "dense": dense, "plain": work.plain}

@@ -25,13 +25,13 @@ from growfx.masked.module_copy import copy_modules
 from growfx.masked.modules import chain_tensors
 from growfx.masked.plain_state import hide_masks
 from growfx.masked.registry import LAYER_OF
-from growfx.masked.shadowed_names import shadowed_names
 from growfx.masked.torch_pruning import take_over
 from growfx.masked.twins import has_names_of_a_twin, is_maskable, maskable_reason, to_plain, to_twin, weight_name_of
 from growfx.masked.weight_reads import WatchedParameters
 from growfx.models.build import default_input_shape, identity_of, remember
 from growfx.notices import warn_once
 from growfx.passes.check_recording import record_checked
+from growfx.passes.mask.shadowed_names import shadowed_names
 from growfx.recorded.inputs import Inputs, as_inputs
 from growfx.recorded.recording import RECORDED_CONSTANT, RecordedGraph
 from growfx.recorded.trace_report import TraceReport
@@ -120,7 +120,7 @@ def _record_modes(net: MaskedGraph, example: Inputs, handles: dict[str, MaskedPa
     except TraceError as refusal:
         # Detectors want targets to train on: a call with them will run.
         report.notes.append(f"train mode was not recorded: {refusal}")
-    net._recorder = record_checked
+    net.recordings.record = record_checked
     _name_layers(net, handles, _positions(recordings, net.shell, handles))
     report.faithful = all(recording.faithful for recording in recordings)
     if not report.faithful:

@@ -1,6 +1,6 @@
 """Classes of layers that compute in one known way: torch's, and named ones of timm and torchvision.
 
-A subclass of a convolution, linear layer or norm that has a forward of its own may compute anything. It is known when
+A subclass of a convolution, linear layer or norm that has its own forward may compute anything. It is known when
 it is listed here; otherwise a recording looks inside, where it calls operators that are known.
 """
 

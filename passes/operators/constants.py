@@ -1,4 +1,4 @@
-"""Executing what does not descend from the input, with every parameter, buffer and mode left as it is."""
+"""Executing what does not descend from the input, with every parameter, buffer and mode left unchanged."""
 
 from __future__ import annotations
 

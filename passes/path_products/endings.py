@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from growfx.passes.operators.constants import execute
 from growfx.passes.operators.names import operator_name
 from growfx.passes.operators.nests import leaves, map_leaves
-from growfx.passes.path_products.values import Ended, Judged, PathValue
+from growfx.passes.path_products.values import ComparedValue, Ended, PathValue
 
 __all__ = ["ended_by", "is_selection", "placeholder", "without_ends"]
 
@@ -45,12 +45,12 @@ _WHERE = (torch.where, torch.Tensor.where)
 def ended_by(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[PathValue]:
     """The path values that a selection takes from or decides by: paths end there.
 
-    A judgement decides where it is the index, not where a part of it is taken.
+    A comparison decides where it is the index, not where a part of it is taken.
     """
     ends: list[PathValue] = []
     parts = operator_name(node.target) in _BY_INDEX
-    for item in leaves((args[1:] if parts and args and isinstance(args[0], Judged) else args, kwargs)):
-        found = item.sources if isinstance(item, Judged) else (item,)
+    for item in leaves((args[1:] if parts and args and isinstance(args[0], ComparedValue) else args, kwargs)):
+        found = item.sources if isinstance(item, ComparedValue) else (item,)
         ends += [value for value in found if isinstance(value, PathValue)]
     return ends
 
@@ -68,7 +68,7 @@ def is_selection(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _from_data(*nests: Any) -> bool:
-    return any(isinstance(item, (PathValue, Judged, Ended)) for item in leaves(nests))
+    return any(isinstance(item, (PathValue, ComparedValue, Ended)) for item in leaves(nests))
 
 
 def placeholder(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype) -> Any:
@@ -102,10 +102,10 @@ def _without_values(nest: Any, dtype: torch.dtype) -> Any:
 
 
 def without_ends(nest: Any, device: torch.device) -> Any:
-    """The nest with constants: judgements as they are, and ones in place of what data selected, of unknown size."""
+    """The nest with constants: compared values unchanged, and ones in place of what data selected, of unknown size."""
 
     def constant(item: Any) -> Any:
-        if isinstance(item, Judged):
+        if isinstance(item, ComparedValue):
             return item.tensor
         if not isinstance(item, Ended) or item.tensor is None:
             return item

@@ -1,7 +1,7 @@
 """The path graph: a recorded graph run with every operator replaced by its path rule.
 
 One `PathGraph` is one run, in float64 on an all-ones input. Values that descend from the input are path values and go
-through the rule table; everything else is executed as it is. The run records, per masked layer, the leaf tensors of
+through the rule table; everything else is executed unchanged. The run records, per masked layer, the leaf tensors of
 magnitudes whose gradients are the scores, and which of the layer's input units lie on a path.
 """
 
@@ -28,8 +28,8 @@ from growfx.passes.path_products.rules.table import carries_steps, method_rule, 
 from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import (
     Combined,
+    ComparedValue,
     Ended,
-    Judged,
     Learned,
     NoPathRuleError,
     PathValue,
@@ -171,15 +171,15 @@ class PathGraph(PathRun):
             raise TraceError(f"the path rule of {describe(node)} failed: {problem}") from problem
 
     def _stepped(self, nest: Any) -> Any:
-        """Steps that go on as data: spikes, signs. What a layer reads of them carries the paths of what was judged.
+        """Steps that go on as data: spikes, signs. What a layer reads of them carries the paths of what was compared.
 
-        Elsewhere a judgement decides, and paths end there.
+        Elsewhere a comparison decides, and paths end there.
         """
 
         def carried(item: Any) -> Any:
-            if not isinstance(item, Judged) or not item.tensor.is_floating_point():
+            if not isinstance(item, ComparedValue) or not item.tensor.is_floating_point():
                 return item
-            return item.carried() or Judged(item.tensor.to(self.model_dtype), item.sources)
+            return item.carried() or ComparedValue(item.tensor.to(self.model_dtype), item.sources)
 
         return map_leaves(carried, nest)
 
@@ -220,7 +220,7 @@ class PathGraph(PathRun):
                 self._note_fed(self.ended_fed, self.net.get_submodule(str(node.target)))
             self.ended_fed.update(item.layer for item in inputs if isinstance(item, Weight))
             return self._select(node, args, kwargs)
-        sources = tuple(source for item in inputs if isinstance(item, Judged) for source in item.sources)
+        sources = tuple(source for item in inputs if isinstance(item, ComparedValue) for source in item.sources)
         result = self._constant(node, args, kwargs)
         if not sources:
             return result
@@ -230,20 +230,22 @@ class PathGraph(PathRun):
                 return self._source(raw(result).shape)
         steps = leaves(self._moved_steps(node, args, kwargs))
 
-        def judged(item: Any) -> Any:
+        def compared(item: Any) -> Any:
             step = next(steps, None)
-            if isinstance(item, Judged) or not isinstance(raw(item), Tensor):
+            if isinstance(item, ComparedValue) or not isinstance(raw(item), Tensor):
                 return item
-            return Judged(raw(item), sources, step if isinstance(step, PathValue) else None)
+            return ComparedValue(raw(item), sources, step if isinstance(step, PathValue) else None)
 
-        return map_leaves(judged, result)
+        return map_leaves(compared, result)
 
     def _moved_steps(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What steps carry that the node moves, joins or averages; () where it does something else with them."""
         if not carries_steps(node.op, node.target):
             return ()
         rule = node_rule(node)
-        given = map_leaves(lambda item: item.carried() or item if isinstance(item, Judged) else item, (args, kwargs))
+        given = map_leaves(
+            lambda item: item.carried() or item if isinstance(item, ComparedValue) else item, (args, kwargs)
+        )
         if rule is None or not paths_in(given):
             return ()
         try:
@@ -284,7 +286,7 @@ class PathGraph(PathRun):
         return Learned(value.detach()) if isinstance(value, nn.Parameter) else value
 
     def _constant(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Execute a node without path values, leaving every parameter, buffer and mode as it is."""
+        """Execute a node without path values, leaving every parameter, buffer and mode unchanged."""
         if node.target in _SWITCHES:
             return True
         if node.target is operator.getitem and isinstance(args[0], (tuple, list, dict)):
@@ -340,7 +342,7 @@ class PathGraph(PathRun):
         for item in leaves(list(self._environment.values())):
             if isinstance(item, PathValue):
                 yield item
-            elif isinstance(item, Judged):
+            elif isinstance(item, ComparedValue):
                 yield from item.sources
                 if item.step is not None:
                     yield item.step
@@ -361,7 +363,7 @@ class PathGraph(PathRun):
         outputs = [value for value in paths_in(output) if id(value.tensor) not in known]
         values = [value for value in (*self._ends, *outputs) if not value.divisor]
         if not values:  # a network of spikes to the end: its rates
-            values = [step for item in leaves(output) if isinstance(item, Judged) and (step := item.carried())]
+            values = [step for item in leaves(output) if isinstance(item, ComparedValue) and (step := item.carried())]
         if not values:
             raise TraceError("no path leads from the network's input to its output; path products need one")
         self.total = torch.stack([value.tensor.sum() for value in values]).sum()

@@ -96,7 +96,7 @@ def path_gradients(
 
     Args:
         net: a masked graph.
-        magnitudes: layer name -> non-negative finite tensor of the weight's shape, used as it is (no mask, no power);
+        magnitudes: layer name -> non-negative finite tensor of the weight's shape, used unchanged (no mask, no power);
             layers left out keep their own magnitudes.
         norm: as in `path_products`.
         power: as in `path_products`.
@@ -179,7 +179,9 @@ def _check_values(net: MaskedGraph) -> None:
 def _checked_magnitudes(net: MaskedGraph, magnitudes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, magnitude in magnitudes.items():
         if name not in net.layers:
-            raise MaskError(f"magnitudes for `{name}`, which is no masked layer; allowed are the names in `net.layers`")
+            raise MaskError(
+                f"magnitudes for `{name}`, which is not a masked layer; allowed are the names in `net.layers`"
+            )
         shape = net.layers[name].parameter.shape
         if magnitude.shape != shape:
             raise MaskError(

@@ -17,7 +17,7 @@ from growfx.analysis.weight_layout import by_unit, from_units
 from growfx.masked.layers import MaskedLayer
 from growfx.passes.operators.classes import APPLIED, row_of
 from growfx.passes.operators.constants import evaluating_copy
-from growfx.passes.path_products.values import Combined, Judged, Learned, NoPathRuleError, Token, Weight
+from growfx.passes.path_products.values import Combined, ComparedValue, Learned, NoPathRuleError, Token, Weight
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph
@@ -108,7 +108,7 @@ class PathRun(ABC):
             return value.size(self)
         if isinstance(value, Learned) and not isinstance(value, Token):
             return self.learned(value.tensor)
-        if isinstance(value, (Token, Judged)):
+        if isinstance(value, (Token, ComparedValue)):
             value = value.tensor
         if isinstance(value, Tensor):
             value = value.detach().abs() if value.is_complex() else value.detach()
@@ -207,7 +207,7 @@ class PathRun(ABC):
             self.watch(weight.layer, tensor, dim, (lines[:, 0], len(rows)))
 
     def _leaf(self, name: str, applied: Tensor | None = None) -> Tensor:
-        """The magnitude leaf of a layer; a weight transformed by the graph has a leaf of its own."""
+        """The magnitude leaf of a layer; a weight transformed by the graph has its own leaf."""
         known = self.leaves.setdefault(name, [])
         if known and applied is None:
             return known[0]

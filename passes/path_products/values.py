@@ -4,7 +4,7 @@ A *path value* descends from the model's input through data. Everything else is 
 a `Learned` tensor (a parameter or something computed from parameters), the `Weight` of a masked layer or several such
 weights `Combined`. Constants act on path values by their magnitude; `power` applies to learned ones only.
 
-Where data decides what is looked at next, paths end: a `Judged` constant was found by looking at path values
+Where data decides what is looked at next, paths end: a `ComparedValue` constant was found by looking at path values
 (a comparison, an argmax), an `Ended` one was selected by data (top-k, non-maximum suppression, indexing by what was
 judged).
 """
@@ -23,8 +23,8 @@ from growfx.passes.operators.nests import Leaf, leaves, map_leaves
 
 __all__ = [
     "Combined",
+    "ComparedValue",
     "Ended",
-    "Judged",
     "Learned",
     "NoPathRuleError",
     "PathValue",
@@ -108,12 +108,12 @@ class Combined(Leaf):
 
 
 @dataclass(slots=True, eq=False)
-class Judged(Leaf):
+class ComparedValue(Leaf):
     """A constant found by looking at path values: a comparison, an argmax. It acts as what it is on the path graph.
 
     Attributes:
         tensor: its value on the path graph.
-        sources: the path values looked at. Paths end there as soon as the judgement selects something.
+        sources: the path values looked at. Paths end there as soon as the comparison selects something.
         step: what it carries where it goes on as data (a spike, a sign), in its shape, if it was moved or averaged
             since it was found; None where that is the value looked at, or nothing.
     """
@@ -123,7 +123,7 @@ class Judged(Leaf):
     step: PathValue | None = None
 
     def carried(self) -> PathValue | None:
-        """The paths of a step that goes on as data; None for other judgements."""
+        """The paths of a step that goes on as data; None for other comparisons."""
         if not self.tensor.is_floating_point():
             return None
         source = self.sources[0]
@@ -198,7 +198,7 @@ def broadcast(value: PathValue, other: Any) -> PathValue:
 
 @dataclass(slots=True, eq=False)
 class Token(Learned):
-    """Integer data from an input (token ids): no path of its own, the source of paths where it is embedded."""
+    """Integer data from an input (token ids): not a path itself, but the source of paths where it is embedded."""
 
 
-_VALUES = (PathValue, Learned, Weight, Combined, Judged, Ended)
+_VALUES = (PathValue, Learned, Weight, Combined, ComparedValue, Ended)

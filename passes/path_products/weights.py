@@ -51,7 +51,7 @@ def changed_weights(run: PathRun, node: fx.Node, args: tuple[Any, ...], kwargs: 
     weights = [item for item in leaves((args, kwargs)) if isinstance(item, (Weight, Combined))]
     result = execute(node, raw(args), raw(kwargs))
     if not any(isinstance(item, Tensor) and item.is_floating_point() for item in leaves(result)):
-        return result  # a shape, or what is judged by the weight
+        return result  # a shape, or what is decided by the weight
     first, target = weights[0], operator_name(node.target)
     leads = bool(args) and args[0] is first
     if len(weights) == 1:

@@ -29,7 +29,7 @@ _WRITABLE = (
 
 
 def can_be_written(value: Any) -> bool:
-    """Whether a graph can hold a value that is no tensor and no container: its code names it, or writes it out."""
+    """Whether a graph can hold a value that is neither a tensor nor a container: by name or written out."""
     if isinstance(value, types.FunctionType):
         return _is_importable(value)
     return isinstance(value, (fx.Node, *_WRITABLE))

@@ -59,7 +59,7 @@ class TracedFloat(_Traced, float):
 
 
 def traced(value: Any, source: NodeSource, make: Callable[[], fx.Node], from_data: bool = False) -> Any:
-    """`value` as a number that remembers `make`; values that are no number are returned as they are.
+    """`value` as a number that remembers `make`; other values are returned unchanged.
 
     `from_data`: it depends on values of the input; comparing it would fix the recording to these values.
     """

@@ -34,6 +34,7 @@ from growfx.passes.record.call import (
     source_line,
 )
 from growfx.passes.record.data import DataDependentError, DataSizes, NeedsValuesError, has_input
+from growfx.passes.record.hooks import has_forward_hooks, without_changes
 from growfx.passes.record.meta_shapes import function_shapes, module_shapes
 from growfx.passes.record.numbers import TracedFloat, TracedInt, plain, traced
 from growfx.passes.record.parts import MovedAxes, Parts, are_apart
@@ -294,7 +295,7 @@ class Recorder(TorchFunctionMode):
             return items_of
         if isinstance(value, torch.device) and value.type == "meta" and self.device is not None:
             return self.device
-        if isinstance(value, np.generic):  # its text is no Python
+        if isinstance(value, np.generic):  # its text is not valid Python
             return value.item()
         if not can_be_written(value) and build:
             self.left_out.append(type(value).__name__)
@@ -558,12 +559,16 @@ class Recorder(TorchFunctionMode):
             part = whole
 
     def call_leaf(self, original: Callable[..., Any], module: nn.Module, name: str, args: Any, kwargs: Any) -> Any:
-        """A module recorded as one node."""
+        """A module recorded as one node. Raises `HookChangesValuesError` where one node would not say what it does."""
         if not all_can_be_written((args, kwargs)):
             # Then the module that called it is what a graph can hold.
             self._refuse_data(-2, f"`{name}` takes an object that a graph cannot hold")
 
+        hooked = has_forward_hooks(module)
+
         def run(*args: Any, **kwargs: Any) -> Any:
+            if hooked and name not in self.opaque:
+                return without_changes(original, module, args, kwargs)
             value = module_shapes(module, args) if self.shapes_alone and not kwargs else None
             return original(module, *args, **kwargs) if value is None else value
 

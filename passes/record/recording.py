@@ -2,7 +2,7 @@
 
 Nothing is traced symbolically, so whatever Python the forward holds (loops, branches on shapes, lists, keyword
 arguments, functional uses of weights) is simply executed. Convolutions, linear layers, norms, attention and
-childless `torch.nn` modules are nodes of their own; every other module is recorded through. Sizes are numbers
+childless `torch.nn` modules become nodes; every other module is recorded through. Sizes are numbers
 that remember their node, which keeps the batch size free; other sizes hold for the recorded input only.
 
 A value that Python takes out of a tensor computed from the input (`.item()`, a branch on data) cannot be
@@ -16,7 +16,7 @@ import functools
 import operator
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import chain
 from typing import Any
 
@@ -31,6 +31,7 @@ from growfx.masked.module_copy import copy_modules, separate_hooks
 from growfx.masked.weight_reads import ModelCode
 from growfx.passes.record.call import all_can_be_written, is_own_or_torch
 from growfx.passes.record.data import DataDependentError, NeedsValuesError
+from growfx.passes.record.hooks import HookChangesValuesError
 from growfx.passes.record.recorder import Recorder
 from growfx.recorded import graph_ops
 from growfx.recorded.inputs import Inputs, tensors_in
@@ -241,7 +242,7 @@ def working_copy(module: nn.Module, *, trained: bool = False, own_values: bool =
     """A copy of the module to run: values are shared, buffers and attributes are its own, as are what hooks keep.
 
     Its parameters are other objects over the same memory; they require gradients where the module's do if `trained`.
-    `own_values`: they have memory of their own, for forwards that write into them.
+    `own_values`: they have their own memory, for forwards that write into them.
     """
     memo: dict[int, Any] = {id(part.mask): part.mask for part in module.modules() if isinstance(part, MaskedLayer)}
     for parameter in module.parameters():
@@ -287,11 +288,12 @@ def _intercepted_calls(recorder: Recorder) -> Generator[None]:
             if inside:
                 return original(module, *args, **kwargs)
             if recorder.is_leaf(module, name):
-                value = recorder.call_leaf(original, module, name, args, kwargs)
-                recorder.check_randomness(allowed=True)
-            else:
-                value = original(module, *args, **kwargs)
-                recorder.check_randomness()
+                with suppress(HookChangesValuesError):
+                    value = recorder.call_leaf(original, module, name, args, kwargs)
+                    recorder.check_randomness(allowed=True)
+                    return value
+            value = original(module, *args, **kwargs)
+            recorder.check_randomness()
             return value
         except Exception:
             recorder.failed_in = recorder.failed_in or name

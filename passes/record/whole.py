@@ -46,4 +46,4 @@ def is_one_operator(module: nn.Module) -> bool:
     if f"{kind.__module__}.{kind.__qualname__}" in _LEAF_NAMES:
         return True
     childless = next(module.children(), None) is None
-    return childless and kind.__module__.startswith("torch.nn.")
+    return childless and kind.__module__.startswith("torch.nn.") and "forward" not in vars(module)

@@ -126,7 +126,7 @@ def test_inspect_counts_alive_units_on_them(tmp_path: Path) -> None:
 
 def test_onnx_files_start_from_them(images: Path, words: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
-    from growfx.commands.bench.onnx_session import OnnxSession
+    from growfx.commands.bench.peers import OnnxSession
 
     model = growfx.load(words, model=Words())
     growfx.export_onnx(model, tmp_path / "words.onnx")

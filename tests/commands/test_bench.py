@@ -1,4 +1,5 @@
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from growfx.commands.bench.subject import opened_subject
 from growfx.commands.bench.variants import VARIANTS, Built, Setting, VariantBuilder
 from growfx.errors import ArtifactError, ConfigError
 
-SHOWN = ["dense", "norms folded", "torch.compile", "onnxruntime", "masked", "compact", "sparse runtime"]
+PEERS = ["onnxruntime", "openvino float32", "openvino default", "deepsparse"]
+SHOWN = ["dense", "norms folded", "torch.compile", *PEERS, "masked", "compact", "sparse runtime"]
 QUICK = ["dense", "norms folded", "masked", "compact"]
 
 
@@ -113,7 +115,7 @@ def test_the_report_prints_as_tables_and_is_the_same_in_json(artifact: Path, mon
     assert table["lowering"] == {"choices": "conv direct"}
     assert [row["variant"] for row in table["variants"]] == ["dense", "sparse runtime"]
     assert set(table["variants"][0]) == {
-        *("variant", "minimum", "median", "speedup", "weight_bytes", "error", "note"),
+        *("variant", "minimum", "median", "speedup", "over_peer", "weight_bytes", "error", "note"),
     }
 
 
@@ -168,10 +170,83 @@ def test_a_variant_that_cannot_be_had_is_a_row_that_says_why(artifact: Path, mon
     assert all(rows[name].minimum for name in ("dense", "norms folded", "masked"))
 
 
-def test_what_is_not_installed_is_said(artifact: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("growfx.deploy.onnx._is_installed", lambda name: False)
-    row = run(artifact, variants=["onnxruntime"]).measurements[0].rows[1]
-    assert "export to ONNX needs onnx and onnxscript: pip install" in row.note
+def test_a_runtime_that_is_not_installed_is_left_out_and_named_with_its_packages(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("growfx.commands.bench.peers._is_installed", lambda name: not name.startswith("o"))
+    monkeypatch.delenv("GROWFX_DEEPSPARSE", raising=False)
+    report = run(artifact, variants=[*PEERS, "masked"])
+    assert [row.variant for row in report.measurements[0].rows] == ["dense", "masked"]
+    assert report.missing["openvino float32"] == ["openvino", "onnx", "onnxscript"]
+    text = str(report)
+    assert "not measured: onnxruntime (pip install onnxruntime onnx onnxscript)" in text
+    assert "openvino float32, openvino default (pip install openvino onnx onnxscript)" in text
+    assert "deepsparse" not in text  # retired: measured where it is, not asked for
+    assert "speed over onnxruntime" not in text
+    assert report.measurements[0].best_peer is None
+    assert json.loads(json.dumps(report.to_json()))["missing"].keys() == set(PEERS[:3])
+
+
+class Slowed(nn.Module):
+    """The model, with its work done several times."""
+
+    def __init__(self, model: nn.Module, times: int) -> None:
+        super().__init__()
+        self.model, self.times = model, times
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.times - 1):
+            self.model(x)
+        return self.model(x)
+
+
+def test_speeds_are_also_told_over_the_fastest_dense_float32_runtime(artifact: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("growfx.commands.bench.measure.missing_packages", lambda name: [])
+    monkeypatch.setenv("GROWFX_DEEPSPARSE", "python")
+    for name, times in (("onnxruntime", 20), ("openvino float32", 5), ("openvino default", 1), ("deepsparse", 1)):
+        monkeypatch.setitem(VARIANTS, name, lambda work, _, times=times: Built(Slowed(work.dense(), times), 1))
+    (measured,) = run(artifact, variants=PEERS, repeats=5).measurements
+    rows = {row.variant: row for row in measured.rows}
+    # The default may compute in less than float32, and DeepSparse leaves out zeros.
+    assert measured.best_peer == "openvino float32"
+    assert rows["openvino float32"].over_peer == 1.0
+    assert rows["onnxruntime"].over_peer < 1 < rows["dense"].over_peer
+    assert "speed over openvino float32" in str(measured)
+    assert measured.to_json()["best_peer"] == "openvino float32"
+
+
+def test_outputs_in_lower_precision_are_allowed_the_error_of_it(artifact: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("growfx.commands.bench.measure.missing_packages", lambda name: [])
+
+    class Lower(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x.bfloat16()).float()
+
+    def lower(work: VariantBuilder, _: Setting) -> Built:
+        return Built(Lower(work.subject.load(dtype=torch.bfloat16)), 1, is_lower_precision=told)
+
+    monkeypatch.setitem(VARIANTS, "openvino default", lower)
+    for told in (True, False):
+        row = run(artifact, variants=["openvino default"]).measurements[0].rows[1]
+        assert (row.minimum is not None) == told, row.note
+        assert row.error > 1e-4
+
+
+def test_processor_time_leaves_out_what_a_variant_waits_for(artifact: Path, monkeypatch: pytest.MonkeyPatch):
+    class Waits(Slowed):
+        def forward(self, x: Tensor) -> Tensor:
+            time.sleep(0.03)
+            return self.model(x)
+
+    monkeypatch.setitem(VARIANTS, "masked", lambda work, _: Built(Waits(work.dense(), 1), 1))
+    for clock, waits in (("wall", True), ("cpu", False)):
+        report = run(artifact, variants=["masked"], clock=clock)
+        assert (report.measurements[0].rows[1].minimum >= 0.03) == waits
+        assert report.to_json()["clock"] == clock
 
 
 @pytest.mark.parametrize(
@@ -253,7 +328,9 @@ def test_what_does_not_depend_on_the_setting_is_made_once(artifact: Path, monkey
 
 
 def test_bfloat16_is_measured_against_float32(artifact: Path):
-    rows = {r.variant: r for r in run(artifact, dtype="bfloat16", variants=SHOWN[:2] + SHOWN[3:6]).measurements[0].rows}
+    rows = {
+        r.variant: r for r in run(artifact, dtype="bfloat16", variants=[*QUICK, "onnxruntime"]).measurements[0].rows
+    }
     assert rows["onnxruntime"].note == "measured in float32 only"
     assert rows["dense"].weight_bytes == 2 * (216 + 32 + 36) + 8
     assert all(rows[name].minimum and rows[name].error > 0 for name in QUICK)
@@ -267,6 +344,7 @@ def test_bfloat16_is_measured_against_float32(artifact: Path):
         ({"threads": (1, -2)}, "`threads` has `-2`"),
         ({"repeats": 0}, "`repeats` has `0`"),
         ({"dtype": "int8"}, "`dtype` = `int8` cannot be measured; allowed: `float32`, `bfloat16`"),
+        ({"clock": "sun"}, "`clock` = `sun` is unknown; allowed: `wall`, `cpu`"),
         ({"variants": ["fast"]}, "variant `fast` is unknown; allowed: `dense`"),
         ({"density": 0.1}, "is stored with its masks; `density` and model arguments are for a model by name"),
         ({"img_size": 32}, "`example_inputs` and `img_size` exclude each other"),
@@ -306,8 +384,9 @@ def test_a_path_that_holds_no_network_is_an_error(tmp_path: Path):
 
 
 def test_the_command_prints_the_tables_or_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    for name in ("onnxruntime", "compact", "sparse runtime"):
-        monkeypatch.delitem(VARIANTS, name)
+    quick = {name: VARIANTS[name] for name in ("dense", "norms folded", "torch.compile", "masked")}
+    for module in ("measure", "variants"):
+        monkeypatch.setattr(f"growfx.commands.bench.{module}.VARIANTS", quick)
     options = ["--density", 0.2, "--img-size", 32, "--repeats", 1, "--no-compile", "--batch", 1, "--batch", 2]
     assert call("bench", "test_resnet", *options, "--set", "model.num_classes=2") == 0
     shown = capsys.readouterr()

@@ -58,10 +58,23 @@ def test_help_fits_a_hundred_columns(command, capsys):
     assert max(map(len, capsys.readouterr().out.split("\n"))) <= 100
 
 
-def test_the_list_of_methods_and_each_of_them_fit_a_hundred_columns_and_a_few(capsys):
+@pytest.mark.parametrize("columns", [80, 100, 200])
+def test_the_list_of_methods_and_each_of_them_fit_the_terminal(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
     for name in ([], *([name] for name in methods.names())):
         assert call("methods", *name) == 0
-        assert max(map(len, capsys.readouterr().out.split("\n"))) <= 125
+        assert max(map(len, capsys.readouterr().out.split("\n"))) <= min(columns, 100)
+
+
+@pytest.mark.parametrize("columns", [80, 100, 200])
+def test_inspect_fits_the_terminal(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert call("inspect", "test_efficientnet") == 0
+    shown = capsys.readouterr().out
+    table = shown.split("\n")[1:]
+    assert max(map(len, table)) <= columns
+    assert "multiply-adds" in shown
+    assert ("left out" in shown) == (columns == 80)
 
 
 def test_a_flag_of_another_method_is_wrong_usage_with_the_nearest_match(tmp_path, capsys):
@@ -85,8 +98,45 @@ def test_a_bad_value_is_answered_by_name_and_range(tmp_path, capsys):
     start = ["train", "test_resnet", "--data", "digits", "--out", tmp_path / "run", "--method=rigl"]
     assert call(*start, "--drop-fraction", 2) == 1
     assert "`drop_fraction` = 2.0 is out of range; allowed: (0, 1]" in capsys.readouterr().err
-    assert call(*start, "--schedule", "cosin") == 1
-    assert "`schedule`" in capsys.readouterr().err
+    for given, words in (
+        (["--schedule", "cosin"], "did you mean `cosine`?"),
+        (["--lr", "fast"], "`lr` = `fast` is not of type float; allowed: (0, inf)"),
+        (["--optimizer", "adamww", "--img-size", 16], "did you mean `adamw`?"),
+        (["--set", "learning_rate=1"], "option `learning_rate` is unknown"),
+        (["--device", "tpu"], "`device` = `tpu` cannot be used"),
+    ):
+        assert call(*start, *given) == 1
+        assert words in capsys.readouterr().err
+    assert call("train", "test_resnet", "--data", "digits", "--out", tmp_path / "run", "--method=riggle") == 1
+    assert "did you mean `rigl`?" in capsys.readouterr().err
+    assert call("compare", "test_resnet", "--data", "digits", "--out", tmp_path / "run", "--methods=stattic") == 1
+    assert "did you mean `static`?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "words"),
+    [
+        (["--lr", "0.05"], "lr=0.1", ["`--set lr=0.1`", "`--lr 0.05`", "`lr` once"]),
+        (["--no-channels-last"], "channels_last=true", ["`--no-channels-last`"]),
+        (["--epochs", "3"], "epochs=4", ["`--epochs 3`"]),
+        (["--density", "0.3"], "density=0.2", ["`--density 0.3`"]),
+        (["--drop-fraction", "0.3"], "drop_fraction=0.2", ["`--drop-fraction 0.3`"]),
+        (["--seed", "1"], "seed=2", ["`--seed 1`"]),
+    ],
+)
+def test_set_that_contradicts_a_flag_is_refused_by_name(tmp_path, capsys, flag, text, words):
+    start = ["train", "test_resnet", "--data", "digits", "--out", tmp_path / "run", "--method=rigl"]
+    assert call(*start, *flag, "--set", text) == 1
+    shown = capsys.readouterr().err
+    assert [word for word in words if word not in shown] == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_set_that_says_what_a_flag_says_is_taken(tmp_path, capsys):
+    start = ["train", "nowhere", "--data", "digits", "--out", tmp_path / "run", "--method=rigl"]
+    same = ["--lr", "0.10", "--set", "lr=0.1", "--channels-last", "--set", "channels_last=true"]
+    assert call(*start, *same) == 1
+    assert "model `nowhere` is unknown" in capsys.readouterr().err
 
 
 def test_flags_and_set_give_the_same_run(tmp_path):
@@ -108,3 +158,37 @@ def test_a_method_is_described_with_its_source_and_an_example(capsys):
     assert "--method rigl" in facts["example"]
     assert call("methods", "riggle") == 1
     assert "`rigl`" in capsys.readouterr().err
+
+
+def test_eval_has_the_flags_that_change_what_is_read_and_where(capsys):
+    context = click.Context(commands.commands["eval"])
+    flags = {flag for parameter in context.command.get_params(context) for flag in parameter.opts}
+    assert {"--batch-size", "--workers", "--data-dir", "--device", "--img-size"} <= flags
+    assert not {"--lr", "--hflip"} & flags
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_gets_a_script_for_completion(shell, monkeypatch, capsys):
+    monkeypatch.setattr("click.shell_completion.BashComplete._check_version", lambda *_: None)
+    assert call("completion", shell) == 0
+    script = capsys.readouterr().out
+    assert "_GROWFX_COMPLETE" in script
+    assert "growfx" in script
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("growfx in", {"inspect"}),
+        ("growfx train m --sched", {"--schedule"}),
+        ("growfx train m --schedule co", {"cosine", "constant"}),
+        ("growfx train m --method ri", {"rigl", "rigl-sg", "rigl-sm"}),
+        ("growfx completion z", {"zsh"}),
+    ],
+)
+def test_the_shell_completes_commands_flags_and_choices(typed, expected):
+    from click.shell_completion import ShellComplete
+
+    *arguments, incomplete = typed.split()[1:]
+    found = ShellComplete(commands, {}, "growfx", "_GROWFX_COMPLETE").get_completions(arguments, incomplete)
+    assert {item.value for item in found} == expected

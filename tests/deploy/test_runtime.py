@@ -139,7 +139,7 @@ def test_a_network_that_would_compute_something_else_runs_as_it_is(
     folder, dense = saved("residual", tmp_path / "net")
     net = load(folder)
     assert net.lowering.taken == "plain"
-    assert "so the network runs as it is" in str(net.lowering)
+    assert "so the network runs unchanged" in str(net.lowering)
     with torch.no_grad():
         same(net(X), dense(X))
 
@@ -149,7 +149,7 @@ def test_parts_that_are_recorded_whole_run_as_they_are(tmp_path: Path, monkeypat
     folder, _ = saved("picky", tmp_path / "net")
     report = load(folder, "picky").lowering
     assert report.choices == {"conv": "csr", "head": "csr"}
-    assert any(note.startswith("`part` runs as it is, for it was recorded whole: ") for note in report.notes)
+    assert any(note.startswith("`part` runs unchanged, since it was recorded whole: ") for note in report.notes)
 
 
 def test_a_network_that_cannot_be_recorded_runs_as_it_is(tmp_path: Path) -> None:

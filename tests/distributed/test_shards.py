@@ -21,7 +21,7 @@ from training_nets import loaders
 
 import growfx
 from growfx.distributed import ranks
-from growfx.distributed.sharded import is_sharded, own_part, part_of
+from growfx.distributed.sharded import is_sharded, local_shard, part_of
 from growfx.errors import ConfigError, MaskError, TraceError
 
 
@@ -170,14 +170,14 @@ def absent_and_new_edges() -> dict[str, int]:
 
         def values_of(layer, optimizer=optimizer):
             kept = optimizer.state[layer.parameter].values()
-            return [own_part(value) for value in (layer.parameter, *kept) if value.shape == layer.mask.shape]
+            return [local_shard(value) for value in (layer.parameter, *kept) if value.shape == layer.mask.shape]
 
         for x, y in parts_of(data()):
             nn.functional.cross_entropy(net(x), y).backward()
             optimizer.step()
             net.verify()
             for layer in net.layers.values():
-                values = [*values_of(layer), own_part(layer.parameter.grad)]
+                values = [*values_of(layer), local_shard(layer.parameter.grad)]
                 assert len(values) == 4
                 assert not any(value[~part_of(layer.mask, layer.parameter)].any() for value in values)
             before = {name: layer.mask.clone() for name, layer in net.layers.items()}
@@ -249,7 +249,7 @@ def direct_use() -> float:
         worst = max(worst, float((output - expected(x)).detach().abs().max()))
         output.sum().backward()
         for layer in net.layers.values():
-            assert not own_part(layer.parameter.grad)[~part_of(layer.mask, layer.parameter)].any()
+            assert not local_shard(layer.parameter.grad)[~part_of(layer.mask, layer.parameter)].any()
         net.zero_grad()
     with pytest.raises(TraceError, match="which modules that gather their own weights"):
         net.graph_at(torch.randn(1, 2, 2, 6))
@@ -285,7 +285,7 @@ def steps_left_out() -> tuple[int, int]:
         if number:
             optimizer.step()
         elif ranks.rank() == 0:
-            own_part(net.layers["3"].parameter.grad).fill_(torch.inf)
+            local_shard(net.layers["3"].parameter.grad).fill_(torch.inf)
         method.step()
         optimizer.zero_grad()
         counted.append(method.state_dict()["steps"])
@@ -322,7 +322,7 @@ def continued() -> dict[str, bool]:
         again[2].load_state_dict(memory)
         go_on(batches[steps:], *again)
         parts = zip(whole[0].parameters(), again[0].parameters(), strict=True)
-        equal = all(torch.equal(own_part(one), own_part(other)) for one, other in parts)
+        equal = all(torch.equal(local_shard(one), local_shard(other)) for one, other in parts)
         found[name] = equal and whole[0].mask_digest() == again[0].mask_digest() and len(memory) > 0
     return found
 
@@ -439,11 +439,11 @@ def test_stored_weights_of_static_masks_stay_zero_under_any_optimizer_without_a_
         optimizer.step()
         optimizer.zero_grad()
         for layer in net.layers.values():
-            stored = own_part(layer.parameter)
+            stored = local_shard(layer.parameter)
             assert not stored[~layer.mask].any()
             assert stored[layer.mask].any()
             for value in optimizer.state[layer.parameter].values():
-                assert not own_part(value)[~layer.mask].any()
+                assert not local_shard(value)[~layer.mask].any()
 
 
 def test_growth_by_reports_goes_back_to_an_earlier_round(results):

@@ -1,4 +1,4 @@
-"""Time of a stored network on this machine, run in every way there is: dense, masked, compact, sparse.
+"""Time of a stored network on this machine, run in every way there is: dense, masked, compact, sparse, by others.
 
 Every variant's outputs are compared with those of dense torch before it is timed: one that computes something else
 gets no time. Variants are timed in turn, so that a machine whose speed drifts does not decide.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from growfx.commands.bench.peers import PEERS, DeepSparse, is_offered, missing_packages, peer_versions
 from growfx.commands.bench.report import BenchReport, Measurement, Row
 from growfx.commands.bench.subject import opened_subject
 from growfx.commands.bench.variants import DENSE, VARIANTS, Built, Setting, VariantBuilder
@@ -27,10 +28,11 @@ from growfx.machine import machine_facts, versions
 from growfx.passes.trials.precision import largest_error, outputs_of, tolerance_of
 from growfx.recorded.inputs import Inputs
 from growfx.runtime.choice_cache import ignored_choices
-from growfx.runtime.timing import in_turn, thread_count
+from growfx.runtime.timing import Timing, in_turn, thread_count
 
 __all__ = ["bench"]
 
+_CLOCKS = ("wall", "cpu")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Without a number of rounds, as many as fit into this time.
 _SECONDS, _FEWEST, _MOST = 10.0, 5, 100
@@ -49,6 +51,7 @@ def bench(
     variants: Sequence[str] = tuple(VARIANTS),
     progress: bool = False,
     fresh: bool = False,
+    clock: str = "wall",
     **options: Any,
 ) -> BenchReport:
     """Time a network on the CPU, once for every batch size and number of threads.
@@ -58,12 +61,15 @@ def bench(
     Args:
         path: an artifact (also `hf-hub:USER/NAME`), a run folder, or a model's name.
         batches: batch sizes.
-        threads: numbers of threads, of torch and onnxruntime alike; default: torch's own.
+        threads: numbers of threads, of torch and the other runtimes alike; default: torch's own.
         dtype: `float32` or `bfloat16`, of weights and inputs.
         repeats: how many times each variant is timed; default: as often as fits into about ten seconds, 5 to 100.
-        variants: some of `growfx.commands.bench.variants.VARIANTS`; dense torch always runs.
+        variants: some of `growfx.commands.bench.variants.VARIANTS`; dense torch always runs. Those whose packages
+            are not installed are left out, and named in the report's `missing`.
         progress: show a bar on standard error.
         fresh: time the choices of the sparse runtime anew, and keep them in place of those of earlier runs.
+        clock: `wall`, or `cpu`: processor time of all threads together, which hardly depends on what else the machine
+            does; comparable between variants that keep one thread busy.
         options: `model`, `example_inputs`, `img_size`, `density`, `model_kwargs` as of
             `growfx.commands.bench.subject.opened_subject`.
 
@@ -71,8 +77,10 @@ def bench(
         ConfigError: an option is out of its range, or the network does not run on such inputs.
         ArtifactError, CheckpointError, DataError: no network at the path, or a damaged one.
     """
-    _check(batches, threads, repeats, dtype, variants)
-    names = [name for name in VARIANTS if name == DENSE or name in variants]
+    _check(batches, threads, repeats, dtype, variants, clock)
+    chosen = [name for name in VARIANTS if name == DENSE or (name in variants and is_offered(name))]
+    missing = {name: needs for name in chosen if (needs := missing_packages(name))}
+    names = [name for name in chosen if name not in missing]
     kinds = [(batch, count) for batch in batches for count in threads or (torch.get_num_threads(),)]
     bar = tqdm(total=len(kinds) * (len(names) + 1), desc="bench", disable=not progress, file=sys.stderr, leave=False)
     with (
@@ -82,7 +90,7 @@ def bench(
         ignored_choices(fresh),
     ):
         work = VariantBuilder(subject, _DTYPES[dtype], Path(folder))
-        found = [_measured(work, names, repeats, kind, bar) for kind in kinds]
+        found = [_measured(work, names, repeats, kind, clock, bar) for kind in kinds]
         shapes = tuple(tuple(x.shape[1:]) for x in subject.example.args if isinstance(x, Tensor))
         info = subject.info
         return BenchReport(
@@ -95,13 +103,20 @@ def bench(
             dtype=dtype,
             inputs=shapes,
             measurements=tuple(found),
+            clock=clock,
             machine=machine_facts(),
-            versions=versions(),
+            versions=versions() | peer_versions(),
+            missing=missing,
         )
 
 
 def _check(
-    batches: Sequence[int], threads: Sequence[int], repeats: int | None, dtype: str, variants: Sequence[str]
+    batches: Sequence[int],
+    threads: Sequence[int],
+    repeats: int | None,
+    dtype: str,
+    variants: Sequence[str],
+    clock: str,
 ) -> None:
     counts = {"batches": batches, "threads": threads, "repeats": [] if repeats is None else [repeats]}
     for name, values in counts.items():
@@ -112,6 +127,8 @@ def _check(
         raise ConfigError("`batches` is empty; give at least one batch size")
     if dtype not in _DTYPES:
         raise ConfigError(f"`dtype` = `{dtype}` cannot be measured; allowed: {_names(_DTYPES)}")
+    if clock not in _CLOCKS:
+        raise ConfigError(f"`clock` = `{clock}` is unknown; allowed: {_names(_CLOCKS)}")
     for name in variants:
         if name not in VARIANTS:
             raise ConfigError(f"variant `{name}` is unknown; allowed: {_names(VARIANTS)}")
@@ -122,7 +139,12 @@ def _names(names: Any) -> str:
 
 
 def _measured(
-    work: VariantBuilder, names: Sequence[str], repeats: int | None, kind: tuple[int, int], bar: Any
+    work: VariantBuilder,
+    names: Sequence[str],
+    repeats: int | None,
+    kind: tuple[int, int],
+    clock: str,
+    bar: Any,
 ) -> Measurement:
     """All variants at one batch size and number of threads."""
     batch, threads = kind
@@ -141,15 +163,40 @@ def _measured(
         args, kwargs = setting.inputs.args, setting.inputs.kwargs
         calls = {name: (lambda module=way.module: module(*args, **kwargs)) for name, way in built.items()}
         with torch.inference_mode():
-            timings, errors = in_turn(calls, rounds)
+            timings, errors = in_turn(calls, rounds, clock=_clock(clock, built))
         bar.update()
     for name, error in errors.items():
         rows[name] = Row(name, note=_reason(error))
-    for name, timing in timings.items():
-        speedup = timing.speedup_over(timings[DENSE]) if DENSE in timings else None
-        rows[name] = replace(rows[name], minimum=timing.minimum, median=timing.median, speedup=speedup)
+    best = _best_peer(timings)
+    for name in timings:
+        rows[name] = _timed(rows[name], timings, best)
     lowering = next((way.lowering for way in built.values() if way.lowering is not None), None)
-    return Measurement(batch, threads, rounds, tuple(rows.values()), lowering)
+    return Measurement(batch, threads, rounds, tuple(rows.values()), lowering, best)
+
+
+def _clock(name: str, built: Mapping[str, Built]) -> Callable[[], float]:
+    """What to time by; processor time is that of this process and of those that work for it."""
+    if name == "wall":
+        return time.perf_counter
+    workers = [way.module for way in built.values() if isinstance(way.module, DeepSparse)]
+    return lambda: time.process_time() + sum(worker.processor_seconds() for worker in workers)
+
+
+def _best_peer(timings: Mapping[str, Timing]) -> str | None:
+    """The fastest of those that ran the dense network in float32 elsewhere; None where none did."""
+    yardsticks = [name for name in timings if name in PEERS and PEERS[name].is_yardstick]
+    return min(yardsticks, key=lambda name: timings[name].median, default=None)
+
+
+def _timed(row: Row, timings: Mapping[str, Timing], best: str | None) -> Row:
+    timing = timings[row.variant]
+    return replace(
+        row,
+        minimum=timing.minimum,
+        median=timing.median,
+        speedup=timing.speedup_over(timings[DENSE]) if DENSE in timings else None,
+        over_peer=None if best is None else timing.speedup_over(timings[best]),
+    )
 
 
 def _reference(work: VariantBuilder, setting: Setting) -> tuple[list[Tensor], float, float]:
@@ -182,10 +229,19 @@ def _tried(
         error = largest_error(_outputs(way.module, setting.inputs), expected)
     except Exception as problem:  # of any library: one that fails must not end the others
         return Row(name, note=_reason(problem))
+    if way.is_lower_precision:
+        tolerance = max(tolerance, _bfloat16_tolerance(work, setting, expected))
     if not error <= tolerance:
         return Row(name, error=error, note=f"its outputs differ by {error:.2g} of the largest; not timed")
     built[name] = way
     return Row(name, weight_bytes=way.weight_bytes, error=error, note=way.note)
+
+
+def _bfloat16_tolerance(work: VariantBuilder, setting: Setting, expected: list[Tensor]) -> float:
+    """How far outputs computed in bfloat16 may be from those in float32: a multiple of how far torch's are."""
+    dense = work.once("bfloat16", lambda: work.subject.load(dtype=torch.bfloat16))
+    own = _outputs(dense, work.subject.inputs(setting.batch, torch.bfloat16))
+    return max(tolerance_of(torch.bfloat16), _LOWER_PRECISION * largest_error(own, expected))
 
 
 def _outputs(module: nn.Module, inputs: Inputs) -> list[Tensor]:

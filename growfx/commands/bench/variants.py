@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from growfx.commands.bench.onnx_session import OnnxSession
+from growfx.commands.bench.peers import (
+    DEEPSPARSE,
+    ONNXRUNTIME,
+    OPENVINO,
+    OPENVINO_DEFAULT,
+    DeepSparse,
+    OnnxSession,
+    OpenVino,
+    export_for_deepsparse,
+)
 from growfx.commands.bench.subject import Subject
 from growfx.deploy.loading import SparseRuntime
 from growfx.deploy.onnx import export_onnx
@@ -25,9 +34,9 @@ from growfx.recorded.inputs import Inputs
 from growfx.runtime.lowered_layer import Kernel
 from growfx.runtime.report import LoweringReport
 
-__all__ = ["COMPILED", "DENSE", "VARIANTS", "Built", "Setting", "VariantBuilder", "bytes_of"]
+__all__ = ["COMPILED", "DENSE", "SPARSE", "VARIANTS", "Built", "Setting", "VariantBuilder", "bytes_of"]
 
-DENSE, COMPILED = "dense", "torch.compile"
+DENSE, COMPILED, SPARSE = "dense", "torch.compile", "sparse runtime"
 
 
 @dataclass(frozen=True)
@@ -48,12 +57,14 @@ class Built:
         weight_bytes: what its weights take, in memory or, for another runtime, in the file it is given.
         note: what is worth knowing of it.
         lowering: the sparse runtime's report of its choices.
+        is_lower_precision: it computes in less than the precision of the table, by its own choice.
     """
 
     module: nn.Module
     weight_bytes: int
     note: str = ""
     lowering: LoweringReport | None = None
+    is_lower_precision: bool = False
 
 
 class VariantBuilder:
@@ -102,13 +113,38 @@ def _compiled(work: VariantBuilder, _: Setting) -> Built:
     return Built(_SilentModule(compiled), bytes_of(work.dense()))
 
 
-def _onnxruntime(work: VariantBuilder, setting: Setting) -> Built:
+def _onnx_file(work: VariantBuilder, setting: Setting) -> Path:
+    """The network with its zeros as an ONNX file of a fixed batch size, which every other runtime takes."""
     if work.dtype is not torch.float32:
         raise ConfigError("measured in float32 only")
     file = work.folder / f"batch{setting.batch}.onnx"
     inputs = setting.inputs.args
-    work.once(file, lambda: export_onnx(work.dense(), file, example_inputs=inputs, batch=False))
+    return work.once(file, lambda: export_onnx(work.dense(), file, example_inputs=inputs, batch=False))
+
+
+def _onnxruntime(work: VariantBuilder, setting: Setting) -> Built:
+    file = _onnx_file(work, setting)
     return Built(OnnxSession(file, setting.threads), file.stat().st_size, "dense")
+
+
+def _openvino(work: VariantBuilder, setting: Setting) -> Built:
+    file = _onnx_file(work, setting)
+    return Built(OpenVino(file, setting.threads, "f32"), file.stat().st_size, "dense")
+
+
+def _openvino_default(work: VariantBuilder, setting: Setting) -> Built:
+    file = _onnx_file(work, setting)
+    model = OpenVino(file, setting.threads)
+    note = f"dense, computes in {model.precision}"
+    return Built(model, file.stat().st_size, note, is_lower_precision=model.precision != "f32")
+
+
+def _deepsparse(work: VariantBuilder, setting: Setting) -> Built:
+    if work.dtype is not torch.float32:
+        raise ConfigError("measured in float32 only")
+    file = work.folder / f"batch{setting.batch}.deepsparse.onnx"
+    work.once(file, lambda: export_for_deepsparse(work.dense(), setting.inputs.args, file))
+    return Built(DeepSparse(file, setting.batch, setting.threads), file.stat().st_size, "leaves out zeros")
 
 
 def _masked(work: VariantBuilder, setting: Setting) -> Built:
@@ -144,10 +180,13 @@ VARIANTS: dict[str, Callable[[VariantBuilder, Setting], Built]] = {
     DENSE: _dense,
     "norms folded": _folded,
     COMPILED: _compiled,
-    "onnxruntime": _onnxruntime,
+    ONNXRUNTIME: _onnxruntime,
+    OPENVINO: _openvino,
+    OPENVINO_DEFAULT: _openvino_default,
+    DEEPSPARSE: _deepsparse,
     "masked": _masked,
     "compact": _compact,
-    "sparse runtime": _sparse,
+    SPARSE: _sparse,
 }
 
 

@@ -20,7 +20,8 @@ from growfx import methods
 from growfx.commands.compare.pool import DENSE, RunSpec, field_names, processes, run_all
 from growfx.commands.compare.progress import Meter, finished
 from growfx.commands.compare.report import FORMAT, run_facts, write_comparison
-from growfx.errors import CheckpointError, ConfigError
+from growfx.commands.starting_weights import file_digest
+from growfx.errors import CheckpointError, ConfigError, did_you_mean
 from growfx.machine import versions
 from growfx.methods.growth.rounds import Growing
 from growfx.options import DataOptions, TrainOptions, parse_assignments
@@ -33,6 +34,7 @@ _FRESH = 1000  # added to the seed of a run for weights that are not its own
 _WHERE = {"device", "workers", "data_dir", "download"}  # may change between start and continuation
 _OWN_FLAGS = {"seed": "--seeds", "density": "--densities"}
 _CONTROLS = ("phew", "ticket", DENSE)
+_FROM = ("exclude", "pretrained", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Comparison:
     sweeps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     controls: bool = False
     exclude: tuple[str, ...] = ()
+    pretrained: bool = False
+    checkpoint: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.methods or not self.seeds:
@@ -98,7 +102,8 @@ class Comparison:
         allowed = [DENSE, *methods.names()]
         unknown = next((name for name in self.methods if name not in allowed), None)
         if unknown is not None:
-            raise ConfigError(f"method `{unknown}` is unknown; allowed: {', '.join(f'`{name}`' for name in allowed)}")
+            names = ", ".join(f"`{name}`" for name in allowed)
+            raise ConfigError(f"method `{unknown}` is unknown; allowed: {names}{did_you_mean(unknown, allowed)}")
         return {name: methods.kind_of(name) for name in self.methods if name != DENSE}
 
     def _check_key(self, key: str, flag: str) -> None:
@@ -110,6 +115,8 @@ class Comparison:
                 f"`{flag} {key}` is for `{owner}`, which is not compared; allowed before the dot: {names}"
             )
         outcome = own == "density" and dot and owner not in ("model", DENSE) and not _takes_density(_kind(owner))
+        if self.densities and own == "budget":
+            raise ConfigError(f"`{flag} {key}` contradicts `--densities`, which are budgets of parameters; give one")
         if own in _OWN_FLAGS and owner != "model" and not outcome:
             raise ConfigError(f"`{flag} {key}` would be the same for all runs; give it by `{_OWN_FLAGS[own]}`")
 
@@ -127,6 +134,8 @@ class Comparison:
             "sweep": {key: list(values) for key, values in self.sweeps.items()},
             "controls": self.controls,
             "exclude": list(self.exclude),
+            "pretrained": self.pretrained,
+            "checkpoint": None if self.checkpoint is None else file_digest(self.checkpoint),
         }
 
     def runs(self) -> list[Planned]:
@@ -145,9 +154,9 @@ class Comparison:
         for values in itertools.product(*swept.values()):
             chosen = [f"{key}={value}" for key, value in zip(swept, values, strict=True)]
             for density, seed in itertools.product(densities, self.seeds):
-                spec = self.spec(method, seed, chosen, {} if density is None else {"density": density})
+                spec = self.spec(method, seed, chosen, {} if density is None else _sized(_kind(method), density))
                 parts = [method, *([] if density is None else [f"d{density:g}"]), *chosen, f"s{seed}"]
-                asked = getattr(spec.make_method(), "density", None) if sized else None
+                asked = _asked(spec.make_method(), density) if sized else None
                 yield Planned(_file_name("-".join(parts)), spec, " ".join([method, *chosen]), asked)
 
     def spec(
@@ -174,6 +183,8 @@ class Comparison:
             epochs=self.epochs,
             method_options=method_options,
             exclude=self.exclude,
+            pretrained=self.pretrained,
+            checkpoint=self.checkpoint,
         )
 
     def dense(self, seed: int, epochs: int) -> RunSpec:
@@ -220,7 +231,8 @@ def _controls_of(run: Planned, density: float, folder: Path) -> Iterable[Planned
     for kind, shuffle, own in (("shuffled", True, seed), ("fresh", False, seed + _FRESH)):
         options = {"source": source, "shuffle": shuffle, "seed": own}
         train = replace(run.spec.train_options, seed=own)
-        spec = replace(run.spec, method="ticket", method_options=options, train_options=train)
+        weights = run.spec.weights if shuffle else None  # fresh ones are drawn
+        spec = replace(run.spec, method="ticket", method_options=options, train_options=train, weights=weights)
         label = f"{run.label}, {'shuffled masks' if shuffle else 'fresh weights'}"
         yield Planned(f"ticket-{kind}-of-{run.name}", spec, label, run.asked, True)
 
@@ -238,6 +250,8 @@ def compare(
     sweeps: Mapping[str, Sequence[str]] | None = None,
     controls: bool = False,
     exclude: Sequence[str] = (),
+    pretrained: bool = False,
+    checkpoint: str | Path | None = None,
     jobs: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -250,8 +264,8 @@ def compare(
     Args:
         model, data: specs as on the command line.
         methods: names, "dense" among the allowed.
-        densities: for methods that are given one; without any, those run at their default. Others (growth) run once
-            for every seed.
+        densities: for methods that are given one; methods of whole units read them as budgets of parameters. Without
+            any, those run at their default. Others (growth) run once for every seed.
         seeds: one run each.
         epochs: of the (final) training.
         assignments: `KEY=VALUE` goes to every option class that has the key, `METHOD.KEY=VALUE` to the runs of one
@@ -259,6 +273,7 @@ def compare(
         sweeps: `METHOD.KEY` -> texts; the method runs with every one of them.
         controls: add those of `plan_controls`.
         exclude: patterns of names of layers that get no mask, in any run.
+        pretrained, checkpoint: start every run from the library's pretrained weights, or from a state dict in a file.
         jobs: runs at the same time; by default one for each core, with one thread each, or 8 on an accelerator.
         resume: continue in `out`; more methods, densities, seeds and controls may be asked for than before.
         overwrite: replace the comparison in `out`.
@@ -269,7 +284,7 @@ def compare(
 
     Raises:
         ConfigError: options that are not allowed, or that do nothing.
-        CheckpointError: `out` cannot be used, or holds a comparison of other options.
+        CheckpointError: `out` cannot be used, or holds a comparison of other options; `checkpoint` does not fit.
         DataError, TraceError: no run could start.
     """
     comparison = Comparison(
@@ -283,12 +298,25 @@ def compare(
         {key: tuple(dict.fromkeys(values)) for key, values in (sweeps or {}).items()},
         controls,
         tuple(exclude),
+        pretrained,
+        None if checkpoint is None else Path(checkpoint),
     )
     planned = comparison.runs()
     jobs, threads = processes(jobs, planned[0].spec.train_options.device)
     folder = _open(Path(out), comparison, resume=resume, overwrite=overwrite)
-    work, errors = Path(out) / "runs", dict[str, str]()
+    work = Path(out) / "runs"
     work.mkdir(exist_ok=True)
+    planned, errors = _train_and_control(comparison, planned, work, jobs, threads, progress=progress)
+    runs = [_facts_of(run, work, errors.get(run.name)) for run in planned]
+    return write_comparison(folder, {**folder.config, "data": data, "jobs": jobs}, runs)
+
+
+def _train_and_control(
+    comparison: Comparison, planned: list[Planned], work: Path, jobs: int, threads: int, *, progress: bool
+) -> tuple[list[Planned], dict[str, str]]:
+    """Train all runs, then the controls that follow from them; returns all, and the errors of those that failed."""
+    errors = dict[str, str]()
+    controls = comparison.controls
     with closing(Meter(work, progress)) as meter:
         _expect(meter, planned)
         if controls:
@@ -302,9 +330,8 @@ def compare(
             meter.keep(run.name for run in [*planned, *more])
             _expect(meter, more)
             _train_all(more, work, jobs, threads, meter, errors)
-            planned += more
-    runs = [_facts_of(run, work, errors.get(run.name)) for run in planned]
-    return write_comparison(folder, {**folder.config, "data": data, "jobs": jobs}, runs)
+            planned = [*planned, *more]
+    return planned, errors
 
 
 def _facts_of(run: Planned, work: Path, error: str | None) -> dict[str, Any]:
@@ -365,13 +392,21 @@ def _try_out(comparison: Comparison) -> None:
 
     spec = comparison.runs()[0].spec
     with private_randomness():
-        assemble(spec.model, spec.data, spec.data_options, model_kwargs=spec.model_kwargs, exclude=spec.exclude)
+        assemble(
+            spec.model,
+            spec.data,
+            spec.data_options,
+            model_kwargs=spec.model_kwargs,
+            exclude=spec.exclude,
+            weights=spec.weights,
+        )
 
 
 def _require_same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise `CheckpointError` unless `now` is the comparison `before`, or has more of methods, densities and such."""
-    for key in ("model", "epochs", "set", "methods", "densities", "seeds", "sweep", "controls", "exclude"):
-        old, new = before.get(key, [] if key == "exclude" else None), now[key]
+    newer = {"exclude": [], "pretrained": False}  # than some comparisons, which had these then
+    for key in ("model", "epochs", "set", "methods", "densities", "seeds", "sweep", "controls", *_FROM):
+        old, new = before.get(key, newer.get(key)), now[key]
         if key in ("methods", "densities", "seeds") and isinstance(old, list):
             same = set(old) <= set(new)
         elif key == "controls":
@@ -390,8 +425,23 @@ def _kind(method: str) -> type:
 
 
 def _takes_density(kind: type) -> bool:
-    """Whether a method is told its density. Where the default is None, density is an outcome."""
-    return getattr(kind, "density", None) is not None
+    """Whether a method is told its density, or a budget. Where the default is None, density is an outcome."""
+    return getattr(kind, "density", None) is not None or _takes_budget(kind)
+
+
+def _takes_budget(kind: type) -> bool:
+    """Whether a method removes whole units until a budget is met: a density is one of parameters."""
+    return "budget" in field_names(kind)
+
+
+def _sized(kind: type, density: float) -> dict[str, Any]:
+    """The option that tells a method its density."""
+    return {"budget": f"params={density!r}"} if _takes_budget(kind) else {"density": density}
+
+
+def _asked(method: Any, density: float | None) -> float | None:
+    """The density a method was told, or works at by default; None for a budget of another kind."""
+    return density if _takes_budget(type(method)) else getattr(method, "density", None)
 
 
 def _file_name(text: str) -> str:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from growfx import methods
 from growfx.commands.compare.progress import LogTail
+from growfx.commands.starting_weights import StartingWeights, split_arguments
 from growfx.errors import ConfigError, GrowfxError, one_line
 from growfx.methods.base import Method
 from growfx.options import DataOptions, TrainOptions, parse_assignments
@@ -56,6 +57,7 @@ class RunSpec:
         method: a name that `growfx.methods.create` knows, or "dense".
         method_options, model_kwargs: by name.
         exclude: patterns of names of layers that get no mask.
+        weights: where the initial weights come from; None: drawn from the seed.
     """
 
     model: str
@@ -66,6 +68,7 @@ class RunSpec:
     data_options: DataOptions
     train_options: TrainOptions
     exclude: tuple[str, ...] = ()
+    weights: StartingWeights | None = None
 
     @classmethod
     def parse(
@@ -79,11 +82,13 @@ class RunSpec:
         epochs: int | None = None,
         method_options: Mapping[str, Any] | None = None,
         exclude: Iterable[str] = (),
+        pretrained: bool = False,
+        checkpoint: Path | None = None,
     ) -> RunSpec:
         """Sort `key=value` texts into the options that have the key; they go before the other arguments.
 
-        `seed` is that of the training and of the method. Raises `ConfigError` for an unknown method or key, and for
-        values that are not allowed.
+        `seed` is that of the training and of the method, `pretrained` and `checkpoint` say where weights come from.
+        Raises `ConfigError` for an unknown method or key, and for values that are not allowed.
         """
         kinds: dict[str, type] = {"data": DataOptions, "train": TrainOptions}
         own: dict[str, Any] = {}
@@ -91,16 +96,18 @@ class RunSpec:
             kinds["method"] = methods.kind_of(method)
             own = {"seed": seed} if "seed" in field_names(kinds["method"]) else {}
         values = parse_assignments(assignments, kinds)
+        weights, shaping = split_arguments(model, values["model"], pretrained=pretrained, checkpoint=checkpoint)
         given: dict[str, Any] = {"seed": seed} if epochs is None else {"seed": seed, "epochs": epochs}
         spec = cls(
             model,
             data,
             method,
             {**own, **(method_options or {}), **values.get("method", {})},
-            values["model"],
+            shaping,
             DataOptions(**values["data"]),
             TrainOptions(**{**given, **values["train"]}),
             tuple(exclude),
+            weights,
         )
         spec.make_method()
         return spec
@@ -124,6 +131,7 @@ class RunSpec:
             model_kwargs=self.model_kwargs,
             seed=options.seed,
             exclude=self.exclude,
+            weights=self.weights,
         )
         return train(
             job.net,

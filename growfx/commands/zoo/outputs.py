@@ -159,7 +159,7 @@ def run_followed(model: nn.Module, given: Any, training: bool) -> tuple[list[Any
     """`run_seeded`, and the names of parameters that weights of convolutions, linear maps and attentions come from.
 
     Only weights that do not depend on the data count, and of those only matrices: a gain per unit is none. Whatever the
-    model does is followed: modules, functions, layers of its own.
+    model does is followed: modules, functions, its own layers.
     """
     uses = _WeightUses(model, given)
     with uses:

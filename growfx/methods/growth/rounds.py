@@ -120,6 +120,15 @@ class Growing(Method):
         the trace.
         """
 
+    # -- what a subclass may say otherwise ------------------------------------------------------------------
+
+    def _seed_masks(self, growth: Growth) -> Mapping[str, Tensor]:
+        """Return the masks that growth starts from, of layers of `growth.scope`."""
+        return seeded(growth.scope, self.masks, self.seed_density, self.max_density, self.seed, growth.price)
+
+    def _start_new_edges(self, growth: Growth, before: Mapping[str, Tensor]) -> None:
+        """Give edges that are absent in the masks `before` and present now their first weights; they are zero."""
+
     # -- clock ----------------------------------------------------------------------------------------------
 
     def attach(self, net: MaskedGraph, optimizer: Optimizer, *, total_steps: int, steps_per_epoch: int) -> None:
@@ -135,13 +144,13 @@ class Growing(Method):
         check_optimizer(self, net, optimizer)
         if self.sign_in:
             check_sign_in(net, optimizer)
-        with unsharded(net):
-            price = price_of(self.price, net, scope)
-            masks = seeded(scope, self.masks, self.seed_density, self.max_density, self.seed, price)
-        warn_if_replaced(self, scope, masks)
         adaptive = self.growth_rounds == "adaptive"
         training = math.ceil(total_steps / steps_per_epoch) if adaptive else self.epochs_per_round
-        growth = Growth(net, optimizer, scope, steps_per_epoch, first_epochs=self.seed_epochs or training, price=price)
+        growth = Growth(net, optimizer, scope, steps_per_epoch, first_epochs=self.seed_epochs or training)
+        with unsharded(net):
+            growth.price = price_of(self.price, net, scope)
+            masks = self._seed_masks(growth)
+        warn_if_replaced(self, scope, masks)
         if self.final_weights == "initial":
             growth.origin = Origin.take(net)
         change_masks(net, optimizer, masks)
@@ -326,6 +335,7 @@ class Growing(Method):
             old = {name: net.layers[name].mask.clone() for name in masks}
             change_masks(net, growth.optimizer, masks)
             growth.births.note(len(growth.trace), old, net.layers)
+            self._start_new_edges(growth, old)
         return net.nnz - before
 
     def _bought(self, growth: Growth, paths: PathProducts, keys: EdgeKeys) -> Mapping[str, Tensor]:
@@ -429,6 +439,7 @@ class Growing(Method):
             "snapshots": {str(number): kept.state_dict() for number, kept in growth.snapshots.items()},
             "gradients": {name: value.clone() for name, value in growth.gradients.items()},
             "origin": None if growth.origin is None else dict(growth.origin.tensors),
+            "initial": None if growth.initial is None else dict(growth.initial.tensors),
             "first_epochs": growth.first_epochs,
             "births": growth.births.state_dict(),
             "cohort_gradients": list(growth.cohort_gradients),
@@ -449,6 +460,8 @@ class Growing(Method):
             gradients = {name: _fitting(own.net, name, value) for name, value in state["gradients"].items()}
             found = state.get("origin")  # states of version 0.1 have none
             origin = None if found is None else Origin.from_state(found, own.net)
+            found = state.get("initial")  # older states have none
+            initial = None if found is None else Origin.from_state(found, own.net)
             steps, growing, finished = int(state["steps"]), bool(state["growing"]), bool(state["finished"])
             reason, operating = str(state["stop_reason"]), state["operating_round"]
             trace = list(copy.deepcopy(state["trace"]))
@@ -461,7 +474,7 @@ class Growing(Method):
                 own.sign_in.load_state_dict(state["sign_in"])
         own.scope, own.steps, own.growing, own.finished = scope, steps, growing, finished
         own.stop_reason, own.operating_round, own.trace = reason, operating, trace
-        own.snapshots, own.gradients, own.origin = snapshots, gradients, origin
+        own.snapshots, own.gradients, own.origin, own.initial = snapshots, gradients, origin, initial
         own.first_epochs, own.births, own.cohort_gradients = first_epochs, births, sums
         self._look_ahead()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from growfx.analysis.paths import PathProducts
-from growfx.distributed.sharded import own_part, part_of
+from growfx.distributed.sharded import local_shard, part_of
 from growfx.errors import CheckpointError, ConfigError
 from growfx.masked.mask_bits import pack, unpack
 from growfx.methods.growth.price import Price
@@ -131,8 +131,8 @@ class Snapshot:
         masks, active = {}, {}
         for name, layer in net.layers.items():
             masks[name] = pack(layer.mask)
-            active[name] = own_part(layer.parameter)[part_of(layer.mask, layer.parameter)].cpu()
-        return cls(masks, active, {name: own_part(value).cpu().clone() for name, value in _rest(net).items()})
+            active[name] = local_shard(layer.parameter)[part_of(layer.mask, layer.parameter)].cpu()
+        return cls(masks, active, {name: local_shard(value).cpu().clone() for name, value in _rest(net).items()})
 
     def restore(self, net: MaskedGraph, optimizer: Optimizer) -> None:
         """Restore `net`, and clear the optimizer's state, which belongs to another network.
@@ -144,10 +144,10 @@ class Snapshot:
         net.set_masks(masks)
         with torch.no_grad():
             for name, layer in layers.items():
-                own, mask = own_part(layer.parameter), part_of(masks[name], layer.parameter)
+                own, mask = local_shard(layer.parameter), part_of(masks[name], layer.parameter)
                 own.zero_().masked_scatter_(mask, self.active[name].to(own))
             for name, value in _rest(net).items():
-                own_part(value).copy_(self.rest[name])
+                local_shard(value).copy_(self.rest[name])
         net.settle()
         optimizer.state.clear()
 
@@ -180,7 +180,7 @@ class Origin:
     @classmethod
     def take(cls, net: MaskedGraph) -> Origin:
         """Copy the present state of `net`."""
-        return cls({name: own_part(value).cpu().clone() for name, value in _unmasked(net).items()})
+        return cls({name: local_shard(value).cpu().clone() for name, value in _unmasked(net).items()})
 
     def restore(self, net: MaskedGraph, optimizer: Optimizer) -> None:
         """Put all of it back under the masks that `net` has now, and forget the optimizer's state.
@@ -192,14 +192,14 @@ class Origin:
             for name, value in _unmasked(net).items():
                 if id(value) in frozen:
                     continue
-                own_part(value).copy_(self.tensors[name])
+                local_shard(value).copy_(self.tensors[name])
         net.settle()
         optimizer.state.clear()
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], net: MaskedGraph) -> Origin:
         """Read `tensors`; raises `CheckpointError` where they are not those of `net`."""
-        if {k: v.shape for k, v in tensors.items()} != {k: own_part(v).shape for k, v in _unmasked(net).items()}:
+        if {k: v.shape for k, v in tensors.items()} != {k: local_shard(v).shape for k, v in _unmasked(net).items()}:
             raise CheckpointError(
                 "the initial weights in this state are of a network with other layers; resume with the model it came "
                 "from"

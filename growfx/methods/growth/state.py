@@ -38,6 +38,8 @@ class Growth:
         gradients: dense gradients of the last step of a round that awaits its report, by layer with absent edges;
             empty otherwise.
         origin: the network before the seed was drawn, if the final training is to start from it.
+        initial: the network as it was before the seed was drawn, where new edges start from its weights.
+        tools: what the method found out about the network and can find out again, by name; not in its state.
         options: of the run, None in another loop. finished: the final training of a run is over.
         first_epochs: length of the first round, in which the seed is trained.
         price: what edges are paid in. births: when each edge was grown.
@@ -58,6 +60,8 @@ class Growth:
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     origin: Origin | None = None
+    initial: Origin | None = None
+    tools: dict[str, Any] = field(default_factory=dict)
     options: TrainOptions | None = None
     finished: bool = False
     first_epochs: int = 1

@@ -140,7 +140,7 @@ class SupTickets(Staged):
         return kind(density=self.density, **given)
 
     def _explorer(self, course: Campaign) -> Stepwise | None:
-        """Return the base as it is about to exchange many edges once; None where masks stay."""
+        """Return the base that is about to exchange many edges once; None where masks stay."""
         rate = self.explore_fraction
         if rate is None:
             rate = 0.5 if self._base_has("drop_fraction") else 0.0

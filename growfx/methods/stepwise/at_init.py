@@ -142,7 +142,7 @@ class SynFlow(StaticMasks):
     Attributes:
         rounds: how often the scores are computed; with 1 whole layers may vanish.
         norm: "identity" counts norms and learned scales (and weights without a mask) as one: the paper's network of
-            magnitudes in evaluation mode, for a batch norm as it is built. "fold" counts present values: norms that
+            magnitudes in evaluation mode, for a freshly built batch norm. "fold" counts present values: norms that
             start at zero, as in the residual branches of timm's ResNets, then leave their branch without flow.
     """
 

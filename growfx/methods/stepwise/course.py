@@ -53,6 +53,7 @@ class Course:
         session: the run of `growfx.train`, None in the user's own loop.
         stages: the stages of training still to come; empty in the user's own loop.
         sign_in: trains the weights as products, None where the method has no such option or it is off.
+        tools: what a method found out about the network and can find out again, by name; not in its state.
     """
 
     net: MaskedGraph
@@ -69,6 +70,7 @@ class Course:
     session: Session | None = None
     stages: list[Stage] = field(default_factory=list)
     sign_in: SignIn | None = None
+    tools: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.watch = StepWatch(self.optimizer, [layer.parameter for layer in self.net.layers.values()])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from growfx.distributed import ranks
-from growfx.distributed.sharded import is_sharded, own_part
+from growfx.distributed.sharded import is_sharded, local_shard
 from growfx.errors import ConfigError
 from growfx.selection.choose import top
 from growfx.selection.density import layer_densities
@@ -145,7 +145,7 @@ def finite_magnitudes(values: Scores, what: str | None = None) -> dict[str, Tens
     """
     magnitudes = {name: value.detach().abs() for name, value in values.items()}
     # a maximum is NaN where one value is
-    parts = {name: own_part(value) for name, value in magnitudes.items()}
+    parts = {name: local_shard(value) for name, value in magnitudes.items()}
     fine = {name: torch.isfinite(part.max()) for name, part in parts.items() if part.numel()}
     all_fine = not fine or bool(torch.stack(list(fine.values())).all())
     wrong = [] if all_fine else [name for name in fine if not bool(fine[name])]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from growfx.analysis.weight_layout import by_unit, from_units
-from growfx.distributed.sharded import own_part, part_of
+from growfx.distributed.sharded import local_shard, part_of
 from growfx.errors import ConfigError
 from growfx.masked.layers import MaskedLayer
 from growfx.methods.starting import MASKS, all_edges, given_masks, start_density
@@ -136,4 +136,4 @@ def scale_to_fan_in(layers: dict[str, MaskedLayer], masks: dict[str, Tensor]) ->
         fan_in = active.sum(1, keepdim=True)
         scale = torch.where(fan_in > 0, active.shape[1] / fan_in.double(), 1.0).sqrt().expand(active.shape)
         weight = layer.parameter
-        own_part(weight).mul_(part_of(from_units(layer, scale, by_output=True).to(weight.dtype), weight))
+        local_shard(weight).mul_(part_of(from_units(layer, scale, by_output=True).to(weight.dtype), weight))

@@ -21,7 +21,7 @@ class Markup(str):
 
 
 def escaped(value: object) -> Markup:
-    """Return a value as text of an element or of an attribute; markup as it is."""
+    """Return a value as text of an element or of an attribute; markup unchanged."""
     if isinstance(value, Markup):
         return value
     return Markup(escape(_UNPRINTABLE.sub("\ufffd", str(value)), quote=True))

@@ -18,7 +18,7 @@ __all__ = ["notes_box", "run_parts", "size"]
 
 _SHARES: Final = ("density", "val_accuracy", "test_accuracy")
 _SECONDS: Final = ("train_seconds", "train_cpu_seconds", "eval_seconds")
-# Shown in sections of their own.
+# Shown in their own sections.
 _ELSEWHERE: Final = ("trace", "kernels")
 _TITLES: Final = {
     "nnz": "active weights",

@@ -1,1 +1,1 @@
-"""The native runtime: a C++ library without torch or Python that runs the plan of a network (`growfx.h`)."""
+"""The native runtime: a C++ library with a C interface that runs the plan of a network without torch or Python."""

@@ -44,6 +44,9 @@ void Buffer::Free::operator()(char* p) const { std::free(p); }
 bool Buffer::reserve(int64_t floats) {
   if (floats <= size_ && data_) return true;
   constexpr uintptr_t LINE = 64;
+  // Where addresses have 32 bits, the number of bytes of what a file asks for may have more.
+  constexpr int64_t MOST = PTRDIFF_MAX / static_cast<int64_t>(sizeof(float)) - BEHIND - static_cast<int64_t>(LINE);
+  if (floats > MOST) return false;
   const size_t bytes = (static_cast<size_t>(floats) + BEHIND) * sizeof(float) + LINE;
   memory_.reset(static_cast<char*>(std::calloc(bytes, 1)));
   size_ = memory_ ? floats : 0;

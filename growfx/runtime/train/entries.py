@@ -100,7 +100,7 @@ class Entries:
         return self.index.numel()
 
     def are_of(self, mask: Tensor, strides: tuple[int, ...], *, wide: bool) -> bool:
-        """Whether these are the entries of `mask` as it is now, whoever wrote to it; reads the mask once."""
+        """Whether these are the entries of the current `mask`, whoever wrote to it; reads the mask once."""
         if self.strides != strides or self.wide != wide:
             return False
         if mask.stride() != strides:

@@ -86,7 +86,7 @@ class LayerKernel:
         return bool(self.geometry.kernel) and x.dtype == torch.float32 and is_flowing()
 
     def _entries_for(self, layer: MaskedLayer, out_size: list[int]) -> Entries:
-        """The entries of the mask as it is now, for outputs of `out_size`: checked or made anew."""
+        """The entries of the current mask, for outputs of `out_size`: checked or made anew."""
         strides, wide = layer.parameter.stride(), self.geometry.is_wide(out_size)
         if self._entries is None or not self._entries.are_of(layer.mask, strides, wide=wide):
             with torch.inference_mode(False):  # a backward pass may use them later
@@ -139,10 +139,10 @@ class LayerKernel:
 
 
 def _refusal(layer: MaskedLayer) -> str:
-    """Why the layer as it is never has a sparse kernel here; "" where it can."""
+    """Why the current layer never has a sparse kernel here; "" where it can."""
     weight = layer.parameter
     if not layer.calls_kernel:
-        return f"`{layer.twin_of.__name__}` has a forward of its own"
+        return f"`{layer.twin_of.__name__}` has its own forward"
     if weight.device.type != "cpu":
         return f"its weight is on {weight.device}"
     if weight.dtype != torch.float32:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import torch
 
-from growfx.errors import ConfigError, GrowfxError, TraceError
+from growfx.errors import ConfigError, GrowfxError, TraceError, did_you_mean
 from growfx.masked.doors import as_masked_graph
 from growfx.masked.graph import MaskedGraph
 from growfx.masked.isolation import undisturbed
@@ -56,10 +55,8 @@ def use_kernels(
     """
     found = as_masked_graph(net, "growfx.use_kernels")
     if kernels not in KERNELS:
-        close = difflib.get_close_matches(str(kernels), KERNELS, n=1)
-        hint = f"; did you mean `{close[0]}`?" if close else ""
         allowed = ", ".join(f"`{name}`" for name in KERNELS)
-        raise ConfigError(f"`kernels` = {kernels!r} is unknown; allowed: {allowed}{hint}")
+        raise ConfigError(f"`kernels` = {kernels!r} is unknown; allowed: {allowed}{did_you_mean(kernels, KERNELS)}")
     if kernels == "sparse":
         _check_sparse(found)
     inputs = None if example_inputs is None else found.inputs_like(example_inputs)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from growfx.passes.connect.run import UnitRun
 from growfx.passes.connect.signals import narrowed, numbers, tidy, varies
-from growfx.passes.connect.values import Ids, Lost, Named, aligned, combine, known, moved, raw_ids, real, reduce
+from growfx.passes.connect.values import Ids, Named, Unknown, aligned, combine, known, moved, raw_ids, real, reduce
 
 __all__ = ["INDEXED", "MODULES", "OPERATORS", "pairwise", "spatial"]
 
@@ -167,7 +167,7 @@ def fill(run: UnitRun, op: Operation, value: Any, mask: Any, *args: Any, **kwarg
     """`masked_fill`: what is not filled stays."""
     if isinstance(mask, Ids):
         return pairwise(run, op, value, mask)
-    if isinstance(mask, Lost):
+    if isinstance(mask, Unknown):
         return value
     fixed(run, value.tensor, mask if isinstance(mask, Tensor) else mask.tensor, "filled")
     return Ids(value.tensor.expand(torch.broadcast_shapes(value.tensor.shape, real(mask).shape)))

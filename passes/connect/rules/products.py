@@ -108,7 +108,7 @@ def note_counted(run: UnitRun, weight: WeightPart, ids: Tensor) -> None:
 
 
 def _constant_matrix(run: UnitRun, op: Operation, value: Ids, weight: Any, axis: int, size: int) -> Any:
-    """A product with a matrix that is no layer's weight: units may stand beside the contracted axis, not along it."""
+    """A product with a matrix other than a layer's weight: units may stand beside the contracted axis, not along it."""
     if varies(value.tensor, axis % value.tensor.ndim):
         return run.unknown(op, (value, weight), {})
     shape = list(value.tensor.shape)
@@ -207,7 +207,7 @@ def einsum(run: UnitRun, op: Operation, equation: Any, *operands: Any) -> Any:
 
 
 def _einsum_by_weight(run: UnitRun, equation: str, items: list[Any]) -> Tensor | None:
-    """A layer's weight with one index of its own and one to sum over, and a value; None for all else."""
+    """A layer's weight with one free index and one to sum over, and a value; None for all else."""
     which = 0 if isinstance(items[0], WeightPart) else 1
     part, value = items[which], items[1 - which]
     if not isinstance(value, Ids):

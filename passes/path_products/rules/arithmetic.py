@@ -26,7 +26,7 @@ __all__ = ["FAMILIES", "FUNCTIONS", "METHODS", "add", "balanced", "bounded", "id
 
 
 def identity(run: PathRun, value: Any, *args: Any, **kwargs: Any) -> Any:
-    """Every path passes as it is; further arguments (rates, slopes, limits, dtypes) carry no path."""
+    """Every path passes unchanged; further arguments (rates, slopes, limits, dtypes) carry no path."""
     if not isinstance(value, PathValue):
         raise NoPathRuleError("a constant is combined with an activation in a way that has no path rule")
     return value
@@ -110,7 +110,7 @@ def divide(run: PathRun, left: Any, right: Any, *, rounding_mode: str | None = N
         if isinstance(divisor, float) and divisor == 1.0:
             return left
         if isinstance(divisor, Tensor):
-            divisor = divisor.detach()  # a weight that divides is no edge of a path
+            divisor = divisor.detach()  # a weight that divides is not an edge of a path
         return PathValue(left.tensor / divisor, left.bounded, left.divisor)
     if isinstance(left, PathValue):
         if right.divisor:

@@ -14,7 +14,16 @@ from torch.nn import functional as F
 from growfx.passes.operators.einsum import spelled
 from growfx.passes.path_products.rules.arithmetic import add, balanced
 from growfx.passes.path_products.run import PathRun
-from growfx.passes.path_products.values import Ended, Judged, Learned, NoPathRuleError, PathValue, move, paths_in, raw
+from growfx.passes.path_products.values import (
+    ComparedValue,
+    Ended,
+    Learned,
+    NoPathRuleError,
+    PathValue,
+    move,
+    paths_in,
+    raw,
+)
 
 __all__ = ["FAMILIES", "FUNCTIONS", "METHODS", "MODULES", "SEES_ENDS", "carrying", "matmul"]
 
@@ -167,7 +176,7 @@ def grouped_matmul(run: PathRun, left: Any, right: Any, offs: Any = None, *args:
     if raw(right).ndim != 3 or isinstance(right, PathValue):
         raise NoPathRuleError("a grouped product needs rows of activations and a stack of matrices")
     rows, matrices = carrying(left), run.matrix(right)
-    if isinstance(offs, (Judged, Ended)):
+    if isinstance(offs, (ComparedValue, Ended)):
         return PathValue(rows @ matrices.mean(0))
     starts = [0, *raw(offs).tolist()]
     groups = [rows[start:end] @ matrix for start, end, matrix in zip(starts, starts[1:], matrices, strict=False)]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from growfx.passes.path_products.rules.arithmetic import add
 from growfx.passes.path_products.run import PathRun
-from growfx.passes.path_products.values import Ended, Judged, NoPathRuleError, PathValue, raw
+from growfx.passes.path_products.values import ComparedValue, Ended, NoPathRuleError, PathValue, raw
 
 __all__ = ["FAMILIES", "FUNCTIONS", "METHODS", "adaptive", "padded_window", "window", "with_indices"]
 
@@ -72,7 +72,7 @@ def extreme(
         return mean(run, value)
     with torch.no_grad():
         indices = function(value.tensor, dim, keepdim=keepdim)[1]
-    return mean(run, value, dim, keepdim), Judged(indices, (value,))
+    return mean(run, value, dim, keepdim), ComparedValue(indices, (value,))
 
 
 def _same_for_all(option: Any, spatial: int) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from growfx.passes.path_products.rules.arithmetic import balanced
 from growfx.passes.path_products.rules.products import carrying
 from growfx.passes.path_products.run import PathRun
-from growfx.passes.path_products.values import Ended, Judged, PathValue, Weight, move, raw
+from growfx.passes.path_products.values import ComparedValue, Ended, PathValue, Weight, move, raw
 
 __all__ = ["FAMILIES", "FUNCTIONS", "MODULES", "SEES_ENDS"]
 
@@ -56,7 +56,7 @@ def grid_sample(
 ) -> Any:
     """Image (batch, channels, sides...), grid (batch, sides..., coordinates)."""
     image = raw(input).to(run.device, torch.float64)
-    if not isinstance(grid, (PathValue, Judged, Ended)):
+    if not isinstance(grid, (PathValue, ComparedValue, Ended)):
         mode = {"bicubic": "bilinear", 2: 0}.get(mode, mode)
         places = raw(grid).to(run.device, torch.float64)
         sample: Callable[..., Tensor] = torch.grid_sampler if isinstance(mode, int) else F.grid_sample
@@ -80,7 +80,7 @@ def roi_align(
     aligned: bool = False,
 ) -> Any:
     """Image (batch, channels, height, width), boxes (count, 1 + 4): (count, channels, height, width) of each box."""
-    if not isinstance(boxes, (PathValue, Judged, Ended)):
+    if not isinstance(boxes, (PathValue, ComparedValue, Ended)):
         places = raw(boxes).to(run.device, torch.float64)
         function = torch.ops.torchvision.roi_align
         return PathValue(function(carrying(image), places, scale, height, width, ratio, aligned), image.bounded)
@@ -117,7 +117,7 @@ def deform_conv2d(
     image, kernel = carrying(input), run.matrix(weight)
     if isinstance(weight, Weight):
         run.watch(weight.layer, image, 1)
-    if not any(isinstance(item, (PathValue, Judged, Ended)) for item in (offset, mask)):
+    if not any(isinstance(item, (PathValue, ComparedValue, Ended)) for item in (offset, mask)):
         places, factors, none = raw(offset).double(), raw(mask).double().abs(), kernel.new_zeros(kernel.shape[0])
         geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, offset_groups, use_mask)
         return PathValue(torch.ops.torchvision.deform_conv2d(image, kernel, places, factors, none, *geometry))

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from growfx.passes.path_products.rules.shape import zeros_for_constants
 from growfx.passes.path_products.run import PathRun
-from growfx.passes.path_products.values import Ended, Judged, NoPathRuleError, PathValue, paths_in, raw
+from growfx.passes.path_products.values import ComparedValue, Ended, NoPathRuleError, PathValue, paths_in, raw
 
 __all__ = ["FUNCTIONS", "METHODS", "SEES_ENDS"]
 
@@ -47,7 +47,7 @@ def writing(function: Callable[..., Tensor], adds: bool) -> Callable[..., Any]:
         if isinstance(index, PathValue):
             raise NoPathRuleError("writing to places that are activations has no path rule")
         whole, written = _operands(run, base, source)
-        if isinstance(index, (Judged, Ended)):
+        if isinstance(index, (ComparedValue, Ended)):
             if not isinstance(written, Tensor):
                 return PathValue(whole)
             return PathValue(whole + written.sum() / max(whole.numel(), 1))
@@ -64,7 +64,7 @@ def writing(function: Callable[..., Tensor], adds: bool) -> Callable[..., Any]:
 def put(run: PathRun, base: Any, indices: Any, values: Any, accumulate: bool = False) -> Any:
     """`index_put`: at a tuple of index tensors."""
     whole, written = _operands(run, base, values)
-    if any(isinstance(item, (Judged, Ended)) for item in indices):
+    if any(isinstance(item, (ComparedValue, Ended)) for item in indices):
         return PathValue(whole + written.sum() / max(whole.numel(), 1))
     return PathValue(torch.index_put(whole, raw(tuple(indices)), written, accumulate), _bounded(base, values))
 

@@ -1,6 +1,6 @@
 """Path rules of what looks at data, and of parts of tensors: comparisons, indexing, filling, writing.
 
-What data selects is no rule: see `path_products.endings`.
+Selection by data has no rule: see `path_products.endings`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ from growfx.passes.operators.nests import map_leaves
 from growfx.passes.path_products.rules.arithmetic import add
 from growfx.passes.path_products.rules.shape import zeros_for_constants
 from growfx.passes.path_products.run import PathRun
-from growfx.passes.path_products.values import Ended, Judged, NoPathRuleError, PathValue, broadcast, move, paths_in, raw
+from growfx.passes.path_products.values import (
+    ComparedValue,
+    Ended,
+    NoPathRuleError,
+    PathValue,
+    broadcast,
+    move,
+    paths_in,
+    raw,
+)
 from growfx.recorded.graph_ops import set_item
 
 __all__ = ["FAMILIES", "FUNCTIONS", "METHODS", "SEES_ENDS"]
@@ -30,7 +39,7 @@ def judging(function: Callable[..., Any], /, run: PathRun, *args: Any, **kwargs:
     sources = tuple(paths_in(args, kwargs))
     with torch.no_grad():
         result = function(*raw(args), **raw(kwargs))
-    return map_leaves(lambda item: Judged(item, sources) if isinstance(item, Tensor) else item, result)
+    return map_leaves(lambda item: ComparedValue(item, sources) if isinstance(item, Tensor) else item, result)
 
 
 def get_item(run: PathRun, value: Any, index: Any) -> Any:
@@ -45,7 +54,7 @@ def write_item(run: PathRun, base: Any, index: Any, value: Any) -> Any:
     if paths_in(index):
         raise NoPathRuleError("indexing by data has no path rule")
     values = [item for item in (base, value) if isinstance(item, PathValue)]
-    if any(isinstance(item, (Judged, Ended)) for item in (index if isinstance(index, tuple) else (index,))):
+    if any(isinstance(item, (ComparedValue, Ended)) for item in (index if isinstance(index, tuple) else (index,))):
         return _scattered(base, index, value)
     base, value = zeros_for_constants(run, (base, value))
     if isinstance(value, (int, float, complex)):
@@ -73,17 +82,17 @@ def fill(run: PathRun, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
     """`masked_fill`: positions filled by a constant mask carry no path; a mask made from data may fill none."""
     if not isinstance(value, PathValue) or isinstance(mask, PathValue):
         raise NoPathRuleError("filling by data has no path rule")
-    if isinstance(mask, (Judged, Ended)):
+    if isinstance(mask, (ComparedValue, Ended)):
         return broadcast(value, mask)
     return PathValue(value.tensor.masked_fill(raw(mask), 0.0), value.bounded, value.divisor, value.peak)
 
 
 def where(run: PathRun, condition: Any, left: Any = None, right: Any = None, **kwargs: Any) -> Any:
-    """A constant condition: the path operand where it is selected, zero elsewhere. Judged by data: either may pass."""
+    """A constant condition: the path operand where it is selected, zero elsewhere. Decided by data: either may pass."""
     left, right = kwargs.get("input", left), kwargs.get("other", right)
     if isinstance(condition, PathValue):
         raise NoPathRuleError("selection by data has no path rule; compare the activation with something")
-    if isinstance(condition, (Judged, Ended)):
+    if isinstance(condition, (ComparedValue, Ended)):
         if left is right:
             return broadcast(left, condition)
         return broadcast(add(run, left, right), condition)
@@ -193,6 +202,6 @@ METHODS: dict[str, Any] = {
     "copy_": copy_in_place,
 }
 
-# Rules that treat what data judged or selected in their own way; the others see a judgement as the constant it is, and
+# Rules that handle compared or selected values specially; the others see a compared value as a constant, and
 # a factor of one in place of what was selected.
 SEES_ENDS: frozenset[Callable[..., Any]] = frozenset({get_item, write_item, fill, where, method_where})

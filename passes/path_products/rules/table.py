@@ -1,7 +1,7 @@
 """The table of path rules: which rule an operator on a path value follows.
 
 Keys are exact: the function object, the name of the tensor method, or the module's class (as a dotted name for classes
-and operators of the model libraries, which are not imported here). A class without a row of its own follows its base
+and operators of the model libraries, which are not imported here). A class without its own row follows its base
 only when it changes nothing but construction and printing. There is no default: an operator without a row is an error.
 
 Rules that do the same to the places of elements are a *family* (`FAMILIES`). By it `connect` finds its own rules, so
@@ -110,7 +110,7 @@ def family_of(rule: Rule | None) -> str:
 
 
 def sees_ends(rule: Rule) -> bool:
-    """Whether a rule treats what data judged or selected in its own way, not as a constant."""
+    """Whether a rule handles compared or selected values specially, not as constants."""
     return rule in _SEES_ENDS
 
 

@@ -91,7 +91,7 @@ def test_layers_that_compute_in_their_own_way_stay() -> None:
     reasons = lowerable(growfx.unwrap(net).eval(), module.graph)
     assert reasons.pop("good") == ""
     assert reasons == {
-        "doubled": "a `Doubled` computes in a way of its own",
+        "doubled": "a `Doubled` has its own forward",
         "grouped": "it has 2 groups",
         "reflect": "it pads with `reflect`",
         "uneven": '`padding="same"` adds unequal zeros on the two sides',
@@ -105,9 +105,9 @@ def test_layers_that_compute_in_their_own_way_stay() -> None:
 
 def test_wrong_names_and_choices_are_refused() -> None:
     module, _ = recorded(make("residual"), X)
-    with pytest.raises(ConfigError, match="`block` is no choice for `stem`; allowed: dense, csr, direct"):
+    with pytest.raises(ConfigError, match="unknown choice `block` for `stem`; allowed: dense, csr, direct"):
         lower(module, {"stem": "block"})
-    with pytest.raises(ConfigError, match="`norm` is no convolution or linear layer that the graph calls"):
+    with pytest.raises(ConfigError, match="`norm` is not a convolution or linear layer that the graph calls"):
         lower(module, {"norm": "dense"})
 
 

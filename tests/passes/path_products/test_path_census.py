@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from growfx.passes.operators.classes import row_of
 from growfx.passes.path_products.endings import is_selection
 from growfx.passes.path_products.rules import table as path_rules
-from growfx.passes.path_products.values import Judged, PathValue
+from growfx.passes.path_products.values import ComparedValue, PathValue
 from growfx.passes.record.recording import record
 
 _TORCH = """
@@ -123,7 +123,7 @@ def test_paths_end_at_a_selection_by_data(target: Any, by_index: bool) -> None:
     operation = "call_method" if isinstance(target, str) else "call_function"
     node = fx.Graph().create_node(operation, target)
     value = PathValue(torch.ones(2, 3))
-    judged = Judged(torch.ones(2, dtype=torch.bool), (value,))
+    judged = ComparedValue(torch.ones(2, dtype=torch.bool), (value,))
     table, mask = torch.ones(2, 3), torch.ones(2, dtype=torch.bool)
     if by_index:
         assert is_selection(node, (value, judged), {})

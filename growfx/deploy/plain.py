@@ -1,0 +1,39 @@
+"""The plain model of a masked network, at full size or without the units its outputs do not need."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from growfx.errors import ConfigError
+from growfx.masked.doors import as_masked_graph
+from growfx.masked.graph import MaskedGraph
+from growfx.passes.compact.network import compact as leave_out
+from growfx.passes.mask import swap
+
+__all__ = ["unwrap"]
+
+
+def unwrap(net: MaskedGraph, compact: bool = False) -> nn.Module:
+    """The plain model of the original class, a copy, with weights outside the masks +0.0.
+
+    Args:
+        net: a masked network; nothing of it is changed.
+        compact: leave out the units that the outputs can do without (`growfx.passes.compact`): a smaller model of the
+            same class in evaluation mode, equal to the network in that mode, with its norms; it can be trained on. What
+            cannot be left out stays as zeros.
+
+    Raises:
+        ConfigError: the weights are spread over processes (`fully_shard`).
+        MaskError: a masked layer was replaced since the model was wrapped.
+        TraceError: with `compact`, a network without values.
+
+    Example:
+        >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4), density=0.5)
+        >>> model = growfx.unwrap(net)
+        >>> type(model).__name__, int(model[0].weight.count_nonzero())
+        ('Sequential', 4)
+    """
+    net = as_masked_graph(net, "growfx.unwrap")
+    if not isinstance(compact, bool):
+        raise ConfigError(f"`compact` is {compact!r}; allowed are True and False")
+    return leave_out(net).net if compact else swap.unwrap(net)
