@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import growfx
 from growfx.commands.bench.measure import bench
-from growfx.commands.bench.peers import PEERS, is_offered, missing_packages, peer_versions
+from growfx.commands.bench.peers import DEEPSPARSE, PEERS, is_offered, missing_packages, peer_versions
 from growfx.commands.bench.variants import COMPILED, DENSE, SPARSE
 from growfx.recorded.inputs import Inputs
 
@@ -133,20 +133,22 @@ def missing(
 def table(records: Sequence[Record]) -> str:
     """One row for each model, batch and number of threads.
 
-    Milliseconds of what does not depend on density, the least of those measured beside each density; then the speed
-    of the sparse runtime over the best peer.
+    Milliseconds of what does not depend on density, the least of those measured beside each density; then the speeds
+    over the best peer of what does.
     """
-    dense = [DENSE, COMPILED, *(name for name in PEERS if any(r["variant"] == name for r in records))]
+    there = {r["variant"] for r in records}
+    dense = [DENSE, *(name for name in (COMPILED, *PEERS) if name in there and name != DEEPSPARSE)]
+    sparse = [name for name in (DEEPSPARSE, SPARSE) if name in there]
     densities = sorted({r["density"] for r in records if r["density"] is not None})
     rows = []
     for place in dict.fromkeys(map(_setting, records)):
         here = [r for r in records if _setting(r) == place]
         times = [[r["minimum"] for r in here if r["variant"] == name and r["minimum"] is not None] for name in dense]
-        sparse = {r["density"]: r for r in here if r["variant"] == SPARSE}
-        speeds = [_speed(sparse.get(density)) for density in densities]
+        found = {(r["variant"], r["density"]): r for r in here}
+        speeds = [_speed(found.get((name, density))) for name in sparse for density in densities]
         rows.append([*place, *(f"{1e3 * min(t):.1f}" if t else "-" for t in times), *speeds])
     headers = ["model", "batch", "threads", "clock", *(f"{name}, ms" for name in dense)]
-    headers += [f"sparse {density:.0%}" for density in densities]
+    headers += [f"{name} {density:.0%}" for name in sparse for density in densities]
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
