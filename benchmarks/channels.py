@@ -179,7 +179,7 @@ def speed() -> dict[str, Any]:
             calls: dict[str, Callable[[], Any]] = {"dense": lambda: model(images), "half": lambda: small(images)}  # noqa: B023
             with torch.no_grad():
                 times = interleaved_minima(
-                    calls, least_rounds=5, seconds=20, clock=lambda: time.clock_gettime(time.CLOCK_THREAD_CPUTIME_ID)
+                    calls, least_rounds=4, seconds=10, clock=lambda: time.clock_gettime(time.CLOCK_THREAD_CPUTIME_ID)
                 )
             row = {"dense_ms": times["dense"] / 1e3, "half_ms": times["half"] / 1e3}
             row |= {"times_faster": times["dense"] / times["half"], "flops": plan.share("flops")}
