@@ -216,6 +216,12 @@ def test_layers_without_a_mask_keep_their_units() -> None:
         growfx.plan_channels(net, "flops=0.5")
 
 
+def test_a_network_of_another_type_than_it_was_wrapped_in_is_planned_alike() -> None:
+    plan = growfx.plan_channels(net_of("mobile"), "flops=0.5")
+    wide = growfx.plan_channels(net_of("mobile").double(), "flops=0.5")
+    assert (plan.outputs, plan.columns) == (wide.outputs, wide.columns)
+
+
 def test_a_budget_of_time_is_met_by_measurement() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(512, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 8))
