@@ -82,7 +82,7 @@ def plan_channels(
         gains = path_masses(net, planner.units, paths)
     else:
         gains = magnitudes(net, planner.units) if score == "magnitude" else taylor(net, planner.units, gradients)
-    return planner.plan(wanted, gains, score)
+    return planner.plan(wanted, gains, score, planner.absent())
 
 
 def _gradients(net: MaskedGraph) -> dict[str, Tensor]:
