@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint types clean
+.PHONY: demo test test-all lint types docs wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
@@ -15,6 +15,14 @@ test: $(VENV)/installed lint types
 # What takes minutes or needs tools of the system, which are skipped with the reason (-rs) where they are missing.
 test-all: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow -rs
+
+# The site, into build/docs; warnings are errors. Tables come from the code and from benchmarks/results.
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
+
+# Source archive and wheel, into dist/; the wheel is installed and used in an empty environment.
+wheel: $(VENV)/installed
+	$(BIN)/python .github/wheel.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -30,5 +38,9 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info
+	rm -rf $(VENV) build dist runs docs/_generated *.egg-info

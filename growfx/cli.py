@@ -191,13 +191,14 @@ def train(method: str, density: float | None, **given: Any) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="artifact folder")
 @click.option("--native", type=click.Path(path_type=Path), help="folder with a C++ program that runs the network")
+@click.option("--web", type=click.Path(path_type=Path), help="folder with a page that runs the network in a browser")
 @click.option("--dense", is_flag=True, help="also write a dense model.safetensors that timm loads")
 @click.option("--compact", is_flag=True, help="leave out units that the outputs do not need, fold norms")
 @click.option("--onnx", type=click.Path(path_type=Path), help="also write the network as one (dense) ONNX file")
 @click.option("--best", is_flag=True, help="from the checkpoint of the best validation accuracy, not the last")
 @click.option("--json", "as_json", is_flag=True, help="print the facts as JSON")
 def export(run: Path, best: bool, as_json: bool, **targets: Any) -> None:
-    """Write the artifact of a run from its checkpoint, or what runs it elsewhere; one of --out and --native at least.
+    """Write the artifact of a run from its checkpoint, or what runs it elsewhere; one of --out, --native, --web.
 
     The folder of --native needs a C++ compiler, and neither Python nor torch.
     """
@@ -270,18 +271,38 @@ def eval_command(path: Path, data: str, split: str, assignments: tuple[str, ...]
 @click.option("--sweep", "sweeps", multiple=True, metavar="METHOD.KEY=V1,V2", help="run a method with each value")
 @click.option("--controls", is_flag=True, help="add controls of equal cost, and tickets with other masks or weights")
 @click.option("--jobs", type=int, help="runs at the same time  [default: number of cores; 8 on an accelerator]")
+@click.option(
+    "--launcher",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="where runs go: processes here, or tasks of a Ray cluster, whose nodes share --out",
+)
+@click.option("--address", default="auto", metavar="HOST:PORT", help="of the Ray cluster's head  [default: auto]")
+@click.option("--cpus-per-run", type=int, default=1, show_default=True, help="on a cluster; also threads of a run")
+@click.option("--gpus-per-run", type=float, default=0, show_default=True, help="on a cluster; may be part of one")
 @click.option("--resume", is_flag=True, help="continue the comparison in --out (or start it)")
 @click.option("--overwrite", is_flag=True, help="replace the comparison in --out")
 @click.option("--json", "as_json", is_flag=True, help="print compare.json")
 @click.option("--quiet", is_flag=True, help="no progress bar")
 def compare_command(
-    names: tuple[str, ...], sweeps: tuple[str, ...], as_json: bool, quiet: bool, out: Path, **given: Any
+    names: tuple[str, ...],
+    sweeps: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    out: Path,
+    launcher: str,
+    address: str,
+    cpus_per_run: int,
+    gpus_per_run: float,
+    **given: Any,
 ) -> int:
     """Train MODEL on DATA by several methods, densities and seeds; write a table, JSON and plots.
 
     Every run is an ordinary run folder in OUT/runs. A failing run does not stop the others; the status is then 1.
     """
     from growfx.commands.compare.comparison import compare
+    from growfx.commands.compare.ray_cluster import Cluster
     from growfx.commands.compare.report import comparison_text
 
     values: dict[str, list[str]] = {}
@@ -290,7 +311,12 @@ def compare_command(
         if not equals or not listed:
             raise ConfigError(f"`--sweep {text}` has no values; write `--sweep METHOD.KEY=v1,v2`")
         values.setdefault(key, []).extend(listed.split(","))
-    facts = compare(methods=names, sweeps=values, out=out, progress=not quiet, **given)
+    cluster = None
+    if launcher == "ray":
+        cluster = Cluster(address, cpus_per_run, gpus_per_run)
+    elif (address, cpus_per_run, gpus_per_run) != ("auto", 1, 0):
+        raise ConfigError("`--address`, `--cpus-per-run` and `--gpus-per-run` are for `--launcher ray`; leave them out")
+    facts = compare(methods=names, sweeps=values, out=out, progress=not quiet, cluster=cluster, **given)
     _show(facts, as_json, f"{comparison_text(facts)}\nwritten to {out}")
     if not facts["plots"] and len(facts["failures"]) < len(facts["runs"]):
         click.echo("growfx: matplotlib is not installed, so the plots were not drawn", err=True)

@@ -1,7 +1,7 @@
-"""Fetch artifacts from the Hugging Face Hub: `hf-hub:USER/NAME`, as timm spells it, or `hf-hub:USER/NAME@REVISION`.
+"""Find artifacts by name: `hf-hub:USER/NAME`, as timm spells it, or `hf-hub:USER/NAME@REVISION`; `growfx:NAME`.
 
-Fetched are `config.json` and the one weights file it names, at one commit; nothing of them is run.
-`huggingface_hub` keeps them in its own cache and gives them from there when the Hub cannot be reached.
+From the Hugging Face Hub are fetched `config.json` and the one weights file it names, at one commit; nothing of them is
+run. `huggingface_hub` keeps them in its own cache and gives them from there when the Hub cannot be reached.
 """
 
 import glob
@@ -12,25 +12,29 @@ from pathlib import Path
 from typing import Any
 
 from growfx.artifact.folder import CONFIG, is_plain_name, read_config
-from growfx.errors import ArtifactError
+from growfx.errors import ArtifactError, did_you_mean
 from growfx.file_paths import as_path
 
-__all__ = ["HUB_PREFIX", "local_path"]
+__all__ = ["HUB_PREFIX", "INCLUDED_PREFIX", "included_names", "local_path"]
 
 HUB_PREFIX = "hf-hub:"
+INCLUDED_PREFIX = "growfx:"
+_INCLUDED = Path(__file__).with_name("included")
 
 _SPEC = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 
 
 def local_path(path: str | Path) -> Path:
-    """`path` itself, or the folder into which a `hf-hub:` artifact was fetched.
+    """`path` itself, the folder into which a `hf-hub:` artifact was fetched, or that of a `growfx:` one.
 
     Raises:
-        ArtifactError: no spec of the Hub, no such repository or revision, no artifact in it, or the Hub cannot
-            be reached and the artifact is not in the cache.
+        ArtifactError: no network of that name comes with growfx; no spec of the Hub, no such repository or revision,
+            no artifact in it, or the Hub cannot be reached and the artifact is not in the cache.
     """
     place = as_path(path, "an artifact", ArtifactError)
     text = place.as_posix()
+    if text.startswith(INCLUDED_PREFIX):
+        return _included(text.removeprefix(INCLUDED_PREFIX))
     if not text.startswith(HUB_PREFIX):
         return place
     spec = _SPEC.fullmatch(text.removeprefix(HUB_PREFIX))
@@ -44,6 +48,23 @@ def local_path(path: str | Path) -> Path:
             raise ArtifactError(f"its `{CONFIG}` names the weights file `{weights}`; only a plain file name is allowed")
         # The folder's name is the commit: both files are of one version, whoever pushes in between.
         return _fetch(name, folder.name, weights)
+
+
+def included_names() -> list[str]:
+    """Return the names of the networks that come with growfx, as `growfx:NAME` takes them.
+
+    >>> "digits-resnet10t-grown" in included_names()
+    True
+    """
+    return sorted(folder.name for folder in _INCLUDED.iterdir() if (folder / CONFIG).is_file())
+
+
+def _included(name: str) -> Path:
+    names = included_names()
+    if name not in names:
+        listed = ", ".join(f"`{INCLUDED_PREFIX}{known}`" for known in names)
+        raise ArtifactError(f"no network `{name}` comes with growfx; allowed: {listed}{did_you_mean(name, names)}")
+    return _INCLUDED / name
 
 
 def _fetch(name: str, revision: str | None, file: str) -> Path:

@@ -27,6 +27,7 @@ __all__ = ["StartingWeights", "file_digest", "split_arguments"]
 _INSIDE = ("state_dict_ema", "model_ema", "state_dict", "model")
 _WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and DistributedDataParallel
 _OPTIONAL = "num_batches_tracked"  # state dicts from before it are still about
+_EXPORT = "`growfx export RUN --out DIR --dense` writes a state dict to `DIR/model.safetensors`"
 _ASKED = ("pretrained", "checkpoint_path")
 
 
@@ -103,8 +104,7 @@ def file_digest(file: Path) -> str:
     """Return the sha256 (hex) of a file of weights; `CheckpointError` when it is not there or not a file."""
     if file.is_dir():
         raise CheckpointError(
-            f"checkpoint `{file}` is a folder; expected a state dict in one file. Of a run or an artifact, "
-            "`growfx export RUN --out DIR --dense` writes one: `DIR/model.safetensors`"
+            f"checkpoint `{file}` is a folder; expected a state dict in one file. Of a run, {_EXPORT}"
         )
     try:
         with file.open("rb") as stream:
@@ -134,8 +134,12 @@ def _stored(file: Path) -> Any:
 
 def _state_of(stored: Any, file: Path) -> dict[str, Tensor]:
     """The tensors by name, out of what training scripts wrap around them."""
-    inner = next((stored[key] for key in _INSIDE if isinstance(stored, Mapping) and stored.get(key)), stored)
-    tensors = {k: v for k, v in inner.items() if isinstance(v, Tensor)} if isinstance(inner, Mapping) else {}
+    parts = [stored.get(key) for key in _INSIDE] if isinstance(stored, Mapping) else []
+    inner = next((part for part in parts if isinstance(part, Mapping) and part), stored)
+    named = inner.items() if isinstance(inner, Mapping) else ()
+    tensors = {k: v for k, v in named if isinstance(k, str) and isinstance(v, Tensor)}
+    if any(name.endswith("::index") for name in tensors):
+        raise CheckpointError(f"checkpoint `{file}` is a sparse artifact of growfx; {_EXPORT}")
     if not tensors:
         raise CheckpointError(f"checkpoint `{file}` holds no state dict: no tensors by name")
     state = {}

@@ -38,7 +38,8 @@ def load(
     """Load the network of an artifact as a module in eval mode.
 
     Args:
-        path: the folder, its weights file alone, or `hf-hub:USER/NAME[@REVISION]`.
+        path: the folder, its weights file alone, `hf-hub:USER/NAME[@REVISION]`, or `growfx:NAME`, a small network that
+            comes with growfx (an unknown name lists them).
         model: an instance of the network's own class, to load into; needed where the artifact does not name a
             timm or torchvision model. Its tensors take the dtype of the stored ones.
         dtype: cast to after exact decoding, as `model.to(dtype)` does: floating parameters and buffers only.

@@ -10,6 +10,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -246,6 +247,9 @@ def _build_timm(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
 
     if not timm.is_model(name.split(".")[0]):
         raise _unknown(name)
+    path = kwargs.get("checkpoint_path")
+    if path and not Path(path).is_file():  # of which timm says nothing but FileNotFoundError
+        raise ConfigError(f"model `{name}`: `checkpoint_path` = `{path}` was not found; expected a file of weights")
     return _call(lambda: timm.create_model(name, **kwargs), name)
 
 

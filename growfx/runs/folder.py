@@ -222,7 +222,8 @@ class RunFolder:
         An option that is newer than `recorded` had its default then, and before ranks were counted there was one.
         """
         one = {"ranks": 1}
-        before, now = one | _flat(recorded), one | _flat(json.loads(json.dumps(self.config)))
+        # A checkpoint has tuples where `config.json` has lists.
+        before, now = (one | _flat(json.loads(json.dumps(config))) for config in (recorded, self.config))
         defaults = _defaults() | _flat(json.loads(json.dumps(self.defaults)))
         before = {**{k: v for k, v in defaults.items() if k in now}, **before}
         for key in sorted(before.keys() | now.keys(), key=_importance):

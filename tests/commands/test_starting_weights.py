@@ -11,6 +11,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
+import growfx
 from growfx.cli import main
 from growfx.commands.compare.pool import RunSpec
 from growfx.commands.starting_weights import StartingWeights, split_arguments
@@ -120,6 +121,13 @@ def with_code(path: Path):
     torch.save(timm.create_model("test_resnet"), path)
 
 
+def make_an_artifact_of(path: Path):
+    net = growfx.wrap(timm.create_model("test_resnet", num_classes=10), density=0.5)
+    growfx.save(net, path.parent / "artifact")
+    path.unlink()
+    (path.parent / "artifact" / "sparse.safetensors").rename(path.with_suffix(".safetensors"))
+
+
 def not_finite(path: Path):
     state = torch.load(path)
     state["conv1.0.weight"][0, 0, 0, 0] = float("nan")
@@ -156,6 +164,17 @@ def test_weights_that_cannot_be_had_are_one_line_with_status_1_and_leave_nothing
     assert shown.count("\n") == 1
     assert [fact for fact in facts if fact not in shown] == []
     assert not (tmp_path / "run").exists()
+
+
+def test_an_artifact_of_growfx_is_told_apart_from_a_state_dict(file):
+    make_an_artifact_of(file)
+    with pytest.raises(CheckpointError, match=r"sparse artifact.*--dense"):
+        StartingWeights(file.with_suffix(".safetensors")).build("test_resnet", {"num_classes": 10}, 0)
+
+
+def test_a_file_that_is_missing_is_named_by_the_builder_too(tmp_path):
+    with pytest.raises(ConfigError, match=r"`checkpoint_path` = `.*none.pth` was not found"):
+        create_model("test_resnet", checkpoint_path=str(tmp_path / "none.pth"))
 
 
 def test_a_damaged_safetensors_file_is_refused_by_name(state, tmp_path):

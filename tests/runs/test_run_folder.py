@@ -147,3 +147,14 @@ def test_runs_that_start_at_the_same_time_in_a_new_folder_do_not_refuse_each_oth
     monkeypatch.setattr(Path, "touch", touch)
     refuse_existing(tmp_path / "new" / "run", resume=False, overwrite=False)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["other"]
+
+
+def test_a_checkpoint_that_has_a_tuple_where_the_config_file_has_a_list_is_of_the_same_run(tmp_path):
+    started = {**config(), "model": {"name": "resnet10t", "kwargs": {"channels": (16, 32)}}}
+    folder = RunFolder.start(tmp_path / "run", started)
+    folder.require_same(started, "the checkpoint")
+    folder.require_same(RunFolder.open(tmp_path / "run").config, "the folder")
+    other = {**started, "model": {"name": "resnet10t", "kwargs": {"channels": (16, 64)}}}
+    with pytest.raises(CheckpointError, match=facts("model.kwargs.channels")):
+        folder.require_same(other, "the checkpoint")
+    folder.close()

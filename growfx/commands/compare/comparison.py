@@ -10,15 +10,16 @@ import itertools
 import math
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from growfx import methods
-from growfx.commands.compare.pool import DENSE, RunSpec, field_names, processes, run_all
+from growfx.commands.compare.pool import DENSE, Report, RunSpec, field_names, processes, run_all
 from growfx.commands.compare.progress import Meter, finished
+from growfx.commands.compare.ray_cluster import Cluster
 from growfx.commands.compare.report import FORMAT, run_facts, write_comparison
 from growfx.commands.starting_weights import file_digest
 from growfx.errors import CheckpointError, ConfigError, did_you_mean
@@ -27,6 +28,9 @@ from growfx.methods.growth.rounds import Growing
 from growfx.options import DataOptions, TrainOptions, parse_assignments
 from growfx.runs.folder import RunFolder, refuse_existing
 from growfx.training.recipe import private_randomness
+
+# Executes runs (name, options, folder) and reports on them.
+Launch = Callable[[Sequence[tuple[str, RunSpec, Path]]], Generator[Report]]
 
 __all__ = ["Comparison", "FinishedRun", "Planned", "compare", "plan_controls"]
 
@@ -253,6 +257,7 @@ def compare(
     pretrained: bool = False,
     checkpoint: str | Path | None = None,
     jobs: int | None = None,
+    cluster: Cluster | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -274,7 +279,9 @@ def compare(
         controls: add those of `plan_controls`.
         exclude: patterns of names of layers that get no mask, in any run.
         pretrained, checkpoint: start every run from the library's pretrained weights, or from a state dict in a file.
-        jobs: runs at the same time; by default one for each core, with one thread each, or 8 on an accelerator.
+        jobs: runs at the same time; by default one for each core, with one thread each, or 8 on an accelerator; on a
+            cluster as many as there is room for.
+        cluster: execute the runs there; `out` is on storage that its nodes share. None: on this machine.
         resume: continue in `out`; more methods, densities, seeds and controls may be asked for than before.
         overwrite: replace the comparison in `out`.
 
@@ -302,17 +309,28 @@ def compare(
         None if checkpoint is None else Path(checkpoint),
     )
     planned = comparison.runs()
-    jobs, threads = processes(jobs, planned[0].spec.train_options.device)
+    launch, jobs = _launcher(cluster, jobs, planned[0].spec.train_options.device, Path(out) / "logs")
     folder = _open(Path(out), comparison, resume=resume, overwrite=overwrite)
     work = Path(out) / "runs"
     work.mkdir(exist_ok=True)
-    planned, errors = _train_and_control(comparison, planned, work, jobs, threads, progress=progress)
+    planned, errors = _train_and_control(comparison, planned, work, launch, progress=progress)
     runs = [_facts_of(run, work, errors.get(run.name)) for run in planned]
     return write_comparison(folder, {**folder.config, "data": data, "jobs": jobs}, runs)
 
 
+def _launcher(cluster: Cluster | None, jobs: int | None, device: str, logs: Path) -> tuple[Launch, int | None]:
+    """How runs are executed, and how many at the same time (None: as many as a cluster has room for)."""
+    if cluster is None:
+        count, threads = processes(jobs, device)
+        return (lambda runs: run_all(runs, logs, jobs=count, threads=threads)), count
+    if jobs is not None and jobs < 1:
+        raise ConfigError(f"`--jobs` is {jobs}; allowed are whole numbers from 1 up")
+    cluster.connect()
+    return (lambda runs: cluster.run_all(runs, jobs=jobs)), jobs
+
+
 def _train_and_control(
-    comparison: Comparison, planned: list[Planned], work: Path, jobs: int, threads: int, *, progress: bool
+    comparison: Comparison, planned: list[Planned], work: Path, launch: Launch, *, progress: bool
 ) -> tuple[list[Planned], dict[str, str]]:
     """Train all runs, then the controls that follow from them; returns all, and the errors of those that failed."""
     errors = dict[str, str]()
@@ -322,14 +340,14 @@ def _train_and_control(
         if controls:
             expected = {run.name: FinishedRun(_expected_epochs(run.spec), run.asked or 0.5) for run in planned}
             _expect(meter, plan_controls(comparison, planned, expected, work))
-        _train_all(planned, work, jobs, threads, meter, errors)
+        _train_all(planned, work, launch, meter, errors)
         if controls:
             ended = {run.name: finished(work / run.name) for run in planned}
             known = {n: FinishedRun(r["epochs"], r["nnz"] / r["numel"]) for n, r in ended.items() if r is not None}
             more = plan_controls(comparison, planned, known, work)
             meter.keep(run.name for run in [*planned, *more])
             _expect(meter, more)
-            _train_all(more, work, jobs, threads, meter, errors)
+            _train_all(more, work, launch, meter, errors)
             planned = [*planned, *more]
     return planned, errors
 
@@ -346,11 +364,9 @@ def _facts_of(run: Planned, work: Path, error: str | None) -> dict[str, Any]:
     )
 
 
-def _train_all(
-    planned: Sequence[Planned], work: Path, jobs: int, threads: int, meter: Meter, errors: dict[str, str]
-) -> None:
+def _train_all(planned: Sequence[Planned], work: Path, launch: Launch, meter: Meter, errors: dict[str, str]) -> None:
     todo = [(run.name, run.spec, work / run.name) for run in planned if finished(work / run.name) is None]
-    with closing(run_all(todo, work.parent / "logs", jobs=jobs, threads=threads)) as reports:
+    with closing(launch(todo)) as reports:
         for report in reports:
             meter.take(report.name, report.epochs, ended=report.ended, failed=report.error is not None)
             if report.error is not None:

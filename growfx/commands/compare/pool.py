@@ -31,13 +31,13 @@ from growfx.training.recipe import pick_device
 if TYPE_CHECKING:
     from growfx.runs.result import Result
 
-__all__ = ["DENSE", "Report", "RunSpec", "field_names", "processes", "run_all"]
+__all__ = ["DENSE", "POLL", "PRELOAD", "Report", "RunSpec", "field_names", "processes", "run_all"]
 
 DENSE = "dense"  # no method: all weights are trained
 _ACCELERATOR_JOBS = 8  # small networks leave most of an accelerator idle
 _PATIENCE = 10.0  # seconds
-_POLL = 0.5  # seconds between looks at what the runs have logged
-_PRELOAD = [
+POLL = 0.5  # seconds between looks at what the runs have logged
+PRELOAD = [
     "torch",
     "timm",
     "torchvision",
@@ -183,7 +183,7 @@ def run_all(runs: Sequence[tuple[str, RunSpec, Path]], logs: Path, *, jobs: int,
         while waiting or running:
             while waiting and len(running) < jobs:
                 running.append(_Child(context, *waiting.pop(), logs, threads))
-            connection.wait([child.results for child in running], _POLL)
+            connection.wait([child.results for child in running], POLL)
             for child in list(running):
                 report = child.look()
                 if report is not None:
@@ -214,7 +214,7 @@ def _context() -> BaseContext:
     """Processes forked from one that has imported everything, so that a fresh one takes a moment."""
     if "forkserver" in multiprocessing.get_all_start_methods():
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOAD)
+        context.set_forkserver_preload(PRELOAD)
         return context
     return multiprocessing.get_context("spawn")
 

@@ -1,0 +1,46 @@
+"""The networks that come with growfx."""
+
+import json
+
+import pytest
+import torch
+from places import ROOT
+
+import growfx
+from growfx.artifact.hub import included_names, local_path
+from growfx.commands.inspection import accuracy_of
+
+KEPT = json.loads((ROOT / "benchmarks" / "results" / "included.json").read_text())
+ROWS = {row["name"]: row for row in KEPT["networks"]}
+
+
+def test_there_are_a_few_and_each_is_one_of_the_script() -> None:
+    assert 3 <= len(included_names()) <= 8
+    assert included_names() == sorted(ROWS)
+
+
+@pytest.mark.parametrize("name", included_names())
+def test_a_network_is_small_loads_and_has_the_accuracy_of_its_card(name: str) -> None:
+    folder = local_path(f"growfx:{name}")
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 300_000
+    model = growfx.load(f"growfx:{name}")
+    assert not any(type(module).__module__.startswith("growfx") for module in model.modules())
+    info = growfx.inspect(f"growfx:{name}")
+    assert model(torch.randn(2, *info.provenance["input"]["input_size"])).shape == (2, 10)
+    found = accuracy_of(f"growfx:{name}", "digits", "test")
+    assert found["accuracy"] == pytest.approx(ROWS[name]["test_accuracy"], abs=1.5 / found["images"])
+    assert (info.nnz, info.numel) == (ROWS[name]["nnz"], ROWS[name]["numel"])
+    card = (folder / "README.md").read_text()
+    assert f"| test accuracy | {ROWS[name]['test_accuracy']:.2%} |" in card
+    assert "license: apache-2.0" in card
+    assert "| data | `digits` |" in card
+
+
+def test_an_unknown_name_is_answered_by_the_list() -> None:
+    with pytest.raises(growfx.ArtifactError) as caught:
+        growfx.load("growfx:digits-resnet10t-growm")
+    assert all(f"`growfx:{name}`" in str(caught.value) for name in included_names())
+    assert "did you mean `digits-resnet10t-grown`?" in str(caught.value)
+    for name in ("", "../included", "digits-resnet10t-grown/config.json"):
+        with pytest.raises(growfx.ArtifactError, match="comes with growfx"):
+            growfx.load(f"growfx:{name}")
