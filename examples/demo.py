@@ -1,11 +1,13 @@
 """Grow a small ResNet on the bundled digits, train a dense control, reload what has grown, compare.
 
-Writes `runs/demo` (grown) and `runs/demo-dense` (the control: same network, same final schedule). Every step is
-a command of the command line in a process of its own; they are printed as they run. A few minutes on two cores.
+Writes `runs/demo` (grown), with a page in `runs/demo/web` that reads the digits you draw, and `runs/demo-dense` (the
+control: same network, same final schedule). Every step is a command of the command line in a process of its own; they
+are printed as they run. A few minutes on two cores.
 """
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -55,6 +57,9 @@ def main() -> None:
     dense = json.loads(growfx("train", *shared, "--method", "dense", "--out", str(DENSE)))
     sizes = [json.loads(growfx("inspect", str(path / "artifact"), "--json"))["bytes"] for path in (GROWN, DENSE)]
     reloaded = json.loads(growfx("eval", str(GROWN / "artifact"), "--data", "digits", "--json"))["accuracy"]
+    page = GROWN / "web"
+    shutil.rmtree(page, ignore_errors=True)  # of an earlier demo
+    growfx("export", str(GROWN), "--web", str(page))
     rows = [row("grown", grown, sizes[0]), row("dense control", dense, sizes[1])]
     print(
         tabulate(
@@ -66,6 +71,7 @@ def main() -> None:
     told = f", on a curve that is {fit['curve']}" if fit else ""
     print(f"growth stopped: {grown['stop_reason']}, after {len(grown['trace'])} rounds{told}")
     print(f"curve: {GROWN}/curve.png, every round and how its new edges fared: {GROWN}/summary.txt")
+    print(f"draw a digit for it: open {page}/index.html in a browser")
     same = "the same" if reloaded == grown["test_accuracy"] else "NOT the same"
     print(f"reloaded in a new process: {100 * reloaded:.2f} %, {same}")
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from growfx.artifact import to_scipy as to_scipy
     from growfx.deploy import export_native as export_native
     from growfx.deploy import export_onnx as export_onnx
+    from growfx.deploy import export_web as export_web
     from growfx.deploy import load as load
     from growfx.deploy import save as save
     from growfx.deploy import unwrap as unwrap
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "analysis.network_cost": ("cost",),
     "artifact": ("inspect", "to_numpy", "to_scipy"),
-    "deploy": ("export_native", "export_onnx", "load", "save", "unwrap"),
+    "deploy": ("export_native", "export_onnx", "export_web", "load", "save", "unwrap"),
     "errors": (
         "ArtifactError",
         "CheckpointError",

@@ -191,13 +191,14 @@ def train(method: str, density: float | None, **given: Any) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="artifact folder")
 @click.option("--native", type=click.Path(path_type=Path), help="folder with a C++ program that runs the network")
+@click.option("--web", type=click.Path(path_type=Path), help="folder with a page that runs the network in a browser")
 @click.option("--dense", is_flag=True, help="also write a dense model.safetensors that timm loads")
 @click.option("--compact", is_flag=True, help="leave out units that the outputs do not need, fold norms")
 @click.option("--onnx", type=click.Path(path_type=Path), help="also write the network as one (dense) ONNX file")
 @click.option("--best", is_flag=True, help="from the checkpoint of the best validation accuracy, not the last")
 @click.option("--json", "as_json", is_flag=True, help="print the facts as JSON")
 def export(run: Path, best: bool, as_json: bool, **targets: Any) -> None:
-    """Write the artifact of a run from its checkpoint, or what runs it elsewhere; one of --out and --native at least.
+    """Write the artifact of a run from its checkpoint, or what runs it elsewhere; one of --out, --native, --web.
 
     The folder of --native needs a C++ compiler, and neither Python nor torch.
     """

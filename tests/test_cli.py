@@ -162,6 +162,22 @@ def test_an_artifact_is_evaluated_alike_in_a_new_process(run):
     assert json.loads(shown.stdout)["accuracy"] == expected
 
 
+def test_a_page_that_runs_the_run_can_be_written(run, tmp_path, capsys):
+    assert call("export", run, "--web", tmp_path / "web", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)["web"]
+    assert facts["classes"] == 10
+    page = (tmp_path / "web" / "index.html").read_text()
+    config = json.loads((run / "config.json").read_text())
+    told = json.loads(page.partition('<script id="facts" type="application/json">')[2].partition("</script>")[0])
+    assert told["classes"] == config["data"]["classes"]
+    assert told["input"]["mean"] == config["input"]["mean"]
+    assert (told["draw"], told["grain"]) == (True, 8)
+    assert call("export", run, "--web", tmp_path / "web") == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert call("export", run) == 2
+    assert "--web DIR" in capsys.readouterr().err
+
+
 def test_the_best_checkpoint_can_be_exported_too(run, tmp_path, capsys):
     import growfx
 

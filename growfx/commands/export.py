@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ from growfx.commands.job import reopen
 from growfx.deploy.native.export import export_native, native_target
 from growfx.deploy.onnx import export_onnx, onnx_target, require_onnx
 from growfx.deploy.saving import check_options, save, save_small, small_network
+from growfx.deploy.web.export import export_web
 from growfx.errors import ConfigError
 from growfx.masked.graph import MaskedGraph
 from growfx.reporting.run import percent, provenance
-from growfx.runs.folder import RunFolder
 
 __all__ = ["Targets", "export_run"]
 
@@ -28,13 +29,14 @@ class Targets:
 
     out: Path | None = None
     native: Path | None = None
+    web: Path | None = None
     onnx: Path | None = None
     dense: bool = False
     compact: bool = False
 
     def __post_init__(self) -> None:
-        if self.out is None and self.native is None:
-            raise ConfigError("`growfx export` has nothing to write; give `--out DIR` or `--native DIR`")
+        if all(target is None for target in (self.out, self.native, self.web)):
+            raise ConfigError("`growfx export` has nothing to write; give `--out DIR`, `--native DIR` or `--web DIR`")
         about_out = [name for name in ("dense", "compact", "onnx") if getattr(self, name)]
         if self.out is None and about_out:
             raise ConfigError(f"`--{about_out[0]}` goes with `--out DIR`, which is missing")
@@ -48,6 +50,8 @@ class Targets:
             onnx_target(self.onnx)
         if self.native is not None:
             native_target(self.native, "growfx export --native")
+        if self.web is not None:
+            native_target(self.web, "growfx export --web")
 
 
 def export_run(run: Path, targets: Targets, *, best: bool = False) -> tuple[dict[str, Any], str]:
@@ -56,13 +60,20 @@ def export_run(run: Path, targets: Targets, *, best: bool = False) -> tuple[dict
     Raises:
         CheckpointError: no run, or no checkpoint.
         ArtifactError: a target cannot be written.
-        UnsupportedOperatorError: `native` has no kernel for an operator; nothing is written.
+        UnsupportedOperatorError: `native` or `web` has no kernel for an operator; nothing is written.
+        ConfigError: `web` is for a network that takes images and gives classes.
     """
     targets.check()
     net, folder = reopen(run, best=best)
+    # The result's figures are those of the last epoch, not of the best one.
+    origin = provenance(folder, None if best else folder.read_json("result.json"))
     facts: dict[str, Any] = {}
     lines: list[str] = []
-    # First what may be refused.
+    # First what may be refused; a page more often than a program.
+    if targets.web is not None:
+        web = export_web(net, targets.web, provenance=origin)
+        facts["web"] = web.to_json()
+        lines.append(str(web))
     if targets.native is not None:
         native = export_native(net, targets.native)
         facts["native"] = native.to_json()
@@ -70,18 +81,15 @@ def export_run(run: Path, targets: Targets, *, best: bool = False) -> tuple[dict
     if targets.onnx is not None:
         export_onnx(net, targets.onnx)
     if targets.out is not None:
-        # The result's figures are those of the last epoch, not of the best one.
-        result = None if best else folder.read_json("result.json")
-        written, text = _write_artifact(net, folder, targets.out, result, dense=targets.dense, compact=targets.compact)
+        written, text = _write_artifact(net, targets.out, origin, dense=targets.dense, compact=targets.compact)
         facts |= written
         lines.insert(0, text)
     return facts, "\n".join(lines)
 
 
 def _write_artifact(
-    net: MaskedGraph, folder: RunFolder, out: Path, result: Any, *, dense: bool, compact: bool
+    net: MaskedGraph, out: Path, origin: Mapping[str, Any], *, dense: bool, compact: bool
 ) -> tuple[dict[str, Any], str]:
-    origin = provenance(folder, result)
     small = small_network(net) if compact else None
     if small is None:
         info = save(net, out, dense=dense, compact=compact, provenance=origin)

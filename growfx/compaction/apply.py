@@ -23,6 +23,7 @@ from growfx.masked.module_copy import copy_modules
 
 __all__ = [
     "apply_plan",
+    "apply_trusted",
     "columns_axis",
     "hollow",
     "kept_indices",
@@ -141,6 +142,11 @@ def apply_plan(model: nn.Module, plan: CompactionPlan) -> nn.Module:
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise damaged_plan(f"it does not fit the model ({error})") from error
     _check(model, trial, plan)
+    return _apply(model, plan)
+
+
+def apply_trusted(model: nn.Module, plan: CompactionPlan) -> nn.Module:
+    """`apply_plan` for a plan that was just made of this model: it is not tried on a copy before."""
     return _apply(model, plan)
 
 

@@ -30,7 +30,7 @@ from growfx.passes.trials.halving import largest_fitting
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph
 
-__all__ = ["ChannelPlanner", "PlanOptions", "read_floors"]
+__all__ = ["ChannelPlanner", "PlanOptions", "read_floors", "read_patterns"]
 
 _COSTS = {"params": ("params", "weights"), "flops": ("flops",), "time": ("time",)}
 _SHOWN = 3
@@ -78,6 +78,11 @@ def read_floors(text: str) -> dict[str, float]:
         if not equals or not pattern:
             raise ConfigError(f"`floors` expects PATTERN=FRACTION between commas, got `{part}`")
     return floors
+
+
+def read_patterns(text: str) -> tuple[str, ...]:
+    """Read glob patterns between commas."""
+    return tuple(filter(None, (part.strip() for part in text.split(","))))
 
 
 class ChannelPlanner:
@@ -298,7 +303,7 @@ class ChannelPlanner:
         def problem(chosen: list[int]) -> str:
             gone = self._mark((i, [families[i].units[place] for place in removed[i]]) for i in chosen)
             zeroed = self._zeroed(model, gone)
-            return self._cutter.difference(zeroed, self.units, gone, self._example)
+            return self._cutter.difference(zeroed, self.units, gone)
 
         with torch.no_grad(), undisturbed(self.net):
             return largest_fitting(_by_kind(clusters, families), problem)[1] if clusters else {}

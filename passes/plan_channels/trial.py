@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from growfx.analysis.connectivity import Connectivity
-from growfx.compaction.apply import apply_plan, sharing_copy
+from growfx.compaction.apply import apply_trusted, sharing_copy
 from growfx.errors import ArtifactError
-from growfx.passes.compact.choice import Chooser, make_plan
+from growfx.passes.compact.choice import Chooser, Removal, make_plan
 from growfx.passes.compact.liveness import Liveness
 from growfx.passes.plan_channels.units import WholeUnits
 from growfx.passes.record.recording import meta_copy
@@ -33,58 +32,46 @@ class Cutter:
     """
 
     def __init__(self, model: nn.Module, found: Connectivity, example: Inputs) -> None:
-        self._model, self._example = model, example
+        self._example = example
         self._chooser = Chooser(model, found, _all_dead(found))
         self.refused, self.leads = self._chooser.refused, self._chooser.leads
-        self._hollow: nn.Module | None = meta_copy(model)
-        self._shapes: list[torch.Size] = []
-        try:
-            self._shapes = [value.shape for value in outputs_of(self._hollow, _on_meta(example))]
-        except Exception:  # it reads its data
-            self._hollow = None
 
     def forget_values(self) -> None:
-        """Drop the weights, and the copy without values, which are not needed to cut other copies of the model."""
-        self._chooser.model, self._hollow = meta_copy(self._chooser.model), None
+        """Drop the weights, which are not needed to cut other copies of the model."""
+        self._chooser.model = meta_copy(self._chooser.model)
 
     def problem(self, units: WholeUnits, gone: Tensor) -> str:
-        """What is wrong, by shapes alone, when whole units leave; "" where nothing is or nothing can be said.
+        """What keeps the model's code from running when whole units leave; "" where nothing does.
 
         `gone`: bool of every whole unit.
         """
-        groups = units.groups(gone)
-        removal, back = self._chooser.removal(list(groups))
-        if back:
-            return next(iter(back.values()))
-        if self._hollow is None:
-            return ""
-        try:
-            small = apply_plan(sharing_copy(self._hollow), make_plan(self._chooser, removal)[0])
-            shapes = [value.shape for value in outputs_of(small, _on_meta(self._example))]
-        except ArtifactError as error:
-            return str(error).rpartition(": ")[2]
-        except Exception as error:  # whatever the model's code makes of other sizes
-            return f"the model fails without it: {_first_line(error)}"
-        return "" if shapes == self._shapes else "the outputs would have another shape"
+        return self._run(self._chooser.model, units, gone)[1]
+
+    def difference(self, model: nn.Module, units: WholeUnits, gone: Tensor) -> str:
+        """What is wrong with the outputs when whole units leave `model`, whose weights from and to them are zero."""
+        outputs, problem = self._run(model, units, gone)
+        if problem:
+            return problem
+        error = largest_error(outputs, outputs_of(model, self._example))
+        return "" if error <= _SAME else f"the outputs would differ by {error:.2g} of the largest"
 
     def cut(self, model: nn.Module, units: WholeUnits, gone: Tensor) -> nn.Module:
         """A copy of a model without whole units."""
-        removal, _ = self._chooser.removal(units.groups(gone))
-        return apply_plan(sharing_copy(model), make_plan(self._chooser, removal)[0])
+        return self._without(model, self._chooser.removal(units.groups(gone))[0])
 
-    def difference(self, model: nn.Module, units: WholeUnits, gone: Tensor, inputs: Inputs) -> str:
-        """What is wrong with the values when whole units leave `model`, whose weights from and to them are zero."""
-        back = self._chooser.removal(units.groups(gone))[1]
+    def _without(self, model: nn.Module, removal: Removal) -> nn.Module:
+        return apply_trusted(sharing_copy(model), make_plan(self._chooser, removal)[0])
+
+    def _run(self, model: nn.Module, units: WholeUnits, gone: Tensor) -> tuple[list[Tensor], str]:
+        removal, back = self._chooser.removal(units.groups(gone))
         if back:
-            return next(iter(back.values()))
+            return [], next(iter(back.values()))
         try:
-            small = self.cut(model, units, gone)
-            error = largest_error(outputs_of(small, inputs), outputs_of(model, inputs))
+            return outputs_of(self._without(model, removal), self._example), ""
         except ArtifactError as error:
-            return str(error).rpartition(": ")[2]
-        except Exception as error:
-            return f"the model fails without it: {_first_line(error)}"
-        return "" if error <= _SAME else f"the outputs would differ by {error:.2g} of the largest"
+            return [], str(error).rpartition(": ")[2]
+        except Exception as error:  # whatever the model's code makes of other sizes
+            return [], f"the model fails without it: {_first_line(error)}"
 
 
 def _all_dead(found: Connectivity) -> Liveness:
@@ -98,11 +85,6 @@ def _all_dead(found: Connectivity) -> Liveness:
         constant={name: torch.zeros(width, dtype=torch.float64) for name, (_, width) in sizes.items()},
         edges={name: torch.zeros(1, 1, dtype=torch.bool).expand(size) for name, size in sizes.items()},
     )
-
-
-def _on_meta(inputs: Inputs) -> Inputs:
-    move = lambda v: v.to("meta") if isinstance(v, Tensor) else v  # noqa: E731
-    return Inputs(*pytree.tree_map(move, (inputs.args, dict(inputs.kwargs))))
 
 
 def _first_line(error: Exception) -> str:

@@ -80,6 +80,20 @@ def test_methods_that_are_given_a_density_run_at_each_and_others_once_for_every_
     assert by_name["dense-s0"].spec.make_method() is None
 
 
+def test_methods_of_whole_units_read_densities_as_budgets_of_parameters():
+    runs = planned("static", "channel-prune", "channel-growth", densities=(0.5, 0.3)).runs()
+    found = [(run.spec.method, run.asked, run.spec.method_options.get("budget")) for run in runs]
+    assert found[2:] == [
+        ("channel-prune", 0.5, "params=0.5"),
+        ("channel-prune", 0.3, "params=0.3"),
+        ("channel-growth", None, None),
+    ]
+    (run,) = planned("channel-prune", assignments=("channel-prune.budget=time=0.7",)).runs()
+    assert (run.asked, run.spec.method_options["budget"]) == (None, "time=0.7")
+    with pytest.raises(ConfigError, match="`--densities`, which are budgets of parameters"):
+        planned("channel-prune", densities=(0.5,), sweeps={"channel-prune.budget": ("flops=0.5",)})
+
+
 def test_without_densities_methods_run_at_their_default_and_the_table_says_which():
     (run,) = planned("static").runs()
     assert (run.name, run.asked) == ("static-s0", 0.1)

@@ -73,6 +73,8 @@ METHODS = {
     "snip": {"density": 0.2},
     "synflow": {"density": 0.2, "rounds": 3},
     "phew": {"density": 0.2},
+    "channel-prune": {"budget": "flops=0.5", "update_every": 2, "floor": 0.0},
+    "channel-growth": {"seed_density": 0.4, "max_density": 0.8, "epochs_per_round": 1},
     "random-growth": {"seed_density": 0.2, "max_density": 0.5, "epochs_per_round": 1},
     "gradient-growth": {"seed_density": 0.2, "max_density": 0.5, "epochs_per_round": 1},
     "pwmpr": {"seed_density": 0.2, "max_density": 0.5, "epochs_per_round": 1},

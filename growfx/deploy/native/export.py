@@ -27,7 +27,7 @@ from growfx.recorded.inputs import Inputs, as_inputs
 from growfx.runtime.native.plan import Plan
 from growfx.runtime.native.sources import source_files
 
-__all__ = ["NETWORK", "NativeExport", "export_native", "native_plan", "native_target"]
+__all__ = ["NETWORK", "NativeExport", "export_native", "native_plan", "native_target", "prepared_network"]
 
 NETWORK = "network.gfx"
 
@@ -135,11 +135,11 @@ def native_target(out: Any, door: str = "growfx.export_native") -> Path:
 
 def native_plan(path_or_net: Any, example_inputs: Any = None, door: str = "growfx.export_native") -> Plan:
     """The plan of an artifact, a masked graph or a module; see `export_native`."""
-    model, masks, inputs = _prepared(path_or_net, example_inputs, door)
+    model, masks, inputs = prepared_network(path_or_net, example_inputs, door)
     return plan_network(model, masks, inputs)
 
 
-def _prepared(source: Any, example: Any, door: str) -> tuple[nn.Module, dict[str, Tensor], Inputs]:
+def prepared_network(source: Any, example: Any, door: str) -> tuple[nn.Module, dict[str, Tensor], Inputs]:
     """A plain network of its own in float32 on the CPU, masks by the name of their parameter, example inputs."""
     import copy
 

@@ -22,10 +22,10 @@ from growfx.masked.optimizers import clear_state, optimizers_of
 from growfx.methods.growth.rounds import Growing
 from growfx.methods.growth.snapshots import Origin, counted_where_zero
 from growfx.methods.growth.state import Growth
-from growfx.methods.starting import given_masks
+from growfx.methods.scope import listed
 from growfx.passes.path_products.products import path_gradients
 from growfx.passes.plan_channels.gain import magnitudes, path_masses, path_scores
-from growfx.passes.plan_channels.planner import ChannelPlanner, PlanOptions
+from growfx.passes.plan_channels.planner import ChannelPlanner, PlanOptions, read_patterns
 from growfx.selection.budget import largest_within
 from growfx.selection.edge_keys import EdgeKeys
 
@@ -42,7 +42,7 @@ class ChannelGrowth(Growing):
     """Growth of width in whole groups of coupled units; options as in `Growing`, and
 
     Attributes:
-        exclude: glob patterns of layers that have all of their units from the start.
+        exclude: glob patterns, between commas, of layers that have all of their units from the start.
 
     The seed has at least one group of every kind of units that can be absent, and further ones as `seed_density`
     allows: "drawn" in proportion to how often a path visits them, or those of largest "magnitude". None takes the
@@ -61,13 +61,12 @@ class ChannelGrowth(Growing):
     needs_whole: ClassVar[str] = "it scores whole units"
     reads_gradient: ClassVar[bool] = False
 
-    exclude: tuple[str, ...] = ()
+    exclude: str = ""
 
     def __post_init__(self) -> None:
         given: Any = self.exclude
-        if isinstance(given, (str, list)):
-            parts = [part.strip() for part in given.split(",")] if isinstance(given, str) else given
-            object.__setattr__(self, "exclude", tuple(part for part in parts if part))
+        if isinstance(given, (list, tuple)):
+            object.__setattr__(self, "exclude", ",".join(map(str, given)))
         super().__post_init__()
 
     # -- the seed -------------------------------------------------------------------------------------------
@@ -75,12 +74,12 @@ class ChannelGrowth(Growing):
     def _seed_masks(self, growth: Growth) -> Mapping[str, Tensor]:
         net = growth.net
         stays = {name: f"`{name}` is not trained" for name in net.layers if name not in growth.scope.names}
-        planner = ChannelPlanner(net, PlanOptions(floor=0.0, exclude=self.exclude), stays=stays)
+        planner = ChannelPlanner(net, PlanOptions(floor=0.0, exclude=read_patterns(self.exclude)), stays=stays)
         growth.tools["planner"] = planner
         growth.initial = Origin.take(net)
         planner.forget_values()
         if self.masks == "given":
-            return given_masks(growth.scope.layers)
+            return super()._seed_masks(growth)
         gains = path_masses(net, planner.units, path_scores(net))
         if self.masks == "magnitude":
             order = _within_families(planner, -magnitudes(net, planner.units).numpy())
@@ -98,20 +97,26 @@ class ChannelGrowth(Growing):
             masks = _masks(growth, planner, order[count:])
             return growth.price.spent(growth.scope, masks) / growth.price.total(growth.scope)
 
-        least = share(first)
+        least, alone = share(first), _share_off_path(growth)
         wanted = self.seed_density
         if wanted is None:
-            fitting = (value for value in _AUTOMATIC if least <= value <= self.max_density)
-            wanted = next(fitting, least)
+            steps = [*_AUTOMATIC, *(alone + (1 - alone) * step for step in _AUTOMATIC if alone > _AUTOMATIC[-1])]
+            wanted = next((value for value in steps if least <= value <= self.max_density), least)
         if wanted < least or least > self.max_density:
-            held = planner.held_up()
-            raise ConfigError(
-                f"`seed_density` is {self.seed_density} and `max_density` {self.max_density}; the narrowest network, "
-                f"with one unit wherever units can be absent, has {least:.4g}, so allowed are values from there up; "
-                f"{held}"
-            )
+            raise ConfigError(self._too_narrow(growth, planner, least))
         more = largest_within(lambda count: share(first + count), wanted, len(order) - first)
         return _masks(growth, planner, order[first + more :])
+
+    def _too_narrow(self, growth: Growth, planner: ChannelPlanner, least: float) -> str:
+        off_path = (
+            f"; {listed(growth.scope.left)} are on no path and stay as they are: wrap the model with `exclude` "
+            "(`--exclude` on the command line) for these, which are then not counted"
+        )
+        return (
+            f"`seed_density` is {self.seed_density}, and at most {self.max_density}; the narrowest network, with one "
+            f"unit wherever units can be absent, has {least:.4g}, so allowed are values from there up. "
+            f"{planner.held_up()}{off_path if growth.scope.left else ''}"
+        )
 
     # -- rounds ---------------------------------------------------------------------------------------------
 
@@ -237,6 +242,13 @@ def would_carry(growth: Growth, planner: ChannelPlanner) -> np.ndarray:
 
 def _planner(growth: Growth) -> ChannelPlanner:
     return growth.tools["planner"]
+
+
+def _share_off_path(growth: Growth) -> float:
+    """The share of layers that no path crosses, which stay as they are."""
+    layers = growth.net.layers
+    spent = sum(growth.price.of(name) * layers[name].nnz for name in growth.scope.left)
+    return spent / growth.price.total(growth.scope)
 
 
 def _arrivals(keys: EdgeKeys, weights: np.ndarray) -> np.ndarray:

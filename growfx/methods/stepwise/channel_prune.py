@@ -20,7 +20,7 @@ from growfx.methods.stepwise.schedules import Ramp, step_at
 from growfx.notices import warn_once
 from growfx.options import option
 from growfx.passes.plan_channels.gain import SCORES, magnitudes, path_masses, path_scores, taylor
-from growfx.passes.plan_channels.planner import ChannelPlanner, PlanOptions, read_floors
+from growfx.passes.plan_channels.planner import ChannelPlanner, PlanOptions, read_floors, read_patterns
 
 __all__ = ["ChannelPrune"]
 
@@ -49,7 +49,7 @@ class ChannelPrune(Stepwise):
         floor: the fraction of like units that stays at least, and one.
         floors: PATTERN=FRACTION between commas: another such fraction for the layers that a glob pattern matches.
         round_to: layers that lose units keep a multiple of this many.
-        exclude: glob patterns of layers that keep all of their units.
+        exclude: glob patterns, between commas, of layers that keep all of their units.
         plan: a plan to carry out exactly, instead of one of its own: what `growfx.plan_channels` returned, its JSON, or
             the name of a file with that.
 
@@ -71,14 +71,13 @@ class ChannelPrune(Stepwise):
     floor: float = option(0.1, low=0, high=1)
     floors: str = ""
     round_to: int = option(1, low=1)
-    exclude: tuple[str, ...] = ()
+    exclude: str = ""
     plan: str | None = None
 
     def __post_init__(self) -> None:
         given: Any = self.exclude
-        if isinstance(given, (str, list)):
-            parts = [part.strip() for part in given.split(",")] if isinstance(given, str) else given
-            object.__setattr__(self, "exclude", tuple(part for part in parts if part))
+        if isinstance(given, (list, tuple)):
+            object.__setattr__(self, "exclude", ",".join(map(str, given)))
         plan: Any = self.plan
         if isinstance(plan, (ChannelPlan, Mapping)):
             values = plan.to_json() if isinstance(plan, ChannelPlan) else dict(plan)
@@ -132,7 +131,7 @@ class ChannelPrune(Stepwise):
         if known is None or known[0] != names:
             stays = {n: f"`{n}` is not trained" for n in course.net.layers if n not in names}
             stays |= {n: f"`{n}` is on no path" for n in course.scope.left}
-            options = PlanOptions(self.floor, read_floors(self.floors), self.round_to, self.exclude)
+            options = PlanOptions(self.floor, read_floors(self.floors), self.round_to, read_patterns(self.exclude))
             timed = self._budget.kind == "time"
             known = course.tools["planner"] = names, ChannelPlanner(course.net, options, stays=stays, timed=timed)
         return known[1]

@@ -44,6 +44,9 @@ void Buffer::Free::operator()(char* p) const { std::free(p); }
 bool Buffer::reserve(int64_t floats) {
   if (floats <= size_ && data_) return true;
   constexpr uintptr_t LINE = 64;
+  // Where addresses have 32 bits, the number of bytes of what a file asks for may have more.
+  constexpr int64_t MOST = PTRDIFF_MAX / static_cast<int64_t>(sizeof(float)) - BEHIND - static_cast<int64_t>(LINE);
+  if (floats > MOST) return false;
   const size_t bytes = (static_cast<size_t>(floats) + BEHIND) * sizeof(float) + LINE;
   memory_.reset(static_cast<char*>(std::calloc(bytes, 1)));
   size_ = memory_ ? floats : 0;
@@ -113,6 +116,15 @@ std::string Session::make_step(size_t index, int64_t batch) {
   Arguments a;
   a.step = &step;
   for (const uint32_t id : step.inputs) a.inputs.push_back(operand(id));
+  if (takes_sparse(network_.kernels[step.kernel]) && a.inputs.size() > 1 && !a.inputs[1].constant &&
+      computed_[network_.values[step.inputs[1]].slot]) {
+    Tensor& weight = a.inputs[1];
+    auto constant = std::make_unique<Constant>();
+    constant->sizes = weight.sizes, constant->elements = weight.elements;
+    constant->values.assign(weight.data, weight.data + weight.elements + BEHIND);
+    weight.constant = constant.get();
+    weights_.push_back(std::move(constant));
+  }
   a.output = operand(step.output);
   a.kernels = kernels_;
   a.threads = workers_->threads();
@@ -135,6 +147,33 @@ std::string Session::make_step(size_t index, int64_t batch) {
   return "";
 }
 
+void Session::find_once() {
+  once_.assign(network_.steps.size(), 0);
+  computed_.assign(network_.slots, 0);
+  // Slots that one step writes, and nobody else.
+  std::vector<int> writers(network_.slots, 0);
+  for (const uint32_t id : network_.inputs) writers[network_.values[id].slot] = 2;
+  for (const Step& step : network_.steps) ++writers[network_.values[step.output].slot];
+  const size_t values = network_.values.size();
+  const auto is_there = [&](uint32_t id) { return id >= values || computed_[network_.values[id].slot]; };
+  for (size_t i = 0; i < once_.size(); ++i) {
+    const Step& step = network_.steps[i];
+    const uint32_t slot = network_.values[step.output].slot;
+    bool once = writers[slot] == 1;
+    for (const uint32_t id : step.inputs) once = once && is_there(id);
+    for (const Post& post : step.post) once = once && (post.operand == NONE || is_there(post.operand));
+    once_[i] = computed_[slot] = once;
+  }
+}
+
+std::string Session::make_once(size_t index) {
+  const int64_t scratch = prepared_[index].ready->scratch;
+  for (Buffer& buffer : scratch_)
+    if (!buffer.reserve(scratch)) return "not enough memory";
+  run_step(index);
+  return "";
+}
+
 std::string Session::prepare(int64_t batch) {
   if (batch == batch_) return "";
   batch_ = 0;
@@ -142,14 +181,17 @@ std::string Session::prepare(int64_t batch) {
   if (!problem.empty()) return problem;
   prepared_.clear();
   prepared_.resize(network_.steps.size());
+  weights_.clear();
+  find_once();
+  scratch_.resize(static_cast<size_t>(workers_->threads()));
   int64_t scratch = 0;
   for (size_t i = 0; i < prepared_.size(); ++i) {
     problem = make_step(i, batch);
+    if (problem.empty() && once_[i]) problem = make_once(i);
     if (!problem.empty())
       return "step " + std::to_string(i) + " (`" + network_.kernels[network_.steps[i].kernel] + "`): " + problem;
     scratch = std::max(scratch, prepared_[i].ready->scratch);
   }
-  scratch_.resize(static_cast<size_t>(workers_->threads()));
   for (Buffer& buffer : scratch_)
     if (!buffer.reserve(scratch)) return "not enough memory";
   batch_ = batch;
@@ -162,35 +204,39 @@ void Session::set_threads(int threads) {
   batch_ = 0;
 }
 
+void Session::run_step(size_t index) {
+  struct Context {
+    const Session* session;
+    const Prepared* step;
+  };
+  const Prepared& step = prepared_[index];
+  Context context{this, &step};
+  workers_->run(
+      step.ready->tasks,
+      [](void* p, int64_t task, int thread) {
+        const Context& c = *static_cast<const Context*>(p);
+        c.step->ready->run(task, c.session->scratch_[static_cast<size_t>(thread)].data());
+      },
+      &context);
+  if (step.post.empty()) return;
+  workers_->run(
+      (step.elements + POST_TASK - 1) / POST_TASK,
+      [](void* p, int64_t task, int) {
+        const Context& c = *static_cast<const Context*>(p);
+        const int64_t from = task * POST_TASK, count = std::min(POST_TASK, c.step->elements - from);
+        const auto& post = c.step->post;
+        c.session->kernels_->post(post.data(), static_cast<int64_t>(post.size()), c.step->output + from, count, from);
+      },
+      &context);
+}
+
 void Session::run(const float* const* inputs, float* const* outputs) {
   for (size_t i = 0; i < network_.inputs.size(); ++i) {
     const Tensor& value = values_[network_.inputs[i]];
     std::memcpy(value.data, inputs[i], static_cast<size_t>(value.elements) * sizeof(float));
   }
-  struct Context {
-    const Session* session;
-    const Prepared* step;
-  };
-  for (const Prepared& step : prepared_) {
-    Context context{this, &step};
-    workers_->run(
-        step.ready->tasks,
-        [](void* p, int64_t task, int thread) {
-          const Context& c = *static_cast<const Context*>(p);
-          c.step->ready->run(task, c.session->scratch_[static_cast<size_t>(thread)].data());
-        },
-        &context);
-    if (step.post.empty()) continue;
-    workers_->run(
-        (step.elements + POST_TASK - 1) / POST_TASK,
-        [](void* p, int64_t task, int) {
-          const Context& c = *static_cast<const Context*>(p);
-          const int64_t from = task * POST_TASK, count = std::min(POST_TASK, c.step->elements - from);
-          const auto& post = c.step->post;
-          c.session->kernels_->post(post.data(), static_cast<int64_t>(post.size()), c.step->output + from, count, from);
-        },
-        &context);
-  }
+  for (size_t i = 0; i < prepared_.size(); ++i)
+    if (!once_[i]) run_step(i);
   for (size_t i = 0; i < network_.outputs.size(); ++i) {
     const Tensor& value = values_[network_.outputs[i]];
     std::memcpy(outputs[i], value.data, static_cast<size_t>(value.elements) * sizeof(float));

@@ -28,6 +28,13 @@ class Buffer {
 };
 
 class Session {
+  struct Prepared {
+    std::unique_ptr<Ready> ready;
+    std::vector<PostCall> post;  // what the step does not do itself
+    float* output = nullptr;
+    int64_t elements = 0;
+  };
+
  public:
   // Reads a network; "" or what is wrong with it.
   std::string open(const uint8_t* data, size_t size);
@@ -42,14 +49,10 @@ class Session {
  private:
   std::string place(int64_t batch);
   std::string make_step(size_t index, int64_t batch);
+  std::string make_once(size_t index);
+  void find_once();
+  void run_step(size_t index);
   Tensor operand(uint32_t id) const;
-
-  struct Prepared {
-    std::unique_ptr<Ready> ready;
-    std::vector<PostCall> post;  // what the step does not do itself
-    float* output = nullptr;
-    int64_t elements = 0;
-  };
 
   Network network_;
   const Kernels* kernels_ = &kernels_here();
@@ -59,6 +62,9 @@ class Session {
   std::vector<Buffer> slots_;
   std::vector<Buffer> scratch_;  // one for each thread
   std::vector<Prepared> prepared_;
+  // Steps that depend on constants alone are run when a batch size is prepared.
+  std::vector<char> once_, computed_;                 // by step; by slot
+  std::vector<std::unique_ptr<Constant>> weights_;    // computed ones
 };
 
 }  // namespace growfx_native

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from growfx.passes.lower.plan.calls import Calls, Reference
-from growfx.passes.lower.plan.graph import RESHAPE, Chained, Graph, Node, Operand
+from growfx.passes.lower.plan.graph import INPUT, RESHAPE, Chained, Graph, Node, Operand
+from growfx.passes.operators.nests import leaves
 from growfx.runtime.native.plan import Constant, Shape, Size
 
 __all__ = ["Arguments", "Builder", "NoKernelError", "Rule", "axis_of", "numbers", "view_ops"]
@@ -18,7 +21,8 @@ __all__ = ["Arguments", "Builder", "NoKernelError", "Rule", "axis_of", "numbers"
 Arguments = dict[str, Any]
 Rule = Callable[["Builder", Arguments, Sequence[Shape]], "Operand | Sequence[Operand | None]"]
 
-_LEAST, _MOST = 0, 8
+# A constant is computed again where that takes less than this share of its bytes.
+_WORTH = 0.6
 
 
 class NoKernelError(Exception):
@@ -32,12 +36,13 @@ class Builder:
         nodes: so far, in order.
     """
 
-    def __init__(self, calls: Calls, mask_of: Callable[[Tensor], Tensor | None]) -> None:
-        self._calls, self._mask_of = calls, mask_of
-        self._constants: dict[int, Constant] = {}
+    def __init__(self, calls: Calls, mask_of: Callable[[Tensor], Tensor | None], rules: Mapping[str, Rule]) -> None:
+        self._calls, self._mask_of, self._rules = calls, mask_of, rules
+        self._constants: dict[tuple[tuple[int, ...], bytes], Constant] = {}
+        self._sizes: dict[int, float] = {}
         self._made: dict[int, Operand] = {}
         self.nodes: list[Node] = []
-        self._inputs = [Node("input", [], calls.shapes[number]) for number in calls.inputs]
+        self._inputs = [Node(INPUT, [], calls.shapes[number]) for number in calls.inputs]
         self._made.update(zip(calls.inputs, self._inputs, strict=True))
         self.nodes += self._inputs
 
@@ -66,14 +71,55 @@ class Builder:
         return self._calls.constants[reference.number]
 
     def operand(self, reference: Reference) -> Operand:
-        """The node or constant of a tensor."""
+        """The node or constant of a tensor.
+
+        A constant that is much larger than what it is computed from, such as a table of relative positions, is computed
+        again when the network is opened.
+        """
         number = reference.number
-        if number in self._made:
-            return self._made[number]
-        if number not in self._constants:
-            value = self.value(reference)
-            self._constants[number] = self.constant(value, self._mask_of(value))
-        return self._constants[number]
+        if number not in self._made and self.is_constant(reference):
+            self._made[number] = self._recomputed(number) or self._stored(self.value(reference))
+        return self._made[number]
+
+    def _stored(self, value: Tensor) -> Constant:
+        mask = self._mask_of(value)
+        if mask is not None:
+            return self.constant(value, mask)
+        made = self.constant(value)
+        key = (tuple(value.shape), made.tensor.numpy().tobytes())
+        return self._constants.setdefault((key[0], hashlib.sha256(key[1]).digest()), made)
+
+    def _recomputed(self, number: int) -> Operand | None:
+        call = self._calls.makers.get(number)
+        if call is None or call.results[0] != number or self._made_bytes(number) >= self._stored_bytes(number) * _WORTH:
+            return None
+        before = len(self.nodes)
+        try:
+            made = self._rules[call.operator](self, call.arguments, [self._calls.shapes[number]])
+        except NoKernelError:
+            del self.nodes[before:]
+            return None
+        return made if isinstance(made, (Node, Constant)) else made[0]
+
+    def _stored_bytes(self, number: int) -> float:
+        """About how many bytes a constant takes in the file; of indices, as arguments of a step."""
+        value = self._calls.constants[number]
+        mask = self._mask_of(value)
+        each = 3.2 if value.is_floating_point() else 2.0
+        return each * (value.numel() if mask is None else int(mask.sum()))
+
+    def _made_bytes(self, number: int) -> float:
+        """The same of what it is computed from."""
+        call = self._calls.makers.get(number)
+        if call is None or call.operator not in self._rules or self._mask_of(self._calls.constants[number]) is not None:
+            return math.inf
+        read = {x.number for x in leaves(call.arguments) if isinstance(x, Reference)}
+        return sum(map(self._least_bytes, read))
+
+    def _least_bytes(self, number: int) -> float:
+        if number not in self._sizes:
+            self._sizes[number] = min(self._stored_bytes(number), self._made_bytes(number))
+        return self._sizes[number]
 
     def node(self, reference: Reference) -> Node:
         """The same, as a node also where it is a constant."""
@@ -94,7 +140,14 @@ class Builder:
     def finished(self) -> Graph:
         """All nodes, with the outputs."""
         outputs = [self.node(Reference(number)) for number in self._calls.outputs]
-        return Graph(self.nodes, self._inputs, outputs)
+        once: set[int] = set()
+        for node in self.nodes:
+            if node.kernel != INPUT and all(isinstance(x, Constant) or id(x) in once for x in node.operands):
+                once.add(id(node))
+        # The runtime computes what depends on constants alone when it opens the network.
+        first = [node for node in self.nodes if id(node) in once]
+        rest = [node for node in self.nodes if id(node) not in once and node.kernel != INPUT]
+        return Graph([*self._inputs, *first, *rest], self._inputs, outputs)
 
     # -- nodes --------------------------------------------------------------------------------------------------------
 

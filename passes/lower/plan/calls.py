@@ -68,6 +68,7 @@ class Calls:
 
     Attributes:
         calls: in order; those that only compute constants are left out.
+        makers: number of a constant that is computed -> the call that does.
         shapes: by tensor number.
         dtypes: by tensor number.
         constants: tensor number -> its value.
@@ -75,6 +76,7 @@ class Calls:
     """
 
     calls: list[Call]
+    makers: dict[int, Call]
     shapes: dict[int, Shape]
     dtypes: dict[int, torch.dtype]
     constants: dict[int, Tensor]
@@ -124,7 +126,16 @@ class _Recorder(TorchDispatchMode):
         if depends:
             self.computed.update(number for number in results if number is not None)
         self.calls.append((func, *noted, results))
+        if depends and func._schema.is_mutable and func is not torch.ops.aten.as_strided_.default:
+            self._check_write(func, args[0])
         return result
+
+    def _check_write(self, func: Any, written: Any) -> None:
+        """Operators inside torch's own may write into a tensor that they have just made, of which there is no view."""
+        pointer = written.untyped_storage().data_ptr()
+        alive = {id(x) for x in self.tensors if x.numel() and x.untyped_storage().data_ptr() == pointer}
+        if alive != {id(written)}:
+            raise TraceError(f"`{func}` writes into a tensor that has views, which the native runtime cannot follow")
 
     def _noted(self, value: Any) -> Any:
         return Reference(self.number_of(value)) if isinstance(value, Tensor) else value
@@ -208,19 +219,24 @@ def _unified(first: _Run, second: _Run) -> Calls:
         for i, (one, two) in enumerate(zip(first.shapes, second.shapes, strict=True))
     }
     constants = {i: x for i, x in first.constants.items() if _equal(x, second.constants.get(i))}
-    calls: list[Call] = []
+    calls, makers = list[Call](), dict[int, Call]()
     for (func, args, kwargs, results), (_, args_2, kwargs_2, _) in zip(first.calls, second.calls, strict=True):
-        if all(number is None or number in constants for number in results):
-            continue
-        packet = func.overloadpacket
-        name = f"{func.namespace}.{packet.__name__}"
+        is_constant = all(number is None or number in constants for number in results)
+        name = f"{func.namespace}.{func.overloadpacket.__name__}"
+        if func._schema.is_mutable and name != "aten.as_strided_":
+            name = name.removesuffix("_")
         try:
-            merged = _merged((args, kwargs), (args_2, kwargs_2))
+            call = Call(name, _by_name(func, *_merged((args, kwargs), (args_2, kwargs_2))), results)
         except ValueError as error:
+            if is_constant:
+                continue
             raise TraceError(f"`{name}` gets {error}, which grows with the batch in no simple way") from error
-        calls.append(Call(name, _by_name(func, *merged), results))
+        if is_constant:
+            makers |= {number: call for number in results if number is not None}
+        else:
+            calls.append(call)
     dtypes = dict(enumerate(first.dtypes))
-    return Calls(calls, shapes, dtypes, constants, first.inputs, first.outputs)
+    return Calls(calls, makers, shapes, dtypes, constants, first.inputs, first.outputs)
 
 
 def _by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,8 @@ def _fold(layer: Node, other: Constant, node: Node) -> bool:
     if axis is None or layer.post or (layer.shape != node.shape and (axis != -1 or layer.shape[-1] != node.shape[-1])):
         return False
     weight = layer.inputs[1]
-    assert isinstance(weight, Constant)
+    if not isinstance(weight, Constant):
+        return False
     channels = weight.tensor.shape[0]
     sizes = [1] * len(node.shape)
     sizes[axis] = channels

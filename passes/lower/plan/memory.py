@@ -60,6 +60,12 @@ class _Planner:
                     last[id(_memory_of(operand))] = place
         for node in self._graph.outputs:
             last[id(_memory_of(node))] = len(self._graph.nodes)
+        # What depends on constants alone is computed once, and stays.
+        once: set[int] = set()
+        for node in self._graph.nodes:
+            if node.kernel != INPUT and all(isinstance(x, Constant) or id(x) in once for x in node.operands):
+                once.add(id(node))
+                last[id(_memory_of(node))] = len(self._graph.nodes)
         return last
 
     def _place(self, node: Node) -> int:

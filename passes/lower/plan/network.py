@@ -59,7 +59,7 @@ def missing_kernels(model: nn.Module, inputs: Inputs) -> Counter[str]:
 
 
 def _built(calls: Calls, masks: _Masks) -> tuple[Builder, Counter[str]]:
-    builder, missing = Builder(calls, masks.of), Counter[str]()
+    builder, missing = Builder(calls, masks.of, RULES), Counter[str]()
     lost: set[int] = set()
     for call in calls.calls:
         name = call.operator

@@ -64,6 +64,11 @@ def _elu(a: Arguments) -> list[Chained]:
     return [Chained("elu", a=float(a["alpha"]) * float(a["scale"]), b=float(a["scale"]))]
 
 
+def _celu(a: Arguments) -> list[Chained]:
+    alpha = float(a["alpha"])
+    return [Chained("scale", a=1 / alpha), Chained("elu", a=alpha, b=alpha)]
+
+
 def _power(a: Arguments) -> list[Chained]:
     exponent = float(a["exponent"])
     known = {2.0: "square", 0.5: "sqrt", -0.5: "rsqrt", -1.0: "reciprocal"}
@@ -199,6 +204,7 @@ RULES: Final[dict[str, Rule]] = {
     "aten.add": _binary("add", "add"),
     "aten.addcmul": _addcmul,
     **dict.fromkeys(("aten.clamp", "aten.clamp_min", "aten.clamp_max", "aten.hardtanh"), _with(_clamp)),
+    "aten.celu": _with(_celu),
     "aten.cos": _one("cos"),
     "aten.div": _binary("div", "rdiv"),
     "aten.elu": _with(_elu),

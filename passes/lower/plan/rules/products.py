@@ -22,15 +22,16 @@ def _constant(b: Builder, reference: Reference, what: str) -> Constant:
 
 
 def _convolution(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
-    weight = _constant(b, a["weight"], "weight")
-    axes = weight.tensor.dim() - 2
+    if not b.is_constant(a["weight"]):
+        raise NoKernelError("with a weight that is computed")
+    axes = b.rank(a["weight"]) - 2
     stride, padding, dilation = (numbers(a[key], axes) for key in ("stride", "padding", "dilation"))
     bias = None if a["bias"] is None else _constant(b, a["bias"], "bias")
     if b.rank(a["input"]) != axes + 2:
         raise NoKernelError("of an input without a batch")
     kernel = "deconvolution" if a["transposed"] else "convolution"
     ints = [axes, *stride, *padding, *dilation, a["groups"]]
-    return b.add(kernel, [b.node(a["input"]), weight, bias], shapes[0], ints)
+    return b.add(kernel, [b.node(a["input"]), b.operand(a["weight"]), bias], shapes[0], ints)
 
 
 def _matrix(b: Builder, x: Operand, weight: Constant, bias: Operand | None, shape: Shape) -> Node:

@@ -262,10 +262,25 @@ def _slice_scatter(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Operand
             return b.operand(a["src"])
         raise NoKernelError("with steps, or along an axis that grows with the batch")
     start, size = _slice_start(a["start"], shape[axis]), part[axis].fixed
-    x, parts = b.operand(a["self"]), list[Operand]()
+    return _replaced(b, b.operand(a["self"]), b.operand(a["src"]), (axis, start, size), shape)
+
+
+def _select_scatter(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Operand:
+    shape = shapes[0]
+    axis = axis_of(a["dim"], len(shape))
+    if shape[axis].per_batch:
+        raise NoKernelError("along an axis that grows with the batch")
+    part = b.reshape(b.operand(a["src"]), (*shape[:axis], Size(0, 1), *shape[axis + 1 :]))
+    return _replaced(b, b.operand(a["self"]), part, (axis, _slice_start(a["index"], shape[axis]), 1), shape)
+
+
+def _replaced(b: Builder, x: Operand, part: Operand, where: tuple[int, int, int], shape: Shape) -> Operand:
+    """A tensor in which `part` stands at (axis, start, size)."""
+    axis, start, size = where
+    parts = list[Operand]()
     for begin, end in ((0, start), (start + size, shape[axis].fixed)):
         if begin == start + size:
-            parts.append(b.operand(a["src"]))
+            parts.append(part)
         if end > begin:
             sizes = (*shape[:axis], Size(0, end - begin), *shape[axis + 1 :])
             parts.append(b.view(x, view_ops.slice(axis, begin, 1, Size(0, end - begin)), sizes))
@@ -302,6 +317,7 @@ RULES: Final[dict[str, Rule]] = {
     "aten.repeat": _repeat,
     "aten.roll": _roll,
     "aten.select": _select,
+    "aten.select_scatter": _select_scatter,
     "aten.slice": _slice,
     "aten.slice_scatter": _slice_scatter,
     "aten.split": _split,

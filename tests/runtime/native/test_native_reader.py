@@ -1,0 +1,108 @@
+"""Files that are damaged, foreign or hostile end in a clear error, never in a crash or other numbers."""
+
+import hashlib
+import random
+import struct
+
+import pytest
+import torch
+from native_nets import Classifier
+
+import growfx
+from growfx.deploy.native.export import native_plan
+from growfx.deploy.native.file import network_bytes
+from growfx.errors import ArtifactError, ConfigError
+from growfx.runtime.native.library import NativeNetwork
+
+HEADER = 40
+
+
+def sealed(body: bytes) -> bytes:
+    """A file whose checksum is right."""
+    return b"GFX1" + struct.pack("<I", 1) + hashlib.sha256(body).digest() + body
+
+
+@pytest.fixture(scope="module")
+def data() -> bytes:
+    torch.manual_seed(0)
+    net = growfx.wrap(Classifier(), torch.randn(1, 3, 16, 16), density=0.4).eval()
+    return network_bytes(native_plan(net))
+
+
+def test_a_foreign_file_a_newer_version_and_a_cut_file_are_named(data: bytes) -> None:
+    for other, words in [
+        (b"", "GFX1"),
+        (b"PK\x03\x04" + data[4:], "GFX1"),
+        (data[:4] + struct.pack("<I", 7) + data[8:], "version 7"),
+        (data[:30], "cut short"),
+        (data[:-1], "damaged"),
+        (data + b"\0", "damaged"),
+        (sealed(data[HEADER:-1]), "too early"),
+        (sealed(data[HEADER:] + b"\0"), "behind its end"),
+    ]:
+        with pytest.raises(ArtifactError, match=words):
+            NativeNetwork(other)
+
+
+def mutated(data: bytes, random_: random.Random) -> bytes:
+    made = bytearray(data)
+    for _ in range(random_.randint(1, 3)):
+        at = random_.randrange(len(made))
+        kind = random_.randrange(4)
+        if kind == 0:
+            made[at] ^= 1 << random_.randrange(8)
+        elif kind == 1:
+            made[at] = random_.choice((0, 1, 127, 128, 255))
+        elif kind == 2:
+            del made[at : at + random_.randint(1, 8)]
+        else:
+            made[at:at] = random_.randbytes(random_.randint(1, 8))
+    return bytes(made)
+
+
+def test_two_thousand_mutations_end_in_a_clear_error_or_the_same_outputs(data: bytes) -> None:
+    x = torch.randn(2, 3, 16, 16)
+    expected = NativeNetwork(data)(x)
+    random_, refused = random.Random(0), 0
+    for _ in range(2000):
+        other = mutated(data, random_)
+        try:
+            assert all(torch.equal(a, b) for a, b in zip(NativeNetwork(other)(x), expected, strict=True))
+        except ArtifactError as error:
+            refused += 1
+            assert str(error)
+    assert refused > 1900
+
+
+def test_mutations_under_a_right_checksum_end_in_a_clear_error_or_in_numbers(data: bytes) -> None:
+    """Half of them in the description of the network, which is short beside its weights."""
+    random_, refused, ran = random.Random(1), 0, 0
+    for i in range(2000):
+        body = data[HEADER:]
+        head = 700 if i % 2 else len(body)
+        other = sealed(mutated(body[:head], random_) + body[head:])
+        try:
+            net = NativeNetwork(other)
+            shapes = net.input_shapes(2)
+            if sum(torch.Size(shape).numel() for shape in shapes) < 100_000:
+                net(*(torch.randn(shape) for shape in shapes))
+            ran += 1
+        except (ArtifactError, ConfigError) as error:
+            refused += 1
+            assert str(error)
+    assert refused > 500
+    assert ran > 100
+
+
+def test_inputs_of_another_size_and_a_batch_of_nothing_are_refused(data: bytes) -> None:
+    net = NativeNetwork(data)
+    for x in (
+        torch.randn(1, 3, 16, 15),
+        torch.randn(0, 3, 16, 16),
+        torch.randn(1, 3, 16, 16).double(),
+        torch.tensor(1.0),
+    ):
+        with pytest.raises(ConfigError, match="expected float32 inputs of shapes"):
+            net(x)
+    with pytest.raises(ConfigError, match="expected 1 to 256 threads, got 0"):
+        NativeNetwork(data, threads=0)
