@@ -110,6 +110,7 @@ def theirs(name: str) -> dict[str, Any]:
             num_heads=heads,
         )
         pruner.step()
+        module: Any
         for module in model.modules():
             if getattr(module, "qkv", None) in pruner.num_heads:
                 module.num_heads = pruner.num_heads[module.qkv]
