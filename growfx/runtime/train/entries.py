@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+
+from growfx.runtime.train.flow import is_inner
 
 __all__ = ["LIMIT", "Entries", "Geometry", "geometry_of", "product"]
 
@@ -72,7 +74,8 @@ class Entries:
         index: (nnz), where each entry lies in the weight's memory.
         start, channel: (O * taps + 1) and (nnz), entries by output channel, tap, input channel.
         back_start, back_channel, back_order: (I * taps + 1) and (nnz) twice, entries by input channel.
-        strides: of the weight and mask they were made for.
+        shape, strides: of the weight, and of the memory and mask they were made for.
+        of_values: whether `index` is into the values of present edges (`growfx.masked.present`), not into the weight.
         wide: whether they are for images so large that blocks of channels are worth it.
     """
 
@@ -82,8 +85,10 @@ class Entries:
     back_start: Tensor
     back_channel: Tensor
     back_order: Tensor
+    shape: tuple[int, ...]
     strides: tuple[int, ...]
     wide: bool
+    of_values: bool = False
 
     @classmethod
     def of(cls, mask: Tensor, strides: tuple[int, ...], geometry: Geometry, out_size: list[int]) -> Entries:
@@ -92,7 +97,15 @@ class Entries:
         blocks = _blocks(mask) if wide else [max(size, 1) for size in mask.shape[1::-1]]
         found = torch.ops.growfx.index_mask(mask, strides, geometry.stride, geometry.dilation, blocks)
         start, channel, index, back_start, back_channel, back_order = found
-        return cls(index, start, channel, back_start, back_channel, back_order, strides, wide)
+        return cls(index, start, channel, back_start, back_channel, back_order, tuple(mask.shape), strides, wide)
+
+    @classmethod
+    def of_present(cls, mask: Tensor, geometry: Geometry, out_size: list[int]) -> Entries:
+        """The entries of `mask` for the values of present edges, in the order of the mask."""
+        whole = mask.contiguous()
+        found = cls.of(whole, whole.stride(), geometry, out_size)
+        places = whole.view(-1).cumsum(0, dtype=torch.int32)
+        return replace(found, index=places[found.index].sub_(1), of_values=True)
 
     @property
     def nnz(self) -> int:
@@ -101,7 +114,7 @@ class Entries:
 
     def are_of(self, mask: Tensor, strides: tuple[int, ...], *, wide: bool) -> bool:
         """Whether these are the entries of the current `mask`, whoever wrote to it; reads the mask once."""
-        if self.strides != strides or self.wide != wide:
+        if self.of_values or self.strides != strides or self.wide != wide:
             return False
         if mask.stride() != strides:
             mask = torch.empty_strided(mask.shape, strides, dtype=mask.dtype).copy_(mask)
@@ -138,21 +151,24 @@ def product(
 
     Args:
         x: (N, I, ...) of a convolution, (..., I) of a linear layer; float32 or bfloat16, as the output will be.
-        weight: the whole parameter, float32; read, and given a gradient, at the entries.
+        weight: the whole parameter, or the values of present edges where the entries are of these; float32. Read, and
+            given a gradient, at the entries.
         bias: (O), float32.
         entries, geometry: of the layer.
         out_size: sizes of the output's images.
         inner: leave the output with the batch innermost in memory (float32).
     """
     rows = x if geometry.kernel else x.reshape(-1, x.shape[-1])
-    out: Tensor = torch.ops.growfx.sparse_layer(
-        rows,
-        weight,
-        bias,
-        entries.index,
-        *(entries.start, entries.channel, entries.back_start, entries.back_channel, entries.back_order),
-        *(geometry.stride, geometry.front, geometry.dilation),
-        out_size,
-        inner,
-    )
+    tables = (entries.start, entries.channel, entries.back_start, entries.back_channel, entries.back_order)
+    steps = (geometry.stride, geometry.front, geometry.dilation)
+    ops = torch.ops.growfx
+    if entries.of_values:
+        source = rows if is_inner(rows) and rows.dtype == torch.float32 else ops.batch_inner(rows)
+        sizes = [rows.shape[0], entries.shape[0], *out_size]
+        out: Tensor = ops.sparse_product(
+            source, ops.gather_entries(weight, entries.index), bias, *tables, entries.shape[2:], *steps, sizes
+        )
+        out = out if inner else ops.batch_outer(out, x.dtype)
+    else:
+        out = ops.sparse_layer(rows, weight, bias, entries.index, *tables, *steps, out_size, inner)
     return out if geometry.kernel else out.view(*x.shape[:-1], out.shape[-1])
