@@ -194,7 +194,7 @@ WRITES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("write", WRITES)
 def test_a_write_that_would_be_lost_is_refused(write):
-    layer = net_of("present").layers["0"]
+    layer: Any = net_of("present").layers["0"]
     before = layer.weight + 0
     with pytest.raises(MaskError, match=r"`0` is read-only.*`storage` = \"present\""), torch.no_grad():
         WRITES[write](layer)
@@ -203,7 +203,8 @@ def test_a_write_that_would_be_lost_is_refused(write):
 
 def test_the_weight_can_be_read_differentiated_copied_and_stored():
     net, expected = net_of("present"), net_of("dense")
-    layer, whole = net.layers["0"], expected.layers["0"]
+    layer: Any = net.layers["0"]
+    whole: Any = expected.layers["0"]
     assert layer.weight.shape == (5, 3, 3, 3)
     assert torch.equal(layer.weight, whole.weight)
     assert type(layer.weight * 2) is Tensor
