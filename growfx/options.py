@@ -151,6 +151,8 @@ class TrainOptions:
         compile: run the training steps through `torch.compile`.
         kernels: on a CPU, "auto" lets each masked layer take the fastest of dense and sparse kernels (see
             `growfx.use_kernels`), "sparse" takes sparse ones wherever there are some, "dense" none.
+        storage: "dense" keeps whole weights; "present" keeps values, gradients and optimizer state of present edges
+            only (see `growfx.use_kernels`), with optimizers that step each edge by itself (SGD, Adam, AdamW, ...).
         deterministic: let "auto" choose kernels by density alone, not by their times on this machine; two runs of one
             seed are then equal bit for bit, as they are with `kernels` = "dense". Ranks always choose so.
         ema_decay: of the averaged weights that score a growth round, at most; their memory is otherwise a tenth
@@ -186,6 +188,7 @@ class TrainOptions:
     channels_last: bool = False
     compile: bool = False
     kernels: str = option("auto", choices=("auto", "dense", "sparse"))
+    storage: str = option("dense", choices=("dense", "present"))
     deterministic: bool = False
     ema_decay: float = option(0.999, low=0, high=1, open_high=True)
     seed: int = option(0, low=0, high=2**63 - 1)

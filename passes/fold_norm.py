@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from growfx.compaction.folded_norm import folding_refusal, without_norm
 from growfx.errors import TraceError
+from growfx.masked.present.storage import on_whole_weights
 from growfx.passes.mask.swap import unwrap
 from growfx.passes.operators.classes import APPLIED, row_of
 from growfx.passes.trials.comparison import Trial, difference, example_of, trials_of, working_copy
@@ -52,6 +53,7 @@ class FoldedNorms(PassResult[str]):
 
 
 @torch.inference_mode(False)
+@on_whole_weights
 def fold_norm(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None = None) -> FoldedNorms:
     """Fold batch norms into the layers before them; `net` is not changed.
 

@@ -32,6 +32,7 @@ from torch import Tensor
 from growfx.analysis.weight_layout import by_unit, from_units
 from growfx.errors import ConfigError
 from growfx.masked.layers import MaskedLayer
+from growfx.masked.present.storage import on_whole_weights
 from growfx.passes.path_products.products import path_gradients
 from growfx.selection.budget import largest_within
 from growfx.selection.choose import draw, top
@@ -60,6 +61,7 @@ class Seed:
     dead_units: int
 
 
+@on_whole_weights
 def expected_visits(net: MaskedGraph) -> dict[str, Tensor]:
     """Return the expected visits of every edge by a forward and a backward walk, half each.
 
@@ -79,6 +81,7 @@ def expected_visits(net: MaskedGraph) -> dict[str, Tensor]:
     return visits
 
 
+@on_whole_weights
 def seed_masks(
     net: MaskedGraph,
     density: float | None = None,
@@ -161,6 +164,7 @@ def _automatic(off_path: float) -> list[float]:
     return [*_AUTOMATIC, *(density for density in above if density > _AUTOMATIC[-1])]
 
 
+@on_whole_weights
 def dead_units(net: MaskedGraph, masks: Mapping[str, Tensor]) -> int:
     """Count output units that active edges connect to no path from input to output, whatever the weights."""
     paths = path_gradients(net, masks, norm="identity", unit_scales=True)

@@ -40,6 +40,7 @@ from growfx.analysis.connectivity import Connectivity, LayerUnits
 from growfx.analysis.weight_layout import by_unit, canonical
 from growfx.errors import TraceError
 from growfx.masked.layers import MaskedLayer
+from growfx.masked.present.storage import on_whole_weights
 from growfx.passes.connect.interpreter import connect
 from growfx.passes.seed import expected_visits
 from growfx.selection.choose import draw
@@ -74,6 +75,7 @@ class Walks:
     drawn: int
 
 
+@on_whole_weights
 def walk_masks(
     net: MaskedGraph, edges: int, *, layers: Iterable[str] | None = None, through: Iterable[str] = (), seed: int = 0
 ) -> Walks:
@@ -114,6 +116,7 @@ def walk_masks(
     return _completed(net, walker.split(found), count - have, walks, EdgeKeys(seed, "after walks"))
 
 
+@on_whole_weights
 def walk_visits(net: MaskedGraph, walks: int, *, seed: int = 0) -> dict[str, Tensor]:
     """Return how often each edge is stepped on, per walk: float64 of the weight's shape, half of the walks each way."""
     walker = _Walker(net, list(net.layers), seed)

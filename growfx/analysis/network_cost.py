@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from growfx.analysis.cost import ONE_AT_A_TIME, forward_cost
 from growfx.masked.doors import as_masked_graph
 from growfx.masked.isolation import undisturbed
+from growfx.masked.present.storage import on_whole_weights
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph
@@ -69,6 +70,7 @@ class Cost:
         return tabulate(shown, headers, disable_numparse=True, colalign=("left", "right", "right"))
 
 
+@on_whole_weights
 def cost(net: MaskedGraph, example_inputs: Any = None) -> Cost:
     """Count the multiply-accumulates of one sample's forward pass under the masks that `net` has now.
 

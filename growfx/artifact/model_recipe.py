@@ -118,7 +118,7 @@ def _plain_copy(net: MaskedGraph) -> nn.Module:
     return model
 
 
-_TWIN_ATTRIBUTES = {"_collecting", "dense_gradient", "gate", "kernel", "sharded"}
+_TWIN_ATTRIBUTES = {"_collecting", "_lent", "dense_gradient", "gate", "kernel", "present", "sharded"}
 # What the net keeps of the graph it shows: names it has not had before are set on the shell.
 _OF_THE_GRAPH = ("_lineno_map", "_prologue_start")
 

@@ -51,6 +51,7 @@ from growfx.file_paths import as_path
 from growfx.masked.doors import as_masked_graph
 from growfx.masked.graph import MaskedGraph
 from growfx.masked.layers import MaskedLayer
+from growfx.masked.present.storage import on_whole_weights
 from growfx.models.build import ModelIdentity
 from growfx.notices import warn_once
 
@@ -84,6 +85,7 @@ _WEIGHT_ORIGIN = (
 
 
 @torch.inference_mode(False)  # copies made inside such a block could not be compared
+@on_whole_weights
 def save(
     net: MaskedGraph,
     path: str | Path,

@@ -16,6 +16,7 @@ from growfx.compaction.plan import CompactionPlan
 from growfx.errors import ArtifactError, TraceError
 from growfx.masked.doors import as_masked_graph
 from growfx.masked.graph import MaskedGraph
+from growfx.masked.present.storage import on_whole_weights
 from growfx.masked.twins import is_maskable
 from growfx.passes.compact.network import compact
 from growfx.passes.compact.report import CompactionReport
@@ -114,6 +115,7 @@ def _is_layer(net: MaskedGraph, name: str) -> bool:
     return name in modules and is_maskable(modules[name])
 
 
+@on_whole_weights
 def save(
     net: MaskedGraph,
     path: str | Path,

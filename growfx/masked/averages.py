@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 from growfx.masked.layers import MaskedLayer
+from growfx.masked.present.exchange import whole_layers
 
 __all__ = ["copy_masks_into_averages"]
 
@@ -22,11 +23,12 @@ _update_parameters = AveragedModel.update_parameters
 def _updated(self: AveragedModel, model: nn.Module) -> None:
     """`AveragedModel.update_parameters`; masks, which have no mean, are those of the model of now."""
     averages: Any = self
-    if not averages.use_buffers or not _is_masked(averages.module):
-        _update_parameters(self, model)
-        return
-    with _flags_copied(averages):
-        _update_parameters(self, model)
+    with whole_layers(part for part in model.modules() if isinstance(part, MaskedLayer)):
+        if not averages.use_buffers or not _is_masked(averages.module):
+            _update_parameters(self, model)
+            return
+        with _flags_copied(averages):
+            _update_parameters(self, model)
 
 
 def _is_masked(module: nn.Module) -> bool:

@@ -126,17 +126,22 @@ class GradientMark:
 
 
 class MarkGradient(torch.autograd.Function):
-    """The weight unchanged; its gradient, which is masked already, noted as such."""
+    """The weight itself; its gradient, which is masked already, noted as such.
+
+    It is masked as the forward saw the mask: where that was written to since, edges that are gone are left out.
+    """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mark: GradientMark) -> Tensor:  # noqa: D102 - of autograd
-        ctx.mark = mark
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, mark: GradientMark) -> Tensor:  # noqa: D102 - of autograd
+        ctx.mask, ctx.mark, ctx.version = mask, mark, mask._version
         return weight.detach()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: D102 - of autograd
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # noqa: D102 - of autograd
+        if ctx.mask._version != ctx.version:
+            return MaskGradient.backward(ctx, *grads)
         ctx.mark.put(grads[0])
-        return grads[0], None
+        return grads[0], None, None
 
 
 class MaskGradient(torch.autograd.Function):

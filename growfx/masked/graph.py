@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from growfx.distributed import ranks
 from growfx.distributed.sharded import fsdp_modules, is_sharded, local_shard, part_of
-from growfx.errors import MaskError, TraceError
+from growfx.errors import ConfigError, MaskError, TraceError
 from growfx.masked.agreement import require_same_masks
 from growfx.masked.averages import copy_masks_into_averages
 from growfx.masked.direct_uses import masked_reads
@@ -26,6 +26,7 @@ from growfx.masked.modules import chain_tensors
 from growfx.masked.optimizers import watch_optimizers
 from growfx.masked.placement import Places
 from growfx.masked.plain_state import hide_masks, load_by_model, state_by_model
+from growfx.masked.present.exchange import whole_layers
 from growfx.masked.recordings import Recordings
 from growfx.masked.torch_pruning import translated
 from growfx.masked.weight_reads import watch_parameter
@@ -89,6 +90,7 @@ class MaskedGraph(fx.GraphModule):
         # Telling where a model came from may need building others to compare: only done when asked for.
         self._identity: tuple[Callable[[], Any]] | Any = (find_identity,)
         self.replicated, self._compared = False, False
+        self._replicated_edges: list[Tensor] | None = None  # that `DistributedDataParallel` was made for
         self._searched_as: type | None = None  # `fully_shard` gives what it is called on another class
         # In plain containers the layers would become submodules.
         self._named_layers: tuple[dict[str, MaskedLayer]] = ({},)
@@ -201,6 +203,8 @@ class MaskedGraph(fx.GraphModule):
         """
         wrong = []
         for name, layer in self.layers.items():
+            if layer.present is not None:
+                continue
             outside = local_shard(layer.parameter)[~part_of(layer.mask, layer.parameter)]
             if bool((outside != 0).any() | torch.signbit(outside).any()):
                 wrong.append(name)
@@ -213,8 +217,29 @@ class MaskedGraph(fx.GraphModule):
 
         Masks are chosen alike on every rank and compared; being asked is how the network learns of it.
         """
-        self.replicated = True
+        self.replicated, self._replicated_edges = True, self.kept_edges()
         return list(self._mask_names())
+
+    def kept_edges(self) -> list[Tensor]:
+        """Packed masks of the layers that keep values of present edges; others than before where edges are others."""
+        layers = [layer for layer in self._named_layers[0].values() if layer.present is not None]
+        for layer in layers:
+            layer.settle()
+        return [layer.present.bits for layer in layers if layer.present is not None]
+
+    def _check_replica(self) -> None:
+        """Refuse a forward of ranks whose exchange of gradients was set up for other masks."""
+        if not ranks.within_ddp():
+            return
+        now = self.kept_edges()
+        known = self._replicated_edges or now
+        if any(a is not b for a, b in zip(known, now, strict=False)):
+            raise ConfigError(
+                "`DistributedDataParallel` exchanges gradients of the edges it found; masks have changed since, with "
+                'them the values that are kept (`storage` = "present"); put the network into a new '
+                "`DistributedDataParallel` after every change of masks, as growfx.train does"
+            )
+        self._replicated_edges = now
 
     def _compare_ranks(self) -> None:
         """Compare the masks once, in the first forward that all ranks make together."""
@@ -232,8 +257,21 @@ class MaskedGraph(fx.GraphModule):
         The first forward after a change of the mode or of this class looks, and a method when it is attached.
         """
         self._searched_as = type(self)
-        for layer in self.layers.values() if fsdp_modules(self) else ():
+        for name, layer in self.layers.items() if fsdp_modules(self) else ():
+            if layer.present is not None:
+                raise ConfigError(
+                    f"`fully_shard` spreads rows of whole weights over ranks, and `{name}` keeps values of present "
+                    'edges only (`storage` = "present"), which have no rows; use `DistributedDataParallel`, or '
+                    '`growfx.use_kernels(net, storage="dense")` before `fully_shard`'
+                )
             layer.sharded = True
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """A block in which every weight is a parameter of its own shape, where values of present edges are kept.
+
+        For work that reads or writes whole weights; what was changed is kept.
+        """
+        return whole_layers(self.layers.values())
 
     @property
     def kernel_report(self) -> Any:
@@ -344,7 +382,8 @@ class MaskedGraph(fx.GraphModule):
         application, whose gradient is its author's.
         """
         recording = self.recording(given, training)
-        return self.recordings.for_pass(self, recording, given, training, look_inside).graph
+        with self.whole_weights():
+            return self.recordings.for_pass(self, recording, given, training, look_inside).graph
 
     def graph_module(self, *, training: bool | None = None) -> fx.GraphModule:
         """The recorded program as a plain `torch.fx.GraphModule` over the same masked layers, to run or transform.
@@ -375,7 +414,8 @@ class MaskedGraph(fx.GraphModule):
         found = self.recordings.find(self, inputs, training)
         if found is not None:
             return found
-        made = self.recordings.make(self, inputs, training)
+        with self.whole_weights():
+            made = self.recordings.make(self, inputs, training)
         if len(self.recordings) == 1 or (training == self.training and inputs is self._example):
             self._show(made)
         return made
@@ -423,6 +463,8 @@ class MaskedGraph(fx.GraphModule):
             self.find_shards()
         if not self._compared and self.training:
             self._compare_ranks()
+        if self.replicated and self.training:
+            self._check_replica()
         self._check_places()
 
     def _masked_reads(self, layers: Iterable[MaskedLayer] | None = None) -> AbstractContextManager[Any]:
@@ -567,7 +609,10 @@ class MaskedGraph(fx.GraphModule):
         return {
             id(layer.parameter): torch.where(layer.mask, layer.parameter.detach(), 0)
             for layer in self._named_layers[0].values()
-            if not is_sharded(layer.parameter) and not layer.parameter.is_meta and not layer.obeys()
+            if layer.present is None
+            and not is_sharded(layer.parameter)
+            and not layer.parameter.is_meta
+            and not layer.obeys()
         }
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MaskedGraph:
@@ -580,7 +625,7 @@ class MaskedGraph(fx.GraphModule):
 
     def _adopt_parameters(self) -> None:
         for module in (*self.shell.modules(), *self._named_layers[0].values()):
-            if isinstance(module, MaskedLayer) and not is_sharded(module.parameter):
+            if isinstance(module, MaskedLayer) and not is_sharded(module.trained):
                 module.adopt()
 
     def _tie_masks(self) -> None:
@@ -592,7 +637,11 @@ class MaskedGraph(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedGraph:
         clone = fx.GraphModule.__new__(type(self))
         memo[id(self)] = clone
-        shell = copy_modules(self.shell, memo)
+        with self.whole_weights():  # a copy has whole weights and dense kernels
+            shell = copy_modules(self.shell, memo)
+            return self._copied_around(shell, clone, memo)
+
+    def _copied_around(self, shell: nn.Module, clone: MaskedGraph, memo: dict[int, Any]) -> MaskedGraph:
         anew = ("_compiled_call_impl", "recordings", "_graph", "_identity", "meta", "_places", "_shell", "kernels")
         state = {k: v for k, v in self.__dict__.items() if k not in (*anew, *_REGISTRIES)}
         clone.__dict__.update(copy.deepcopy(state, memo))

@@ -11,6 +11,9 @@ gradient is masked where it is produced, and the optimizer's state is cleared wh
 gradient and zero state leave nothing that could revive an edge. Elsewhere (evaluation, frozen weights) nothing is
 written: the parameter is used directly where it is zero outside the mask, as it nearly always is, and masked at use
 where it is not (an average that still remembers an edge that was dropped).
+
+A layer may keep the values of its present edges only (`growfx.masked.present`): then they are the parameter, and the
+weight is built of them for each use.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, cast
 
 import torch
@@ -36,6 +39,8 @@ from growfx.masked.gradients import (
     mask_in_place,
     obeys,
 )
+from growfx.masked.present.state_dicts import load_whole, saved_whole
+from growfx.masked.present.values import PresentValues, scattered
 from growfx.masked.registry import LAYER_OF
 from growfx.masked.weight_reads import THREAD
 
@@ -52,8 +57,8 @@ class _Stored:
 
     `weight`: the parameter with its gradient masked, for the layer's own use; made once, since making it anew in every
     step costs as much as a small convolution. `mask`, `address`: what it was made of. `seen`: mask and version that the
-    parameter was last made to obey. `entries`, `entries_address`: the same as `weight` and `address`, for kernels that
-    read active entries alone. `mark`: the gradient that was masked last. `hook`: masks the gradient of a weight
+    parameter was last made to obey. `entries`, `entries_of`: the weight for kernels that read active entries alone,
+    and what it was made of. `mark`: the gradient that was masked last. `hook`: masks the gradient of a weight
     that the model reads without calling the layer.
     """
 
@@ -63,7 +68,7 @@ class _Stored:
         self.mask: Tensor | None = None
         self.address = 0
         self.entries: Tensor | None = None
-        self.entries_address = 0
+        self.entries_of: tuple[int, ...] = ()
         self.seen: tuple[int, int] = (0, -1)
         self.mark = GradientMark()
         self.hook: Any = None
@@ -86,6 +91,7 @@ class MaskedLayer(nn.Module):
         collects_gradient: while True, backward passes in training leave the gradient of absent edges too; the
             optimizer's step finds it masked, and `dense_gradient` keeps the whole.
         dense_gradient: what a step collected since this was set to None (shape and dtype of the weight).
+        present: None, or what the layer has in the place of its weight: the values of its present edges.
         sharded: whether the parameter was seen to be spread over ranks (`fully_shard`).
         read_directly: whether the model reads the weight without calling the layer (`F.linear(x, self.qkv.weight)`, a
             tied embedding).
@@ -103,11 +109,13 @@ class MaskedLayer(nn.Module):
     gate: Callable[[Tensor], Tensor] | None = None
     kernel: Callable[[MaskedLayer, Tensor], Tensor | None] | None = None
     calls_kernel: ClassVar[bool] = False
+    present: PresentValues | None = None
     sharded: bool = False
     read_directly: bool = False
     _stored: _Stored
     _collects: Tensor  # `collects_gradient` as a scalar, for compiled code
     _collecting: bool = False
+    _lent: PresentValues | None = None  # what `present` will be again
 
     @property
     def collects_gradient(self) -> bool:  # noqa: D102 - see the class
@@ -121,10 +129,33 @@ class MaskedLayer(nn.Module):
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter the mask belongs to, as stored (outside the mask it may wait for its next use)."""
+        """The parameter the mask belongs to, as stored (outside the mask it may wait for its next use).
+
+        Where values of present edges are kept, a copy made of them for reading.
+        """
+        if self.present is not None:
+            return self.present.as_parameter(self.mask)
         parameter = self._parameters.get(self.weight_name)  # `[]` would be a read by others: see growfx.weight_reads
         assert parameter is not None
         return parameter
+
+    @property
+    def trained(self) -> nn.Parameter:
+        """The parameter that optimizers know: the weight, or the values of its present edges."""
+        present = self.present or self._lent
+        return self.parameter if present is None else present.values
+
+    def edges(self) -> Tensor:
+        """The values of present edges, in the order of the mask, a copy: shape (nnz)."""
+        if self.present is None:
+            return self.parameter.detach()[self.mask]
+        self.present.follow(self.mask)
+        return self.present.values.detach().clone()
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The gradient of the weight, in its shape, as a backward pass left it; None without one."""
+        return self.parameter.grad if self.present is None else self.present.whole_gradient(self.mask)
 
     @property
     def effective_weight(self) -> Tensor:
@@ -140,7 +171,7 @@ class MaskedLayer(nn.Module):
     @property
     def numel(self) -> int:
         """Number of weights, active or not."""
-        return self.parameter.numel()
+        return self.mask.numel()
 
     @property
     def density(self) -> float:
@@ -151,6 +182,12 @@ class MaskedLayer(nn.Module):
 
     def adopt(self) -> None:
         """Take the parameter that is there for the layer's own, to be kept zero outside the mask in place."""
+        if self.present is not None:
+            values = self._parameters["values"]
+            assert values is not None
+            self.present.values, self._stored.own_mask = values, self.mask
+            LAYER_OF[id(values)] = self
+            return
         if self._stored.parameter is not self.parameter:
             self._stored = _Stored(self.parameter, self.mask)
         self._stored.own_mask = self.mask
@@ -158,11 +195,15 @@ class MaskedLayer(nn.Module):
 
     def obeys(self) -> bool:
         """Whether the stored parameter is zero outside the mask (of either sign); values on a CPU only."""
-        return obeys(local_shard(self.parameter.detach()), part_of(self.mask, self.parameter))
+        return self.present is not None or obeys(
+            local_shard(self.parameter.detach()), part_of(self.mask, self.parameter)
+        )
 
     def settle(self) -> None:
         """Make the stored parameter +0.0 outside the mask."""
-        if is_sharded(self.parameter):
+        if self.present is not None:
+            self.present.follow(self.mask)
+        elif is_sharded(self.parameter):
             self._settle_part()
         else:
             self._settle_whole()
@@ -184,14 +225,21 @@ class MaskedLayer(nn.Module):
             self.adopt()
             stored = self._stored
         if not mask.is_meta:
-            if (self.read_directly or stored.seen != self.mask_marker()) and torch._C._is_any_autocast_enabled():
+            is_new = stored.seen != self.mask_marker()
+            if (self.read_directly or is_new) and torch._C._is_any_autocast_enabled():
                 torch.clear_autocast_cache()  # it may hold the weight of the mask before
-            # Through `.data`: a backward pass under way must not take this for a change of its saved weight.
+            loses = is_new and not weight.is_inference() and not obeys(weight.data, mask)
+            # Through `.data`: a backward pass under way must not take this for a change of its saved weight, unless
+            # edges go that it has used.
             mask_in_place(weight.data, mask)
+            if loses:
+                torch.autograd.graph.increment_version(weight)
         stored.seen = self.mask_marker()
 
     def _weight(self, own: bool) -> Tensor:
         """The effective weight; `own`: for the one use that the layer itself makes of it."""
+        if self.present is not None:
+            return self._built_weight()
         # Every step passes here once per layer: registries are read directly, calls are few.
         weight, mask = self._parameters.get(self.weight_name), self._buffers[self.mask_name]
         assert weight is not None
@@ -204,6 +252,26 @@ class MaskedLayer(nn.Module):
             return torch.where(mask, weight, 0)
         with torch._C.DisableTorchFunction():  # no use of the model's, nothing to be recorded
             return self._eager_weight(weight, mask, own)
+
+    def _built_weight(self) -> Tensor:
+        """The effective weight where values of present edges are kept."""
+        present, values, mask = self.present, self._parameters["values"], self.mask
+        assert present is not None
+        assert values is not None
+        with torch._C.DisableTorchFunction():
+            if values is not present.values or _is_watched():  # somebody else's, or within a transform
+                return scattered(values, mask)
+            collects = self._collecting and self.training and torch.is_grad_enabled()
+            return present.whole(mask, collects=collects)
+
+    # Its size is another one whenever masks change: compiled code calls it as it is.
+    _built_weight._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+    def _built_anew(self, weight: Tensor) -> AbstractContextManager[Any]:
+        """A block in which a weight that was built of values is not saved for the backward pass."""
+        if self.present is None or torch.compiler.is_compiling() or _is_watched():
+            return nullcontext()
+        return self.present.rebuilt(weight, self.mask)
 
     def _eager_weight(self, weight: nn.Parameter, mask: Tensor, own: bool) -> Tensor:
         if self.sharded:
@@ -234,6 +302,8 @@ class MaskedLayer(nn.Module):
 
         Asked before the forward of a model that reads the weight without calling the layer.
         """
+        if self.present is not None:
+            return True  # what is read is built
         with torch._C.DisableTorchFunction():
             return self._can_be_read(self.parameter, self.mask)
 
@@ -289,6 +359,16 @@ class MaskedLayer(nn.Module):
                 self._settle_for_reader(weight)
         return weight
 
+    def built_for_reader(self) -> Tensor:
+        """What code finds that reads the weight where values of present edges are kept."""
+        own = THREAD.own.get(id(self))
+        if own is not None:
+            return own[-1]
+        if THREAD.calls or self.present is None or torch.compiler.is_compiling():
+            return self.effective_weight
+        with torch._C.DisableTorchFunction():
+            return self.present.read_only(self.mask)
+
     def _settle_for_reader(self, weight: Tensor) -> None:
         mask = self.mask
         if not isinstance(weight, nn.Parameter) or mask.is_meta or weight.shape != mask.shape:
@@ -300,9 +380,14 @@ class MaskedLayer(nn.Module):
 
     def refuses_entries(self) -> str:
         """Why this call must compute with the whole weight; "" where the active entries of the parameter are enough."""
-        weight, stored = self.parameter, self._stored
         if self.gate is not None:
             return "a soft mask computes its weight"
+        if self.present is not None:
+            whole = self._collecting and self.training and torch.is_grad_enabled()
+            if self._parameters.get("values") is not self.present.values or self.mask.is_meta or _is_watched():
+                return "something stands in for its weight"
+            return "the step needs the gradient of absent edges" if whole else ""
+        weight, stored = self.parameter, self._stored
         if self.sharded or is_sharded(weight):
             return "its weight is spread over ranks"
         if self._collecting and self.training and torch.is_grad_enabled():
@@ -320,9 +405,10 @@ class MaskedLayer(nn.Module):
             self.adopt()
         if self.read_directly:
             return self._with_masked_gradient(weight, self.mask, own=False)
-        if stored.entries is None or stored.entries_address != weight.data_ptr():
-            stored.entries = cast(Tensor, MarkGradient.apply(weight, stored.mark))
-            stored.entries_address = weight.data_ptr()
+        made_of = (weight.data_ptr(), *self.mask_marker())
+        if stored.entries is None or stored.entries_of != made_of:
+            stored.entries = cast(Tensor, MarkGradient.apply(weight, self.mask, stored.mark))
+            stored.entries_of = made_of
         return stored.entries
 
     @contextmanager
@@ -358,6 +444,11 @@ class MaskedLayer(nn.Module):
         What lies there already stays: a step within a step, or after clipping, finds a gradient masked before. In a
         distributed run the gradient is the mean over ranks by then, so what is chosen by it agrees.
         """
+        if self.present is not None:
+            found = self.present.take_collected()
+            if found is not None and self.dense_gradient is None:
+                self.dense_gradient = found if scale is None else found / scale
+            return
         grad = self.parameter.grad
         if grad is None:
             return
@@ -371,6 +462,12 @@ class MaskedLayer(nn.Module):
         self._settle_whole()
         mask_in_place(grad, self.mask)
 
+    def forget_dense_gradient(self) -> None:
+        """Forget the gradient of absent edges, of a step that is not made or of one that is over."""
+        self.dense_gradient = None
+        if self.present is not None:
+            self.present.take_collected()
+
     def mask_marker(self) -> tuple[int, int]:
         """What is another one whenever the mask is another one."""
         return id(self.mask), self.mask._version
@@ -380,6 +477,11 @@ class MaskedLayer(nn.Module):
 
         `scale`: of the loss, where the optimizer is still to divide the gradient by it.
         """
+        if self.present is not None:
+            self.present.follow(self.mask, by_version=True)
+            if self._collecting:
+                self.take_dense_gradient(scale)
+            return
         grad = self.parameter.grad
         if is_sharded(self.parameter):
             self._settle_part()
@@ -409,7 +511,25 @@ class MaskedLayer(nn.Module):
         if mask is not None and mask.dtype != torch.bool:
             self._buffers[self.mask_name] = mask != 0
 
+    def has_parameter(self) -> bool:
+        """Whether the layer has its weight, or the values in its place."""
+        return self._parameters.get(self.weight_name if self.present is None else "values") is not None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == self.weight_name and self.present is not None:
+            raise MaskError(
+                f"the weight of `{self.present.name}` is read-only: its values are kept for present edges only "
+                f'(`storage` = "present"), got a {type(value).__name__} to take its place; load a state dict, or call '
+                '`growfx.use_kernels(net, storage="dense")` first'
+            )
+        super().__setattr__(name, value)
+
+    # -- state dicts --------------------------------------------------------------------------------------------------
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.present is not None:
+            load_whole(self, super()._load_from_state_dict, *args, **kwargs)
+            return
         before = self._buffers[self.mask_name]
         super()._load_from_state_dict(*args, **kwargs)
         after = self._buffers[self.mask_name]
@@ -422,6 +542,10 @@ class MaskedLayer(nn.Module):
         self._buffers[self.mask_name] = before
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.present is not None:
+            weight = self.effective_weight if keep_vars else self.parameter.detach()
+            saved_whole(self, super()._save_to_state_dict, destination, prefix, weight)
+            return
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = self.parameter
         # Looking changes nothing: what is stored outside the mask stays, and is left out of what is handed out.
@@ -438,6 +562,7 @@ class MaskedLayer(nn.Module):
             "sharded": False,
             "dense_gradient": None,
             "kernel": None,
+            "_lent": None,  # a copy has what it is copied with for its own
             "_collecting": False,
             "_collects": torch.zeros_like(self._collects),
         }

@@ -4,6 +4,8 @@ Around a step of any `torch.optim.Optimizer` its masked weights and their state 
 the step is counted, which tells a step from one that a loss scaler left out. State is what has the weight's shape,
 whatever its name. State of other shapes (factored moments, preconditioners) belongs to rows and columns, not to
 edges, and is left alone; only the weights are masked after the step.
+
+Layers that keep values of present edges only have nothing to mask: their state moves with the edges instead.
 """
 
 from __future__ import annotations
@@ -25,10 +27,13 @@ from torch.optim.optimizer import (
 )
 
 from growfx.distributed.sharded import all_finite, is_sharded, local_shard, part_of
+from growfx.errors import ConfigError
 from growfx.masked.layers import MaskedLayer
-from growfx.masked.registry import LAYER_OF
+from growfx.masked.present.optimizer_state import check_pointwise, check_state
+from growfx.masked.present.values import Move, on_move
+from growfx.masked.registry import LAYER_OF, is_replaced
 
-__all__ = ["StepWatch", "clear_state", "optimizers_of", "step_ahead_by", "watch_optimizers"]
+__all__ = ["StepWatch", "clear_state", "hold", "optimizers_of", "step_ahead_by", "watch_optimizers"]
 
 # Optimizers that work edge by edge and add nothing else: where weight, gradient and state are zero, they stay
 # zero, and a pass over the weights after each step is saved. All others (orthogonalised or preconditioned updates,
@@ -61,6 +66,32 @@ _RECORDS: weakref.WeakKeyDictionary[Optimizer, _Record] = weakref.WeakKeyDiction
 def optimizers_of(parameter: nn.Parameter) -> list[Optimizer]:
     """Return the optimizers that have stepped a masked parameter, those inside wrappers among them."""
     return [optimizer for optimizer, record in _RECORDS.items() if id(parameter) in record.cleared]
+
+
+def hold(optimizer: Optimizer, layer: MaskedLayer) -> None:
+    """Take note that an optimizer holds the parameter of `layer`, also before its first step."""
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if id(layer.trained) in known:
+        _RECORDS.setdefault(optimizer, _Record()).cleared.setdefault(id(layer.trained), layer.mask_marker())
+
+
+def _move_state(values: nn.Parameter, move: Move, name: str) -> None:
+    """Move what optimizers know of the values of the layer `name` with their edges.
+
+    Raises:
+        ConfigError: state that is not one value an edge; nothing is changed then.
+    """
+    moved: list[tuple[dict[str, Any], str, Tensor]] = []
+    for optimizer in optimizers_of(values):
+        state = optimizer.state.get(values, {})
+        check_state(optimizer, state, move.before, name)
+        moved += [
+            (state, key, move(value))
+            for key, value in state.items()
+            if isinstance(value, Tensor) and value.shape == (move.before,)
+        ]
+    for state, key, value in moved:
+        state[key] = value
 
 
 def clear_state(optimizer: Optimizer, parameter: nn.Parameter, where: Tensor) -> None:
@@ -134,13 +165,18 @@ def _masked_layers_of(optimizer: Optimizer) -> Iterator[MaskedLayer]:
                 known_layers = cast("list[MaskedLayer]", list(LAYER_OF.values()))
                 sharded = sharded or {id(known.parameter): known for known in known_layers}
                 layer = sharded.get(id(parameter))
-            if layer is not None and layer.parameter is parameter:
+            if layer is not None and layer.trained is parameter:
                 yield layer
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not LAYER_OF:
         return None
+    if any(is_replaced(parameter) for group in optimizer.param_groups for parameter in group["params"]):
+        raise ConfigError(
+            f"the optimizer (`{type(optimizer).__name__}`) expects weights that the network has no more: its `storage` "
+            "was changed since; make the optimizer from `net.parameters()` after that"
+        )
     layers = list(_masked_layers_of(optimizer))
     if not layers:
         return None
@@ -149,15 +185,30 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     masked = _with_closure_masked(layers, args, kwargs)
     scale = vars(optimizer).get("grad_scale")  # where a fused step is to unscale by itself
     for layer in layers:
-        _clear_if_touched(optimizer, layer, record)
+        if layer.present is not None:
+            _check_present(optimizer, layer, record)
+        else:
+            _clear_if_touched(optimizer, layer, record)
         if masked is None:
             # With a closure the gradient is not whole yet: what is there is the accumulated part of it.
             layer.optimizer_will_step(scale)
-        versions[id(layer.parameter)] = layer.parameter._version
+        versions[id(layer.trained)] = layer.trained._version
     record.versions.append(versions)
     whole = masked is not None or scale is not None or _others_look(optimizer)
     record.hidden.append([] if whole else _step_ahead(optimizer, layers))
     return masked
+
+
+def _check_present(optimizer: Optimizer, layer: MaskedLayer, record: _Record) -> None:
+    """Refuse a step over values of present edges that is not one of single edges, or with state of whole weights."""
+    key = id(layer.trained)
+    if key not in record.cleared:
+        check_pointwise(optimizer)
+        record.cleared[key] = layer.mask_marker()
+    present = layer.present
+    assert present is not None
+    present.follow(layer.mask, by_version=True)  # state moves first, where the mask is another one
+    check_state(optimizer, optimizer.state.get(present.values, {}), present.values.numel(), present.name)
 
 
 def _others_look(optimizer: Optimizer) -> bool:
@@ -205,7 +256,7 @@ def _with_closure_masked(layers: list[MaskedLayer], args: tuple[Any, ...], kwarg
     def masked(closure: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
             for layer in layers:
-                layer.dense_gradient = None  # the last call counts, as for the optimizer
+                layer.forget_dense_gradient()  # the last call counts, as for the optimizer
             loss = closure()
             for layer in layers:
                 layer.optimizer_will_step(None)
@@ -232,6 +283,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     # A fused step that is left out at the very start leaves state behind that nobody has written.
     keeps_zeros = not left_out and f"{type(optimizer).__module__}.{type(optimizer).__qualname__}" in _KEEPS_ZEROS
     for layer in _masked_layers_of(optimizer):
+        if layer.present is not None:
+            continue
         if not keeps_zeros:
             layer.settle()
             if not isinstance(optimizer, LBFGS):
@@ -258,3 +311,4 @@ def watch_optimizers() -> None:
     if not _WATCHING:
         _WATCHING.append(register_optimizer_step_pre_hook(_before_step))
         _WATCHING.append(register_optimizer_step_post_hook(_after_step))
+        on_move(_move_state)

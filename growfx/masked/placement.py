@@ -36,7 +36,7 @@ class Places:
             if registry.get(key) is not child:
                 self._refuse()
         for layer in self._layers.values():
-            if layer._parameters.get(layer.weight_name) is None:
+            if not layer.has_parameter():
                 self._refuse()
 
     def _modules(self) -> dict[str, nn.Module]:
@@ -53,7 +53,7 @@ class Places:
                     f"the masked layer `{name}` was replaced since the model was wrapped, so its mask is of no use; "
                     "change the model first, then wrap it (growfx.unwrap(net) before gives the plain model)"
                 )
-            if layer._parameters.get(layer.weight_name) is None:
+            if not layer.has_parameter():
                 raise MaskError(
                     f"`{name}.{layer.weight_name}` was taken away since the model was wrapped (a parametrization, "
                     "torch.nn.utils.prune or spectral_norm?); change the model first, then wrap it"

@@ -50,7 +50,9 @@ class _MaskedConv(_Twin):
             output = self.kernel(self, input)
             if output is not None:
                 return output
-        return self._conv_forward(input, self._weight(own=True), self.bias)  # type: ignore[operator]
+        weight = self._weight(own=True)
+        with self._built_anew(weight):
+            return self._conv_forward(input, weight, self.bias)  # type: ignore[operator]
 
 
 class _MaskedLinear(_Twin):
@@ -61,7 +63,9 @@ class _MaskedLinear(_Twin):
             output = self.kernel(self, input)
             if output is not None:
                 return output
-        return F.linear(input, self._weight(own=True), self.bias)  # type: ignore[arg-type]
+        weight = self._weight(own=True)
+        with self._built_anew(weight):
+            return F.linear(input, weight, self.bias)  # type: ignore[arg-type]
 
 
 class _MaskedAttention(_Twin):
@@ -186,7 +190,7 @@ def to_plain(module: MaskedLayer) -> nn.Module:
     if module._stored.hook is not None:
         module._stored.hook.remove()
     del module._buffers["mask"], module._stored, module._collects
-    for name in ("read_directly", "sharded", "dense_gradient", "gate", "kernel", "_collecting"):
+    for name in ("read_directly", "sharded", "dense_gradient", "gate", "kernel", "_collecting", "_lent", "present"):
         module.__dict__.pop(name, None)
     original: Any = module.twin_of
     module.__class__ = original

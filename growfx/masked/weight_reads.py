@@ -77,6 +77,8 @@ class WeightRead:
         if layer is None:
             return self
         weight = layer._parameters.get(self.name)
+        if weight is None and layer.present is not None:
+            return layer.built_for_reader()
         if weight is None:
             raise AttributeError(self.name)  # then nn.Module looks, and says what is missing
         return layer.weight_for_reader(weight)

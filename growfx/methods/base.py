@@ -43,6 +43,8 @@ class Method(ABC):
         off_path: what it does with layers that no path crosses: "left" keeps their masks, as its rule ranks edges by
             paths; "spare" does so as long as they leave at least half of the edges to the others; "changed" treats
             them like any other (see `growfx.methods.scope`).
+        trains_absent: why it cannot work where only values of present edges are kept (`storage` = "present"); "" where
+            it can.
         warns_of_loss: False for one that is told which masks to take, or that chooses among the edges the network has:
             nobody is surprised when its masks replace others.
 
@@ -64,6 +66,7 @@ class Method(ABC):
     changes_masks: ClassVar[bool] = True
     needs_whole: ClassVar[str] = "it computes with whole weights"
     off_path: ClassVar[str] = "spare"
+    trains_absent: ClassVar[str] = ""
     warns_of_loss: ClassVar[bool] = True
 
     # -- in any loop ----------------------------------------------------------------------------------------

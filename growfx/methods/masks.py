@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from growfx.distributed import ranks
 from growfx.distributed.sharded import is_sharded, local_shard, part_of, reshard
 from growfx.errors import ConfigError
 from growfx.masked.agreement import require_same_masks
 from growfx.masked.graph import MaskedGraph
 from growfx.masked.layers import MaskedLayer
-from growfx.masked.optimizers import clear_state, optimizers_of
+from growfx.masked.optimizers import clear_state, hold, optimizers_of
 from growfx.masked.shared import is_shared
 from growfx.methods.base import Method
 from growfx.methods.registry import kind_of, names
@@ -28,7 +29,7 @@ def find_shards(method: Method, net: MaskedGraph) -> None:
     """
     reshard(net)
     net.find_shards()
-    spread = [name for name, layer in net.layers.items() if is_sharded(layer.parameter)]
+    spread = [name for name, layer in net.layers.items() if is_sharded(layer.trained)]
     if not spread:
         return
     if method.needs_whole:
@@ -61,11 +62,16 @@ def change_masks(net: MaskedGraph, optimizer: Optimizer, masks: Mapping[str, Ten
     changed = 0
     for name, mask in masks.items():
         layer = net.layers[name]
+        if layer.present is not None:
+            hold(optimizer, layer)  # its state moves with the edges
+            layer.settle()
+            changed += int((mask.to(layer.mask.device) ^ layer.mask).sum())
+            continue
         differs = mask.to(layer.mask.device) ^ layer.mask
         count = int(differs.sum())
         if count:
             local_shard(layer.parameter).masked_fill_(part_of(differs, layer.parameter), 0.0)
-            for each in {optimizer, *optimizers_of(layer.parameter)}:
+            for each in {optimizer, *optimizers_of(layer.trained)}:
                 clear_state(each, layer.parameter, differs)
         changed += count
     net.set_masks(masks)
@@ -81,7 +87,7 @@ def collect_gradients(layers: Iterable[MaskedLayer], wanted: bool) -> None:
     """Let the next backward passes leave the gradient of absent edges (or not), and forget the last one."""
     for layer in layers:
         layer.collects_gradient = wanted
-        layer.dense_gradient = None
+        layer.forget_dense_gradient()
 
 
 def dense_gradients(layers: Mapping[str, MaskedLayer]) -> dict[str, Tensor]:
@@ -95,5 +101,11 @@ def dense_gradients(layers: Mapping[str, MaskedLayer]) -> dict[str, Tensor]:
         if layer.dense_gradient is None and layer.collects_gradient:
             layer.take_dense_gradient()  # an optimizer that is none of torch's, whose step nobody announces
         gradient = layer.dense_gradient
-        found[name] = torch.zeros_like(layer.parameter.detach()) if gradient is None else gradient
+        if gradient is None:
+            gradient = torch.zeros_like(
+                layer.mask if layer.present is not None else layer.parameter.detach(), dtype=layer.trained.dtype
+            )
+        if layer.present is not None and layer.present.shared:
+            ranks.average([gradient])
+        found[name] = gradient
     return found

@@ -144,7 +144,7 @@ def find_scope(method: Method, net: MaskedGraph, density: float | None = None, *
     rule = off_path or method.off_path
     if rule == "changed":
         return Scope(net, trained, {})
-    with unsharded(net):
+    with unsharded(net), net.whole_weights():
         found = layers_off_path(net)
     left = {name: reason for name, reason in found.items() if name in trained}
     scope = Scope(net, tuple(name for name in trained if name not in left), left)
@@ -175,7 +175,7 @@ def layers_off_path(net: MaskedGraph) -> dict[str, str]:
 
 def is_frozen(layer: MaskedLayer) -> bool:
     """Whether the weight of a layer is not trained."""
-    return not layer.parameter.requires_grad
+    return not layer.trained.requires_grad
 
 
 def check_optimizer(method: Method, net: MaskedGraph, optimizer: Optimizer) -> None:
@@ -191,7 +191,7 @@ def check_optimizer(method: Method, net: MaskedGraph, optimizer: Optimizer) -> N
         )
     held = {id(parameter) for group in groups for parameter in group["params"]}
     trained = {name: layer for name, layer in net.layers.items() if not is_frozen(layer)}
-    if trained and not any(id(layer.parameter) in held for layer in trained.values()):
+    if trained and not any(id(layer.trained) in held for layer in trained.values()):
         raise ConfigError(
             f"the optimizer (`{type(optimizer).__name__}`, {len(held)} parameters) trains none of the masked weights "
             f"of this network ({listed(trained)}); make it from `net.parameters()`, after `fully_shard` or anything "

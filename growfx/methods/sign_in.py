@@ -59,6 +59,11 @@ class _Factors:
     mask: Tensor
     slope: Tensor | None = None
 
+    @property
+    def where(self) -> Any:
+        """Where the edges are in the layer's parameter and its gradient."""
+        return self.mask if self.layer.present is None else slice(None)
+
 
 class SignIn:
     """Trains the masked weights of `net` that `optimizer` holds as products, from now on.
@@ -77,7 +82,7 @@ class SignIn:
         check_sign_in(net, optimizer)
         self.period, self.steps = period, 0
         self._factors: dict[str, _Factors] = {}
-        layers = {id(x.parameter): (name, x) for name, x in net.layers.items() if not is_frozen(x)}
+        layers = {id(x.trained): (name, x) for name, x in net.layers.items() if not is_frozen(x)}
         for group in list(optimizer.param_groups):
             held = [layers[id(p)] for p in group["params"] if id(p) in layers]
             if held:
@@ -92,8 +97,7 @@ class SignIn:
 
     def _add_group(self, optimizer: Optimizer, group: dict[str, Any], held: Mapping[str, MaskedLayer]) -> None:
         for name, layer in held.items():
-            weight = layer.parameter.detach()
-            inner = weight[layer.mask].clone()
+            inner = layer.edges()
             scale = nn.Parameter(torch.ones_like(inner))
             self._factors[name] = _Factors(layer, scale, inner, layer.mask.clone())
         options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
@@ -119,23 +123,22 @@ class SignIn:
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         for factors in self._factors.values():
             # a scheduler may know the weights' group only
-            groups[id(factors.scale)]["lr"] = groups[id(factors.layer.parameter)]["lr"]
+            groups[id(factors.scale)]["lr"] = groups[id(factors.layer.trained)]["lr"]
         for factors in self._factors.values():
             self._follow(factors, optimizer)
-            parameter, grad = factors.layer.parameter, factors.layer.parameter.grad
+            parameter, grad = factors.layer.trained, factors.layer.trained.grad
             if grad is None:
                 factors.scale.grad = None
                 continue
-            slope = factors.slope = grad[factors.mask]
+            slope = factors.slope = grad[factors.where].clone()
             factors.scale.grad = slope * factors.inner
             with torch.no_grad():
-                grad[factors.mask] = slope * factors.scale
-                parameter.data[factors.mask] = factors.inner
+                grad[factors.where] = slope * factors.scale
+                parameter.data[factors.where] = factors.inner
 
     def _follow(self, factors: _Factors, optimizer: Optimizer) -> None:
         """Make the factors those of the weights and the mask of the moment."""
         layer, mask = factors.layer, factors.layer.mask
-        weight = layer.parameter.detach()
         if not torch.equal(mask, factors.mask):
             old = factors.mask
             for key, value in optimizer.state.get(factors.scale, {}).items():
@@ -144,7 +147,7 @@ class SignIn:
             factors.scale.data = _moved(factors.scale.data, old, mask, 1.0)
             factors.inner = _moved(factors.inner, old, mask, 0.0)
             factors.mask = mask.clone()
-        now = weight[mask]
+        now = layer.edges()
         kept = now == factors.inner * factors.scale.detach()
         factors.inner = torch.where(kept, factors.inner, now)
         factors.scale.data = torch.where(kept, factors.scale.data, 1.0)
@@ -155,14 +158,14 @@ class SignIn:
         reset = self.steps % self.period == 0
         with torch.no_grad():
             for factors in self._factors.values():
-                parameter = factors.layer.parameter
+                parameter = factors.layer.trained
                 if parameter.grad is None or factors.slope is None:
                     continue
-                parameter.grad[factors.mask] = factors.slope  # as the backward pass left it, for whoever looks
+                parameter.grad[factors.where] = factors.slope  # as the backward pass left it, for whoever looks
                 factors.slope = None
-                factors.inner = parameter.data[factors.mask].clone()
+                factors.inner = parameter.data[factors.where].clone()
                 product = factors.inner * factors.scale
-                parameter.data[factors.mask] = product
+                parameter.data[factors.where] = product
                 factors.scale.grad = None
                 if reset:
                     factors.inner = product
@@ -173,7 +176,7 @@ class SignIn:
         with torch.no_grad():
             for factors in self._factors.values():
                 factors.mask = factors.layer.mask.clone()
-                factors.inner = factors.layer.parameter.detach()[factors.mask].clone()
+                factors.inner = factors.layer.edges()
                 factors.scale.data = torch.ones_like(factors.inner)
 
     # -- state ----------------------------------------------------------------------------------------------
@@ -211,7 +214,7 @@ def check_sign_in(net: MaskedGraph, optimizer: object) -> None:
         raise ConfigError(
             f"`sign_in` expects a torch.optim.Optimizer, got `{type(optimizer).__name__}`; use one, or `sign_in` = 0"
         )
-    spread = next((name for name, layer in net.layers.items() if is_sharded(layer.parameter)), None)
+    spread = next((name for name, layer in net.layers.items() if is_sharded(layer.trained)), None)
     if spread is not None:
         raise ConfigError(
             f"`sign_in` expects whole weights, got those of `{spread}` spread over processes (`fully_shard`); use "

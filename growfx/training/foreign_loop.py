@@ -141,7 +141,7 @@ def find_optimizer(net: MaskedGraph, optimizers: Iterable[Optimizer]) -> Optimiz
 
     Raises `ConfigError` where none does, or several.
     """
-    masked = {id(layer.parameter) for layer in net.layers.values()}
+    masked = {id(layer.trained) for layer in net.layers.values()}
     found: list[Optimizer] = []
     for optimizer in optimizers:
         while isinstance(inner := vars(optimizer).get("optimizer"), Optimizer):

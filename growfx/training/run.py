@@ -17,6 +17,8 @@ from growfx.data.batches import batches_from
 from growfx.distributed import ranks
 from growfx.errors import DataError, GrowfxError
 from growfx.masked.graph import MaskedGraph
+from growfx.masked.present.optimizer_state import check_pointwise
+from growfx.masked.present.storage import follow_masks, set_storage, storage_of
 from growfx.methods.base import Method
 from growfx.methods.session import Session, Stage
 from growfx.options import TrainOptions
@@ -87,13 +89,24 @@ class Run:
     # -- beginning ------------------------------------------------------------------------------------------
 
     def set_up(self) -> None:
-        """Bring network, optimizer, method and averages together."""
+        """Bring network, optimizer, method and averages together, on whole weights; keep these as asked for."""
+        stored = storage_of(self.net)
+        set_storage(self.net, "dense")
+        try:
+            self._bring_together()
+        except BaseException:
+            set_storage(self.net, stored)
+            raise
+
+    def _bring_together(self) -> None:
         self.net.to(self.device)
         if self.options.channels_last:
             self.net.to(memory_format=torch.channels_last)
         self._take_kernels()
         seed_globally(self.options.seed, -1)
         optimizer = make_optimizer(self.net, self.options)
+        if self.options.storage == "present":
+            check_pointwise(optimizer)
         loss = make_loss(self.options).to(self.device)
         step = TrainStep(self.net, optimizer, self.method, loss, self.options)
         self.method.begin(
@@ -112,6 +125,10 @@ class Run:
         example = images[:1].to(self.device)
         step.mix = make_mixup(self.options, count_classes(self.net, example))
         meter = CostMeter(self.net, example)
+        if self.options.storage == "present":
+            whole = set_storage(self.net, "present", [optimizer])
+            if self.net.kernels is not None:
+                self.net.kernels.whole = whole
         self.state = RunState(self.net, optimizer, self.method, step, meter, self._average)
 
     def _take_kernels(self) -> None:
@@ -154,7 +171,7 @@ class Run:
 
     def _end_stage(self, stage: Stage) -> None:
         before = [parameter._version for parameter in self.net.parameters()]
-        with self.state.clock.training():
+        with self.state.clock.training(), self.net.whole_weights():
             self.method.end_stage(stage)
         self.state.meter.read_masks()
         self.state.at.stage, self.state.at.stage_step = self.state.at.stage + 1, 0
@@ -166,7 +183,9 @@ class Run:
 
     def _average(self, stage: Stage) -> Any:
         """Return an average of the network over a stage that is about to begin, or to be taken up again."""
-        return make_average(self.net, self.options, stage.epochs * self.epoch_steps)
+        average = make_average(self.net, self.options, stage.epochs * self.epoch_steps)
+        set_storage(average.module, storage_of(self.net))
+        return average
 
     def _measure(self, stage: Stage, last: bool) -> list[Score]:
         """Validate as the stage asks for: nothing, the network, or at the end of a round its average, then itself."""
@@ -261,6 +280,7 @@ class Run:
                 loss, changed = self.state.step(*(self._moved(*batch) for batch in window))
                 part.loss += loss
                 if self.state.ema is not None:
+                    follow_masks(self.state.ema.module, self.net)
                     self.state.ema.update(self.net, step=first + part.done)
                 part.done, part.uncounted = part.done + 1, part.uncounted + 1
                 if changed or dense_gradient or part.done == steps:

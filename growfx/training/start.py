@@ -94,6 +94,7 @@ def train(
     options = _changed(options or TrainOptions(), changes)
     chosen = Fixed() if method is None else method
     _check_whole(net)
+    _check_storage(options, chosen)
     run = Run(net, train_loader, val_loader, test_loader, chosen, options, progress)
     _check_folder(out, resume, options)
     config = {**describe_run(net, method, options), **(about or {})}
@@ -123,6 +124,15 @@ def _check_whole(net: MaskedGraph) -> None:
             parameter,
             "growfx.train keeps networks whole, in `DistributedDataParallel`; call it with the network as it was "
             "before, or write the loop: `method.attach(net, optimizer, ...)`, then `method.step()` after each step",
+        )
+
+
+def _check_storage(options: TrainOptions, method: Any) -> None:
+    why = getattr(method, "trains_absent", "") if options.storage == "present" else ""
+    if why:
+        raise ConfigError(
+            f'`storage` = "present" keeps values of present edges only, and method `{method.name}` {why}; use another '
+            'method, or `storage` = "dense"'
         )
 
 
@@ -160,7 +170,8 @@ def _release(net: MaskedGraph) -> None:
     """Take soft masks and the collection of gradients off the layers: their method will not come back to them."""
     for layer in net.shell.modules():
         if isinstance(layer, MaskedLayer):
-            layer.gate, layer.dense_gradient, layer.collects_gradient = None, None, False
+            layer.gate, layer.collects_gradient = None, False
+            layer.forget_dense_gradient()
 
 
 def _changed(options: TrainOptions, changes: Mapping[str, Any]) -> TrainOptions:

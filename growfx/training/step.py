@@ -95,9 +95,26 @@ class TrainStep:
         self.mix: Callable[[Tensor, Tensor], Batch] | None = None
         self._device = next(chain_tensors(net)).device.type
         self._scaler = torch.amp.GradScaler(self._device) if options.amp == "fp16" else None
-        self._replica = replicate(net) if ranks.world_size() > 1 else None
+        self._replica: DistributedDataParallel | None = None
+        self._replicated: list[Tensor] = []
+        self._leaves_unused = ranks.world_size() > 1 and bool(unused_parameters(net))
+        self._take_model()
+
+    def _replicate_anew(self) -> None:
+        """Let ranks exchange gradients of the edges there are now, where these are others (`storage` = "present")."""
+        if self._replica is None:
+            return
+        now = self.net.kept_edges()
+        if len(now) != len(self._replicated) or any(a is not b for a, b in zip(now, self._replicated, strict=True)):
+            self._take_model()
+
+    def _take_model(self) -> None:
+        net = self.net
+        self._replica = None  # its hooks go before there are others
+        self._replica = replicate(net, self._leaves_unused) if ranks.world_size() > 1 else None
+        self._replicated = net.kept_edges()
         model = net if self._replica is None else self._replica
-        self._forward: Callable[..., Any] = torch.compile(model) if options.compile else model
+        self._forward: Callable[..., Any] = torch.compile(model) if self.options.compile else model
 
     def loss(self, output: Any, targets: Tensor) -> Tensor:
         """Return the loss of what the network gave for one batch."""
@@ -109,6 +126,7 @@ class TrainStep:
 
         Raises `GrowfxError` for gradients that overflow in fp16 at every scale of a finite loss.
         """
+        self._replicate_anew()
         batches = list(window) if self.mix is None else [self.mix(*batch) for batch in window]
         before = None if self._scaler is None else _Moment.of(self.net)  # nothing else is ever repeated
         loss = self._backward(batches)
@@ -168,7 +186,7 @@ class TrainStep:
             )
         self.optimizer.zero_grad(set_to_none=True)
         for layer in self.net.layers.values():
-            layer.dense_gradient = None
+            layer.forget_dense_gradient()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the loss scaler: empty but for fp16."""
@@ -180,9 +198,12 @@ class TrainStep:
             self._scaler.load_state_dict(dict(state))
 
 
-def replicate(net: MaskedGraph) -> DistributedDataParallel:
-    """Return `net` in `DistributedDataParallel`, which sends rank 0's weights and buffers to all."""
-    unused = bool(unused_parameters(net))
+def replicate(net: MaskedGraph, unused: bool | None = None) -> DistributedDataParallel:
+    """Return `net` in `DistributedDataParallel`, which sends rank 0's weights and buffers to all.
+
+    `unused`: whether some parameters get no gradient; None finds out.
+    """
+    unused = bool(unused_parameters(net)) if unused is None else unused
     # gradients need no copy beside what is sent
     return DistributedDataParallel(net, find_unused_parameters=unused, gradient_as_bucket_view=True)
 

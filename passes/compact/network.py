@@ -26,6 +26,7 @@ from growfx.compaction.apply import apply_plan, columns_axis, select_blocks, sha
 from growfx.compaction.plan import CompactionPlan
 from growfx.compaction.widths import state_widths
 from growfx.errors import TraceError
+from growfx.masked.present.storage import on_whole_weights
 from growfx.passes.compact.choice import Chooser, Removal, fold_constants, make_plan
 from growfx.passes.compact.liveness import find_liveness
 from growfx.passes.compact.report import CompactionReport, LayerChange
@@ -63,6 +64,7 @@ class Compacted(PassResult[CompactionReport]):
 
 
 @torch.inference_mode(False)
+@on_whole_weights
 def compact(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None = None) -> Compacted:
     """Leave out all units that the outputs can do without, exactly; `net` is not changed.
 

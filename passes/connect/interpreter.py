@@ -17,6 +17,7 @@ from growfx.analysis.connectivity import Connectivity
 from growfx.errors import TraceError
 from growfx.masked.graph import MaskedGraph
 from growfx.masked.layers import MaskedLayer
+from growfx.masked.present.storage import on_whole_weights
 from growfx.passes.connect.ends import begin, embeds, lose, pin_layers, selects, source
 from growfx.passes.connect.operations import has_meta, of_shapes, operation, paired
 from growfx.passes.connect.results import found
@@ -49,6 +50,7 @@ MODULES = {**connect_norms.MODULES, **connect_rules.MODULES, **connect_layers.MO
 _OF_WEIGHTS = (*connect_products.OPERATORS.values(), connect_layers.OPERATORS["convolution"])
 
 
+@on_whole_weights
 def connect(net: MaskedGraph, example_inputs: Any = None) -> Connectivity:
     """Find which units feed which, and which are coupled.
 

@@ -24,6 +24,7 @@ from growfx.masked.layers import MaskedLayer, MaskedParameter
 from growfx.masked.module_copy import copy_modules
 from growfx.masked.modules import chain_tensors
 from growfx.masked.plain_state import hide_masks
+from growfx.masked.present.storage import on_whole_weights
 from growfx.masked.registry import LAYER_OF
 from growfx.masked.torch_pruning import take_over
 from growfx.masked.twins import has_names_of_a_twin, is_maskable, maskable_reason, to_plain, to_twin, weight_name_of
@@ -244,6 +245,7 @@ def _note_direct_reads(net: MaskedGraph) -> None:
                     net.note_direct_read(owners[id(parameter)])
 
 
+@on_whole_weights
 @torch.inference_mode(False)
 def unwrap(net: MaskedGraph) -> nn.Module:
     """The plain model of the original class, a copy, with weights outside the masks +0.0.

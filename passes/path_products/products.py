@@ -21,6 +21,7 @@ from growfx.analysis.weight_layout import joined_units
 from growfx.distributed.sharded import require_whole
 from growfx.errors import ConfigError, MaskError, TraceError
 from growfx.masked.doors import as_masked_graph
+from growfx.masked.present.storage import on_whole_weights
 from growfx.notices import warn_once
 from growfx.passes.path_products.interpreter import PathGraph
 from growfx.passes.path_products.zeros import zero_factors
@@ -35,6 +36,7 @@ __all__ = ["check_path_rules", "path_gradients", "path_products"]
 _UNREACHED: weakref.WeakKeyDictionary[fx.Graph, frozenset[str]] = weakref.WeakKeyDictionary()
 
 
+@on_whole_weights
 def path_products(
     net: MaskedGraph,
     norm: str = "fold",
@@ -78,6 +80,7 @@ def path_products(
     return paths
 
 
+@on_whole_weights
 def path_gradients(
     net: MaskedGraph,
     magnitudes: Mapping[str, Tensor] | None = None,
@@ -122,6 +125,7 @@ def path_gradients(
     return _facts(run, scores, off_path)
 
 
+@on_whole_weights
 def check_path_rules(net: MaskedGraph, example_inputs: Tensor | Sequence[Any] | None = None) -> dict[str, str]:
     """Check that every operator on a path has a rule; returns layer name -> why no path crosses it.
 

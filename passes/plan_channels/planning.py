@@ -11,6 +11,7 @@ from torch import Tensor
 from growfx.analysis.channel_plan import Budget, ChannelPlan
 from growfx.errors import ConfigError
 from growfx.masked.doors import as_masked_graph
+from growfx.masked.present.storage import on_whole_weights
 from growfx.passes.plan_channels.gain import SCORES, magnitudes, path_masses, path_scores, taylor
 from growfx.passes.plan_channels.options import PlanOptions
 from growfx.passes.plan_channels.planner import ChannelPlanner
@@ -22,6 +23,7 @@ __all__ = ["plan_channels"]
 
 
 @torch.inference_mode(False)
+@on_whole_weights
 def plan_channels(
     net: MaskedGraph,
     budget: str | Budget,

@@ -56,8 +56,9 @@ class Births:
 
         Weights that are spread over ranks have only a part of it here, and give none.
         """
-        values = {name: x.parameter.grad for name, x in layers.items() if x.parameter.grad is not None}
-        if not values or any(is_sharded(layers[name].parameter) for name in values):
+        found = {name: layer.gradient for name, layer in layers.items()}
+        values = {name: gradient for name, gradient in found.items() if gradient is not None}
+        if not values or any(is_sharded(layers[name].trained) for name in values):
             return []
         return self._sums(values, layers).tolist()
 

@@ -147,12 +147,13 @@ class Growing(Method):
         adaptive = self.growth_rounds == "adaptive"
         training = math.ceil(total_steps / steps_per_epoch) if adaptive else self.epochs_per_round
         growth = Growth(net, optimizer, scope, steps_per_epoch, first_epochs=self.seed_epochs or training)
-        with unsharded(net):
+        with unsharded(net), net.whole_weights():
             growth.price = price_of(self.price, net, scope)
             masks = self._seed_masks(growth)
         warn_if_replaced(self, scope, masks)
         if self.final_weights == "initial":
-            growth.origin = Origin.take(net)
+            with net.whole_weights():
+                growth.origin = Origin.take(net)
         change_masks(net, optimizer, masks)
         growth.births = Births.of_seed(net.layers)
         if self.sign_in:
@@ -249,6 +250,10 @@ class Growing(Method):
 
     def _finish_round(self, accuracy: float | None, noise: float | None) -> bool:
         """Record the round, then grow or stop. Returns True when masks changed."""
+        with self._attached().net.whole_weights():
+            return self._finish_whole_round(accuracy, noise)
+
+    def _finish_whole_round(self, accuracy: float | None, noise: float | None) -> bool:
         growth = self._attached()
         if is_shared(growth.net):
             share_buffers(growth.net)  # norms count in paths
@@ -454,7 +459,7 @@ class Growing(Method):
         """
         own = self._attached()
         check_state(state, self.name)
-        with reading_state(self.name):
+        with reading_state(self.name), own.net.whole_weights():
             scope = own.scope.restored(state.get("scope"))  # states of version 0.1 have none
             snapshots = {int(k): Snapshot.from_state(v, own.net) for k, v in state["snapshots"].items()}
             gradients = {name: _fitting(own.net, name, value) for name, value in state["gradients"].items()}

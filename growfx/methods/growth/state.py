@@ -71,7 +71,7 @@ class Growth:
     sign_in: SignIn | None = None
 
     def __post_init__(self) -> None:
-        self.watch = StepWatch(self.optimizer, [layer.parameter for layer in self.net.layers.values()])
+        self.watch = StepWatch(self.optimizer, [layer.trained for layer in self.net.layers.values()])
 
     def absent(self, paths: PathProducts) -> dict[str, Tensor]:
         """Return the edges that growth chooses from: absent ones of layers that some path crosses, bool."""

@@ -275,12 +275,14 @@ def step_of(course: Campaign, name: str, epochs: float, limit: int) -> int:
 
 def keep_point(course: Campaign) -> dict[str, dict[str, torch.Tensor]]:
     """Copy weights, masks, norm statistics and every other buffer, to come back to them with `return_to`."""
-    return Snapshot.take(course.net).state_dict()
+    with course.net.whole_weights():
+        return Snapshot.take(course.net).state_dict()
 
 
 def return_to(course: Campaign, point: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
     """Put back what `keep_point` copied."""
-    Snapshot.from_state(point, course.net).restore(course.net, course.optimizer)
+    with course.net.whole_weights():
+        Snapshot.from_state(point, course.net).restore(course.net, course.optimizer)
 
 
 def refuse_unused(method: Staged, name: str, reason: str) -> None:

@@ -139,6 +139,7 @@ class Continuous(Staged):
     """
 
     name: ClassVar[str] = "continuous"
+    trains_absent: ClassVar[str] = "trains all of them by soft masks"
 
     initial_mask: float = option(0.0, low=-10, high=10)
     penalty: float = option(1e-8, low=0)

@@ -74,6 +74,11 @@ class SNIP(SparseInit):
         if _BEFORE not in course.memory:
             return None
         gradients = dense_gradients(course.layers)
+        with course.net.whole_weights():
+            return self._chosen_before(course, gradients)
+
+    def _chosen_before(self, course: Course, gradients: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """Return the masks chosen by the step just made, after taking it back; None where its gradients are no use."""
         _put_back(course, course.memory[_BEFORE])
         if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values()):
             return None

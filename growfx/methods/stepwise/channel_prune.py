@@ -225,7 +225,7 @@ class ChannelPrune(Stepwise):
         return magnitudes(course.net, planner.units)
 
     def _sum_gains(self, course: Course) -> None:
-        found = {name: x.parameter.grad for name, x in course.layers.items() if x.parameter.grad is not None}
+        found = {name: gradient for name, x in course.layers.items() if (gradient := x.gradient) is not None}
         if found:
             gains = taylor(course.net, self._planner(course).units, found)
             before = course.memory.get("gains")

@@ -73,7 +73,7 @@ class Course:
     tools: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.watch = StepWatch(self.optimizer, [layer.parameter for layer in self.net.layers.values()])
+        self.watch = StepWatch(self.optimizer, [layer.trained for layer in self.net.layers.values()])
 
     @property
     def done(self) -> float:
@@ -177,7 +177,8 @@ class Stepwise(Method):
         course = Course(net, optimizer, scope, total_steps, steps_per_epoch, session=session)
         if is_shared(net):
             share_buffers(net)  # norms may count in the starting masks
-        masks = self._start(course)
+        with net.whole_weights():
+            masks = self._start(course)
         warn_if_replaced(self, scope, masks)
         change_masks(net, optimizer, masks)
         course.ever_active = {name: net.layers[name].mask.clone() for name in scope.names}

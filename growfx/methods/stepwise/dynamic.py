@@ -118,7 +118,7 @@ def _weights(course: Course) -> dict[str, Tensor]:
 
 def _active_gradients(layers: Mapping[str, MaskedLayer]) -> dict[str, Tensor]:
     """Return the gradients the optimizer used, zero at absent edges, and for layers that took no part in the step."""
-    grads = {name: layer.parameter.grad for name, layer in layers.items()}
+    grads = {name: layer.gradient for name, layer in layers.items()}
     if layers and all(grad is None for grad in grads.values()):
         raise ConfigError(
             "no layer has a gradient; call `method.step()` after `optimizer.step()` and before `optimizer.zero_grad()`"

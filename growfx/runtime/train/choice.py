@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from growfx.machine import processor
 from growfx.masked.layers import MaskedLayer
+from growfx.masked.present.values import scattered
 from growfx.runtime.choice_cache import read_choices, write_choices
 from growfx.runtime.timing import interleaved_minima
 from growfx.runtime.train.entries import Entries, Geometry, product
@@ -106,6 +107,7 @@ class Chooser:
     table: dict[str, dict[float, Times]] = field(default_factory=dict)
     known: dict[tuple[str, Any], _Known] = field(default_factory=dict)
     last: dict[str, _Known] = field(default_factory=dict)
+    _flow_pays: bool | None = None  # what `flow_pays` found for `last`
 
     def choose(
         self,
@@ -120,19 +122,25 @@ class Chooser:
         """The kernel that the layer `name` is to take for `x`, and why; `inner`: within a flow."""
         if self.kernels == "sparse":
             return "sparse", "asked for"
-        gradient = torch.is_grad_enabled() and layer.parameter.requires_grad
+        gradient = torch.is_grad_enabled() and layer.trained.requires_grad
         situation = (tuple(x.shape), str(x.dtype), gradient, x.requires_grad, torch.get_num_threads())
         known = self.known.get((name, situation))
         density = entries.nnz / layer.numel
         if known is None or not known.density / _STEP < density < known.density * _STEP:
             known = self._choose(name, layer, geometry, entries, x, out_size)
             self.known[name, situation] = known
-        self.last[name] = known
+        if self.last.get(name) is not known:
+            self.last[name], self._flow_pays = known, None
         kernel = known.kernel(inner)
         return kernel, known.reason(kernel)
 
     def flow_pays(self) -> bool:
         """Whether the layers, as last chosen, take less time in all with the batch innermost in memory."""
+        if self._flow_pays is None:
+            self._flow_pays = self._compare_flow()
+        return self._flow_pays
+
+    def _compare_flow(self) -> bool:
         if not self.timed:
             sparse = sum(known.kernel(True) == "sparse" for known in self.last.values())
             return sparse * 2 > len(self.last)
@@ -161,6 +169,7 @@ class Chooser:
             for name, at, *values in state["known"]
         }
         self.last = {name: _known(values) for name, values in state["last"].items()}
+        self._flow_pays = None
 
     def _choose(
         self, name: str, layer: MaskedLayer, geometry: Geometry, entries: Entries, x: Tensor, out_size: list[int]
@@ -168,7 +177,7 @@ class Chooser:
         density = entries.nnz / layer.numel
         if density == 0 or not self.timed:
             return _Known(density, None, model=not self.timed)
-        gradient = torch.is_grad_enabled() and layer.parameter.requires_grad
+        gradient = torch.is_grad_enabled() and layer.trained.requires_grad
         larger = None if gradient else self._of_a_larger_batch(name, x, density)
         if larger is not None:
             return larger
@@ -226,7 +235,7 @@ def _key(layer: MaskedLayer, g: Geometry, x: Tensor, gradient: bool) -> str:
     shape = tuple(x.shape) if g.kernel else (x.numel() // x.shape[-1], x.shape[-1])
     parts = [
         f"input {'x'.join(map(str, shape))} {str(x.dtype).removeprefix('torch.')}",
-        f"weight {'x'.join(map(str, layer.parameter.shape))}",
+        f"weight {'x'.join(map(str, layer.mask.shape))}{'' if layer.present is None else ' of present edges'}",
         f"stride {g.stride} padding {g.front}{g.back} dilation {g.dilation}",
         f"{'backward' if gradient else 'forward'}{' input' if gradient and x.requires_grad else ''}",
         f"threads {torch.get_num_threads()}",
@@ -252,7 +261,7 @@ def _is_time(value: Any) -> bool:
 
 def _measure(layer: Any, geometry: Geometry, entries: Entries, x: Tensor, out_size: list[int], gradient: bool) -> Times:
     """Time the kernels on copies, away from the graph and the generators of the caller."""
-    weight = layer.parameter.detach().clone(memory_format=torch.preserve_format).requires_grad_(gradient)
+    weight = layer.trained.detach().clone(memory_format=torch.preserve_format).requires_grad_(gradient)
     generator, wanted = torch.Generator().manual_seed(0), gradient and x.requires_grad
     images = torch.empty(x.shape, dtype=x.dtype).normal_(generator=generator).requires_grad_(wanted)
     bias: Any = None if layer.bias is None else layer.bias.detach()
@@ -288,6 +297,8 @@ def _dense_inner(layer: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> 
 
 
 def _dense(layer: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    if weight.shape != layer.mask.shape:  # values of present edges
+        weight = scattered(weight, layer.mask)
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if weight.dim() == 2:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+
+from growfx.runtime.train.flow import is_inner
 
 __all__ = ["LIMIT", "Entries", "Geometry", "geometry_of", "product"]
 
@@ -84,8 +86,9 @@ class Entries:
         index: (nnz), where each entry lies in the weight's memory.
         start, source: (O * taps + 1) and (nnz), entries by output channel, and what each reads.
         back_start, back_source, back_order: (I * taps + 1) and (nnz) twice, the same by input channel.
-        strides: of the weight and mask they were made for.
+        shape, strides: of the weight, and of the memory and mask they were made for.
         taps_read: of the images they are for; blocks of channels are made for it.
+        of_values: whether `index` is into the values of present edges (`growfx.masked.present`), not into the weight.
     """
 
     index: Tensor
@@ -94,8 +97,10 @@ class Entries:
     back_start: Tensor
     back_source: Tensor
     back_order: Tensor
+    shape: tuple[int, ...]
     strides: tuple[int, ...]
     taps_read: int
+    of_values: bool = False
 
     @classmethod
     def of(cls, mask: Tensor, strides: tuple[int, ...], geometry: Geometry, out_size: list[int]) -> Entries:
@@ -103,7 +108,16 @@ class Entries:
         taps_read = geometry.taps_read(out_size)
         found = torch.ops.growfx.index_mask(mask, strides, geometry.stride, geometry.dilation, _blocks(mask, taps_read))
         start, source, index, back_start, back_source, back_order = found
-        return cls(index, start, source, back_start, back_source, back_order, strides, taps_read)
+        shape = tuple(mask.shape)
+        return cls(index, start, source, back_start, back_source, back_order, shape, strides, taps_read)
+
+    @classmethod
+    def of_present(cls, mask: Tensor, geometry: Geometry, out_size: list[int]) -> Entries:
+        """The entries of `mask` for the values of present edges, in the order of the mask."""
+        whole = mask.contiguous()
+        found = cls.of(whole, whole.stride(), geometry, out_size)
+        places = whole.view(-1).cumsum(0, dtype=torch.int32)
+        return replace(found, index=places[found.index].sub_(1), of_values=True)
 
     @property
     def nnz(self) -> int:
@@ -119,7 +133,7 @@ class Entries:
 
     def are_of(self, mask: Tensor, strides: tuple[int, ...], *, taps_read: int) -> bool:
         """Whether these are the entries of the current `mask`, whoever wrote to it; reads the mask once."""
-        if self.strides != strides or self.taps_read != taps_read:
+        if self.of_values or self.strides != strides or self.taps_read != taps_read:
             return False
         if mask.stride() != strides:
             mask = torch.empty_strided(mask.shape, strides, dtype=mask.dtype).copy_(mask)
@@ -157,7 +171,8 @@ def product(
 
     Args:
         x: (N, I, ...) of a convolution, (..., I) of a linear layer; float32 or bfloat16, as the output will be.
-        weight: the whole parameter, float32; read, and given a gradient, at the entries.
+        weight: the whole parameter, or the values of present edges where the entries are of these; float32. Read, and
+            given a gradient, at the entries.
         bias: (O), float32.
         entries, geometry: of the layer.
         out_size: sizes of the output's images.
@@ -166,15 +181,15 @@ def product(
             present. NaN and infinities spread as in a dense product then.
     """
     rows = x if geometry.kernel else x.reshape(-1, x.shape[-1])
-    out: Tensor = torch.ops.growfx.sparse_layer(
-        rows,
-        weight,
-        bias,
-        entries.index,
-        *(entries.start, entries.source, entries.back_start, entries.back_source, entries.back_order),
-        *(geometry.stride, geometry.front, geometry.dilation),
-        out_size,
-        inner,
-        panels,
-    )
+    tables = (entries.start, entries.source, entries.back_start, entries.back_source, entries.back_order)
+    steps = (geometry.stride, geometry.front, geometry.dilation)
+    ops = torch.ops.growfx
+    if entries.of_values:
+        source = rows if is_inner(rows) and rows.dtype == torch.float32 else ops.batch_inner(rows)
+        sizes = [rows.shape[0], entries.shape[0], *out_size]
+        values = ops.gather_entries(weight, entries.index)
+        out: Tensor = ops.sparse_product(source, values, bias, *tables, entries.shape[2:], *steps, sizes, panels)
+        out = out if inner else ops.batch_outer(out, x.dtype)
+    else:
+        out = ops.sparse_layer(rows, weight, bias, entries.index, *tables, *steps, out_size, inner, panels)
     return out if geometry.kernel else out.view(*x.shape[:-1], out.shape[-1])

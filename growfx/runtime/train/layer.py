@@ -38,6 +38,7 @@ class LayerKernel:
         self.reason = self.never or "it has not been called"
         self.took_sparse = False
         self._entries: Entries | None = None
+        self._bits: Tensor | None = None  # of the mask that entries of values are of
         # Where dense kernels were chosen, the mask need not be read again as long as nothing is known to have changed.
         self._dense_at: tuple[Any, ...] = ()
         self._dense_reason = ""
@@ -51,12 +52,13 @@ class LayerKernel:
     def __call__(self, layer: MaskedLayer, x: Tensor) -> Tensor | None:
         """The output over active entries alone, with its gradients; None: dense kernels are to compute it."""
         self.took_sparse = False
+        # What would refuse sparse kernels now leads to dense ones too: of layers that take these nothing more is asked.
+        situation = () if self.never or type(x) is not Tensor else self._situation(layer, x)
+        if situation and situation == self._dense_at:
+            self.reason = self._dense_reason
+            return None
         self.reason = self.never or self._reason_of_call(layer, x)
         if self.reason:
-            return None
-        situation = self._situation(layer, x)
-        if situation == self._dense_at:
-            self.reason = self._dense_reason
             return None
         with torch._C.DisableTorchFunction():
             half = torch.is_autocast_enabled("cpu")
@@ -72,14 +74,15 @@ class LayerKernel:
                 self._dense_at, self._dense_reason = situation, self.reason
                 return None
             bias: Any = layer.bias
-            weight, panels = layer.weight_of_entries(), kernel == "panels"
+            weight = layer.weight_of_entries() if layer.present is None else layer.present.of_entries()
+            panels = kernel == "panels"
             return product(images, weight, bias, entries, self.geometry, out_size, inner=inner, panels=panels)
 
     def _situation(self, layer: MaskedLayer, x: Tensor) -> tuple[Any, ...]:
         """What a choice depends on, as far as it can be told without reading the mask."""
-        gradient = torch.is_grad_enabled(), x.requires_grad, layer.parameter.requires_grad
+        gradient = torch.is_grad_enabled(), x.requires_grad, layer.trained.requires_grad
         where = torch.get_num_threads(), is_flowing(), torch.is_autocast_enabled("cpu"), id(self.chooser.known)
-        return (layer.mask_marker(), x.shape, x.dtype, *gradient, *where)
+        return (layer.mask_marker(), x.shape, x.dtype, layer.present is None, *gradient, *where)
 
     def _keeps_inner(self, x: Tensor) -> bool:
         """Whether the output is to stay with the batch innermost."""
@@ -87,15 +90,32 @@ class LayerKernel:
 
     def _entries_for(self, layer: MaskedLayer, out_size: list[int]) -> Entries:
         """The entries of the current mask, for outputs of `out_size`: checked or made anew."""
+        if layer.present is not None:
+            return self._entries_of_values(layer, out_size)
         strides, taps_read = layer.parameter.stride(), self.geometry.taps_read(out_size)
         if self._entries is None or not self._entries.are_of(layer.mask, strides, taps_read=taps_read):
             with torch.inference_mode(False):  # a backward pass may use them later
                 self._entries = Entries.of(layer.mask, strides, self.geometry, out_size)
         return self._entries
 
+    def _entries_of_values(self, layer: MaskedLayer, out_size: list[int]) -> Entries:
+        """The same for a layer that keeps values of present edges, which know whether the mask is another one."""
+        present, entries = layer.present, self._entries
+        assert present is not None
+        present.follow(layer.mask)
+        known = entries is not None and entries.of_values and self._bits is present.bits
+        if entries is None or not known or entries.taps_read != self.geometry.taps_read(out_size):
+            self._entries = None  # before there are others
+            with torch.inference_mode(False):
+                entries = self._entries = Entries.of_present(layer.mask, self.geometry, out_size)
+            self._bits = present.bits
+        return entries
+
     def entries_of(self, layer: MaskedLayer) -> Entries | None:
-        """The entries that the last call used; None where the mask has changed since."""
+        """The entries of the whole weight that the last call used; None where the mask has changed since."""
         entries = self._entries
+        if layer.present is not None:
+            return None
         strides = layer.parameter.stride()
         known = entries is not None and entries.are_of(layer.mask, strides, taps_read=entries.taps_read)
         return entries if known else None
@@ -121,7 +141,7 @@ class LayerKernel:
             return f"its input is on {x.device}"
         if forward_ad._current_level >= 0:
             return "a forward derivative is wanted"
-        weight: Any = layer.parameter
+        weight, dtype = layer.mask, layer.trained.dtype
         channel = 1 if self.geometry.kernel else -1
         if x.dim() <= len(self.geometry.kernel) or x.shape[channel] != weight.shape[1]:
             return f"its input has the shape {tuple(x.shape)}"
@@ -132,8 +152,8 @@ class LayerKernel:
             return f"its input is {x.dtype}"
         if x.dtype not in (torch.float32, torch.bfloat16):
             return f"its input is {x.dtype}"
-        if weight.dtype != torch.float32:
-            return f"its weight is {weight.dtype}"
+        if dtype != torch.float32:
+            return f"its weight is {dtype}"
         if max(x.numel(), x.numel() // max(x.shape[channel], 1) * weight.shape[0]) * 2 > LIMIT:
             return "its input is too large for 32-bit offsets"
         return ""
@@ -144,7 +164,7 @@ def _refusal(layer: MaskedLayer) -> str:
     weight = layer.parameter
     if not layer.calls_kernel:
         return f"`{layer.twin_of.__name__}` has its own forward"
-    if weight.device.type != "cpu":
+    if layer.trained.device.type != "cpu":
         return f"its weight is on {weight.device}"
     if weight.dtype != torch.float32:
         return f"its weight is {weight.dtype}"

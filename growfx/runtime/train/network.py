@@ -35,10 +35,13 @@ class NetworkKernels:
     Attributes:
         chooser: what chooses between dense and sparse kernels, with the table of times; None where all are dense.
         missing: why there are no sparse kernels on this machine; "" where there are.
+        whole: layer -> why its weight stays whole where others keep values of present edges only.
     """
 
-    def __init__(self, net: MaskedGraph, chooser: Chooser | None, missing: str) -> None:
-        self.chooser, self.missing = chooser, missing
+    def __init__(
+        self, net: MaskedGraph, chooser: Chooser | None, missing: str, whole: Mapping[str, str] | None = None
+    ) -> None:
+        self.chooser, self.missing, self.whole = chooser, missing, dict(whole or {})
         self.flow = "" if chooser is not None else "all kernels are dense"
         self._chains = {} if chooser is None else _chains(net)
         if not self.flow and not any(isinstance(module, _BatchNorm) for module in net.modules()):
@@ -47,9 +50,9 @@ class NetworkKernels:
     def run(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         """What `model` returns: its own forward, with activations kept innermost by batch where that is faster."""
         chooser = self.chooser
-        if self.flow or chooser is None or self._reason_of_call(model):
+        if self.flow or chooser is None or (chooser.kernels == "auto" and not chooser.flow_pays()):
             return model(*args, **kwargs)
-        if chooser.kernels == "auto" and not chooser.flow_pays():
+        if self._reason_of_call(model):
             return model(*args, **kwargs)
         # The chains were recorded in training; a forward may do something else in evaluation.
         return Flow(self._chains if model.training else {}).run(model, args, kwargs)
@@ -71,7 +74,12 @@ class NetworkKernels:
         """What the layers of `net` take, as of their last calls."""
         kernels = "dense" if self.chooser is None else self.chooser.kernels
         notes = (f"there are no sparse kernels: {self.missing}",) if self.missing else ()
-        return KernelReport(kernels, {name: self._choice(name, layer) for name, layer in net.layers.items()}, notes)
+        storage = "present" if any(layer.present is not None for layer in net.layers.values()) else "dense"
+        if storage == "present":
+            notes += tuple(f"`{name}` keeps its whole weight: {why}" for name, why in self.whole.items())
+        return KernelReport(
+            kernels, {name: self._choice(name, layer) for name, layer in net.layers.items()}, notes, storage
+        )
 
     def _choice(self, name: str, layer: Any) -> LayerChoice:
         kernel = layer.kernel

@@ -38,6 +38,8 @@ def step_present(optimizer: Optimizer, layers: Sequence[MaskedLayer]) -> list[nn
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     done = []
     for layer in layers:
+        if layer.present is not None:
+            continue  # the optimizer's own step is of present edges alone
         parameter = layer.parameter
         group, index = groups[id(parameter)], _index(layer)
         if index is None or any(group.get(name) for name in _ELSEWHERE):

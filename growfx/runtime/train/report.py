@@ -34,20 +34,22 @@ class KernelReport:
         kernels: what was asked for: "auto", "dense" or "sparse".
         layers: choice of each layer, by name.
         notes: what holds for all of them, such as why there are no sparse kernels on this machine.
+        storage: "dense" or "present": whether parameters are whole weights or values of present edges.
     """
 
     kernels: str
     layers: dict[str, LayerChoice]
     notes: tuple[str, ...] = ()
+    storage: str = "dense"
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values: `kernels`, `notes`, and by layer `kernel`, `reason`, `dense_us`, `sparse_us`, `density`."""
+        """JSON values: `kernels`, `storage`, `notes`, and by layer the fields of its choice, times as `..._us`."""
         layers = {name: _row(choice) for name, choice in self.layers.items()}
-        return {"kernels": self.kernels, "notes": list(self.notes), "layers": layers}
+        return {"kernels": self.kernels, "storage": self.storage, "notes": list(self.notes), "layers": layers}
 
     def __str__(self) -> str:
         width = max([5, *map(len, self.layers)])
-        lines = [f"kernels: {self.kernels}", *self.notes]
+        lines = [f"kernels: {self.kernels}, storage: {self.storage}", *self.notes]
         lines.append(f"{'layer':<{width}} {'density':>8} {'kernel':<7} {'dense us':>9} {'sparse us':>9}  reason")
         for name, choice in self.layers.items():
             times = " ".join(f"{'-' if t is None else format(t, '.0f'):>9}" for t in (choice.dense, choice.sparse))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from growfx.masked.doors import as_masked_graph
 from growfx.masked.graph import MaskedGraph
 from growfx.masked.isolation import undisturbed
 from growfx.masked.optimizers import step_ahead_by
+from growfx.masked.present.storage import STORAGES, set_storage, storage_of
 from growfx.recorded.inputs import Inputs
 from growfx.runtime.train.choice import KERNELS, Chooser
 from growfx.runtime.train.layer import LayerKernel
@@ -22,7 +24,12 @@ __all__ = ["use_kernels"]
 
 
 def use_kernels(
-    net: Any, kernels: str = "auto", *, example_inputs: Any = None, deterministic: bool = False
+    net: Any,
+    kernels: str = "auto",
+    *,
+    example_inputs: Any = None,
+    deterministic: bool = False,
+    storage: str | None = None,
 ) -> MaskedGraph:
     """Let each masked layer compute by the fastest of dense-masked and sparse kernels, forward and backward, on a CPU.
 
@@ -38,13 +45,19 @@ def use_kernels(
             undoes it.
         example_inputs: a batch as in training, as of `growfx.wrap`, to be timed now; default: the first batch seen.
         deterministic: let "auto" choose by the density of a layer alone, as every machine and process would.
+        storage: "present" keeps values, gradients and optimizer state of present edges only: the parameter of a layer
+            is then `layer.values` (nnz), in the order of the mask, and `layer.weight` is built for who reads it. They
+            follow every change of masks. Make the optimizer afterwards. "dense" keeps whole weights; None leaves the
+            storage as it is. State dicts are the same for both. Layers whose weight the model reads without calling
+            them keep it whole; the report says which.
 
     Returns:
         the masked network, changed in place.
 
     Raises:
         TraceError: the model fails on `example_inputs`; the network keeps the kernels it had.
-        ConfigError: unknown `kernels`; "sparse" for a network that is not on a CPU in float32.
+        ConfigError: unknown `kernels` or `storage`; "sparse" for a network that is not on a CPU in float32; "present"
+            for weights that are spread over processes (`fully_shard`) or computed by soft masks.
 
     Example:
         >>> import torch, growfx
@@ -54,9 +67,9 @@ def use_kernels(
         'auto'
     """
     found = as_masked_graph(net, "growfx.use_kernels")
-    if kernels not in KERNELS:
-        allowed = ", ".join(f"`{name}`" for name in KERNELS)
-        raise ConfigError(f"`kernels` = {kernels!r} is unknown; allowed: {allowed}{did_you_mean(kernels, KERNELS)}")
+    _check_known("kernels", kernels, KERNELS)
+    if storage is not None:
+        _check_known("storage", storage, STORAGES)
     if kernels == "sparse":
         _check_sparse(found)
     inputs = None if example_inputs is None else found.inputs_like(example_inputs)
@@ -64,10 +77,14 @@ def use_kernels(
     chooser = None if kernels == "dense" or missing else Chooser(kernels, timed=not deterministic)
     if chooser is not None:
         step_ahead_by(step_present)
+    stored = storage_of(found)
+    if inputs is not None and storage not in (None, stored):
+        _time(found, inputs)  # parameters are exchanged for a model that runs on the inputs only
+    whole = set_storage(found, storage or stored)
     before = found.kernels, {name: layer.kernel for name, layer in found.layers.items()}
     for name, layer in found.layers.items():
         layer.kernel = None if chooser is None else LayerKernel(name, layer, chooser)
-    found.kernels = NetworkKernels(found, chooser, missing)
+    found.kernels = NetworkKernels(found, chooser, missing, whole)
     if inputs is not None and chooser is not None:
         try:
             _time(found, inputs)
@@ -77,6 +94,12 @@ def use_kernels(
                 layer.kernel = before[1][name]
             raise
     return found
+
+
+def _check_known(option: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        listed = ", ".join(f"`{name}`" for name in allowed)
+        raise ConfigError(f"`{option}` = {value!r} is unknown; allowed: {listed}{did_you_mean(value, allowed)}")
 
 
 def _time(net: MaskedGraph, inputs: Inputs) -> None:
@@ -95,7 +118,7 @@ def _time(net: MaskedGraph, inputs: Inputs) -> None:
 
 def _check_sparse(net: MaskedGraph) -> None:
     for name, layer in net.layers.items():
-        weight = layer.parameter
+        weight = layer.trained
         if weight.device.type != "cpu" or weight.dtype != torch.float32:
             raise ConfigError(
                 f"`kernels` = `sparse` needs weights in torch.float32 on a CPU, those of `{name}` are {weight.dtype} "

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from growfx.runtime.train import library
-from growfx.runtime.train.entries import Entries, Geometry
+from growfx.runtime.train.entries import Entries, Geometry, product
 from growfx.runtime.train.library import TRAINING, training_status
 
 built = pytest.mark.skipif(bool(training_status()), reason=training_status() or "the kernels are there")
@@ -85,3 +85,25 @@ def test_tracers_are_told_the_shapes_and_strides_that_the_operators_give() -> No
         told = run(*fakes)
     assert [(t.shape, t.stride(), t.dtype) for t in told] == [(t.shape, t.stride(), t.dtype) for t in real]
     assert library.padded_plane(128) == 144
+
+
+@built
+@pytest.mark.filterwarnings("ignore")  # torch's own, about its compiler
+@pytest.mark.parametrize("kernel", [(3, 3), ()])
+def test_compiled_code_that_calls_the_operators_gives_what_they_give(kernel: tuple[int, ...]) -> None:
+    ones = (1,) * len(kernel)
+    mask, geometry = torch.rand(8, 5, *kernel) < 0.3, Geometry(kernel, ones, ones, ones, ones)
+    size = [6, 6] if kernel else []
+    entries = Entries.of(mask, mask.stride(), geometry, size)
+    weight, bias = (torch.randn(shape).requires_grad_() for shape in (mask.shape, (8,)))
+    x = torch.randn(16, 5, *size).requires_grad_()
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return product(x * 2, weight, bias, entries, geometry, size).relu().square().mean()
+
+    expected = call(x, weight, bias)
+    wanted = torch.autograd.grad(expected, (x, weight, bias))
+    found = torch.compile(call, backend="aot_eager")(x, weight, bias)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(torch.autograd.grad(found, (x, weight, bias)), wanted, strict=True):
+        torch.testing.assert_close(a, b)
