@@ -66,14 +66,14 @@ class LayerKernel:
                 self.reason = f"its input has the shape {tuple(x.shape)}"
                 return None
             entries, inner = self._entries_for(layer, out_size), self._keeps_inner(images)
-            self.took_sparse, self.reason = self.chooser.takes_sparse(
-                self.name, layer, self.geometry, entries, images, out_size, inner
-            )
-            if not self.took_sparse:
+            kernel, self.reason = self.chooser.choose(self.name, layer, self.geometry, entries, images, out_size, inner)
+            self.took_sparse = kernel == "sparse"
+            if kernel == "dense":
                 self._dense_at, self._dense_reason = situation, self.reason
                 return None
             bias: Any = layer.bias
-            return product(images, layer.weight_of_entries(), bias, entries, self.geometry, out_size, inner=inner)
+            weight, panels = layer.weight_of_entries(), kernel == "panels"
+            return product(images, weight, bias, entries, self.geometry, out_size, inner=inner, panels=panels)
 
     def _situation(self, layer: MaskedLayer, x: Tensor) -> tuple[Any, ...]:
         """What a choice depends on, as far as it can be told without reading the mask."""
@@ -87,8 +87,8 @@ class LayerKernel:
 
     def _entries_for(self, layer: MaskedLayer, out_size: list[int]) -> Entries:
         """The entries of the current mask, for outputs of `out_size`: checked or made anew."""
-        strides, wide = layer.parameter.stride(), self.geometry.is_wide(out_size)
-        if self._entries is None or not self._entries.are_of(layer.mask, strides, wide=wide):
+        strides, taps_read = layer.parameter.stride(), self.geometry.taps_read(out_size)
+        if self._entries is None or not self._entries.are_of(layer.mask, strides, taps_read=taps_read):
             with torch.inference_mode(False):  # a backward pass may use them later
                 self._entries = Entries.of(layer.mask, strides, self.geometry, out_size)
         return self._entries
@@ -96,7 +96,8 @@ class LayerKernel:
     def entries_of(self, layer: MaskedLayer) -> Entries | None:
         """The entries that the last call used; None where the mask has changed since."""
         entries = self._entries
-        known = entries is not None and entries.are_of(layer.mask, layer.parameter.stride(), wide=entries.wide)
+        strides = layer.parameter.stride()
+        known = entries is not None and entries.are_of(layer.mask, strides, taps_read=entries.taps_read)
         return entries if known else None
 
     def _out_size(self, x: Tensor) -> list[int] | None:
