@@ -10,7 +10,7 @@ most 4 % below), cut, and compared with the network whose weights are zero there
 Torch-Pruning does the same where it is installed (`pip install --target DIR torch-pruning`, `--peers DIR`): group
 magnitude, global, coupled groups by its own dependency graph, the output layer left alone, its number of heads given;
 what it removes is not zeroed first, so that only what runs and what it costs is compared.
-`speed`: seconds of the dense and of the cut model in torch eager, batch 1 and 16, one thread, minima in turn.
+`speed`: processor time of the dense and of the cut model in torch eager, batch 1 and 16, one thread, minima in turn.
 `plan`: seconds of CPU time of `growfx.plan_channels` on resnet50.
 """
 
@@ -110,6 +110,7 @@ def theirs(name: str) -> dict[str, Any]:
             num_heads=heads,
         )
         pruner.step()
+        module: Any
         for module in model.modules():
             if getattr(module, "qkv", None) in pruner.num_heads:
                 module.num_heads = pruner.num_heads[module.qkv]
@@ -164,8 +165,8 @@ def zoo(stride: int, offset: int, peers: str, out: Path | None) -> dict[str, Any
     return facts
 
 
-def speed() -> dict[str, Any]:
-    """Times of dense and cut models in torch eager on one thread."""
+def speed(out: Path | None) -> dict[str, Any]:
+    """Times of dense and cut models in torch eager on one thread; written to `out` after each."""
     torch.set_num_threads(1)
     facts: dict[str, Any] = {"machine": describe(), "eager": {}}
     for name in SPEED:
@@ -179,12 +180,14 @@ def speed() -> dict[str, Any]:
             calls: dict[str, Callable[[], Any]] = {"dense": lambda: model(images), "half": lambda: small(images)}  # noqa: B023
             with torch.no_grad():
                 times = interleaved_minima(
-                    calls, least_rounds=5, seconds=20, clock=lambda: time.clock_gettime(time.CLOCK_THREAD_CPUTIME_ID)
+                    calls, least_rounds=4, seconds=10, clock=lambda: time.clock_gettime(time.CLOCK_THREAD_CPUTIME_ID)
                 )
             row = {"dense_ms": times["dense"] / 1e3, "half_ms": times["half"] / 1e3}
             row |= {"times_faster": times["dense"] / times["half"], "flops": plan.share("flops")}
             facts["eager"][f"{name}, batch {batch}"] = row
-            print(name, batch, row)
+            print(name, batch, row, flush=True)
+            if out is not None:
+                out.write_text(json.dumps(facts, indent=1) + "\n")
     return facts
 
 
@@ -220,7 +223,7 @@ def main() -> None:
         return
     facts = {
         "zoo": lambda: zoo(options.stride, options.offset, options.peers, options.json),
-        "speed": speed,
+        "speed": lambda: speed(options.json),
         "plan": plan,
     }[options.part]()
     if options.json:

@@ -23,7 +23,7 @@ from growfx.commands.job import reopen
 from growfx.deploy.saving import save
 from growfx.reporting.run import provenance
 
-FOLDER = Path(__file__).parent.parent / "growfx" / "artifact" / "included"
+FOLDER = Path(__file__).parent.parent / "growfx" / "artifact" / "included-networks"
 MOST_BYTES = 300_000
 LICENSE = "apache-2.0"
 _NARROW = "--set 'model.channels=(16,32,64,128)' --batch-size 32 --lr 0.05"

@@ -1,4 +1,4 @@
-"""Inference on a CPU: the sparse runtime over the runtimes that people use, dense torch and torch.compile, in one run.
+"""Inference on a CPU: the sparse and the native runtime over those that people use and over dense torch, in one run.
 
 Random weights under random ERK masks; norms are given seeded scales and the statistics of their inputs, so that values
 stay of ordinary size however deep and sparse the network is. Every figure comes from `growfx.bench`: variants take
@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 import growfx
 from growfx.commands.bench.measure import bench
-from growfx.commands.bench.peers import PEERS, is_offered, missing_packages, peer_versions
-from growfx.commands.bench.variants import COMPILED, DENSE, SPARSE
+from growfx.commands.bench.peers import DEEPSPARSE, PEERS, is_offered, missing_packages, peer_versions
+from growfx.commands.bench.variants import COMPILED, DENSE, NATIVE, SPARSE
 from growfx.recorded.inputs import Inputs
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -127,26 +127,28 @@ def missing(
             if compiled and not results.has(**place, density=None, variant=COMPILED):
                 yield batch, threads, [COMPILED], None
             if not results.has(**place, density=density, variant=SPARSE):
-                yield batch, threads, [*peers, SPARSE], density
+                yield batch, threads, [*peers, SPARSE, NATIVE], density
 
 
 def table(records: Sequence[Record]) -> str:
     """One row for each model, batch and number of threads.
 
-    Milliseconds of what does not depend on density, the least of those measured beside each density; then the speed
-    of the sparse runtime over the best peer.
+    Milliseconds of what does not depend on density, the least of those measured beside each density; then the speeds
+    over the best peer of what does.
     """
-    dense = [DENSE, COMPILED, *(name for name in PEERS if any(r["variant"] == name for r in records))]
+    there = {r["variant"] for r in records}
+    dense = [DENSE, *(name for name in (COMPILED, *PEERS) if name in there and name != DEEPSPARSE)]
+    sparse = [name for name in (DEEPSPARSE, SPARSE, NATIVE) if name in there]
     densities = sorted({r["density"] for r in records if r["density"] is not None})
     rows = []
     for place in dict.fromkeys(map(_setting, records)):
         here = [r for r in records if _setting(r) == place]
         times = [[r["minimum"] for r in here if r["variant"] == name and r["minimum"] is not None] for name in dense]
-        sparse = {r["density"]: r for r in here if r["variant"] == SPARSE}
-        speeds = [_speed(sparse.get(density)) for density in densities]
+        found = {(r["variant"], r["density"]): r for r in here}
+        speeds = [_speed(found.get((name, density))) for name in sparse for density in densities]
         rows.append([*place, *(f"{1e3 * min(t):.1f}" if t else "-" for t in times), *speeds])
     headers = ["model", "batch", "threads", "clock", *(f"{name}, ms" for name in dense)]
-    headers += [f"sparse {density:.0%}" for density in densities]
+    headers += [f"{name} {density:.0%}" for name in sparse for density in densities]
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
@@ -163,10 +165,10 @@ def verdicts(records: Sequence[Record]) -> list[str]:
     lines = []
     for record in records:
         goal = GOALS.get((record["model"], record["batch"]), {}).get(record["density"])
-        if record["variant"] == SPARSE and record["over_peer"] is not None and goal is not None:
+        if record["variant"] in (SPARSE, NATIVE) and record["over_peer"] is not None and goal is not None:
             word = "reached" if record["over_peer"] >= goal else "missed"
             speed = f"{record['over_peer']:.2f}x over {record['best_peer']}, {record['speedup']:.2f}x over dense torch"
-            lines.append(f"{_place(record)}: {speed}; goal {goal}x {word}")
+            lines.append(f"{_place(record)}, {record['variant']}: {speed}; goal {goal}x {word}")
     return lines + [f"no time for {r['variant']}, {_place(r)}: {r['note']}" for r in records if r["minimum"] is None]
 
 

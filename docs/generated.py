@@ -222,8 +222,19 @@ def train_speed_table() -> str:
     rows = []
     for case in found["results"]:
         model, batch, size = case["case"].split(":")
-        steps = {name: f"{step['over_dense']:.2f}" for name, step in case["steps"].items()}
-        rows.append({"network": model, "batch": batch, "pixels": size, "dense": f"{case['dense_ms']:.0f} ms", **steps})
+        ratios = {name: f"{step['over_dense']:.2f}" for name, step in case["steps"].items()}
+        masked = {name: ratio for name, ratio in ratios.items() if name.startswith("masked ")}
+        rows.append(
+            {
+                "network": model,
+                "batch": batch,
+                "pixels": size,
+                "dense": f"{case['dense_ms']:.0f} ms",
+                "dense bfloat16": ratios.get("bf16", "-"),
+                "masked, dense kernels": f"{min(masked.values())} to {max(masked.values())}" if masked else "-",
+                **{f"{float(k.split()[1]):.0%}": ratio for k, ratio in ratios.items() if k.startswith("auto ")},
+            }
+        )
     titles = dict.fromkeys(title for row in rows for title in row)
     rows = [{title: row.get(title, "-") for title in titles} for row in rows]
     return f"{table(rows)}\n\n{where(found, 'train_speed')}"

@@ -376,7 +376,7 @@ def bench_command(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Time PATH on this machine's CPU: dense torch, compiled, masked, compact, sparse runtime, and onnxruntime,
+    """Time PATH on this machine's CPU: dense torch, compiled, masked, compact, sparse and native runtime; onnxruntime,
     OpenVINO and DeepSparse where they are installed.
 
     PATH is an artifact, a run, or a model's name. A row that cannot run says why.

@@ -162,6 +162,26 @@ def test_an_artifact_is_evaluated_alike_in_a_new_process(run):
     assert json.loads(shown.stdout)["accuracy"] == expected
 
 
+def test_a_folder_that_runs_the_run_without_python_can_be_written_beside_the_artifact(run, tmp_path, capsys):
+    import growfx
+    from growfx.runtime.native.library import NativeNetwork
+
+    assert call("export", run, "--out", tmp_path / "artifact", "--native", tmp_path / "native", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["native"]["bytes"] < 1.05 * facts["bytes"]
+    model = growfx.load(tmp_path / "artifact")
+    network = NativeNetwork((tmp_path / "native" / "network.gfx").read_bytes())
+    x = torch.randn(network.input_shapes(3)[0])
+    with torch.no_grad():
+        expected = model(x)
+    assert (network(x)[0] - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert call("export", run, "--native", tmp_path / "native") == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert call("export", run, "--native", tmp_path / "other", "--compact") == 2
+    assert "`--compact` goes with `--out DIR`" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_page_that_runs_the_run_can_be_written(run, tmp_path, capsys):
     assert call("export", run, "--web", tmp_path / "web", "--json") == 0
     facts = json.loads(capsys.readouterr().out)["web"]

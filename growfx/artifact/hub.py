@@ -19,7 +19,7 @@ __all__ = ["HUB_PREFIX", "INCLUDED_PREFIX", "included_names", "local_path"]
 
 HUB_PREFIX = "hf-hub:"
 INCLUDED_PREFIX = "growfx:"
-_INCLUDED = Path(__file__).with_name("included")
+_INCLUDED = Path(__file__).with_name("included-networks")  # a name that no package can have
 
 _SPEC = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 

@@ -29,18 +29,18 @@ class Library:
 
     Attributes:
         name: of its folder and file, before the fingerprint.
-        source: the file to compile.
+        sources: the files to compile, each by itself, those that take longest first.
         headers: growfx's own files that it includes.
     """
 
     name: str
-    source: Path
+    sources: tuple[Path, ...]
     headers: tuple[Path, ...]
 
 
 SOURCE = Path(__file__).with_name("sparse_kernel.cpp")
 HEADERS = [SOURCE.with_name("sparse_planes.h"), SOURCE.with_name("sparse_vectors.h")]
-INFERENCE = Library("growfx_sparse", SOURCE, tuple(HEADERS))
+INFERENCE = Library("growfx_sparse", (SOURCE,), tuple(HEADERS))
 # A product may be fused with its sum; nothing is reordered, so NaN and infinities keep their meaning.
 FLAGS = ("-O3", "-fopenmp", "-ffp-contract=fast")
 NATIVE = "-march=native"
@@ -71,7 +71,7 @@ def _load(library: Library = INFERENCE) -> str:
             folder = Path(root) / name
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / "growfx.lock"):
-                return _load_from(folder, name, library.source)
+                return _load_from(folder, name, library.sources)
     except ImportError as error:
         return f"`torch.utils.cpp_extension` cannot be imported: {error}"
     except OSError as error:
@@ -91,7 +91,7 @@ def _quiet() -> Generator[None]:
         logger.setLevel(level)
 
 
-def _load_from(folder: Path, name: str, source: Path) -> str:
+def _load_from(folder: Path, name: str, sources: tuple[Path, ...]) -> str:
     # Written last, so what an interrupted build left behind is built again.
     done = folder / "done"
     if done.exists():
@@ -105,13 +105,13 @@ def _load_from(folder: Path, name: str, source: Path) -> str:
         native = _accepts(compiler, NATIVE)
     except (OSError, ValueError) as error:
         return f"no C++ compiler: `{compiler}` cannot be run ({error})"
-    reason = _build(folder, name, source, [*FLAGS, NATIVE] if native else [*FLAGS])
+    reason = _build(folder, name, sources, [*FLAGS, NATIVE] if native else [*FLAGS])
     if not reason:
         done.touch()
     return reason
 
 
-def _build(folder: Path, name: str, source: Path, flags: list[str]) -> str:
+def _build(folder: Path, name: str, sources: tuple[Path, ...], flags: list[str]) -> str:
     from torch.utils import cpp_extension
 
     if not cpp_extension.is_ninja_available():
@@ -121,7 +121,7 @@ def _build(folder: Path, name: str, source: Path, flags: list[str]) -> str:
     try:
         cpp_extension.load(
             name,
-            [str(source)],
+            [str(source) for source in sources],
             extra_cflags=flags,
             extra_ldflags=["-fopenmp"],
             build_directory=str(folder),
@@ -145,7 +145,7 @@ def _first_error(output: str) -> str:
 
 def _fingerprint(library: Library = INFERENCE) -> str:
     """Changes with everything that the compiled file depends on."""
-    sources = [file.read_text() for file in (library.source, *library.headers)]
+    sources = [file.read_text() for file in (*library.sources, *library.headers)]
     facts = [*sources, *FLAGS, torch.__version__, os.environ.get("CXX", "c++"), _processor()]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
 

@@ -68,10 +68,11 @@ def choose(
     price = table.of_one(kinds[0])
     order: list[tuple[float, int, int, int]] = []  # worth, family, its chunk, units in that
     for family, values in enumerate(gains):
-        begin, worth = 0, 0.0
+        begin, worth = 0, -math.inf
         for chunk, size in enumerate(limits.chunks(family, len(values))) if len(values) else ():
             own = float(values[begin : begin + size].mean()) / price[family] if price[family] > 0 else math.inf
             worth, begin = max(worth, own), begin + size
+            worth = -math.inf if values[begin - 1] < 0 else worth
             order.append((worth, family, chunk, size))
     order = [item for item in sorted(order) if item[0] < math.inf]
     families = np.array([item[1] for item in order], np.int64)
@@ -87,7 +88,7 @@ def choose(
     back = largest_within(
         lambda count: 0.0 if table.fits(kinds, kept_after(len(order) - count), fraction) else 1.0, 0.5, len(order)
     )
-    gone = len(order) - back
+    gone = max(len(order) - back, sum(item[0] == -math.inf for item in order))
     kept = kept_after(gone)
     lost: dict[int, list[int]] = {}
     for _, family, _, size in order[:gone]:

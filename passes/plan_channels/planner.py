@@ -5,8 +5,8 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -22,67 +22,22 @@ from growfx.passes.connect.interpreter import connect
 from growfx.passes.mask.swap import unwrap
 from growfx.passes.plan_channels.choose import Limits, choose, least_kept
 from growfx.passes.plan_channels.cost import CostTable, cost_table
+from growfx.passes.plan_channels.options import PlanOptions
 from growfx.passes.plan_channels.timing import measured_share, time_cost
 from growfx.passes.plan_channels.trial import Cutter
 from growfx.passes.plan_channels.units import Family, find_units
 from growfx.passes.trials.halving import largest_fitting
+from growfx.recorded.inputs import Inputs
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph
 
-__all__ = ["ChannelPlanner", "PlanOptions", "read_floors", "read_patterns"]
+__all__ = ["ChannelPlanner"]
 
 _COSTS = {"params": ("params", "weights"), "flops": ("flops",), "time": ("time",)}
 _SHOWN = 3
 _TIMED = 6  # networks that are measured for a budget of time
 _TURNS = 3  # plans whose outputs were compared, each without the families that failed in the one before
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """What may leave.
-
-    Attributes:
-        floor: the fraction of every family of units that stays at least, and one unit.
-        floors: glob pattern of layer names -> the fraction for their units instead; the largest that matches counts.
-        round_to: layers that lose units keep a multiple of this many.
-        exclude: glob patterns of layers that keep all of their output units.
-    """
-
-    floor: float = 0.1
-    floors: Mapping[str, float] = field(default_factory=dict)
-    round_to: int = 1
-    exclude: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name, value in (("floor", self.floor), *((f"floors[{key!r}]", v) for key, v in self.floors.items())):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise ConfigError(f"`{name}` is {value!r}; allowed are fractions in [0, 1]")
-        if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
-            raise ConfigError(f"`round_to` is {self.round_to!r}; allowed are whole numbers from 1 up")
-
-
-def read_floors(text: str) -> dict[str, float]:
-    """Read ``PATTERN=FRACTION,...``.
-
-    Raises:
-        ConfigError: it has another form.
-    """
-    floors: dict[str, float] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        pattern, equals, number = part.rpartition("=")
-        try:
-            floors[pattern] = float(number)
-        except ValueError:
-            equals = ""
-        if not equals or not pattern:
-            raise ConfigError(f"`floors` expects PATTERN=FRACTION between commas, got `{part}`")
-    return floors
-
-
-def read_patterns(text: str) -> tuple[str, ...]:
-    """Read glob patterns between commas."""
-    return tuple(filter(None, (part.strip() for part in text.split(","))))
 
 
 class ChannelPlanner:
@@ -114,9 +69,9 @@ class ChannelPlanner:
         model = unwrap(net).eval()
         self._model: nn.Module | None = model
         with ONE_AT_A_TIME, undisturbed(net):
-            self._example = net.inputs_like(example_inputs)
+            self._example = _in_type_of(model, net.inputs_like(example_inputs))
             found = connect(net, self._example)
-            counted = forward_cost(net, None if example_inputs is None else self._example.values)
+            counted = forward_cost(net, cast(Any, self._example))
             self._cutter = Cutter(model, found, self._example)
         refused = {**self._cutter.refused}
         for name in excluded:
@@ -461,6 +416,12 @@ def _places(side: Tensor) -> dict[int, tuple[int, ...]]:
     for place, unit in enumerate(side.tolist()):
         found.setdefault(unit, []).append(place)
     return {unit: tuple(where) for unit, where in found.items()}
+
+
+def _in_type_of(model: nn.Module, example: Inputs) -> Inputs:
+    """The inputs in the type of the model's parameters, which may have been changed since it was wrapped."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return example.copied(lambda value: value.to(parameter.dtype) if value.is_floating_point() else value.clone())
 
 
 def _second_half(family: Family) -> tuple[int, ...]:

@@ -13,7 +13,8 @@ from growfx.errors import ConfigError
 from growfx.masked.doors import as_masked_graph
 from growfx.masked.present.storage import on_whole_weights
 from growfx.passes.plan_channels.gain import SCORES, magnitudes, path_masses, path_scores, taylor
-from growfx.passes.plan_channels.planner import ChannelPlanner, PlanOptions
+from growfx.passes.plan_channels.options import PlanOptions
+from growfx.passes.plan_channels.planner import ChannelPlanner
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph
@@ -83,7 +84,7 @@ def plan_channels(
         gains = path_masses(net, planner.units, paths)
     else:
         gains = magnitudes(net, planner.units) if score == "magnitude" else taylor(net, planner.units, gradients)
-    return planner.plan(wanted, gains, score)
+    return planner.plan(wanted, gains, score, planner.absent())
 
 
 def _gradients(net: MaskedGraph) -> dict[str, Tensor]:

@@ -15,9 +15,10 @@ from growfx.commands.bench.measure import bench
 from growfx.commands.bench.subject import opened_subject
 from growfx.commands.bench.variants import VARIANTS, Built, Setting, VariantBuilder
 from growfx.errors import ArtifactError, ConfigError
+from growfx.runtime.native.library import library_status
 
 PEERS = ["onnxruntime", "openvino float32", "openvino default", "deepsparse"]
-SHOWN = ["dense", "norms folded", "torch.compile", *PEERS, "masked", "compact", "sparse runtime"]
+SHOWN = ["dense", "norms folded", "torch.compile", *PEERS, "masked", "compact", "sparse runtime", "native runtime"]
 QUICK = ["dense", "norms folded", "masked", "compact"]
 
 
@@ -132,6 +133,19 @@ def test_the_sparse_runtime_is_timed_for_the_setting(artifact: Path, tmp_path: P
     assert "no direct kernel: " in str(measurement)
 
 
+def test_the_native_runtime_is_timed_for_each_batch_size_and_number_of_threads(artifact: Path):
+    if reason := library_status():
+        pytest.skip(reason)
+    report = run(artifact, batches=(1, 3), threads=(1, 2), variants=["native runtime"])
+    rows = [measured.rows[1] for measured in report.measurements]
+    assert [row.note for row in rows if row.minimum is None] == []
+    assert len(rows) == 4
+    assert all(row.error < 1e-5 and "kernels" in row.note for row in rows)
+    assert len({row.weight_bytes for row in rows}) == 1
+    assert rows[0].weight_bytes < 4 * (216 + 36)
+    assert run(artifact, dtype="bfloat16", variants=["native runtime"]).measurements[0].rows[1].minimum is None
+
+
 def test_fresh_times_the_choices_anew(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("GROWFX_CACHE", str(tmp_path))
     monkeypatch.setattr("growfx.passes.lower.network._NOISY", float("inf"))  # this machine may be busy
@@ -163,7 +177,7 @@ def test_a_variant_that_cannot_be_had_is_a_row_that_says_why(artifact: Path, mon
     monkeypatch.setattr(bench_variants, "OnnxSession", none)
     monkeypatch.setattr(bench_variants, "small_network", none)
     monkeypatch.setattr(bench_variants, "export_onnx", lambda *_, **__: None)
-    rows = {row.variant: row for row in run(artifact, variants=SHOWN[:-1]).measurements[0].rows}
+    rows = {row.variant: row for row in run(artifact, variants=SHOWN[:-2]).measurements[0].rows}
     for name in ("torch.compile", "onnxruntime", "compact"):
         assert rows[name].note == "RuntimeError: no C++ compiler"
         assert rows[name].minimum is rows[name].speedup is None

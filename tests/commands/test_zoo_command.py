@@ -51,9 +51,9 @@ def test_the_facts_are_told_before_every_stage_so_that_they_outlive_the_process(
     check_model("zoo_nets:good", lambda facts: told.append((facts.stage, len(facts.checks))))
     stages = [stage for stage, _ in told]
     assert stages[:3] == ["build", "eager", "wrap"]
-    assert stages[-1] == "artifact"
+    assert stages[-1] == "native"
     assert [count for _, count in told] == sorted(count for _, count in told)
-    assert told[-1][1] == 13
+    assert told[-1][1] == 14
 
 
 def test_a_model_that_takes_one_size_only_is_no_exception():
@@ -353,6 +353,7 @@ def some_results() -> list[Facts]:
     one = Facts("a1", "timm", "alpha", device="real", checks={**yes}, layers=layers, ended="done")
     one.seconds, one.dead_units, one.operators = {"wrap": 0.2, "whole": 2.0}, [1, 10], ["module Conv2d", "method add"]
     two = Facts("a2", "timm", "alpha", device="real", checks={**yes}, layers=layers, ended="done")
+    one.checks["native"], two.checks["native"] = "yes", "n/a: not exported: no kernel for `aten.sort`"
     two.checks |= {"train": "no: output 0 differs", "other size": "n/a: the model itself refuses: AssertionError: 7"}
     two.seconds, two.operators = {"wrap": 0.4, "whole": 9.0}, ["module Conv2d"]
     big = Facts("b", "timm", "beta", device="meta", checks={"recorded": "yes", "path rules": "yes"}, ended="done")
@@ -366,8 +367,9 @@ def test_the_table_counts_by_family_and_lists_every_exception_with_its_cause():
     cells = {tuple(line.split()[:2]): line.split()[2:] for line in lines if line.strip()}
     header = lines[0].split()
     assert header[:4] == ["library", "family", "models", "meta"]
-    # models, meta, masked, missed, off path, net(x), recorded, faithful, paths, growth, artifact, dead, wrap, slowest
-    alpha = ["2", "0", "20", "0", "0", "1/2", *["2/2"] * 5, "10.0%", "0.30", "s", "9", "s", "a2"]
+    # models, meta, masked, missed, off path, net(x), recorded, faithful, paths, growth, artifact, native, dead, wrap,
+    # slowest
+    alpha = ["2", "0", "20", "0", "0", "1/2", *["2/2"] * 5, "1/2", "10.0%", "0.30", "s", "9", "s", "a2"]
     assert cells["timm", "alpha"] == alpha
     assert cells["timm", "beta"][:10] == ["1", "1", "10", "0", "1", "-", "1/1", "-", "1/1", "-"]
     assert cells["timm", "total"][:3] == ["3", "1", "30"]
@@ -378,6 +380,7 @@ def test_the_table_counts_by_family_and_lists_every_exception_with_its_cause():
     assert "unmasked never called 1 1 b: aux" in text
     assert "off path fed by constants 1 1 b: q" in text
     assert "other size the model itself refuses 1 a2" in text
+    assert "native not exported: no kernel for `aten.sort` 1 a2" in text
 
 
 def test_markdown_has_the_same_rows_and_the_exceptions_as_a_list():

@@ -23,6 +23,8 @@ from growfx.commands.bench.peers import (
 )
 from growfx.commands.bench.subject import Subject
 from growfx.deploy.loading import SparseRuntime
+from growfx.deploy.native.export import native_plan
+from growfx.deploy.native.file import network_bytes
 from growfx.deploy.onnx import export_onnx
 from growfx.deploy.saving import small_network
 from growfx.errors import ConfigError
@@ -32,11 +34,12 @@ from growfx.passes.mask.swap import unwrap
 from growfx.quiet import ignored_warnings
 from growfx.recorded.inputs import Inputs
 from growfx.runtime.lowered_layer import Kernel
+from growfx.runtime.native.library import NativeNetwork
 from growfx.runtime.report import LoweringReport
 
-__all__ = ["COMPILED", "DENSE", "SPARSE", "VARIANTS", "Built", "Setting", "VariantBuilder", "bytes_of"]
+__all__ = ["COMPILED", "DENSE", "NATIVE", "SPARSE", "VARIANTS", "Built", "Setting", "VariantBuilder", "bytes_of"]
 
-DENSE, COMPILED, SPARSE = "dense", "torch.compile", "sparse runtime"
+DENSE, COMPILED, SPARSE, NATIVE = "dense", "torch.compile", "sparse runtime", "native runtime"
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,14 @@ def _sparse(work: VariantBuilder, setting: Setting) -> Built:
     return Built(model, rest + sum(kernel.nbytes for kernel in kernels), note, model.lowering)
 
 
+def _native(work: VariantBuilder, setting: Setting) -> Built:
+    if work.dtype is not torch.float32:
+        raise ConfigError("measured in float32 only")
+    data: bytes = work.once(NATIVE, lambda: network_bytes(native_plan(work.net(), setting.inputs.args)))
+    network = NativeNetwork(data, setting.threads)
+    return Built(_NativeModule(network), len(data), f"without torch, {network.instructions} kernels")
+
+
 # In the order they are shown. Each raises where it cannot be had, and says why.
 VARIANTS: dict[str, Callable[[VariantBuilder, Setting], Built]] = {
     DENSE: _dense,
@@ -187,7 +198,21 @@ VARIANTS: dict[str, Callable[[VariantBuilder, Setting], Built]] = {
     "masked": _masked,
     "compact": _compact,
     SPARSE: _sparse,
+    NATIVE: _native,
 }
+
+
+class _NativeModule(nn.Module):
+    """A network of the native runtime, called like a torch module."""
+
+    def __init__(self, network: NativeNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Any) -> Any:
+        """The network's outputs for these tensors; other values are part of its plan."""
+        outputs = self.network(*(value for value in inputs if isinstance(value, torch.Tensor)))
+        return outputs[0] if len(outputs) == 1 else outputs
 
 
 class _SilentModule(nn.Module):

@@ -27,6 +27,7 @@ from growfx.commands.zoo.gradients import Step, reached_matrices, step, step_dif
 from growfx.commands.zoo.guest import GuestForm, Package
 from growfx.commands.zoo.guests import GUESTS, guest, is_guest
 from growfx.commands.zoo.inputs import arguments_of, family_of, forms, identity_of, library_of
+from growfx.commands.zoo.native import check_native
 from growfx.commands.zoo.outputs import difference, enliven, run_seeded, split, weight_layers
 from growfx.commands.zoo.reference import CALLS, Reference, observe
 from growfx.errors import GrowfxError
@@ -80,6 +81,7 @@ def check_model(spec: str, tell: Callable[[Facts], None] = lambda _: None, real_
                 check.extremes()
                 check.sparse()
                 check.artifact()
+                check.native()
         except _CannotGoOnError:
             pass
     facts.seconds["whole"] = _rounded(time.perf_counter() - begun)
@@ -286,6 +288,11 @@ class _Check:
                 # At a tenth of their weights some networks are silent: spiking ones, detectors of extrema.
                 problem = difference(expected, run_seeded(loaded, inputs, training=False), blank=True)
             self._verdict("artifact", problem)
+
+    def native(self) -> None:
+        """The native runtime, whose kernels may lack an operator, computes the same."""
+        with self._stage("native", "native"):
+            self.facts.checks["native"] = scrubbed(check_native(self.net).verdict)
 
     # -- steps ------------------------------------------------------------------------------------------------------
 

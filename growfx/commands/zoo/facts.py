@@ -30,6 +30,7 @@ CHECKS = (
     "paths",
     "growth",
     "artifact",
+    "native",
 )
 # How a check can end from outside; such models are checked again when a run continues.
 REAL_BELOW = 60_000_000  # parameters; larger models are checked without values, on the meta device

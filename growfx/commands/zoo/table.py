@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from growfx.commands.zoo.facts import CHECKS, Facts
+from growfx.commands.zoo.native import NOT_EXPORTED
 
 __all__ = ["census", "census_text", "coverage_text", "summary_markdown"]
 
@@ -89,6 +90,7 @@ def _row(library: str, family: str, group: Sequence[Facts]) -> dict[str, str]:
         "missed": str(sum(len(f.missed) for f in group)),
         "off path": str(sum(len(entry.get("off_path", {})) for entry in layers)),
         **{name: _share(group, checks) for name, checks in _COLUMNS.items()},
+        "native": _native_share(group),
         "dead units": f"{dead / units:.1%}" if units else "-",
         "median wrap": f"{statistics.median(wraps):.2f} s" if wraps else "-",
         "slowest": f"{slowest.seconds.get('whole', 0.0):.0f} s {slowest.model.rpartition('/')[2]}",
@@ -104,6 +106,13 @@ def _share(group: Sequence[Facts], checks: tuple[str, ...]) -> str:
     applies = [v for v in verdicts if not v.startswith("n/a")]
     passed = sum(v == "yes" for v in applies)
     return f"{passed}/{len(applies)}" if applies else "-"
+
+
+def _native_share(group: Sequence[Facts]) -> str:
+    """The same for the native runtime, of which a network that it refuses is one that it does not run."""
+    verdicts = [facts.verdict("native") for facts in group if facts.device != "meta"]
+    applies = [v for v in verdicts if v and (not v.startswith("n/a") or v.startswith(NOT_EXPORTED))]
+    return f"{sum(v == 'yes' for v in applies)}/{len(applies)}" if applies else "-"
 
 
 def _left_out(results: Sequence[Facts]) -> str:
@@ -131,7 +140,8 @@ def _not_applicable(results: Sequence[Facts]) -> str:
         for check, verdict in facts.checks.items():
             if verdict.startswith("n/a: "):
                 # What follows the first colon is the model's own wording, which differs from one to the next.
-                reason = verdict.removeprefix("n/a: ").split(": ")[0]
+                reason = verdict.removeprefix("n/a: ")
+                reason = reason if check == "native" else reason.split(": ")[0]
                 found[(CHECKS.index(check), reason)].append(facts.model)
     rows = [(CHECKS[check], reason, len(models), models[0]) for (check, reason), models in sorted(found.items())]
     return tabulate(rows, headers=["not applicable", "reason", "models", "for example"]) if rows else ""

@@ -185,12 +185,8 @@ def _in_float32(inputs: Inputs) -> Inputs:
 
 def _described(target: Path, plan: Plan, nbytes: int) -> NativeExport:
     def shapes(ids: tuple[int, ...]) -> tuple[str, ...]:
-        return tuple(" x ".join(_size_text(str(size)) for size in plan.values[i].shape) for i in ids)
+        return tuple(" x ".join(map(str, plan.values[i].shape)) for i in ids)
 
     return NativeExport(
         target, nbytes, len(plan.steps), plan.folded, plan.memory(1), shapes(plan.inputs), shapes(plan.outputs)
     )
-
-
-def _size_text(text: str) -> str:
-    return text.removeprefix("1*")

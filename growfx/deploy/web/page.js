@@ -64,15 +64,18 @@ function infer(image) {
     byId("idle").hidden = true;
     alarm("");
   } catch (error) {
-    alarm(`The network did not run: ${error.message}`);
+    // Where the runtime has ended in the middle of a run, its memory is in no state to go on from.
+    if (error instanceof WebAssembly.RuntimeError) network = null;
+    alarm(`The network did not run: ${error.message}${network ? "" : "; load the page again"}`);
   }
 }
 
 // ---- drawing
 
-let pen = null;
+let pen = null, holdsFile = false;
 
 function wipe() {
+  holdsFile = false;
   brush.fillStyle = "#000";
   brush.fillRect(0, 0, picture.width, picture.height);
   byId("hint").hidden = false;
@@ -99,7 +102,7 @@ function stroke(from, to) {
 function beginDrawing() {
   picture.classList.add("draws");
   picture.addEventListener("pointerdown", (event) => {
-    if (!byId("hint").hidden) wipe();
+    if (holdsFile) wipe();
     byId("hint").hidden = true;
     picture.setPointerCapture(event.pointerId);
     pen = place(event);
@@ -125,13 +128,18 @@ function beginDrawing() {
 
 async function takeFile(file) {
   if (!file) return;
-  let bitmap = null;
+  let image = null;
   try {
-    bitmap = await createImageBitmap(file);
+    image = pixelsOf(await createImageBitmap(file));
   } catch {
     alarm(`${file.name} is not an image that this browser can read.`);
     return;
   }
+  infer(image);
+}
+
+// Show a picture, and return all its pixels.
+function pixelsOf(bitmap) {
   const whole = document.createElement("canvas");
   whole.width = bitmap.width;
   whole.height = bitmap.height;
@@ -139,14 +147,16 @@ async function takeFile(file) {
   context.fillStyle = "#fff"; // behind what is transparent
   context.fillRect(0, 0, whole.width, whole.height);
   context.drawImage(bitmap, 0, 0);
+  const image = context.getImageData(0, 0, whole.width, whole.height);
   show(whole);
-  infer(context.getImageData(0, 0, whole.width, whole.height));
+  return image;
 }
 
 function show(whole) {
   const scale = Math.min(picture.width / whole.width, picture.height / whole.height);
   const [width, height] = [whole.width * scale, whole.height * scale];
   wipe();
+  holdsFile = true;
   byId("hint").hidden = true;
   brush.drawImage(whole, (picture.width - width) / 2, (picture.height - height) / 2, width, height);
 }

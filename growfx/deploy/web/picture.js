@@ -67,16 +67,18 @@ function resized(plane, width, height, newWidth, newHeight, kind) {
 
 // The colour planes of RGBA bytes, or their one grey plane.
 function planesOf(rgba, channels) {
-  const count = rgba.length / 4, planes = [];
+  const count = rgba.length / 4;
+  const planes = Array.from({ length: channels }, () => new Uint8ClampedArray(count));
   if (channels === 3) {
-    for (let c = 0; c < 3; c++) planes.push(Uint8ClampedArray.from({ length: count }, (_, i) => rgba[4 * i + c]));
+    planes.forEach((plane, c) => {
+      for (let i = 0; i < count; i++) plane[i] = rgba[4 * i + c];
+    });
     return planes;
   }
-  const grey = new Uint8ClampedArray(count);
   for (let i = 0; i < count; i++) {
-    grey[i] = (19595 * rgba[4 * i] + 38470 * rgba[4 * i + 1] + 7471 * rgba[4 * i + 2] + 32768) >> 16;
+    planes[0][i] = (19595 * rgba[4 * i] + 38470 * rgba[4 * i + 1] + 7471 * rgba[4 * i + 2] + 32768) >> 16;
   }
-  return [grey];
+  return planes;
 }
 
 // The size that a picture is brought to before its middle is cut out.

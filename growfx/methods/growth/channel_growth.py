@@ -25,7 +25,8 @@ from growfx.methods.growth.state import Growth
 from growfx.methods.scope import listed
 from growfx.passes.path_products.products import path_gradients
 from growfx.passes.plan_channels.gain import magnitudes, path_masses, path_scores
-from growfx.passes.plan_channels.planner import ChannelPlanner, PlanOptions, read_patterns
+from growfx.passes.plan_channels.options import PlanOptions, read_patterns
+from growfx.passes.plan_channels.planner import ChannelPlanner
 from growfx.selection.budget import largest_within
 from growfx.selection.edge_keys import EdgeKeys
 
@@ -74,6 +75,7 @@ class ChannelGrowth(Growing):
     def _seed_masks(self, growth: Growth) -> Mapping[str, Tensor]:
         net = growth.net
         stays = {name: f"`{name}` is not trained" for name in net.layers if name not in growth.scope.names}
+        stays |= {name: f"`{name}` is on no path" for name in growth.scope.left}
         planner = ChannelPlanner(net, PlanOptions(floor=0.0, exclude=read_patterns(self.exclude)), stays=stays)
         growth.tools["planner"] = planner
         growth.initial = Origin.take(net)

@@ -13,6 +13,7 @@ from torch import Tensor
 from growfx.analysis.channel_plan import Budget, ChannelPlan
 from growfx.distributed import ranks
 from growfx.errors import ConfigError
+from growfx.masked.agreement import share_buffers
 from growfx.masked.shared import is_shared
 from growfx.methods.starting import MASKS_OF_PRUNING, all_edges, given_masks
 from growfx.methods.stepwise.course import Course, Stepwise
@@ -20,7 +21,8 @@ from growfx.methods.stepwise.schedules import Ramp, step_at
 from growfx.notices import warn_once
 from growfx.options import option
 from growfx.passes.plan_channels.gain import SCORES, magnitudes, path_masses, path_scores, taylor
-from growfx.passes.plan_channels.planner import ChannelPlanner, PlanOptions, read_floors, read_patterns
+from growfx.passes.plan_channels.options import PlanOptions, read_floors, read_patterns
+from growfx.passes.plan_channels.planner import ChannelPlanner
 
 __all__ = ["ChannelPrune"]
 
@@ -164,6 +166,8 @@ class ChannelPrune(Stepwise):
             planner = self._planner(course)
             if self.plan is not None:
                 return self._by_plan(course, planner, done)
+            if is_shared(course.net):
+                share_buffers(course.net)  # norms count in paths
             gains = self._gains(course, planner)
             return self._planned(course, planner, self._step(course, done), gains, planner.absent()).masks(course.net)
         except ConfigError as error:

@@ -30,8 +30,10 @@ class Size(NamedTuple):
         return self.per_batch * batch + self.fixed
 
     def __str__(self) -> str:
-        parts = [f"{self.per_batch}*batch"] if self.per_batch else []
-        return " + ".join([*parts, str(self.fixed)]) if self.fixed or not parts else parts[0]
+        grows = "batch" if self.per_batch == 1 else f"{self.per_batch}*batch"
+        if not self.per_batch:
+            return str(self.fixed)
+        return f"{grows} + {self.fixed}" if self.fixed else grows
 
 
 Shape = tuple[Size, ...]

@@ -44,16 +44,26 @@ class Times:
     Attributes:
         dense, sparse: between tensors laid out as torch lays them out.
         dense_inner, sparse_inner: between tensors whose batch is innermost; as the others for linear layers.
+        panels: of the dense kernel between tensors whose batch is innermost; infinite where there is none.
     """
 
     dense: float
     sparse: float
     dense_inner: float
     sparse_inner: float
+    panels: float = math.inf
 
-    def of(self, *, inner: bool) -> tuple[float, float]:
-        """Times of the dense and the sparse kernel."""
-        return (self.dense_inner, self.sparse_inner) if inner else (self.dense, self.sparse)
+    def of(self, *, inner: bool) -> dict[str, float]:
+        """Times by kernel, of those that can be taken."""
+        if not inner:
+            return {"dense": self.dense, "sparse": self.sparse}
+        return {"dense": self.dense_inner, "sparse": self.sparse_inner, "panels": self.panels}
+
+    def best(self, *, inner: bool) -> str:
+        """The fastest kernel; torch's dense one, where no layout speaks for another, unless it is clearly slower."""
+        times = self.of(inner=inner)
+        name = min(times, key=lambda kernel: times[kernel])
+        return name if inner or times[name] < _MARGIN * times["dense"] else "dense"
 
 
 @dataclass
@@ -64,23 +74,25 @@ class _Known:
     times: Times | None
     model: bool = False  # not timed, but chosen by density
 
-    def takes_sparse(self, inner: bool) -> bool:
+    def kernel(self, inner: bool) -> str:
         if self.model:
-            return self.density <= _MODEL_DENSITY
-        if self.times is None:
-            return True
-        dense, sparse = self.times.of(inner=inner)
-        return sparse < _MARGIN * dense
+            return "sparse" if self.density <= _MODEL_DENSITY else "dense"
+        return "sparse" if self.times is None else self.times.best(inner=inner)
 
-    def reason(self, sparse: bool) -> str:
+    def reason(self, kernel: str) -> str:
         if self.model:
-            return f"its density is {'below' if sparse else 'above'} {_MODEL_DENSITY:g}"
-        return "faster" if sparse else "the dense kernel is faster"
+            return f"its density is {'below' if kernel == 'sparse' else 'above'} {_MODEL_DENSITY:g}"
+        if kernel == "panels":
+            return "the dense kernel for activations with the batch innermost is faster"
+        return "faster" if kernel == "sparse" else "the dense kernel is faster"
 
 
 @dataclass
 class Chooser:
     """Chooses between dense and sparse kernels, layer by layer.
+
+    A kernel is "dense" (torch's), "sparse" (over entries alone) or, within a flow, "panels": all weights, absent ones
+    as zeros, between activations whose batch is innermost.
 
     Attributes:
         kernels: "auto" or "sparse".
@@ -97,7 +109,7 @@ class Chooser:
     last: dict[str, _Known] = field(default_factory=dict)
     _flow_pays: bool | None = None  # what `flow_pays` found for `last`
 
-    def takes_sparse(
+    def choose(
         self,
         name: str,
         layer: MaskedLayer,
@@ -106,10 +118,10 @@ class Chooser:
         x: Tensor,
         out_size: list[int],
         inner: bool,
-    ) -> tuple[bool, str]:
-        """Whether the layer `name` is to take its sparse kernel for `x`, and why; `inner`: within a flow."""
+    ) -> tuple[str, str]:
+        """The kernel that the layer `name` is to take for `x`, and why; `inner`: within a flow."""
         if self.kernels == "sparse":
-            return True, "asked for"
+            return "sparse", "asked for"
         gradient = torch.is_grad_enabled() and layer.trained.requires_grad
         situation = (tuple(x.shape), str(x.dtype), gradient, x.requires_grad, torch.get_num_threads())
         known = self.known.get((name, situation))
@@ -119,8 +131,8 @@ class Chooser:
             self.known[name, situation] = known
         if self.last.get(name) is not known:
             self.last[name], self._flow_pays = known, None
-        sparse = known.takes_sparse(inner)
-        return sparse, known.reason(sparse)
+        kernel = known.kernel(inner)
+        return kernel, known.reason(kernel)
 
     def flow_pays(self) -> bool:
         """Whether the layers, as last chosen, take less time in all with the batch innermost in memory."""
@@ -130,11 +142,10 @@ class Chooser:
 
     def _compare_flow(self) -> bool:
         if not self.timed:
-            return bool(self.last) and sum(known.takes_sparse(True) for known in self.last.values()) * 2 > len(
-                self.last
-            )
+            sparse = sum(known.kernel(True) == "sparse" for known in self.last.values())
+            return sparse * 2 > len(self.last)
         times = [known.times for known in self.last.values() if known.times is not None]
-        plain, inner = (sum(min(t.of(inner=which)) for t in times) for which in (False, True))
+        plain, inner = (sum(min(t.of(inner=which).values()) for t in times) for which in (False, True))
         return inner < _FLOW * plain
 
     def last_times(self, name: str) -> Times | None:
@@ -216,7 +227,8 @@ def _between(row: Mapping[float, Times], density: float) -> Times | None:
         return None
     a, b, share = row[below], row[above], (density - below) / (above - below)
     line = [u + share * (v - u) for u, v in zip(astuple(a), astuple(b), strict=True)]
-    return Times(min(a.dense, b.dense), line[1], min(a.dense_inner, b.dense_inner), line[3])
+    panels = min(a.panels, b.panels)
+    return Times(min(a.dense, b.dense), line[1], min(a.dense_inner, b.dense_inner), line[3], panels)
 
 
 def _key(layer: MaskedLayer, g: Geometry, x: Tensor, gradient: bool) -> str:
@@ -232,14 +244,14 @@ def _key(layer: MaskedLayer, g: Geometry, x: Tensor, gradient: bool) -> str:
 
 
 def _file_key(key: str) -> dict[str, Any]:
-    return {"training": key, "torch": torch.__version__, "processor": processor(), "version": 5}
+    return {"training": key, "torch": torch.__version__, "processor": processor(), "version": 6}
 
 
 def _read(key: str) -> dict[float, Times]:
     """What was measured before, by density; nothing where the file holds anything else."""
     found = read_choices(_file_key(key))
     rows = found if isinstance(found, list) else []
-    good = [row for row in rows if isinstance(row, list) and len(row) == 5 and all(_is_time(value) for value in row)]
+    good = [row for row in rows if isinstance(row, list) and len(row) == 6 and all(_is_time(value) for value in row)]
     return {density: Times(*times) for density, *times in good}
 
 
@@ -264,6 +276,9 @@ def _measure(layer: Any, geometry: Geometry, entries: Entries, x: Tensor, out_si
             "sparse_inner": lambda: _step(
                 product(inner, weight, bias, entries, geometry, out_size, inner=True), weight, inner
             ),
+            "panels": lambda: _step(
+                product(inner, weight, bias, entries, geometry, out_size, inner=True, panels=True), weight, inner
+            ),
         }
     with torch.enable_grad() if gradient else torch.no_grad(), torch.autocast("cpu", enabled=False):
         # Of one thread, the time that others do not take from it.
@@ -272,6 +287,7 @@ def _measure(layer: Any, geometry: Geometry, entries: Entries, x: Tensor, out_si
     return Times(
         *(found["dense"], found["sparse"]),
         *(found.get("dense_inner", found["dense"]), found.get("sparse_inner", found["sparse"])),
+        found.get("panels", found["dense"]),
     )
 
 

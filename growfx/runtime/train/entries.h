@@ -43,10 +43,11 @@ void for_active(const uint8_t* mask, int64_t rows, int64_t columns, int64_t taps
 
 using Tables = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// start (blocks * O * taps + 1), channel (nnz), index (nnz): entries in the order (block of `block[0]` input channels,
-// output channel, tap, input channel), and where each lies in the weight's memory. back_start (blocks * I * taps + 1),
-// back_channel (nnz), back_order (nnz): entries in the order (block of `block[1]` output channels, input channel, tap of
-// the writing order, output channel), and which of the former each is.
+// start (blocks * O * taps + 1), source (nnz), index (nnz): entries in the order (block of `block[0]` input channels,
+// output channel, tap, input channel), what each reads (input channel * taps + tap), and where each lies in the weight's
+// memory. back_start (blocks * I * taps + 1), back_source (nnz), back_order (nnz): entries in the order (block of
+// `block[1]` output channels, input channel, tap of the writing order, output channel), what each reads (output channel
+// * taps + tap in that order), and which of the former each is.
 inline Tables index_mask(const at::Tensor& mask, at::IntArrayRef weight_strides, at::IntArrayRef stride,
                          at::IntArrayRef dilation, at::IntArrayRef block) {
   const at::Tensor whole = mask.contiguous();
@@ -85,18 +86,31 @@ inline Tables index_mask(const at::Tensor& mask, at::IntArrayRef weight_strides,
   for (int64_t j = 0; j < back_segments; ++j) b[j + 1] += b[j];
   const int64_t nnz = s[segments];
   const auto list = [&] { return at::empty({nnz}, ints); };
-  at::Tensor channel = list(), index = list(), back_channel = list(), back_order = list();
-  int32_t* const c = channel.mutable_data_ptr<int32_t>();
+  at::Tensor source = list(), index = list(), back_source = list(), back_order = list();
+  int32_t* const c = source.mutable_data_ptr<int32_t>();
   int32_t* const n = index.mutable_data_ptr<int32_t>();
-  int32_t* const d = back_channel.mutable_data_ptr<int32_t>();
+  int32_t* const d = back_source.mutable_data_ptr<int32_t>();
   int32_t* const e = back_order.mutable_data_ptr<int32_t>();
   std::vector<int32_t> next(s, s + segments), back_next(b, b + back_segments);
   for_active(m, rows, columns, taps, [&](int64_t o, int64_t i, int64_t t) {
     const int32_t k = next[segment(o, i, t)]++, j = back_next[back_segment(o, i, t)]++;
-    c[k] = i, n[k] = o * weight_strides[0] + i * weight_strides[1] + step[t];
-    d[j] = o, e[j] = k;
+    c[k] = i * taps + t, n[k] = o * weight_strides[0] + i * weight_strides[1] + step[t];
+    d[j] = o * taps + back[t], e[j] = k;
   });
-  return {start, channel, index, back_start, back_channel, back_order};
+  return {start, source, index, back_start, back_source, back_order};
+}
+
+// Calls `use(k, index[k])` for entries first..end. Entries stand in an order that memory is not in, so what they lie at is
+// fetched ahead.
+template <class T, class F>
+void for_indexed(const int32_t* index, int64_t first, int64_t end, const T* memory, const F& use) {
+  constexpr int64_t AHEAD = 48;
+  int64_t k = first;
+  for (; k + AHEAD < end; ++k) {
+    __builtin_prefetch(memory + index[k + AHEAD]);
+    use(k, index[k]);
+  }
+  for (; k < end; ++k) use(k, index[k]);
 }
 
 // Whether the true values of a mask, laid out as the weight, are just those at `index`.
@@ -105,7 +119,7 @@ inline bool has_entries(const at::Tensor& mask, const at::Tensor& index) {
   const int32_t* const n = index.const_data_ptr<int32_t>();
   const int64_t count = index.numel(), size = mask.numel();
   int64_t found = 0, here = 0;
-  for (int64_t k = 0; k < count; ++k) here += m[n[k]];
+  for_indexed(n, 0, count, m, [&](int64_t, int32_t at) { here += m[at]; });
   if (here != count) return false;
   constexpr int64_t PART = 4096;
   for (int64_t i = 0; i < size; i += PART) {
@@ -123,7 +137,7 @@ inline at::Tensor gather_entries(const at::Tensor& weight, const at::Tensor& ind
   const float* const w = weight.const_data_ptr<float>();
   float* const v = values.mutable_data_ptr<float>();
   at::parallel_for(0, count, 32768, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) v[k] = w[n[k]];
+    for_indexed(n, begin, end, w, [&](int64_t k, int32_t at) { v[k] = w[at]; });
   });
   return values;
 }
@@ -134,7 +148,7 @@ inline void put_entries(const at::Tensor& weight, const at::Tensor& index, const
   const float* const v = values.const_data_ptr<float>();
   float* const w = weight.mutable_data_ptr<float>();
   at::parallel_for(0, count, 32768, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) w[n[k]] = v[k];
+    for_indexed(n, begin, end, w, [&](int64_t k, int32_t at) { w[at] = v[k]; });
   });
 }
 
@@ -147,7 +161,7 @@ inline at::Tensor scatter_entries(const at::Tensor& values, const at::Tensor& in
   const float* const v = whole.const_data_ptr<float>();
   float* const w = weight.mutable_data_ptr<float>();
   at::parallel_for(0, count, 32768, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) w[n[k]] = v[k];
+    for_indexed(n, begin, end, w, [&](int64_t k, int32_t at) { w[at] = v[k]; });
   });
   return weight;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -15,9 +16,8 @@ __all__ = ["LIMIT", "Entries", "Geometry", "geometry_of", "product"]
 
 # Of what a tile reads: per channel and tap, and of a block at least and at most, around the size of a first cache.
 _TILE_BYTES, _BLOCK_BYTES = 512, (24576, 57344)
-# Entries of an output channel that a block should have, and must have to be worth it; rows and columns of images whose
-# borders, where tiles are small, do not count.
-_BLOCK_ENTRIES, _LEAST_ENTRIES, _WIDE = 18.0, 14.0, 8
+# Entries of an output channel that a block should have, and must have to be worth it.
+_BLOCK_ENTRIES, _LEAST_ENTRIES = 18.0, 14.0
 # Offsets are 32-bit.
 LIMIT = 2**31 - 1
 
@@ -42,9 +42,21 @@ class Geometry:
         axes = zip(size, self.kernel, self.stride, self.dilation, self.front, self.back, strict=True)
         return [(n + p + q - d * (k - 1) - 1) // s + 1 for n, k, s, d, p, q in axes]
 
-    def is_wide(self, out_size: list[int]) -> bool:
-        """Whether most places of an output of `out_size` are away from its borders, or there are none."""
-        return all(k == 1 for k in self.kernel) or min(out_size) >= _WIDE
+    def taps_read(self, out_size: list[int]) -> int:
+        """How many positions of the kernel lie within the image, on the mean of all places of an output; rounded."""
+        return _taps_read(self, tuple(out_size))
+
+
+@functools.lru_cache(maxsize=1024)
+def _taps_read(geometry: Geometry, out_size: tuple[int, ...]) -> int:
+    mean = 1.0
+    for axis, places in enumerate(out_size):
+        step, spread, front = geometry.stride[axis], geometry.dilation[axis], geometry.front[axis]
+        reach = range(0, spread * geometry.kernel[axis], spread)
+        size = (places - 1) * step + reach[-1] + 1 - front - geometry.back[axis]
+        seen = sum(0 <= place * step - front + tap < size for place in range(places) for tap in reach)
+        mean *= seen / places
+    return max(1, round(mean))
 
 
 def geometry_of(layer: nn.Module) -> Geometry | str:
@@ -72,32 +84,32 @@ class Entries:
 
     Attributes:
         index: (nnz), where each entry lies in the weight's memory.
-        start, channel: (O * taps + 1) and (nnz), entries by output channel, tap, input channel.
-        back_start, back_channel, back_order: (I * taps + 1) and (nnz) twice, entries by input channel.
+        start, source: (O * taps + 1) and (nnz), entries by output channel, and what each reads.
+        back_start, back_source, back_order: (I * taps + 1) and (nnz) twice, the same by input channel.
         shape, strides: of the weight, and of the memory and mask they were made for.
+        taps_read: of the images they are for; blocks of channels are made for it.
         of_values: whether `index` is into the values of present edges (`growfx.masked.present`), not into the weight.
-        wide: whether they are for images so large that blocks of channels are worth it.
     """
 
     index: Tensor
     start: Tensor
-    channel: Tensor
+    source: Tensor
     back_start: Tensor
-    back_channel: Tensor
+    back_source: Tensor
     back_order: Tensor
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    wide: bool
+    taps_read: int
     of_values: bool = False
 
     @classmethod
     def of(cls, mask: Tensor, strides: tuple[int, ...], geometry: Geometry, out_size: list[int]) -> Entries:
         """The entries of `mask` for a weight with these strides and outputs of `out_size`; a pass over the mask."""
-        wide = geometry.is_wide(out_size)
-        blocks = _blocks(mask) if wide else [max(size, 1) for size in mask.shape[1::-1]]
-        found = torch.ops.growfx.index_mask(mask, strides, geometry.stride, geometry.dilation, blocks)
-        start, channel, index, back_start, back_channel, back_order = found
-        return cls(index, start, channel, back_start, back_channel, back_order, tuple(mask.shape), strides, wide)
+        taps_read = geometry.taps_read(out_size)
+        found = torch.ops.growfx.index_mask(mask, strides, geometry.stride, geometry.dilation, _blocks(mask, taps_read))
+        start, source, index, back_start, back_source, back_order = found
+        shape = tuple(mask.shape)
+        return cls(index, start, source, back_start, back_source, back_order, shape, strides, taps_read)
 
     @classmethod
     def of_present(cls, mask: Tensor, geometry: Geometry, out_size: list[int]) -> Entries:
@@ -112,24 +124,31 @@ class Entries:
         """Number of entries."""
         return self.index.numel()
 
-    def are_of(self, mask: Tensor, strides: tuple[int, ...], *, wide: bool) -> bool:
+    @functools.cached_property
+    def places(self) -> Tensor:
+        """`index` in the order of memory, for what needs no other: reading on is faster than reading to and fro."""
+        marks = torch.zeros(int(self.index.max()) + 1 if self.nnz else 0, dtype=torch.bool)
+        marks[self.index.long()] = True
+        return marks.nonzero().view(-1).to(torch.int32)
+
+    def are_of(self, mask: Tensor, strides: tuple[int, ...], *, taps_read: int) -> bool:
         """Whether these are the entries of the current `mask`, whoever wrote to it; reads the mask once."""
-        if self.of_values or self.strides != strides or self.wide != wide:
+        if self.of_values or self.strides != strides or self.taps_read != taps_read:
             return False
         if mask.stride() != strides:
             mask = torch.empty_strided(mask.shape, strides, dtype=mask.dtype).copy_(mask)
         return torch.ops.growfx.has_entries(mask, self.index)
 
 
-def _blocks(mask: Tensor) -> list[int]:
+def _blocks(mask: Tensor, taps_read: int) -> list[int]:
     """How many input channels, and output channels, are worked on at a time.
 
     What a tile of outputs reads of them stays in the first cache then, or nearly, at the price of reading and writing
     the tile once for each block: worth it where a block has many entries of each output channel.
     """
     outputs, inputs = mask.shape[:2]
-    entries = float(torch.count_nonzero(mask)) / max(outputs * inputs, 1)  # of a channel
-    bytes_read = _TILE_BYTES * mask[0, 0].numel() if mask.numel() else 1
+    entries = float(torch.count_nonzero(mask)) / max(mask.numel(), 1) * taps_read  # of a channel, for one place
+    bytes_read = _TILE_BYTES * taps_read
     least, most = (max(1, round(size / bytes_read)) for size in _BLOCK_BYTES)
     if entries * most < _LEAST_ENTRIES:
         return [max(inputs, 1), max(outputs, 1)]
@@ -146,6 +165,7 @@ def product(
     out_size: list[int],
     *,
     inner: bool = False,
+    panels: bool = False,
 ) -> Tensor:
     """A layer's output over its entries alone, differentiable.
 
@@ -157,18 +177,20 @@ def product(
         entries, geometry: of the layer.
         out_size: sizes of the output's images.
         inner: leave the output with the batch innermost in memory (float32).
+        panels: multiply by all weights, absent ones as zeros, several output channels at a time: faster where most are
+            present. NaN and infinities spread as in a dense product then.
     """
     rows = x if geometry.kernel else x.reshape(-1, x.shape[-1])
-    tables = (entries.start, entries.channel, entries.back_start, entries.back_channel, entries.back_order)
+    tables = (entries.start, entries.source, entries.back_start, entries.back_source, entries.back_order)
     steps = (geometry.stride, geometry.front, geometry.dilation)
     ops = torch.ops.growfx
     if entries.of_values:
         source = rows if is_inner(rows) and rows.dtype == torch.float32 else ops.batch_inner(rows)
         sizes = [rows.shape[0], entries.shape[0], *out_size]
         out: Tensor = ops.sparse_product(
-            source, ops.gather_entries(weight, entries.index), bias, *tables, entries.shape[2:], *steps, sizes
+            source, ops.gather_entries(weight, entries.index), bias, *tables, entries.shape[2:], *steps, sizes, panels
         )
         out = out if inner else ops.batch_outer(out, x.dtype)
     else:
-        out = ops.sparse_layer(rows, weight, bias, entries.index, *tables, *steps, out_size, inner)
+        out = ops.sparse_layer(rows, weight, bias, entries.index, *tables, *steps, out_size, inner, panels)
     return out if geometry.kernel else out.view(*x.shape[:-1], out.shape[-1])

@@ -68,15 +68,15 @@ class LayerKernel:
                 self.reason = f"its input has the shape {tuple(x.shape)}"
                 return None
             entries, inner = self._entries_for(layer, out_size), self._keeps_inner(images)
-            self.took_sparse, self.reason = self.chooser.takes_sparse(
-                self.name, layer, self.geometry, entries, images, out_size, inner
-            )
-            if not self.took_sparse:
+            kernel, self.reason = self.chooser.choose(self.name, layer, self.geometry, entries, images, out_size, inner)
+            self.took_sparse = kernel == "sparse"
+            if kernel == "dense":
                 self._dense_at, self._dense_reason = situation, self.reason
                 return None
             bias: Any = layer.bias
             weight = layer.weight_of_entries() if layer.present is None else layer.present.of_entries()
-            return product(images, weight, bias, entries, self.geometry, out_size, inner=inner)
+            panels = kernel == "panels"
+            return product(images, weight, bias, entries, self.geometry, out_size, inner=inner, panels=panels)
 
     def _situation(self, layer: MaskedLayer, x: Tensor) -> tuple[Any, ...]:
         """What a choice depends on, as far as it can be told without reading the mask."""
@@ -92,8 +92,8 @@ class LayerKernel:
         """The entries of the current mask, for outputs of `out_size`: checked or made anew."""
         if layer.present is not None:
             return self._entries_of_values(layer, out_size)
-        strides, wide = layer.parameter.stride(), self.geometry.is_wide(out_size)
-        if self._entries is None or not self._entries.are_of(layer.mask, strides, wide=wide):
+        strides, taps_read = layer.parameter.stride(), self.geometry.taps_read(out_size)
+        if self._entries is None or not self._entries.are_of(layer.mask, strides, taps_read=taps_read):
             with torch.inference_mode(False):  # a backward pass may use them later
                 self._entries = Entries.of(layer.mask, strides, self.geometry, out_size)
         return self._entries
@@ -104,7 +104,7 @@ class LayerKernel:
         assert present is not None
         present.follow(layer.mask)
         known = entries is not None and entries.of_values and self._bits is present.bits
-        if entries is None or not known or entries.wide != self.geometry.is_wide(out_size):
+        if entries is None or not known or entries.taps_read != self.geometry.taps_read(out_size):
             self._entries = None  # before there are others
             with torch.inference_mode(False):
                 entries = self._entries = Entries.of_present(layer.mask, self.geometry, out_size)
@@ -116,7 +116,8 @@ class LayerKernel:
         entries = self._entries
         if layer.present is not None:
             return None
-        known = entries is not None and entries.are_of(layer.mask, layer.parameter.stride(), wide=entries.wide)
+        strides = layer.parameter.stride()
+        known = entries is not None and entries.are_of(layer.mask, strides, taps_read=entries.taps_read)
         return entries if known else None
 
     def _out_size(self, x: Tensor) -> list[int] | None:

@@ -15,10 +15,14 @@ from growfx.runtime.kernel_build import Library
 __all__ = ["TRAINING", "training_status"]
 
 _FOLDER = Path(__file__).parent
-_HEADERS = ("autograd.h", "entries.h", "geometry.h", "layout.h", "norm.h", "norm_operators.h", "pool.h", "products.h")
+_SOURCES = ("autograd.cpp", "products.cpp", "operators.cpp")
+_HEADERS = (
+    *("entries.h", "geometry.h", "layout.h", "norm.h", "norm_operators.h", "operators.h", "panels.h", "pool.h"),
+    *("product.h", "products.h"),
+)
 TRAINING = Library(
     "growfx_training",
-    _FOLDER / "operators.cpp",
+    tuple(_FOLDER / name for name in _SOURCES),
     (*(_FOLDER / name for name in _HEADERS), _FOLDER.parent / "sparse_vectors.h"),
 )
 
@@ -67,8 +71,9 @@ def _inner(like: Tensor, sizes: Any) -> Tensor:
     return like.new_empty_strided(sizes, strides, dtype=torch.float32)
 
 
-def _product(x: Tensor, *args: Any) -> Tensor:
-    return _inner(x, args[-1])
+def _product(x: Tensor, values: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    out_sizes = args[9]  # after five tables and four sizes of the geometry
+    return _inner(x, out_sizes)
 
 
 def _product_backward(grad: Tensor, x: Tensor, values: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,9 +10,9 @@
 #include <optional>
 #include <tuple>
 
-#include "autograd.h"
 #include "layout.h"
 #include "norm.h"
+#include "operators.h"
 
 namespace {
 

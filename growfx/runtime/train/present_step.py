@@ -63,7 +63,7 @@ def _index(layer: MaskedLayer) -> Tensor | None:
     if not alike or gradient.stride() != parameter.stride() or type(gradient) is not Tensor:
         return None
     entries = kernel.entries_of(layer)
-    return entries.index if entries is not None and entries.nnz < _MOST * layer.numel else None
+    return entries.places if entries is not None and entries.nnz < _MOST * layer.numel else None
 
 
 def _gather(tensor: Tensor, index: Tensor) -> Tensor:

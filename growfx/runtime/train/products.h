@@ -134,6 +134,26 @@ inline Words lane_numbers(std::integer_sequence<int, I...>) {
   return Words{I...};
 }
 
+// Sums of products that wait until there are LANES of them, to be added up together.
+struct Pending {
+  Vector sums[LANES];
+  int64_t entry[LANES];
+  int count = 0;
+  void push(Vector sum, int64_t k, float* result) {
+    sums[count] = sum, entry[count] = k;
+    if (++count == LANES) flush(result);
+  }
+  void flush(float* result) {
+    for (int i = count; i < LANES; ++i) sums[i] = Vector{};
+    const Vector all = totals(sums);
+    float* const first = result + entry[0];
+    if (count == LANES && entry[LANES - 1] - entry[0] == LANES - 1) store(first, load(first) + all);
+    else
+      for (int i = 0; i < count; ++i) result[entry[i]] += all[i];
+    count = 0;
+  }
+};
+
 template <int RUNS, int REGISTERS>
 [[gnu::noinline]] void correlate(const Entries& e, const std::vector<Range>& ranges, const Run* runs, int64_t at,
                                  uint32_t doubled, const float* source, const float* gradient, int64_t plane,
@@ -142,48 +162,35 @@ template <int RUNS, int REGISTERS>
   const float* from[RUNS];
   for (int p = 0; p < RUNS; ++p) from[p] = source + runs[p].from + at;
   const Words single = (Words)(lane_numbers(Lanes{}) >= doubled);
-  const int64_t count = end - first;
-  for (int64_t i = 0; i < e.blocks * count; ++i) {
-    const int64_t row = first + i % count;
-    const int32_t* const start = e.start + (i / count * e.rows + row) * e.taps;
-    if (start[0] == start[e.taps]) continue;
-    const float* const to = gradient + row * plane + at;
-    Vector held[RUNS][REGISTERS];
-#pragma GCC unroll 16
-    for (int p = 0; p < RUNS; ++p)
-#pragma GCC unroll 16
-      for (int r = 0; r < REGISTERS; ++r) held[p][r] = load(to + runs[p].to + r * LANES);
-    if constexpr (REGISTERS == 1)  // what another tile counts
-#pragma GCC unroll 16
-      for (int p = 0; p < RUNS; ++p) held[p][0] = (Vector)((Words)held[p][0] & single);
-    const auto product = [&](int64_t k) {
-      const int64_t offset = offsets[k];
-      Vector sum[2] = {};
+  Pending pending;
+  for (int64_t block = 0; block < e.blocks; ++block) {
+    for (int64_t row = first; row < end; ++row) {
+      const int32_t* const start = e.start + (block * e.rows + row) * e.taps;
+      if (start[0] == start[e.taps]) continue;
+      const float* const to = gradient + row * plane + at;
+      Vector held[RUNS][REGISTERS];
 #pragma GCC unroll 16
       for (int p = 0; p < RUNS; ++p)
 #pragma GCC unroll 16
-        for (int r = 0; r < REGISTERS; ++r)
-          sum[(p + r) & 1] += held[p][r] * load(from[p] + offset + r * LANES);
-      return RUNS * REGISTERS > 1 ? sum[0] + sum[1] : sum[0];
-    };
-    for (const Range range : ranges) {
-      int64_t k = start[range.first];
-      const int64_t stop = start[range.end];
-      for (; k + LANES <= stop; k += LANES) {
-        Vector sums[LANES];
-        for (int j = 0; j < LANES; ++j) sums[j] = product(k + j);
-        store(result + k, load(result + k) + totals(sums));
-      }
-      if (2 * (stop - k) > LANES) {
-        Vector sums[LANES] = {};
-        for (int j = 0; j < stop - k; ++j) sums[j] = product(k + j);
-        const Vector all = totals(sums);
-        for (int j = 0; j < stop - k; ++j) result[k + j] += all[j];
-      } else {
-        for (; k < stop; ++k) result[k] += total(product(k));
+        for (int r = 0; r < REGISTERS; ++r) held[p][r] = load(to + runs[p].to + r * LANES);
+      if constexpr (REGISTERS == 1)  // what another tile counts
+#pragma GCC unroll 16
+        for (int p = 0; p < RUNS; ++p) held[p][0] = (Vector)((Words)held[p][0] & single);
+      for (const Range range : ranges) {
+        for (int64_t k = start[range.first]; k < start[range.end]; ++k) {
+          const int64_t offset = offsets[k];
+          Vector sum[2] = {};
+#pragma GCC unroll 16
+          for (int p = 0; p < RUNS; ++p)
+#pragma GCC unroll 16
+            for (int r = 0; r < REGISTERS; ++r)
+              sum[(p + r) & 1] += held[p][r] * load(from[p] + offset + r * LANES);
+          pending.push(RUNS * REGISTERS > 1 ? sum[0] + sum[1] : sum[0], k, result);
+        }
       }
     }
   }
+  if (pending.count > 0) pending.flush(result);
 }
 
 inline void correlate_short(const Entries& e, const Group& group, const Run* runs, int count, const float* source,

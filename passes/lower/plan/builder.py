@@ -23,6 +23,7 @@ Rule = Callable[["Builder", Arguments, Sequence[Shape]], "Operand | Sequence[Ope
 
 # A constant is computed again where that takes less than this share of its bytes.
 _WORTH = 0.6
+_REPEATING = ("aten.expand", "aten.view", "aten.reshape", "aten._unsafe_view", "aten.clone", "aten.unsqueeze")
 
 
 class NoKernelError(Exception):
@@ -120,6 +121,25 @@ class Builder:
         if number not in self._sizes:
             self._sizes[number] = min(self._stored_bytes(number), self._made_bytes(number))
         return self._sizes[number]
+
+    def repeated_matrix(self, reference: Reference) -> Constant | None:
+        """The matrix that a tensor (batch, rows, columns) repeats; None where it is not one matrix again and again.
+
+        Torch expands the weight of a linear layer so where the layer's input is not contiguous.
+        """
+        number = reference.number
+        value = self._calls.constants.get(number)
+        if value is None:
+            return _expanded_matrix(self.operand(reference))
+        if value.dim() != 3 or not bool((value == value[:1]).all()):
+            return None
+        while (call := self._calls.makers.get(number)) is not None and call.operator in _REPEATING:
+            number = next(iter(call.arguments.values())).number
+            source = self._calls.constants[number]
+            if source.shape == value.shape[1:] and torch.equal(source, value[0]):
+                operand = self.operand(Reference(number))
+                return operand if isinstance(operand, Constant) else None
+        return self._stored(value[0])
 
     def node(self, reference: Reference) -> Node:
         """The same, as a node also where it is a constant."""
@@ -237,6 +257,24 @@ class view_ops:  # noqa: N801 (a namespace)
             if have != want:
                 ops += view_ops.expand(axis, want)
         return ops
+
+
+def _expanded_matrix(operand: Operand) -> Constant | None:
+    """The matrix that a view repeats along a new first axis, as often as there are rows in the batch."""
+    while isinstance(operand, Node) and operand.kernel == RESHAPE and operand.shape == _shape_of(operand.inputs[0]):
+        operand = operand.inputs[0]
+    if not isinstance(operand, Node) or operand.kernel != "view" or len(operand.shape) != 3:
+        return None
+    source = operand.inputs[0]
+    if not isinstance(source, Constant) or operand.ints != view_ops.broadcast(_shape_of(source), operand.shape):
+        return None
+    if source.tensor.dim() == 3 and source.tensor.shape[0] == 1:
+        source = Constant(source.tensor[0], None if source.mask is None else source.mask[0])
+    return source if _shape_of(source) == operand.shape[1:] else None
+
+
+def _shape_of(operand: Operand) -> Shape:
+    return operand.shape if isinstance(operand, Node) else tuple(Size(0, n) for n in operand.tensor.shape)
 
 
 def axis_of(axis: int, rank: int) -> int:

@@ -181,6 +181,8 @@ def test_an_image_file_shows_the_classes_of_torch_with_their_shares(
     found = [float(text.removesuffix(" %")) for text in lines[1::2]]
     assert found == pytest.approx([100 * float(shares[i]) for i in order], abs=0.2)
     assert "ms on this device" in page.value("document.getElementById('time').innerText")
+    page.draw("#picture", [(0.5, 0.2), (0.5, 0.8)])  # a drawing takes the place of the image
+    assert page.value("brush.getImageData(4, 176, 1, 1).data.slice(0, 3).join()") == "0,0,0"
     (tmp_path / "text.png").write_text("no image")
     page.choose("#choose", tmp_path / "text.png")
     page.wait_for("!document.getElementById('alarm').hidden")

@@ -188,6 +188,32 @@ def test_widths_of_another_form_are_refused(widths: object) -> None:
         CompactionPlan.from_json({"biases": [], "modules": {}, "tensors": {}, "widths": widths})
 
 
+@pytest.mark.parametrize(
+    "heads",
+    [
+        {"": {"num_heads": 13}},
+        {"": {"hidden": 3}},
+        {"": {"in_channels": 2}},
+        {"": {"training": 1}},
+        {"missing": {"num_heads": 2}},
+    ],
+)
+def test_a_plan_cannot_write_anything_but_fewer_heads(heads: dict[str, dict[str, int]]) -> None:
+    model = Stated()
+    with pytest.raises(ArtifactError, match="damaged"):
+        apply_plan(model, CompactionPlan(heads=heads))
+    assert (model.num_heads, model.in_channels, model.training) == (12, 3, True)
+
+
+def test_a_plan_with_heads_is_read_as_it_was_written() -> None:
+    plan = CompactionPlan(heads={"": {"num_heads": 5}})
+    assert plan
+    assert CompactionPlan.from_json(plan.to_json()) == plan
+    assert apply_plan(Stated(), plan).num_heads == 5
+    with pytest.raises(ArtifactError, match="damaged"):
+        CompactionPlan.from_json({"biases": [], "modules": {}, "tensors": {}, "heads": {"": {"num_heads": 0}}})
+
+
 def test_a_plan_with_widths_is_read_as_it_was_written() -> None:
     plan = CompactionPlan(widths={"": {"hidden_dim": 5, "described.0.channels": 4}})
     assert plan

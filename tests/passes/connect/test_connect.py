@@ -240,6 +240,19 @@ def test_heads_stand_in_frames_and_queries_are_coupled_with_keys() -> None:
         assert any(torch.equal(frame, values) for frame in found.frames)
 
 
+def test_a_head_has_its_queries_keys_and_values_and_products_are_shared_by_units() -> None:
+    for name in ("attention", "written attention"):
+        _, _, _, found = connected(name)
+        groups = found.coupled("qkv").view(3, 2, 4)
+        assert [head.tolist() for head in found.heads] == [groups[:, h].unique().tolist() for h in range(2)]
+        assert len(found.products) == 2
+        macs = {cost for cost, _ in found.products}
+        assert len(macs) == 1
+        assert all(set(shares.tolist()) <= set(groups.flatten().tolist()) for _, shares in found.products)
+    plain = connect(growfx.wrap(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(1, 3)))
+    assert (plain.heads, plain.products) == ((), ())
+
+
 def test_multihead_attention_modules_are_followed_inside() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -126,6 +126,17 @@ def test_floors_and_multiples_are_kept() -> None:
     assert min(family.kept / family.size for family in plan.families) >= 0.2
 
 
+def test_units_that_are_absent_already_leave_first_and_are_counted_as_gone() -> None:
+    net = net_of("mobile")
+    first = growfx.plan_channels(net, "flops=0.7")
+    net.set_masks(first.masks(net))
+    again = growfx.plan_channels(net, "flops=0.9")
+    assert (again.outputs, again.columns) == (first.outputs, first.columns)
+    assert again.share("flops") == first.share("flops")
+    further = growfx.plan_channels(net, "flops=0.5")
+    assert all(set(units) <= set(further.outputs[name]) for name, units in first.outputs.items())
+
+
 def test_what_stays_says_why_and_is_printed() -> None:
     plan = growfx.plan_channels(net_of("transformer"), "flops=0.7")
     reasons = "\n".join(plan.refused.values())
@@ -214,6 +225,12 @@ def test_layers_without_a_mask_keep_their_units() -> None:
     net = growfx.wrap(Chain(), torch.randn(2, 6), exclude="b")
     with pytest.raises(ConfigError, match="`b` has no mask"):
         growfx.plan_channels(net, "flops=0.5")
+
+
+def test_a_network_of_another_type_than_it_was_wrapped_in_is_planned_alike() -> None:
+    plan = growfx.plan_channels(net_of("mobile"), "flops=0.5")
+    wide = growfx.plan_channels(net_of("mobile").double(), "flops=0.5")
+    assert (plan.outputs, plan.columns) == (wide.outputs, wide.columns)
 
 
 def test_a_budget_of_time_is_met_by_measurement() -> None:

@@ -112,6 +112,8 @@ OPERATORS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], list[Tenso
     "layer norm of two axes": (lambda x: F.layer_norm(x, (7, 33)), [(2, 7, 33)], []),
     "rms norm": (lambda x, w: F.rms_norm(x, (33,), w), [(2, 7, 33)], [torch.rand(33)]),
     "group norm": (lambda x, w, b: F.group_norm(x, 3, w, b), [(2, 6, 5, 7)], [torch.rand(6), torch.randn(6)]),
+    "instance norm": (lambda x, w: F.instance_norm(x, weight=w, bias=w), [(2, 4, 5, 7)], [torch.rand(4)]),
+    "bounds that are tensors": (lambda x, w: x.clamp(min=w, max=w + 0.5), [(2, 4)], [torch.randn(4)]),
     "group norm of one": (lambda x: F.group_norm(x, 1), [(2, 1, 50)], []),
     "means": (lambda x: x.mean((2, 3)) + x.sum((1, 3))[:, :6] + x.amax((2, 3)), [(2, 6, 7, 5)], []),
     "means of axes apart": (lambda x: x.mean((1, 3)), [(2, 6, 7, 5)], []),

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_every_file_that_the_library_is_made_of_counts_in_its_fingerprint_and_is_packaged() -> None:
-    files = [TRAINING.source, *TRAINING.headers]
+    files = [*TRAINING.sources, *TRAINING.headers]
     included = {
         (file.parent / name).resolve()
         for file in files
@@ -69,7 +69,7 @@ def test_tracers_are_told_the_shapes_and_strides_that_the_operators_give() -> No
     ops, mask = torch.ops.growfx, torch.rand(8, 5, 3, 3) < 0.3
     geometry = Geometry((3, 3), (2, 2), (1, 1), (1, 1), (1, 1))
     e = Entries.of(mask, mask.stride(), geometry, [8, 8])
-    tables = (e.start, e.channel, e.back_start, e.back_channel, e.back_order, [3, 3], [2, 2], [1, 1], [1, 1])
+    tables = (e.start, e.source, e.back_start, e.back_source, e.back_order, [3, 3], [2, 2], [1, 1], [1, 1])
     weight, x = torch.randn(8, 5, 3, 3), torch.randn(32, 5, 16, 16)
 
     def run(x: Tensor, weight: Tensor, *tables: object) -> list[Tensor]:

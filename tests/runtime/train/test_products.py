@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import growfx
+from growfx.runtime.train.entries import Entries, Geometry, geometry_of, product
 from growfx.runtime.train.library import training_status
 
 built = pytest.mark.skipif(bool(training_status()), reason=training_status() or "the kernels are there")
@@ -105,6 +106,43 @@ def test_any_layer_gives_what_torchs_dense_kernels_give(case: dict[str, Any]) ->
     assert not found["0.weight"][~net.layers["0"].mask].any()
 
 
+def by_panels(net: growfx.MaskedGraph, x: Tensor, gradient: Tensor | None = None) -> dict[str, Tensor]:
+    """Output and gradients of the one layer of `net` by panels of dense rows."""
+    layer: Any = net.layers["0"]
+    geometry = geometry_of(layer)
+    assert isinstance(geometry, Geometry)
+    weight, bias = layer.parameter.detach().clone(memory_format=torch.preserve_format).requires_grad_(), layer.bias
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    size = geometry.out_size(tuple(x.shape[2:])) if geometry.kernel else []
+    entries = Entries.of(layer.mask, weight.stride(), geometry, size)
+    y = product(x, weight, bias, entries, geometry, size, panels=True)
+    wanted = [x, weight] if bias is None else [x, weight, bias]
+    grads = torch.autograd.grad(y, wanted, torch.ones_like(y) if gradient is None else gradient)
+    return dict(zip(("output", "input", "0.weight", "0.bias"), (y.detach(), *grads), strict=False))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(cases())
+def test_any_layer_by_panels_gives_what_torchs_dense_kernels_give(case: dict[str, Any]) -> None:
+    net, x = masked_layer(case)
+    gradient = torch.randn_like(net(x))
+    found = by_panels(net, x, gradient)
+    assert_close(found, results(net, x, gradient))
+    assert not found["0.weight"][~net.layers["0"].mask].any()
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(cases())
+def test_panels_give_the_same_bits_for_every_number_of_threads(case: dict[str, Any]) -> None:
+    net, x = masked_layer(case | {"batch": 70, "channels": (24, 41), "density": 0.7})
+    found = []
+    for threads in (1, 2, 3, 1):
+        torch.set_num_threads(threads)
+        found.append(by_panels(net, x))
+    for other in found[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in found[0].items())
+
+
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(cases())
 def test_every_number_of_threads_gives_the_same_bits(case: dict[str, Any]) -> None:
@@ -116,6 +154,18 @@ def test_every_number_of_threads_gives_the_same_bits(case: dict[str, Any]) -> No
         found.append(results(net, x))
     for other in found[1:]:
         assert all(torch.equal(value, other[name]) for name, value in found[0].items())
+
+
+def test_tiles_that_share_outputs_do_not_add_to_each_other_in_several_threads() -> None:
+    torch.manual_seed(0)
+    net = growfx.wrap(nn.Sequential(nn.Conv2d(64, 32, 3, padding=1)), torch.randn(1, 64, 12, 12), density=0.3)
+    growfx.use_kernels(net, "sparse")
+    x = torch.randn(70, 64, 12, 12)  # ends within a register, and has several blocks of channels
+    torch.set_num_threads(1)
+    expected = results(net, x)
+    torch.set_num_threads(4)
+    for _ in range(5):
+        assert all(torch.equal(value, expected[name]) for name, value in results(net, x).items())
 
 
 def test_linear_layers_take_any_leading_shape() -> None:

@@ -161,6 +161,34 @@ def test_each_layer_takes_what_was_measured_to_be_faster(monkeypatch: pytest.Mon
     assert rows["fc"]["kernel"] == "dense"
 
 
+def test_kernels_for_the_inner_layout_are_taken_within_a_flow_alone() -> None:
+    times = choice.Times(dense=10.0, sparse=9.8, dense_inner=30.0, sparse_inner=25.0, panels=20.0)
+    assert (times.best(inner=False), times.best(inner=True)) == ("dense", "panels")
+    assert choice.Times(10.0, 9.0, 30.0, 25.0).best(inner=True) == "sparse"
+
+
+@built
+def test_a_layer_by_panels_gives_the_step_of_a_dense_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_measure", lambda *_: choice.Times(50.0, 90.0, 90.0, 80.0, 10.0))
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 10, 3, padding=1), nn.BatchNorm2d(10), nn.ReLU(), nn.Conv2d(10, 6, 3), nn.BatchNorm2d(6))
+    net, x = growfx.wrap(nn.Sequential(*layers), torch.randn(2, 3, 8, 8), density=0.7), torch.randn(32, 3, 8, 8)
+    wanted = torch.randn(32, 6, 6, 6)
+    panels = growfx.use_kernels(copy.deepcopy(net), "auto")
+    panels(x)  # the first call chooses
+    found = panels(x)
+    (found * wanted).sum().backward()
+    expected = net(x)
+    (expected * wanted).sum().backward()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert {layer.kernel for layer in panels.kernel_report.layers.values()} == {"dense"}
+    assert all("batch innermost" in layer.reason for layer in panels.kernel_report.layers.values())
+    for name, parameter in net.named_parameters():
+        if not name.endswith("bias"):  # before a norm it has none but rounding
+            gradient = panels.get_parameter(name).grad
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-3)
+
+
 @built
 def test_a_layer_is_looked_up_anew_when_its_density_has_changed_by_a_fifth(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []

@@ -37,9 +37,18 @@ def _bound(value: Any, otherwise: float) -> float:
     return otherwise if value is None else float(value)
 
 
+def _clamped(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Operand:
+    """Between bounds that are numbers or tensors."""
+    x, rest = b.operand(a["self"]), dict(a)
+    for name, operation in (("min", "maximum"), ("max", "minimum")):
+        if isinstance(bound := a.get(name), Reference):
+            x, rest[name] = b.add("binary", [x, b.operand(bound)], shapes[0], [OPERATIONS.index(operation)]), None
+    if rest.get("min", rest.get("min_val")) is None and rest.get("max", rest.get("max_val")) is None:
+        return x
+    return b.pointwise(x, shapes[0], *_clamp(rest))
+
+
 def _clamp(a: Arguments) -> list[Chained]:
-    if isinstance(a.get("min"), Reference) or isinstance(a.get("max"), Reference):
-        raise NoKernelError("with bounds that are tensors")
     low = _bound(a.get("min", a.get("min_val")), -math.inf)
     high = _bound(a.get("max", a.get("max_val")), math.inf)
     return [Chained("relu")] if (low, high) == (0, math.inf) else [Chained("clamp", a=low, b=high)]
@@ -203,7 +212,7 @@ RULES: Final[dict[str, Rule]] = {
     "aten.abs": _one("abs"),
     "aten.add": _binary("add", "add"),
     "aten.addcmul": _addcmul,
-    **dict.fromkeys(("aten.clamp", "aten.clamp_min", "aten.clamp_max", "aten.hardtanh"), _with(_clamp)),
+    **dict.fromkeys(("aten.clamp", "aten.clamp_min", "aten.clamp_max", "aten.hardtanh"), _clamped),
     "aten.celu": _with(_celu),
     "aten.cos": _one("cos"),
     "aten.div": _binary("div", "rdiv"),

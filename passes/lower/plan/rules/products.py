@@ -47,6 +47,9 @@ def _added(b: Builder, x: Node, other: Operand, shape: Shape) -> Node:
 
 
 def _product(b: Builder, first: Reference, second: Reference, shape: Shape) -> Node:
+    repeated = b.repeated_matrix(second)
+    if repeated is not None:
+        return _matrix(b, b.node(first), repeated, None, shape)
     left, right = b.operand(first), b.operand(second)
     if isinstance(right, Constant) and right.tensor.dim() == 2:
         return _matrix(b, b.node(first), right, None, shape)

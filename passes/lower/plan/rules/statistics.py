@@ -23,12 +23,7 @@ _ADD, _MUL = OPERATIONS.index("add"), OPERATIONS.index("mul")
 def _batch_norm(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> list[Operand | None]:
     """One factor and one summand for each channel."""
     if a.get("training", False):
-        # Of one row, each channel is a group of its own: how weights are standardised.
-        if shapes[0][0] != (0, 1) or len(shapes[0]) < 3:
-            raise NoKernelError("with the statistics of the batch")
-        affine, flags = _affine(b, a)
-        ints = [shapes[0][1].fixed, *flags]
-        return [b.add("group_norm", [b.operand(a["input"]), *affine], shapes[0], ints, [float(a["eps"])])]
+        return [_one_row_norm(b, a, shapes[0]), *[None] * (len(shapes) - 1)]
     mean, variance = b.value(a["running_mean"]).double(), b.value(a["running_var"]).double()
     scale = (variance + a["eps"]).rsqrt()
     if a["weight"] is not None:
@@ -40,6 +35,21 @@ def _batch_norm(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> list[Opera
     factor, summand = (b.constant(part.reshape(shape)) for part in (scale, shift))
     scaled = b.add("binary", [b.operand(a["input"]), factor], shapes[0], [_MUL])
     return [b.add("binary", [scaled, summand], shapes[0], [_ADD]), *[None] * (len(shapes) - 1)]
+
+
+def _one_row_norm(b: Builder, a: Arguments, shape: Shape) -> Operand:
+    """Normalise the channels of one row: so weights are standardised, and instances, whose rows are channels then."""
+    one, channels, *rest = shape
+    if one != (0, 1) or not rest or (channels.per_batch and channels.fixed):
+        raise NoKernelError("with the statistics of the batch")
+    rows = (Size(1, 0), Size(0, channels.per_batch)) if channels.per_batch else (one, channels)
+    x = b.reshape(b.operand(a["input"]), (*rows, *rest))
+    made = b.reshape(b.add("group_norm", [x], (*rows, *rest), [rows[1].fixed, 0, 0], [float(a["eps"])]), shape)
+    for name, operation in (("weight", _MUL), ("bias", _ADD)):
+        if a[name] is not None:
+            by_channel = b.reshape(b.operand(a[name]), (one, channels, *[one] * len(rest)))
+            made = b.add("binary", [made, by_channel], shape, [operation])
+    return made
 
 
 def _affine(b: Builder, a: Arguments) -> tuple[list[Operand], list[int]]:

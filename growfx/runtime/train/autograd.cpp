@@ -1,8 +1,14 @@
 // Gradients of the operators. Second derivatives go through torch's dense operators.
 
-#pragma once
-
-#include <ATen/ATen.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/batch_norm.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/max_pool2d.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -13,6 +19,7 @@
 #include <vector>
 
 #include "layout.h"
+#include "operators.h"
 
 namespace {
 
@@ -20,8 +27,6 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
-using Optional = std::optional<at::Tensor>;
-using Ints = at::IntArrayRef;
 
 template <class Signature>
 c10::TypedOperatorHandle<Signature> handle(const char* name) {
@@ -104,28 +109,28 @@ struct ProductArguments {
 };
 
 inline at::Tensor call_product(const at::Tensor& x, const at::Tensor& values, const Optional& bias,
-                               const ProductArguments& a, Ints out_sizes) {
+                               const ProductArguments& a, Ints out_sizes, bool panels) {
   using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const Optional&, const at::Tensor&,
                                const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, Ints, Ints,
-                               Ints, Ints, Ints);
+                               Ints, Ints, Ints, bool);
   static const auto op = handle<Signature>("growfx::sparse_product");
-  const auto& [start, channel, back_start, back_channel, back_order] = a.tables;
+  const auto& [start, source, back_start, back_source, back_order] = a.tables;
   const auto& [kernel, stride, padding, dilation] = a.geometry;
-  return op.call(x, values, bias, start, channel, back_start, back_channel, back_order, kernel, stride, padding,
-                 dilation, out_sizes);
+  return op.call(x, values, bias, start, source, back_start, back_source, back_order, kernel, stride, padding,
+                 dilation, out_sizes, panels);
 }
 inline std::tuple<at::Tensor, at::Tensor, at::Tensor> call_product_backward(const at::Tensor& grad, const at::Tensor& x,
                                                                             const at::Tensor& values,
                                                                             const ProductArguments& a,
-                                                                            std::array<bool, 3> wanted) {
+                                                                            std::array<bool, 3> wanted, bool panels) {
   using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
       const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-      const at::Tensor&, const at::Tensor&, Ints, Ints, Ints, Ints, std::array<bool, 3>);
+      const at::Tensor&, const at::Tensor&, Ints, Ints, Ints, Ints, std::array<bool, 3>, bool);
   static const auto op = handle<Signature>("growfx::sparse_product_backward");
-  const auto& [start, channel, back_start, back_channel, back_order] = a.tables;
+  const auto& [start, source, back_start, back_source, back_order] = a.tables;
   const auto& [kernel, stride, padding, dilation] = a.geometry;
-  return op.call(grad, x, values, start, channel, back_start, back_channel, back_order, kernel, stride, padding,
-                 dilation, wanted);
+  return op.call(grad, x, values, start, source, back_start, back_source, back_order, kernel, stride, padding,
+                 dilation, wanted, panels);
 }
 
 // The same product by torch's operators.
@@ -136,11 +141,11 @@ inline at::Tensor dense_product(const at::Tensor& x, const at::Tensor& values, c
   const int64_t taps = c10::multiply_integers(kernel);
   at::Tensor index = at::empty({values.numel()}, at::kLong);
   const int32_t* const start = a.tables[0].const_data_ptr<int32_t>();
-  const int32_t* const channel = a.tables[1].const_data_ptr<int32_t>();
+  const int32_t* const source = a.tables[1].const_data_ptr<int32_t>();
   int64_t* const n = index.mutable_data_ptr<int64_t>();
   for (int64_t s = 0; s + 1 < a.tables[0].numel(); ++s)
     for (int64_t k = start[s]; k < start[s + 1]; ++k)
-      n[k] = (s / taps % rows * columns + channel[k]) * taps + s % taps;
+      n[k] = s / taps % rows * columns * taps + source[k];
   std::vector<int64_t> sizes{rows, columns};
   sizes.insert(sizes.end(), kernel.begin(), kernel.end());
   const at::Tensor flat = at::zeros({rows * columns * taps}, values.options()).index_put({index}, values);
@@ -158,18 +163,18 @@ inline at::Tensor dense_product(const at::Tensor& x, const at::Tensor& values, c
 
 struct SparseProduct : Function<SparseProduct> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& values, const Optional& bias,
-                            const at::Tensor& start, const at::Tensor& channel, const at::Tensor& back_start,
-                            const at::Tensor& back_channel, const at::Tensor& back_order, Ints kernel, Ints stride,
-                            Ints padding, Ints dilation, Ints out_sizes) {
+                            const at::Tensor& start, const at::Tensor& source, const at::Tensor& back_start,
+                            const at::Tensor& back_source, const at::Tensor& back_order, Ints kernel, Ints stride,
+                            Ints padding, Ints dilation, Ints out_sizes, bool panels) {
     at::AutoDispatchBelowADInplaceOrView below;
-    ctx->save_for_backward({x, values, start, channel, back_start, back_channel, back_order});
+    ctx->save_for_backward({x, values, start, source, back_start, back_source, back_order});
     ctx->saved_data["kernel"] = kernel, ctx->saved_data["stride"] = stride;
-    ctx->saved_data["padding"] = padding, ctx->saved_data["dilation"] = dilation;
+    ctx->saved_data["padding"] = padding, ctx->saved_data["dilation"] = dilation, ctx->saved_data["panels"] = panels;
     ctx->saved_data["wanted"] = std::vector<int64_t>{x.requires_grad(), values.requires_grad(),
                                                      bias.has_value() && bias->requires_grad()};
-    const ProductArguments a{{start, channel, back_start, back_channel, back_order},
+    const ProductArguments a{{start, source, back_start, back_source, back_order},
                              {kernel.vec(), stride.vec(), padding.vec(), dilation.vec()}};
-    return call_product(x, values, bias, a, out_sizes);
+    return call_product(x, values, bias, a, out_sizes, panels);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
@@ -178,10 +183,11 @@ struct SparseProduct : Function<SparseProduct> {
     const auto wanted = ints("wanted");
     const ProductArguments a{{saved[2], saved[3], saved[4], saved[5], saved[6]},
                              {ints("kernel"), ints("stride"), ints("padding"), ints("dilation")}};
-    variable_list found(13);
+    variable_list found(14);
     if (!at::GradMode::is_enabled()) {
       std::tie(found[0], found[1], found[2]) =
-          call_product_backward(grad, x, values, a, {bool(wanted[0]), bool(wanted[1]), bool(wanted[2])});
+          call_product_backward(grad, x, values, a, {bool(wanted[0]), bool(wanted[1]), bool(wanted[2])},
+                                ctx->saved_data["panels"].toBool());
       return found;
     }
     variable_list inputs;
@@ -198,8 +204,6 @@ struct SparseProduct : Function<SparseProduct> {
   }
 };
 
-using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 inline Three call_norm(const at::Tensor& x, const Optional& weight, const Optional& bias, const Optional& mean,
                        const Optional& variance, const Optional& added, double eps, bool relu) {
@@ -299,4 +303,47 @@ struct MaxPool : Function<MaxPool> {
   }
 };
 
+// A layer as it stands in a network: whatever its weight's and input's layout. `inner`: leave the batch innermost.
+at::Tensor sparse_layer(const at::Tensor& x, const at::Tensor& weight, const Optional& bias, const at::Tensor& index,
+                        const at::Tensor& start, const at::Tensor& source, const at::Tensor& back_start,
+                        const at::Tensor& back_source, const at::Tensor& back_order, Ints stride, Ints padding,
+                        Ints dilation, Ints out_size, bool inner, bool panels) {
+  const bool ready = x.scalar_type() == at::kFloat && batch_is_inner(x);
+  const ProductArguments a{{start, source, back_start, back_source, back_order},
+                           {weight.sizes().slice(2).vec(), stride.vec(), padding.vec(), dilation.vec()}};
+  std::vector<int64_t> sizes{x.size(0), weight.size(0)};
+  sizes.insert(sizes.end(), out_size.begin(), out_size.end());
+  const at::Tensor values = call_gather(weight, index);
+  const at::Tensor out = call_product(ready ? x : call_batch_inner(x), values, bias, a, sizes, panels);
+  return inner ? out : call_batch_outer(out, x.scalar_type());
+}
+
 }  // namespace
+
+TORCH_LIBRARY_IMPL(growfx, Autograd, library) {
+  library.impl("batch_inner", [](const at::Tensor& x) { return BatchInner::apply(x); });
+  library.impl("batch_outer", [](const at::Tensor& x, at::ScalarType dtype) { return BatchOuter::apply(x, dtype); });
+  library.impl("gather_entries",
+               [](const at::Tensor& weight, const at::Tensor& index) { return GatherEntries::apply(weight, index); });
+  library.impl("scatter_entries", [](const at::Tensor& values, const at::Tensor& index, Ints sizes, Ints strides) {
+    return ScatterEntries::apply(values, index, sizes, strides);
+  });
+  library.impl("sparse_product",
+               [](const at::Tensor& x, const at::Tensor& values, const Optional& bias, const at::Tensor& start,
+                  const at::Tensor& source, const at::Tensor& back_start, const at::Tensor& back_source,
+                  const at::Tensor& back_order, Ints kernel, Ints stride, Ints padding, Ints dilation, Ints out_sizes,
+                  bool panels) {
+                 return SparseProduct::apply(x, values, bias, start, source, back_start, back_source, back_order,
+                                             kernel, stride, padding, dilation, out_sizes, panels);
+               });
+  library.impl("norm", [](const at::Tensor& x, const Optional& weight, const Optional& bias, const Optional& mean,
+                          const Optional& variance, const Optional& added, double eps, bool relu) {
+    const variable_list found = Norm::apply(x, weight, bias, mean, variance, added, eps, relu);
+    return std::make_tuple(found[0], found[1], found[2]);
+  });
+  library.impl("max_pool", [](const at::Tensor& x, Ints kernel, Ints stride, Ints padding, Ints dilation, Ints out) {
+    const variable_list found = MaxPool::apply(x, kernel, stride, padding, dilation, out);
+    return std::make_tuple(found[0], found[1]);
+  });
+}
+TORCH_LIBRARY_IMPL(growfx, CompositeImplicitAutograd, library) { library.impl("sparse_layer", &sparse_layer); }

@@ -1,0 +1,112 @@
+"""Plans for the native runtime: what is folded and fused, and which results share memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from native_nets import Classifier, Function
+from torch import nn
+
+import growfx
+from growfx.deploy.native.export import native_plan
+from growfx.deploy.native.file import network_bytes
+from growfx.passes.lower.plan import missing_kernels
+from growfx.recorded.inputs import Inputs
+from growfx.runtime.native.library import NativeNetwork
+from growfx.runtime.native.plan import Plan, Size
+
+
+def plan_of(model: nn.Module, *shape: int) -> Plan:
+    return native_plan(model, (torch.randn(shape),))
+
+
+def test_a_network_is_a_short_list_of_steps_with_norms_folded_and_chains_fused() -> None:
+    plan = plan_of(Classifier(), 1, 3, 16, 16)
+    assert [(step.kernel, [post.operation for post in step.post]) for step in plan.steps] == [
+        ("convolution", ["hard_swish"]),
+        ("convolution", ["silu"]),
+        ("reduce", []),
+        ("convolution", ["sigmoid"]),
+        ("binary", ["add"]),
+        ("reduce", []),
+        ("linear", []),
+    ]
+    assert plan.folded == 4
+    assert str(plan).splitlines()[0] == "v1[batch, 8, 8, 8] = convolution(v0, c0, c1) hard_swish"
+    assert plan.values[plan.inputs[0]].shape == (Size(1, 0), Size(0, 3), Size(0, 16), Size(0, 16))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "mobilenetv3_small_050", "test_vit"])
+def test_a_result_is_never_overwritten_while_it_is_needed(name: str) -> None:
+    model = growfx.create_model(name).eval()
+    side = 64 if name != "test_vit" else 160
+    plan = plan_of(model, 1, 3, side, side)
+    holds = {plan.values[i].slot: i for i in plan.inputs}
+    known = len(plan.values)
+    for step in plan.steps:
+        read = [i for i in (*step.inputs, *(p.operand for p in step.post)) if i is not None and i < known]
+        for i in read:
+            # Values of one slot and size may be the same numbers in another shape.
+            last = plan.values[holds[plan.values[i].slot]]
+            assert elements(last.shape) == elements(plan.values[i].shape)
+            assert plan.values[i].slot != plan.values[step.output].slot
+        holds[plan.values[step.output].slot] = step.output
+    for i in plan.outputs:
+        assert elements(plan.values[holds[plan.values[i].slot]].shape) == elements(plan.values[i].shape)
+    assert plan.slots < len(plan.steps) / 2
+    assert plan.memory(4) <= 4 * plan.memory(1)
+
+
+def elements(shape: tuple[Size, ...]) -> int:
+    return torch.Size(size.at(7) for size in shape).numel()
+
+
+def test_masked_weights_keep_their_masks_through_views_and_folded_norms() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6)
+            self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.norm(self.conv(x)).flatten(2).transpose(1, 2)
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    net = growfx.wrap(Net(), torch.randn(1, 3, 6, 6), density=0.3).eval()
+    plan = native_plan(net)
+    stored = sum(int(constant.mask.sum()) for constant in plan.constants if constant.mask is not None)
+    assert stored == net.nnz
+
+
+@pytest.mark.parametrize("order", [(1, 0, 2), (0, 2, 1)])
+def test_a_linear_layer_on_an_input_that_is_not_contiguous_stores_its_weight_once(order: tuple[int, ...]) -> None:
+    """Torch expands the weight by the first axis, which may be the batch, and multiplies batches of matrices."""
+    layer = nn.Linear(6, 4)
+    net = growfx.wrap(Permuted(layer, order), torch.randn(1, 6, 6), density=0.5).eval()
+    plan = native_plan(net)
+    assert [tuple(c.tensor.shape) for c in plan.constants if c.mask is not None] == [(4, 6)]
+    assert "product" not in {step.kernel for step in plan.steps}
+    x = torch.randn(5, 6, 6)
+    with torch.no_grad():
+        assert torch.allclose(NativeNetwork(network_bytes(plan))(x)[0], net(x), atol=1e-6)
+
+
+class Permuted(nn.Module):
+    def __init__(self, layer: nn.Module, order: tuple[int, ...]) -> None:
+        super().__init__()
+        self.layer, self.order = layer, order
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.permute(*self.order))
+
+
+def test_tables_that_are_larger_than_what_they_are_made_of_are_made_when_the_network_is_opened() -> None:
+    index = torch.arange(40)[:, None] - torch.arange(40) + 39
+    model = Function(lambda x, table: x + table[index.flatten()].view(40, 40, 8).permute(2, 0, 1), torch.randn(79, 8))
+    plan = plan_of(model, 1, 8, 40, 40)
+    assert sum(constant.tensor.numel() for constant in plan.constants) == 79 * 8
+    assert plan.steps[0].kernel == "gather"
+
+
+def test_missing_kernels_are_counted_and_what_follows_them_is_not_blamed() -> None:
+    model = Function(lambda x: F.relu(torch.cumprod(x, 1)) + torch.cumprod(x * 2, 1))
+    assert missing_kernels(model, Inputs((torch.randn(1, 4),), {})) == {"aten.cumprod": 2}

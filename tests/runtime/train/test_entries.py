@@ -1,0 +1,47 @@
+"""The entries of a mask: what they read, where they lie, and the blocks they are worked through in."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from growfx.runtime.train.entries import Entries, Geometry
+from growfx.runtime.train.library import training_status
+
+built = pytest.mark.skipif(bool(training_status()), reason=training_status() or "the kernels are there")
+
+
+@pytest.mark.parametrize("places", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), [(3, 1, 1, 1), (7, 2, 3, 1), (1, 1, 0, 1)])
+def test_the_taps_that_a_place_reads_are_counted_as_a_convolution_of_ones_counts_them(
+    places: int, kernel: int, stride: int, padding: int, dilation: int
+) -> None:
+    geometry = Geometry(*((v, v) for v in (kernel, stride, dilation, padding, padding)))
+    size = (places - 1) * stride + dilation * (kernel - 1) + 1 - 2 * padding
+    seen = F.conv2d(torch.ones(1, 1, size, size), torch.ones(1, 1, kernel, kernel), None, stride, padding, dilation)
+    assert geometry.out_size((size, size)) == [places, places]
+    assert abs(geometry.taps_read([places, places]) - float(seen.mean())) <= 0.5
+    assert Geometry((), (), (), (), ()).taps_read([]) == 1
+
+
+@built
+def test_each_entry_knows_its_place_in_memory_and_what_it_reads_in_every_block() -> None:
+    torch.manual_seed(0)
+    mask = torch.rand(12, 300, 3, 3) < 0.2
+    geometry = Geometry((3, 3), (1, 1), (1, 1), (1, 1), (1, 1))
+    entries = Entries.of(mask, mask.stride(), geometry, [16, 16])
+    assert torch.equal(entries.places, mask.view(-1).nonzero().view(-1).int())
+    assert torch.equal(entries.index.sort().values, entries.places)
+    inputs, taps = 300, 9
+    assert entries.start.numel() - 1 > 12 * taps  # several blocks
+    segments = torch.repeat_interleave(torch.arange(entries.start.numel() - 1), entries.start.diff())
+    rows, tap = segments // taps % 12, segments % taps
+    assert torch.equal(entries.source % taps, tap.int())
+    assert torch.equal(entries.index, (rows * inputs * taps + entries.source).int())
+    assert torch.equal(entries.back_order.sort().values, torch.arange(entries.nnz, dtype=torch.int32))
+
+
+@built
+def test_an_empty_mask_has_no_entries_and_no_places() -> None:
+    mask = torch.zeros(4, 3, dtype=torch.bool)
+    entries = Entries.of(mask, mask.stride(), Geometry((), (), (), (), ()), [])
+    assert entries.nnz == entries.places.numel() == 0
