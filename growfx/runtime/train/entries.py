@@ -187,8 +187,9 @@ def product(
     if entries.of_values:
         source = rows if is_inner(rows) and rows.dtype == torch.float32 else ops.batch_inner(rows)
         sizes = [rows.shape[0], entries.shape[0], *out_size]
-        values = ops.gather_entries(weight, entries.index)
-        out: Tensor = ops.sparse_product(source, values, bias, *tables, entries.shape[2:], *steps, sizes, panels)
+        out: Tensor = ops.sparse_product(
+            source, ops.gather_entries(weight, entries.index), bias, *tables, entries.shape[2:], *steps, sizes, panels
+        )
         out = out if inner else ops.batch_outer(out, x.dtype)
     else:
         out = ops.sparse_layer(rows, weight, bias, entries.index, *tables, *steps, out_size, inner, panels)
