@@ -58,13 +58,14 @@ def test_a_round_changes_no_output_and_adds_whole_groups(name: str) -> None:
 
 
 def test_every_family_is_alive_in_the_seed_and_the_rest_is_as_dense_as_asked() -> None:
-    for options in ({}, {"seed_density": 0.3}, {"seed_density": 0.3, "masks": "magnitude"}):
+    chosen: tuple[tuple[float | None, str], ...] = ((None, "drawn"), (0.3, "drawn"), (0.3, "magnitude"))
+    for density, masks in chosen:
         net = net_of("mobile")
-        begun(net, **options)
+        begun(net, seed_density=density, masks=masks)
         assert all(not bool(absent(net, name).all()) for name in net.layers)
         assert all(bool(alive.any()) for alive in growfx.path_products(net).alive_out.values())
-        assert net.density <= options.get("seed_density", 0.1) + 1e-9
-        assert net.density > options.get("seed_density", 0.0) - 0.1
+        assert net.density <= (density or 0.1) + 1e-9
+        assert net.density > (density or 0.0) - 0.1
 
 
 def test_a_draw_is_in_proportion_to_the_mass_that_a_unit_would_carry() -> None:
@@ -73,7 +74,7 @@ def test_a_draw_is_in_proportion_to_the_mass_that_a_unit_would_carry() -> None:
 
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Linear(8, 2))
-    first, second = (layer.weight.detach().double().abs().clone() for layer in model)  # type: ignore[union-attr]
+    first, second = (layer.weight.detach().double().abs().clone() for layer in model)
     net = growfx.wrap(model, torch.randn(1, 3))
     method, optimizer = begun(net, seed_density=0.5)
     train(net, optimizer, method, 2, torch.randn(4, 3))

@@ -191,7 +191,7 @@ def test_options_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ConfigError, match=facts):
             growfx.plan_channels(net, "flops=0.5", **options)
     with pytest.raises(ConfigError, match=r"growfx\.plan_channels expects"):
-        growfx.plan_channels(nn.Linear(2, 2), "flops=0.5")  # type: ignore[arg-type]
+        growfx.plan_channels(nn.Linear(2, 2), "flops=0.5")
     alone = growfx.wrap(nn.Sequential(nn.Linear(4, 3)), torch.randn(1, 4))
     with pytest.raises(ConfigError, match=r"no units that can leave.*output of the network"):
         growfx.plan_channels(alone, "flops=0.5")
