@@ -132,6 +132,45 @@ def inference_table() -> str:
     return f"{table(rows)}\n\n{where(found, 'inference')}"
 
 
+def native_table() -> str:
+    """Speed of the native runtime over dense onnxruntime."""
+    found = result("native_speed")
+    rows = [
+        {
+            "network": record["model"],
+            "batch": record["batch"],
+            "dense onnxruntime": f"{record['milliseconds']['onnxruntime']:.1f} ms",
+            **{f"{float(density):.0%}": f"{speed:.2f}" for density, speed in record["speed"].items()},
+        }
+        for record in found["found"]
+    ]
+    titles = dict.fromkeys(title for row in rows for title in row)
+    rows = [{title: row.get(title, "-") for title in titles} for row in rows]
+    return f"{table(rows)}\n\n{where(found, 'native_speed')}"
+
+
+def peers_table() -> str:
+    """Speed over the best dense float32 runtime of the same rounds."""
+    found = result("inference_peers")
+    groups: dict[tuple[str, float], dict[str, Any]] = {}
+    for record in found["records"]:
+        row = groups.setdefault((record["model"], record["density"]), {"best": record["best_peer"]})
+        row[record["variant"]] = record["over_peer"]
+        if record["variant"] == record["best_peer"]:
+            row["ms"] = f"{1000 * record['minimum']:.0f} ms"
+    names = dict.fromkeys(record["variant"] for record in found["records"])
+    rows = [
+        {
+            "network": model,
+            "density": f"{density:.0%}",
+            "best dense": f"{row['best']}, {row['ms']}",
+            **{name: f"{row[name]:.2f}" if row.get(name) else "-" for name in names},
+        }
+        for (model, density), row in groups.items()
+    ]
+    return f"{table(rows)}\n\n{where(found, 'inference_peers')}"
+
+
 def storage_table() -> str:
     """Bytes of ResNet-50 in every format, by density."""
     found = result("storage")
@@ -264,6 +303,8 @@ PAGES = {
     "options": option_pages,
     "included": included_table,
     "inference": inference_table,
+    "native": native_table,
+    "peers": peers_table,
     "storage": storage_table,
     "plateau": plateau_table,
     "step": step_table,
