@@ -125,7 +125,8 @@ def _stored(file: Path) -> Any:
             return load_file(file)
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files end in whatever the readers meet first
-        reason = " ".join(str(error).split()).partition(". ")[0][:160] or type(error).__name__
+        said = " ".join(str(error).split()).partition(". ")[0][:160]
+        reason = f"{type(error).__name__}: {said}" if said else type(error).__name__
         raise CheckpointError(
             f"checkpoint `{file}` cannot be read ({reason}); expected a state dict as "
             "`torch.save(model.state_dict(), FILE)` or safetensors writes it"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn, get_swa_multi_avg_fn
 
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.present.exchange import whole_layers
@@ -42,7 +42,7 @@ def _flags_copied(averages: Any) -> Generator[None]:
     if averages.multi_avg_fn is None and averages.avg_fn is not None:
         averages.avg_fn = _one_by_one(averages.avg_fn)
     else:
-        averages.multi_avg_fn = _many(averages.multi_avg_fn or get_swa_multi_avg_fn())
+        averages.multi_avg_fn = _many(averages.multi_avg_fn)
     try:
         yield
     finally:
@@ -56,14 +56,20 @@ def _one_by_one(average: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return of
 
 
-def _many(average: Callable[..., None]) -> Callable[..., None]:
+def _many(average: Callable[..., None] | None) -> Callable[..., None]:
+    """`average`, None for the mean, over tensors that come by type."""
+    of_many, of_one = average or get_swa_multi_avg_fn(), get_swa_avg_fn()
+
     @torch.no_grad()
     def of(averaged: list[Tensor], current: list[Tensor], count: Any) -> None:
-        if averaged[0].dtype != torch.bool:  # they come by type
-            average(averaged, current, count)
-            return
-        for flag, now in zip(averaged, current, strict=True):
-            flag.copy_(now)
+        if averaged[0].dtype == torch.bool:
+            for flag, now in zip(averaged, current, strict=True):
+                flag.copy_(now)
+        elif average is None and not averaged[0].is_floating_point():  # as torch does where it has no function for many
+            for mean, now in zip(averaged, current, strict=True):
+                mean.copy_(of_one(mean, now, count))
+        else:
+            of_many(averaged, current, count)
 
     return of
 

@@ -28,6 +28,7 @@ from growfx.masked.placement import Places
 from growfx.masked.plain_state import hide_masks, load_by_model, state_by_model
 from growfx.masked.present.exchange import whole_layers
 from growfx.masked.recordings import Recordings
+from growfx.masked.registry import note_replaced
 from growfx.masked.torch_pruning import translated
 from growfx.masked.weight_reads import watch_parameter
 from growfx.recorded.inputs import Inputs, as_inputs
@@ -637,6 +638,11 @@ class MaskedGraph(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedGraph:
         clone = fx.GraphModule.__new__(type(self))
         memo[id(self)] = clone
+        for layer in self.layers.values():
+            if layer.present is not None:  # an optimizer that is copied along would hold values of nobody
+                values = layer.present.values
+                memo.setdefault(id(values), nn.Parameter(values.detach().clone()))
+                note_replaced(memo[id(values)])
         with self.whole_weights():  # a copy has whole weights and dense kernels
             shell = copy_modules(self.shell, memo)
             return self._copied_around(shell, clone, memo)

@@ -175,7 +175,8 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     if any(is_replaced(parameter) for group in optimizer.param_groups for parameter in group["params"]):
         raise ConfigError(
             f"the optimizer (`{type(optimizer).__name__}`) expects weights that the network has no more: its `storage` "
-            "was changed since; make the optimizer from `net.parameters()` after that"
+            "was changed since, or it was copied along with a network that keeps present edges only, whose copy has "
+            "whole weights; make the optimizer from `net.parameters()` after that"
         )
     layers = list(_masked_layers_of(optimizer))
     if not layers:

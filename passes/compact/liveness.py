@@ -285,7 +285,8 @@ class _Watch:
                 continue
             if name in self.hidden:
                 continue
-            near = high - low <= _SAME.get(low.dtype, 1e-5) * torch.maximum(low.abs(), high.abs())
+            spread = high - low  # infinite where an exponential of noise was, which is not constant
+            near = spread.isfinite() & (spread <= _SAME.get(low.dtype, 1e-5) * torch.maximum(low.abs(), high.abs()))
             result[name][near] = low[near].double()
         return result
 

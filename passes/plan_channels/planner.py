@@ -65,7 +65,8 @@ class ChannelPlanner:
         self.net, self.options = net, options
         if any(tensor.is_meta for tensor in net.parameters()):
             raise TraceError("the network is on the meta device, so nothing is known of its values; load them first")
-        excluded = _matching(net, options.exclude)
+        excluded = _matching(net, options.exclude, "exclude")
+        _matching(net, options.floors, "floors")
         model = unwrap(net).eval()
         self._model: nn.Module | None = model
         with ONE_AT_A_TIME, undisturbed(net):
@@ -433,8 +434,8 @@ def _by_kind(clusters: list[list[int]], families: Sequence[Family]) -> list[list
     return sorted(clusters, key=lambda cluster: max(families[cluster[0]].outputs.values()))
 
 
-def _matching(net: MaskedGraph, patterns: Sequence[str]) -> list[str]:
-    """The masked layers that patterns match.
+def _matching(net: MaskedGraph, patterns: Iterable[str], option: str) -> list[str]:
+    """The masked layers that the patterns of an option match.
 
     Raises:
         ConfigError: one of them matches none.
@@ -444,7 +445,7 @@ def _matching(net: MaskedGraph, patterns: Sequence[str]) -> list[str]:
         hits = [name for name in net.layers if fnmatch.fnmatchcase(name, pattern)]
         if not hits:
             names = ", ".join(f"`{name}`" for name in list(net.layers)[:_SHOWN])
-            raise ConfigError(f"`exclude` has `{pattern}`, which matches no masked layer; there are {names}, ...")
+            raise ConfigError(f"`{option}` has `{pattern}`, which matches no masked layer; there are {names}, ...")
         found += hits
     return found
 

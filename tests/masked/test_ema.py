@@ -157,3 +157,20 @@ def test_the_average_of_a_copy_in_another_precision_stays_within_its_masks():
     assert {layer.parameter.dtype for layer in average.module.layers.values()} == {torch.float32}
     images = torch.randn(4, 3, 8, 8)
     torch.testing.assert_close(average.module.eval()(images), outputs_by_hand(average.module, images))
+
+
+@pytest.mark.parametrize("storage", ["dense", "present"])
+def test_a_mean_with_buffers_counts_as_torch_counts(storage: str) -> None:
+    def averaged(net: Any) -> dict[str, torch.Tensor]:
+        average = AveragedModel(net, use_buffers=True)
+        for _ in range(3):
+            net.train()(torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1)))
+            average.update_parameters(net)
+        return average.module.state_dict()
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    net = growfx.use_kernels(growfx.wrap(copy.deepcopy(model), torch.randn(2, 3, 8, 8)), "dense", storage=storage)
+    found = averaged(net)
+    for name, value in averaged(model).items():
+        assert torch.equal(found[name], value), name

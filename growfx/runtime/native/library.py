@@ -144,7 +144,8 @@ class NativeNetwork:
         given = [tuple(x.shape) for x in inputs]
         if batch < 1 or given != self.input_shapes(batch) or any(x.dtype != torch.float32 for x in inputs):
             expected = self.input_shapes(max(batch, 1))
-            raise ConfigError(f"expected float32 inputs of shapes {expected}, got {given}")
+            kinds = ", ".join(dict.fromkeys(str(x.dtype).removeprefix("torch.") for x in inputs)) or "no"
+            raise ConfigError(f"expected float32 inputs of shapes {expected}, got {kinds} inputs of shapes {given}")
         whole = [x.detach().contiguous() for x in inputs]
         outputs = [torch.empty(shape) for shape in self.output_shapes(batch)]
         error = ctypes.create_string_buffer(_MESSAGE)

@@ -7,7 +7,7 @@ alone, and are the same in both, are constants.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from growfx.runtime.native.plan import Shape, Size
 __all__ = ["Call", "Calls", "Reference", "record_calls"]
 
 _BATCHES = (2, 3)
+_LARGER = 5  # a further batch size, to check what was found at these
 
 
 class Reference(Leaf):
@@ -164,9 +165,26 @@ def record_calls(model: nn.Module, inputs: Inputs) -> Calls:
     with ignored_warnings():
         model = working_copy(model)
         # What a model keeps from its first call, such as a table of positions, is there when it is recorded.
-        _run(model, inputs.with_batch(_BATCHES[0]))
+        single = _run(model, inputs.with_batch(1))
         runs = [_run(model, inputs.with_batch(batch)) for batch in _BATCHES]
-    return _unified(*runs)
+        larger = _run(model, inputs.with_batch(_LARGER))
+    calls = _unified(*runs)
+    _check_shapes(calls, larger, _LARGER, range(len(calls.shapes)))
+    _check_shapes(calls, single, 1, calls.outputs)
+    return calls
+
+
+def _check_shapes(calls: Calls, run: _Run, batch: int, numbers: Iterable[int]) -> None:
+    """Two batch sizes give a formula for every shape, as they would if half of the batch were taken: a third tells."""
+    at = dict(zip(calls.outputs, run.outputs, strict=False)) if batch == 1 else {}
+    for number in numbers:
+        planned = tuple(size.per_batch * batch + size.fixed for size in calls.shapes[number])
+        found = run.shapes[at.get(number, number)] if at.get(number, number) < len(run.shapes) else None
+        if planned != found:
+            raise TraceError(
+                f"shapes depend on the batch in no simple way: at a batch of {batch} a tensor has shape {found}, where "
+                f"those of other batches tell {planned}"
+            )
 
 
 @dataclass

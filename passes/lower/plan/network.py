@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping
 
@@ -60,7 +61,7 @@ def missing_kernels(model: nn.Module, inputs: Inputs) -> Counter[str]:
 
 def _built(calls: Calls, masks: _Masks) -> tuple[Builder, Counter[str]]:
     builder, missing = Builder(calls, masks.of, RULES), Counter[str]()
-    lost: set[int] = set()
+    lost, unmade = set[int](), dict[int, str]()
     for call in calls.calls:
         name = call.operator
         shapes = [calls.shapes[number] for number in call.results if number is not None]
@@ -68,8 +69,11 @@ def _built(calls: Calls, masks: _Masks) -> tuple[Builder, Counter[str]]:
         try:
             if rule is None:
                 raise NoKernelError("")
-            if lost and _reads(call.arguments, lost):
+            read = _read_of(call.arguments, lost) if lost else None
+            if read is not None:
                 lost.update(number for number in call.results if number is not None)
+                if read in unmade:
+                    unmade |= {number: unmade[read] for number in call.results if number is not None}
                 continue
             made = rule(builder, call.arguments, shapes)
         except NoKernelError as reason:
@@ -77,18 +81,22 @@ def _built(calls: Calls, masks: _Masks) -> tuple[Builder, Counter[str]]:
             lost.update(number for number in call.results if number is not None)
             continue
         listed = [made] if isinstance(made, (Node, Constant)) else made
-        for number, operand in zip(call.results, listed, strict=False):
+        for number, operand in itertools.zip_longest(call.results, listed):
             if number is not None and operand is not None:
                 builder.keep(number, operand)
+            elif number is not None:  # indices of a maximum, say, which most networks do not use
+                lost.add(number)
+                unmade[number] = name
+    missing.update(f"{unmade[n]} with further results than the first" for n in calls.outputs if n in unmade)
     return builder, missing
 
 
-def _reads(arguments: object, lost: set[int]) -> bool:
-    """Whether a call reads what could not be computed."""
+def _read_of(arguments: object, lost: set[int]) -> int | None:
+    """The first tensor that a call reads and that could not be computed."""
     from growfx.passes.lower.plan.calls import Reference
     from growfx.passes.operators.nests import leaves
 
-    return any(isinstance(x, Reference) and x.number in lost for x in leaves(arguments))
+    return next((x.number for x in leaves(arguments) if isinstance(x, Reference) and x.number in lost), None)
 
 
 class _Masks:

@@ -322,3 +322,20 @@ def test_an_unknown_storage_is_refused_with_what_is_allowed():
         growfx.use_kernels(net, storage="presnt")
     assert net.kernel_report is not None
     assert storage_of(net) == "dense"
+
+
+@pytest.mark.parametrize("net_first", [True, False])
+@pytest.mark.parametrize("stepped", [True, False])
+def test_an_optimizer_that_is_copied_along_is_refused_and_the_original_goes_on(net_first: bool, stepped: bool) -> None:
+    net = start("present")
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    method = methods.create("static", density=0.3)
+    method.attach(net, optimizer, total_steps=4, steps_per_epoch=2)
+    if stepped:
+        train_steps(net, optimizer, method, 1)
+    pair = copy.deepcopy((net, optimizer) if net_first else (optimizer, net))
+    copied, other = pair if net_first else pair[::-1]
+    copied(torch.randn(2, 3, 8, 8)).sum().backward()
+    with pytest.raises(ConfigError, match="storage"):
+        other.step()
+    train_steps(net, optimizer, method, 1)

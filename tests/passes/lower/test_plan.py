@@ -110,3 +110,36 @@ def test_tables_that_are_larger_than_what_they_are_made_of_are_made_when_the_net
 def test_missing_kernels_are_counted_and_what_follows_them_is_not_blamed() -> None:
     model = Function(lambda x: F.relu(torch.cumprod(x, 1)) + torch.cumprod(x * 2, 1))
     assert missing_kernels(model, Inputs((torch.randn(1, 4),), {})) == {"aten.cumprod": 2}
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool1d(2), nn.AdaptiveMaxPool1d(3)])
+def test_results_that_nobody_uses_need_no_kernel(pool: nn.Module) -> None:
+    model, x = nn.Sequential(nn.Conv1d(3, 4, 1), pool).eval(), torch.randn(3, 3, 8)
+    (found,) = NativeNetwork(network_bytes(native_plan(model, (x,))))(x)
+    torch.testing.assert_close(found, model(x))
+
+
+def test_results_beside_the_first_that_are_outputs_are_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.MaxPool2d(2, return_indices=True)).eval()
+    with pytest.raises(growfx.UnsupportedOperatorError, match="max_pool2d_with_indices"):
+        plan_of(model, 1, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x[::2],
+        lambda x: x[: x.shape[0] // 2],
+        lambda x: x - x[: x.shape[0] // 2].sum(0),
+        lambda x: x.squeeze(),
+    ],
+)
+def test_shapes_that_follow_the_batch_in_no_simple_way_are_refused(function) -> None:
+    with pytest.raises(growfx.TraceError, match="batch"):
+        plan_of(nn.Sequential(nn.Linear(4, 3), Function(function)).eval(), 2, 4)
+
+
+def test_inputs_of_another_type_are_refused_by_its_name() -> None:
+    net = NativeNetwork(network_bytes(plan_of(nn.Linear(4, 3), 2, 4)))
+    with pytest.raises(growfx.ConfigError, match="float64"):
+        net(torch.randn(2, 4, dtype=torch.float64))

@@ -242,3 +242,23 @@ def test_a_budget_of_time_is_met_by_measurement() -> None:
     assert plan.share("flops") < 1
     with pytest.raises(ConfigError, match="`time` was not counted"):
         growfx.plan_channels(net, "flops=0.7").share("time")
+
+
+def test_units_behind_an_exponential_leave_as_planned() -> None:
+    class Exponential(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.exp()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), Exponential(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+    x = torch.randn(5, 6)
+    net = growfx.wrap(model, x)
+    plan = growfx.plan_channels(net, "params=0.5")
+    small = small_of(net, plan)
+    assert size(small) <= 0.5 * size(model)
+    torch.testing.assert_close(small(x), net.eval()(x))
+
+
+def test_a_floor_for_no_layer_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"`floors`.*zz"):
+        growfx.plan_channels(net_of("chain"), "params=0.6", floors={"zz*": 0.9})

@@ -72,6 +72,8 @@ def _slice(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Operand:
     axis = axis_of(a["dim"], len(shape))
     if shape == shapes[0] and a["step"] == 1:
         return b.operand(a["self"])
+    if a["step"] != 1 and shape[axis].per_batch:
+        raise NoKernelError("with a step over an axis that grows with the batch")
     ops = view_ops.slice(axis, _slice_start(a["start"], shape[axis]), a["step"], shapes[0][axis])
     return b.view(b.operand(a["self"]), ops, shapes[0])
 
