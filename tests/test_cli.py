@@ -224,7 +224,7 @@ def test_a_compact_export_says_what_left_and_why_the_rest_stayed(run, tmp_path, 
     assert "exclude each other" in capsys.readouterr().err
 
 
-def test_inspect_tells_the_same_of_a_run_and_its_artifact(run, capsys):
+def test_inspect_tells_the_same_of_a_run_and_its_artifact(run, capsys, monkeypatch):
     facts = {}
     for name, path in (("run", run), ("artifact", run / "artifact")):
         assert call("inspect", path, "--json") == 0
@@ -239,6 +239,7 @@ def test_inspect_tells_the_same_of_a_run_and_its_artifact(run, capsys):
     for total in ("dense", "sparse", "rest"):
         assert facts["run"]["cost"][total] == pytest.approx(facts["artifact"]["cost"][total])
     assert facts["artifact"]["bytes"] == (run / "artifact" / "sparse.safetensors").stat().st_size
+    monkeypatch.setenv("COLUMNS", "160")
     assert call("inspect", run / "artifact") == 0
     table = capsys.readouterr().out
     assert "layer4.0.conv1" in table
@@ -368,7 +369,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_resume_finishes_as_if_nothing_happened(
         (["eval", "x", "--data", "digits"], "growfx.commands.inspection.accuracy_of"),
         (["inspect", "x"], "growfx.commands.inspection.facts_of"),
         (["bench", "x"], "growfx.commands.bench.measure.bench"),
-        (["export", "x", "--out", "y"], "growfx.commands.job.reopen"),
+        (["export", "x", "--out", "y"], "growfx.commands.export.reopen"),
     ],
 )
 def test_an_interrupted_command_promises_only_what_it_has(command, inner, monkeypatch, capsys):

@@ -522,6 +522,10 @@ class MaskedLayer(nn.Module):
                 f'(`storage` = "present"), got a {type(value).__name__} to take its place; load a state dict, or call '
                 '`growfx.use_kernels(net, storage="dense")` first'
             )
+        held = self.__dict__.get("_parameters", {})
+        if name == self.weight_name and name in held and (is_sharded(value) or is_sharded(held[name])):
+            held[name] = value  # as `fully_shard` does with other modules: torch's way would read the weight first
+            return
         super().__setattr__(name, value)
 
     # -- state dicts --------------------------------------------------------------------------------------------------

@@ -84,11 +84,15 @@ def lowerable(model: nn.Module, graph: fx.Graph) -> dict[str, str]:
             layer = model.get_submodule(str(node.target))
             if isinstance(layer, (_ConvNd, nn.Linear)):
                 found[str(node.target)] = _refusal(layer) or _read(str(node.target), reads)
-        elif node.op == "get_attr":  # a layer with its own forward is recorded through
+        elif node.op == "get_attr":  # a layer with its own forward, or hooks that change values, is recorded through
             name = str(node.target).rpartition(".")[0]
             layer = model.get_submodule(name)
-            if isinstance(layer, (_ConvNd, nn.Linear)) and type(layer).forward not in _FORWARDS:
+            if not isinstance(layer, (_ConvNd, nn.Linear)):
+                continue
+            if type(layer).forward not in _FORWARDS:
                 found.setdefault(name, f"a `{type(layer).__name__}` has its own forward")
+            elif layer._forward_hooks or layer._forward_pre_hooks:
+                found.setdefault(name, "it has hooks")
     return found
 
 
