@@ -24,6 +24,8 @@ from growfx.errors import ConfigError
 from growfx.reporting import plots
 from growfx.runs.checkpoint import read
 
+pytestmark = pytest.mark.slow
+
 MODEL = ["test_resnet", "--data", "digits"]
 OPTIONS = [
     "--epochs",

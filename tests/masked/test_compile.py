@@ -16,6 +16,8 @@ import growfx
 from growfx import methods
 from growfx.training.start import train
 
+pytestmark = pytest.mark.slow
+
 
 class Counted:
     """The backend "eager", that counts how often it is asked."""

@@ -12,6 +12,8 @@ from growfx.errors import CheckpointError, ConfigError
 from growfx.masked.present.storage import storage_of
 from growfx.runs.checkpoint import content_digest
 
+pytestmark = pytest.mark.slow
+
 METHODS: dict[str, dict[str, Any]] = {
     "static": {"density": 0.3},
     "rigl": {"density": 0.3, "update_every": 3},

@@ -14,6 +14,8 @@ from growfx.passes.compact.network import compact
 from growfx.passes.trials import convolution as compact_convolution
 from growfx.passes.trials.precision import widened
 
+pytestmark = pytest.mark.slow
+
 GEOMETRIES = [
     (4, 6, {}),
     (4, 6, {"padding": 1}),
