@@ -81,12 +81,15 @@ def split_arguments(
     """Separate where weights come from (the flags, or timm's arguments for it) from what shapes a model.
 
     Raises:
-        ConfigError: two sources of weights.
+        ConfigError: two sources of weights, or one asked for and refused at once.
     """
     rest = dict(kwargs)
     files, asked = [checkpoint] if checkpoint is not None else [], pretrained
     if ":" not in spec and not spec.startswith("torchvision/"):
-        asked = bool(rest.pop(_ASKED[0], False)) or pretrained
+        given = rest.pop(_ASKED[0], None)
+        if pretrained and given is not None and not given:
+            raise ConfigError(f"`--pretrained` and `--set model.pretrained={given}` contradict each other; give one")
+        asked = bool(given) or pretrained
         path = rest.pop(_ASKED[1], None)
         files += [Path(path)] if path else []
     if len(set(files)) + asked > 1:

@@ -228,6 +228,8 @@ def test_two_sources_of_weights_are_refused(file):
             split_arguments("test_resnet", kwargs, checkpoint=file)
     with pytest.raises(ConfigError, match="one source"):
         split_arguments("test_resnet", {}, pretrained=True, checkpoint=file)
+    with pytest.raises(ConfigError, match="contradict"):
+        split_arguments("test_resnet", {"pretrained": False}, pretrained=True)
 
 
 def test_pretrained_weights_of_timm_are_told_by_their_tensors(file, state):
