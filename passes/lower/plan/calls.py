@@ -7,7 +7,7 @@ alone, and are the same in both, are constants.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,22 +169,57 @@ def record_calls(model: nn.Module, inputs: Inputs) -> Calls:
         runs = [_run(model, inputs.with_batch(batch)) for batch in _BATCHES]
         larger = _run(model, inputs.with_batch(_LARGER))
     calls = _unified(*runs)
-    _check_shapes(calls, larger, _LARGER, range(len(calls.shapes)))
-    _check_shapes(calls, single, 1, calls.outputs)
+    _check_at(_LARGER, calls, runs[0], larger)
+    outputs = [single.shapes[number] for number in single.outputs]
+    if outputs != [_shape_at(calls.shapes[number], 1) for number in calls.outputs]:
+        raise TraceError(f"{_NO_FORMULA}: at a batch of 1 the outputs have other axes, {outputs}")
     return calls
 
 
-def _check_shapes(calls: Calls, run: _Run, batch: int, numbers: Iterable[int]) -> None:
-    """Two batch sizes give a formula for every shape, as they would if half of the batch were taken: a third tells."""
-    at = dict(zip(calls.outputs, run.outputs, strict=False)) if batch == 1 else {}
-    for number in numbers:
-        planned = tuple(size.per_batch * batch + size.fixed for size in calls.shapes[number])
-        found = run.shapes[at.get(number, number)] if at.get(number, number) < len(run.shapes) else None
-        if planned != found:
-            raise TraceError(
-                f"shapes depend on the batch in no simple way: at a batch of {batch} a tensor has shape {found}, where "
-                f"those of other batches tell {planned}"
-            )
+_NO_FORMULA = "the network depends on the batch size in no simple way, so it has no plan for all of them"
+
+
+def _shape_at(shape: Shape, batch: int) -> tuple[int, ...]:
+    """The sizes of a shape at a batch size."""
+    return tuple(size.per_batch * batch + size.fixed for size in shape)
+
+
+def _check_at(batch: int, calls: Calls, first: _Run, run: _Run) -> None:
+    """Hold shapes, arguments and constants, of which two batch sizes told a formula, to a run at a third.
+
+    Half of the batch, rounded, is one row at two and at three.
+    """
+    if not _alike(first, run) or len(calls.shapes) != len(run.shapes):
+        raise TraceError(f"{_NO_FORMULA}: at a batch of {batch} it calls other operators")
+    for number, shape in calls.shapes.items():
+        if _shape_at(shape, batch) != run.shapes[number]:
+            raise TraceError(f"{_NO_FORMULA}: at a batch of {batch} a tensor has shape {run.shapes[number]}")
+    for number, value in calls.constants.items():
+        if not _equal(value, run.constants.get(number)):
+            raise TraceError(f"{_NO_FORMULA}: at a batch of {batch} a constant of it is another one")
+    found = {results: (func, args, kwargs) for func, args, kwargs, results in run.calls}
+    for call in calls.calls:
+        func, args, kwargs = found[call.results]
+        if not _agree(call.arguments, _by_name(func, args, kwargs), batch):
+            raise TraceError(f"{_NO_FORMULA}: at a batch of {batch} `{call.operator}` gets other numbers")
+
+
+def _alike(first: _Run, second: _Run) -> bool:
+    """Whether two runs call the same operators."""
+    same = len(first.calls) == len(second.calls) and all(
+        a[0] is b[0] and a[3] == b[3] for a, b in zip(first.calls, second.calls, strict=True)
+    )
+    return same and first.outputs == second.outputs
+
+
+def _agree(planned: Any, found: Any, batch: int) -> bool:
+    if isinstance(planned, Size):
+        return planned.per_batch * batch + planned.fixed == found
+    if isinstance(planned, dict):
+        return all(_agree(value, found[key], batch) for key, value in planned.items())
+    if isinstance(planned, (tuple, list)):
+        return len(planned) == len(found) and all(_agree(x, y, batch) for x, y in zip(planned, found, strict=True))
+    return planned == found or (planned != planned and found != found)
 
 
 @dataclass
@@ -227,10 +262,7 @@ def _run(model: nn.Module, inputs: Inputs) -> _Run:
 
 
 def _unified(first: _Run, second: _Run) -> Calls:
-    same = len(first.calls) == len(second.calls) and all(
-        a[0] is b[0] and a[3] == b[3] for a, b in zip(first.calls, second.calls, strict=True)
-    )
-    if not same or first.outputs != second.outputs:
+    if not _alike(first, second):
         raise TraceError("the network calls other operators at another batch size, so it has no plan for all of them")
     shapes = {
         i: tuple(_size(a, b) for a, b in zip(one, two, strict=True))

@@ -132,6 +132,9 @@ def test_results_beside_the_first_that_are_outputs_are_refused() -> None:
         lambda x: x[: x.shape[0] // 2],
         lambda x: x - x[: x.shape[0] // 2].sum(0),
         lambda x: x.squeeze(),
+        lambda x: x * (x.shape[0] // 2),
+        lambda x: x.roll(x.shape[0] // 2, 1),
+        lambda x: x * torch.tensor(float(x.shape[0] // 2)),
     ],
 )
 def test_shapes_that_follow_the_batch_in_no_simple_way_are_refused(function) -> None:
