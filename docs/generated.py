@@ -255,9 +255,14 @@ def cifar10_table() -> str:
     return f"{table(rows)}\n\n{where(found, 'cifar10_cpu')}"
 
 
-def train_speed_table() -> str:
-    """A training step by the fastest kernels over the dense one."""
-    found = result("train_speed")
+def train_speed_tables() -> str:
+    """A training step by the fastest kernels over the dense one, on each machine that was measured."""
+    return "\n\n".join(train_speed_table(name) for name in ("train_speed", "train_speed_xeon"))
+
+
+def train_speed_table(name: str) -> str:
+    """The cases of one file of results."""
+    found = result(name)
     rows = []
     for case in found["results"]:
         model, batch, size = case["case"].split(":")
@@ -276,7 +281,7 @@ def train_speed_table() -> str:
         )
     titles = dict.fromkeys(title for row in rows for title in row)
     rows = [{title: row.get(title, "-") for title in titles} for row in rows]
-    return f"{table(rows)}\n\n{where(found, 'train_speed')}"
+    return f"{table(rows)}\n\n{where(found, name)}"
 
 
 def included_table() -> str:
@@ -310,5 +315,5 @@ PAGES = {
     "step": step_table,
     "digits_claim": digits_claim_table,
     "cifar10": cifar10_table,
-    "train_speed": train_speed_table,
+    "train_speed": train_speed_tables,
 }
