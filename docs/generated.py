@@ -263,6 +263,8 @@ def train_speed_tables() -> str:
 def train_speed_table(name: str) -> str:
     """The cases of one file of results."""
     found = result(name)
+    steps = {step for case in found["results"] for step in case["steps"]}
+    densities = sorted(float(step.split()[1]) for step in steps if step.startswith("auto "))
     rows = []
     for case in found["results"]:
         model, batch, size = case["case"].split(":")
@@ -276,11 +278,9 @@ def train_speed_table(name: str) -> str:
                 "dense": f"{case['dense_ms']:.0f} ms",
                 "dense bfloat16": ratios.get("bf16", "-"),
                 "masked, dense kernels": f"{min(masked.values())} to {max(masked.values())}" if masked else "-",
-                **{f"{float(k.split()[1]):.0%}": ratio for k, ratio in ratios.items() if k.startswith("auto ")},
+                **{f"{density:.0%}": ratios.get(f"auto {density:g}", "-") for density in densities},
             }
         )
-    titles = dict.fromkeys(title for row in rows for title in row)
-    rows = [{title: row.get(title, "-") for title in titles} for row in rows]
     return f"{table(rows)}\n\n{where(found, name)}"
 
 
