@@ -12,8 +12,9 @@ demo: $(VENV)/installed
 test: $(VENV)/installed lint types
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
 
-# What takes minutes or needs tools of the system, which are skipped with the reason (-rs) where they are missing.
-test-all: $(VENV)/installed
+# What takes minutes, builds the site and runs the notebooks, or needs tools of the system, which are skipped with the
+# reason (-rs) where they are missing.
+test-all: $(VENV)/docs
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow -rs
 
 # The site, into build/docs; warnings are errors. Tables come from the code and from benchmarks/results.
