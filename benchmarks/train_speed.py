@@ -1,11 +1,11 @@
 """A whole training step with sparse kernels over the dense step: forward, loss, backward, SGD with momentum.
 
     python benchmarks/train_speed.py [--case MODEL:BATCH:PIXELS ...] [--density 0.01 0.05 0.1 0.2] [--threads 1]
-                                     [--peer compiled bf16 sparseprop] [--rounds 6] [--json FILE]
+                                     [--peer compiled bf16 present sparseprop] [--rounds 6] [--json FILE]
 
 Masks are random ERK masks of exactly the density, seed 0. "dense" is the same model without masks, eager, in float32,
 contiguous or channels_last, whichever is faster; "masked" the masked network without kernels; "auto" is
-`growfx.use_kernels(net, "auto")`. All variants of a case take turns in one process; reported are the least and the
+`growfx.use_kernels(net, "auto")`, "present" (where asked for) the same with `storage="present"`. All variants of a case take turns in one process; reported are the least and the
 median time of a step. Of one thread that is CPU time, which others on the machine do not change; of more it is wall
 time. Peers: the dense model under torch.compile, and under bfloat16 autocast, and SparseProp's own layers where that
 package is installed, with the same masks and optimizer.
@@ -123,6 +123,10 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
             steps[f"sparseprop {density:g}"] = peer
         growfx.use_kernels(net, "auto", example_inputs=images)
         steps[f"auto {density:g}"] = trainer(net, images, targets)
+        if "present" in options.peer:
+            kept = copy.deepcopy(net)
+            growfx.use_kernels(kept, "auto", storage="present", example_inputs=images)
+            steps[f"present {density:g}"] = trainer(kept, images, targets)
         layers = net.kernel_report.layers.values()
         taken[f"{density:g}"] = {"sparse": sum(layer.kernel == "sparse" for layer in layers), "layers": len(layers)}
     times = take_turns(steps, options.rounds)
