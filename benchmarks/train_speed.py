@@ -5,10 +5,10 @@
 
 Masks are random ERK masks of exactly the density, seed 0. "dense" is the same model without masks, eager, in float32,
 contiguous or channels_last, whichever is faster; "masked" the masked network without kernels; "auto" is
-`growfx.use_kernels(net, "auto")`, "present" (where asked for) the same with `storage="present"`. All variants of a case take turns in one process; reported are the least and the
-median time of a step. Of one thread that is CPU time, which others on the machine do not change; of more it is wall
-time. Peers: the dense model under torch.compile, and under bfloat16 autocast, and SparseProp's own layers where that
-package is installed, with the same masks and optimizer.
+`growfx.use_kernels(net, "auto")`, "present" (where asked for) the same with `storage="present"`. All variants of a
+case take turns in one process; reported are the least and the median time of a step. Of one thread that is CPU time,
+which others on the machine do not change; of more it is wall time. Peers: the dense model under torch.compile, and
+under bfloat16 autocast, and SparseProp's own layers where that package is installed, with the same masks and optimizer.
 """
 
 from __future__ import annotations
