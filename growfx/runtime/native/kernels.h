@@ -7,6 +7,9 @@
 
 namespace growfx_native {
 
+// Images of a batch that may stand side by side.
+constexpr int MOST_SIDE_BY_SIDE = 512;
+
 // One operation on a run of numbers; `operand` (if any) is at the position of the first of them.
 struct PostCall {
   uint8_t op;

@@ -13,7 +13,7 @@ namespace {
 // Floats of the planes of one band: they stay in the second cache.
 constexpr int64_t BAND_FLOATS = int64_t{96} << 10;
 // Output positions below which images of a batch lie side by side, and how many positions they then have.
-constexpr int64_t FOLD_BELOW = 64, FOLDED = 128;
+constexpr int64_t FOLD_BELOW = 64, FOLDED = 192;
 constexpr int64_t LARGEST = INT32_MAX / 2;
 
 int64_t whole(int64_t count, int64_t lanes) { return ceil_div(count, lanes) * lanes; }
@@ -104,6 +104,10 @@ class ConvolutionStep final : public Ready {
     const bool pointwise = g.window[0] * g.window[1] * g.window[2] == 1;
     const bool plain = g.stride[0] == 1 && g.stride[1] == 1 && g.stride[2] == 1 &&
                        g.padding[0] + g.padding[1] + g.padding[2] == 0 && c.out_depth == 1;
+    if (pointwise && plain) {  // an image is one long row
+      c.height = c.out_height = 1;
+      c.width = c.out_width = positions;
+    }
     c.phases = std::min(g.stride[1], reach + 1);
     c.reach = reach / g.stride[1];
     c.block = 1;
