@@ -1,9 +1,13 @@
 """How many models of timm and torchvision the native runtime runs: every N-th of those below 60 million parameters.
 
     python benchmarks/native_zoo.py [--stride 10] [--first 0] [--out benchmarks/results/native_zoo.json]
+    python benchmarks/native_zoo.py --scan [--stride 9]
 
 Each is masked at random to a density of 0.1 and exported; its outputs at a batch of 2 are compared with the masked
 network's, and its file with the artifact. A model counts where the outputs agree within 1e-4 of the largest.
+
+`--scan` records the operators of the models on the meta device, where nothing is computed: it lists those that no rule
+knows, by the number of models that need them, under `scan` in the same file.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ from growfx.commands.zoo.inputs import arguments_of, forms, identity_of, model_n
 from growfx.commands.zoo.native import check_native
 from growfx.commands.zoo.outputs import enliven
 from growfx.models.build import blueprint
+from growfx.passes.lower.plan import unknown_operators
+from growfx.recorded.inputs import as_inputs
 
 LARGEST = 60_000_000
 
@@ -56,6 +62,41 @@ def measured(name: str) -> dict[str, Any] | None:
     return facts | {"seconds": round(time.process_time() - begun, 1)}
 
 
+def scanned(name: str) -> dict[str, Any] | None:
+    """The operators of one model that no rule knows; None for a model that is too large."""
+    begun = time.process_time()
+    facts: dict[str, Any] = {"model": name}
+    try:
+        arguments = arguments_of(name)
+        plan = blueprint(identity_of(name, arguments)).to("meta")
+        if sum(p.numel() for p in plan.parameters()) >= LARGEST:
+            return None
+        facts["missing"] = lacking(plan.eval(), [form.inputs(1, 0, "meta") for form in forms(name, plan)])
+    except Exception as error:  # the model itself, or the recording, refuses
+        facts["refused"] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return facts | {"seconds": round(time.process_time() - begun, 1)}
+
+
+def lacking(model: torch.nn.Module, examples: list[Any]) -> dict[str, int]:
+    """Operators that no rule knows, and how often each is called, on the first example inputs that the model takes."""
+    for example in examples[:-1]:
+        with contextlib.suppress(Exception):
+            return dict(unknown_operators(model, as_inputs(example)))
+    return dict(unknown_operators(model, as_inputs(examples[-1])))
+
+
+def scan_summary(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a scan found, the models with something missing by name."""
+    counts = Counter(name for facts in found for name in facts.get("missing", ()))
+    lacks = {facts["model"]: facts.get("missing") or facts["refused"] for facts in found if facts.get("missing") != {}}
+    return {
+        "models": len(found),
+        "known": len(found) - len(lacks),
+        "missing": dict(counts.most_common()),
+        "lacking": lacks,
+    }
+
+
 def wrapped(model: torch.nn.Module, examples: list[Any]) -> growfx.MaskedGraph:
     """The model, masked, on the first example inputs that it takes."""
     for example in examples[:-1]:
@@ -79,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stride", type=int, default=10)
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--scan", action="store_true", help="compute nothing, and list what is missing")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no model after so long")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/native_zoo.json"))
     options = parser.parse_args()
@@ -91,11 +133,17 @@ def main() -> None:
     for name in names:
         if time.monotonic() - begun > options.seconds:
             break
-        facts = measured(name)
+        facts = scanned(name) if options.scan else measured(name)
         if facts is not None:
             found.append(facts)
-            if facts["verdict"] != "yes":
+            if facts.get("verdict") != "yes" and facts.get("missing") != {}:
                 print(json.dumps(facts), flush=True)
+    kept = json.loads(options.out.read_text()) if options.out.exists() else {}
+    if options.scan:
+        kept["scan"] = {"machine": describe(), "stride": options.stride, "tried": len(names), **scan_summary(found)}
+        print(json.dumps(kept["scan"], indent=1))
+        options.out.write_text(json.dumps(kept, indent=1) + "\n")
+        return
     ratios = [facts["bytes"] / facts["artifact"] for facts in found if facts.get("artifact")]
     summary = {
         "models": len(found),
@@ -105,7 +153,10 @@ def main() -> None:
         "missing": missing(found),
     }
     print(json.dumps(summary, indent=1))
-    options.out.write_text(json.dumps({"machine": describe(), **summary, "found": found}, indent=1) + "\n")
+    made = {"machine": describe(), **summary, "found": found}
+    if "scan" in kept:
+        made["scan"] = kept["scan"]
+    options.out.write_text(json.dumps(made, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ growfx_close(net);
 ```
 
 `growfx.h` tells the rest: shapes at a batch size, threads, a network from memory. Every error is a code and a message;
-a file that is damaged is refused.
+a file that is damaged is refused, and so is one that needs more memory than a limit (1 GiB of buffers for each row of a
+batch), which `growfx_open_bounded` sets.
 """
 
 

@@ -40,10 +40,10 @@ class Bytes {
     fail(complaint);
     return 0;
   }
-  // How many items of at least one byte each follow.
-  size_t count() {
+  // How many items of at least so many bytes each follow.
+  size_t count(size_t bytes = 1) {
     const uint64_t value = number();
-    if (value <= left()) return static_cast<size_t>(value);
+    if (value <= left() / bytes) return static_cast<size_t>(value);
     fail("a count beyond the end of the file");
     return 0;
   }

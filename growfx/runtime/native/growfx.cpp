@@ -77,12 +77,19 @@ int shape_of(const growfx* net, const std::vector<uint32_t>& ids, int index, int
 extern "C" {
 
 int growfx_open_memory(const void* data, size_t size, growfx** net, char* error, size_t n) {
+  return growfx_open_bounded(data, size, GROWFX_ROW_BYTES, net, error, n);
+}
+
+int growfx_open_bounded(const void* data, size_t size, int64_t row_bytes, growfx** net, char* error, size_t n) {
+  if (net) *net = nullptr;
   return guarded(error, n, [&] {
     if (!net || (!data && size)) return failed(GROWFX_INPUT, "`net` and `data` must not be NULL", error, n);
-    *net = nullptr;
+    if (row_bytes < 1)
+      return failed(GROWFX_INPUT, "expected a limit of 1 byte or more, got " + std::to_string(row_bytes), error, n);
     auto opened = std::make_unique<growfx>();
-    const std::string problem = opened->session.open(static_cast<const uint8_t*>(data), size);
-    if (!problem.empty()) return failed(GROWFX_FORMAT, problem, error, n);
+    const std::string problem = opened->session.open(static_cast<const uint8_t*>(data), size, row_bytes);
+    if (!problem.empty())
+      return failed(opened->session.is_over_limit() ? GROWFX_MEMORY : GROWFX_FORMAT, problem, error, n);
     *net = opened.release();
     return static_cast<int>(GROWFX_OK);
   });
@@ -133,7 +140,7 @@ int growfx_run(growfx* net, int64_t batch, const float* const* inputs, float* co
       if (!outputs[i]) return failed(GROWFX_INPUT, "output " + std::to_string(i) + " is NULL", error, n);
     const std::string problem = net->session.prepare(batch);
     if (!problem.empty())
-      return failed(GROWFX_INPUT, "a batch of " + std::to_string(batch) + " does not run: " + problem, error, n);
+      return failed(net->session.is_over_limit() ? GROWFX_MEMORY : GROWFX_INPUT, "a batch of " + std::to_string(batch) + " does not run: " + problem, error, n);
     net->session.run(inputs, outputs);
     return static_cast<int>(GROWFX_OK);
   });

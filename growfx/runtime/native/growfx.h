@@ -23,15 +23,21 @@ enum {
   GROWFX_FILE = 1,   /* the file cannot be read */
   GROWFX_FORMAT = 2, /* it is another kind of file, damaged, or of a newer version */
   GROWFX_INPUT = 3,  /* an argument that the network cannot take */
-  GROWFX_MEMORY = 4  /* not enough memory */
+  GROWFX_MEMORY = 4  /* not enough memory, or more than the caller allows */
 };
 
 #define GROWFX_MAX_RANK 8
+/* Bytes of buffers that a network may take for each row of a batch, unless it is opened with another limit: 1 GiB. */
+#define GROWFX_ROW_BYTES ((int64_t)1 << 30)
 
 /* Read a network; `*net` is NULL after an error. */
 int growfx_open(const char *path, growfx **net, char *error, size_t n);
 /* The same from memory, which is not needed afterwards. */
 int growfx_open_memory(const void *data, size_t size, growfx **net, char *error, size_t n);
+/* The same for networks that need more memory, or a caller that has less: at most `row_bytes` bytes of buffers for each
+ * row of a batch, and for any one weight as a dense tensor. What needs more is refused with GROWFX_MEMORY before it is
+ * allocated, so that a hostile file cannot ask for more. */
+int growfx_open_bounded(const void *data, size_t size, int64_t row_bytes, growfx **net, char *error, size_t n);
 /* NULL is allowed. */
 void growfx_close(growfx *net);
 

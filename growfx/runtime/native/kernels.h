@@ -7,6 +7,9 @@
 
 namespace growfx_native {
 
+// Images of a batch that may stand side by side.
+constexpr int MOST_SIDE_BY_SIDE = 512;
+
 // One operation on a run of numbers; `operand` (if any) is at the position of the first of them.
 struct PostCall {
   uint8_t op;
@@ -22,6 +25,13 @@ struct Rows {
   int64_t depth;            // dense: columns
   int64_t row_stride, column_stride;
   const float* bias;        // NULL for none
+  // In blocks of columns, which are copied side by side before they are read: entries by block, then row, and offsets
+  // into the copy.
+  int64_t blocks;              // 0 for none
+  const int32_t* block_start;  // [blocks + 1] first column of each
+  const int32_t* column;       // offset of each column
+  int64_t first_row, row_count;
+  int64_t packed;              // floats of the copy
 };
 
 // Convolution by planes: see `convolution.inc`. Each depth of the output is an image.
@@ -40,7 +50,29 @@ struct Convolution {
   int64_t most_planes;                                    // in one group
   int64_t plane_size;                                     // floats from plane to plane
   const int32_t* share_start;                             // [shares + 1] first output channel of each share
-  Rows rows;                                              // offsets into the planes of a group and band
+  const Rows* rows;                                       // of each group: offsets into its planes of a band
+  const float* x;
+  float* out;
+  const PostCall* post;
+  int64_t post_count;
+};
+
+// How planes are read through windows: see `windows.inc`.
+struct Frame {
+  int64_t height, width, out_height, out_width;
+  int64_t window_h, window_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  int64_t band;                  // output rows at a time
+  int64_t columns;               // of a row that are read, of one phase
+  int64_t phases, phase, pitch;  // columns by phase (column modulo stride); floats from phase to phase, row to row
+  const int64_t* bounds;         // [phases][2] columns that come from the plane
+};
+
+// A convolution in which every output channel reads one input channel.
+struct Depthwise {
+  Frame frame;
+  int64_t planes, per_task;       // outputs of all images
+  int64_t channels, outputs;      // of one image
+  Rows rows;                      // offsets into the frame
   const float* x;
   float* out;
   const PostCall* post;
@@ -82,7 +114,20 @@ struct Attention {
   float* out;
 };
 
-// Windows over up to three axes.
+// Pooling over the last two axes.
+struct PlanePool {
+  Frame frame;
+  int64_t planes, per_task;
+  bool maximum;
+  const int32_t* taps;  // offsets of the numbers of a window into the frame
+  int64_t taps_count;
+  float divisor;        // of a sum; 0: the product of the two below
+  const float *counts_h, *counts_w;  // places that are counted, of each output row and column
+  const float* x;
+  float* out;
+};
+
+// Windows over up to three axes, of any kind.
 struct Pool {
   int64_t planes;
   int64_t in[3], out[3], window[3], stride[3], padding[3], dilation[3];
@@ -128,9 +173,14 @@ struct Softmax {
 struct Kernels {
   const char* name;
   int64_t lanes;
+  int64_t tile;  // floats from column to column of a copy of some
   int64_t (*convolution_tasks)(const Convolution&);
   int64_t (*convolution_scratch)(const Convolution&);  // floats for one task
   void (*convolution)(const Convolution&, int64_t task, float* scratch);
+  int64_t (*depthwise_scratch)(const Depthwise&);
+  void (*depthwise)(const Depthwise&, int64_t task, float* scratch);
+  int64_t (*plane_pool_scratch)(const PlanePool&);
+  void (*plane_pool)(const PlanePool&, int64_t task, float* scratch);
   int64_t (*linear_tasks)(const Linear&);
   int64_t (*linear_scratch)(const Linear&);
   void (*linear)(const Linear&, int64_t task, float* scratch);

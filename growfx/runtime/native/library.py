@@ -21,12 +21,12 @@ from growfx.errors import ArtifactError, ConfigError
 from growfx.runtime.choice_cache import cache_folder
 from growfx.runtime.native.sources import SOURCE_FOLDER
 
-__all__ = ["NativeNetwork", "compile_library", "library_status"]
+__all__ = ["ROW_BYTES", "NativeNetwork", "compile_library", "library_status"]
 
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
 _FLOATS = ctypes.POINTER(ctypes.c_float)
 _MOST_AXES, _MESSAGE = 8, 512
-_FORMAT = 2  # GROWFX_FORMAT
+ROW_BYTES = 1 << 30  # GROWFX_ROW_BYTES
 
 
 def library_status() -> str:
@@ -82,7 +82,8 @@ def _folder() -> Path:
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     net, text = ctypes.c_void_p, ctypes.c_char_p
-    library.growfx_open_memory.argtypes = [text, ctypes.c_size_t, ctypes.POINTER(net), text, ctypes.c_size_t]
+    opened = [ctypes.POINTER(net), text, ctypes.c_size_t]
+    library.growfx_open_bounded.argtypes = [text, ctypes.c_size_t, ctypes.c_int64, *opened]
     library.growfx_close.argtypes = [net]
     library.growfx_close.restype = None
     library.growfx_instructions.argtypes = [net]
@@ -103,19 +104,20 @@ class NativeNetwork:
     Args:
         data: the bytes of `network.gfx`.
         threads: to compute with.
+        row_bytes: bytes of buffers that it may take for each row of a batch; what needs more is refused.
 
     Raises:
         ConfigError: there is no library (see `library_status`), or a number of threads that it does not take.
-        ArtifactError: the bytes are no network, damaged, or of a newer version.
+        ArtifactError: the bytes are not a network, damaged, of a newer version, or need more memory than allowed.
     """
 
-    def __init__(self, data: bytes, threads: int = 1) -> None:
+    def __init__(self, data: bytes, threads: int = 1, row_bytes: int = ROW_BYTES) -> None:
         library = _load()
         if isinstance(library, str) or library_status():
             raise ConfigError(f"the native runtime is not available: {library_status()}")
         self._library, self._net = library, ctypes.c_void_p()
         error = ctypes.create_string_buffer(_MESSAGE)
-        code = library.growfx_open_memory(data, len(data), ctypes.byref(self._net), error, _MESSAGE)
+        code = library.growfx_open_bounded(data, len(data), row_bytes, ctypes.byref(self._net), error, _MESSAGE)
         if code:
             raise ArtifactError(error.value.decode(errors="replace"))
         if library.growfx_set_threads(self._net, threads, error, _MESSAGE):

@@ -14,6 +14,8 @@ constexpr size_t HEADER = 4 + 4 + 32;
 // Of the ids and counts of one step.
 constexpr size_t MOST_OPERANDS = 1024;
 constexpr size_t LONGEST_NAME = 64;
+// Bytes of the shortest item of each kind: what is allocated for a file stays in proportion to its size.
+constexpr size_t SHORTEST_VALUE = 2, SHORTEST_CONSTANT = 4, SHORTEST_STEP = 6;
 constexpr int64_t LARGEST_SIZE = int64_t{1} << 40;
 
 std::string check_header(const uint8_t* data, size_t size) {
@@ -99,7 +101,7 @@ void read_step(Bytes& in, const Network& network, Step& step) {
   step.output = static_cast<uint32_t>(in.below(values, "a result that is not there"));
   step.ints.resize(in.count());
   for (int64_t& value : step.ints) value = in.integer();
-  step.floats.resize(in.count());
+  step.floats.resize(in.count(4));
   for (float& value : step.floats) value = in.real();
   read_post(in, ids, step.post);
 }
@@ -122,17 +124,17 @@ void read_ids(Bytes& in, uint64_t limit, std::vector<uint32_t>& ids) {
 void read_body(Bytes& in, Network& network) {
   read_names(in, network.kernels);
   network.slots = static_cast<uint32_t>(in.count());
-  network.values.resize(in.count());
+  network.values.resize(in.count(SHORTEST_VALUE));
   for (Value& value : network.values) {
     read_shape(in, value.shape);
     value.slot = static_cast<uint32_t>(in.below(network.slots, "a buffer that is not there"));
   }
-  network.constants.resize(in.count());
+  network.constants.resize(in.count(SHORTEST_CONSTANT));
   std::vector<Streams> streams;
   for (Constant& constant : network.constants) streams.push_back(read_constant(in, constant));
   read_ids(in, network.values.size(), network.inputs);
   read_ids(in, network.values.size(), network.outputs);
-  network.steps.resize(in.count());
+  network.steps.resize(in.count(SHORTEST_STEP));
   for (Step& step : network.steps) read_step(in, network, step);
   for (size_t i = 0; i < streams.size() && in.good(); ++i) decode_constant(in, streams[i], network.constants[i]);
   if (in.good() && in.left()) in.fail("bytes behind its end");

@@ -31,6 +31,23 @@ bool takes_sparse(const std::string& kernel) {
   return kernel == "convolution" || kernel == "deconvolution" || kernel == "linear";
 }
 
+// At least the floats that the tables of a step take, which a file can ask for again and again in a few bytes.
+int64_t table_floats(const Arguments& a, const std::string& kernel) {
+  int64_t places = 0;
+  for (const int64_t size : a.output.sizes) places += size;
+  if (kernel == "pad" || kernel == "gather") return 2 * places;
+  if (kernel == "resize") return 12 * places;
+  if (kernel == "pool") return 4 * places;
+  if (kernel == "attention") return a.output.sizes.empty() ? 0 : 2 * a.output.elements / a.output.sizes.back();
+  if (!takes_sparse(kernel) || a.inputs.size() < 2 || !a.inputs[1].constant) return 0;
+  const Constant& weight = *a.inputs[1].constant;
+  const int64_t stored = weight.sparse ? static_cast<int64_t>(weight.positions.size()) : weight.elements;
+  if (kernel == "deconvolution") return 12 * stored;
+  const int64_t rows = weight.sizes.empty() ? 1 : weight.sizes[0], columns = weight.elements / rows;
+  const int64_t groups = kernel == "linear" || a.step->ints.empty() ? 1 : std::clamp<int64_t>(a.step->ints.back(), 1, rows);
+  return rows + 4 * groups * columns + (weight.sparse ? 3 * stored : 0);
+}
+
 }  // namespace
 
 Maker maker_of(const std::string& kernel) {
@@ -55,11 +72,17 @@ bool Buffer::reserve(int64_t floats) {
   return data_ != nullptr;
 }
 
-std::string Session::open(const uint8_t* data, size_t size) {
+std::string Session::open(const uint8_t* data, size_t size, int64_t row_bytes) {
+  row_bytes_ = allowed_bytes_ = row_bytes;
   std::string problem = read_network(data, size, network_);
   if (!problem.empty()) return problem;
   for (const std::string& name : network_.kernels)
     if (!maker_of(name)) return "kernel `" + name + "` is not in this library; build the one that was exported with the file";
+  problem = open_constants();
+  return problem.empty() ? prepare(1) : problem;
+}
+
+std::string Session::open_constants() {
   std::vector<char> needs_dense(network_.constants.size(), 0);
   const size_t values = network_.values.size();
   const auto reads = [&](uint32_t id) {
@@ -74,7 +97,11 @@ std::string Session::open(const uint8_t* data, size_t size) {
   for (size_t i = 0; i < network_.constants.size(); ++i) {
     Constant& c = network_.constants[i];
     if (c.elements < 1) return "the file is damaged: a constant without elements";
+    // What is worked out for a sparse weight may be as large as the dense one.
+    if (c.elements > row_bytes_ / static_cast<int64_t>(sizeof(float))) return too_large();
     if (c.sparse && needs_dense[i]) {
+      if (!affords(c.elements)) return too_large();
+      kept_bytes_ = used_bytes_;
       std::vector<float> all(static_cast<size_t>(c.elements), 0.0f);
       for (size_t k = 0; k < c.positions.size(); ++k) all[c.positions[k]] = c.values[k];
       c.values.swap(all);
@@ -87,7 +114,19 @@ std::string Session::open(const uint8_t* data, size_t size) {
     tensor.data = c.sparse ? nullptr : c.values.data();
     constants_.push_back(tensor);
   }
-  return prepare(1);
+  return "";
+}
+
+bool Session::affords(int64_t floats) {
+  if (floats > (allowed_bytes_ - used_bytes_) / static_cast<int64_t>(sizeof(float))) return false;
+  used_bytes_ += floats * static_cast<int64_t>(sizeof(float));
+  return true;
+}
+
+std::string Session::too_large() {
+  over_limit_ = true;
+  return "it needs more than the " + std::to_string(row_bytes_) +
+         " bytes that are allowed for each row of a batch; `growfx_open_bounded` sets another limit";
 }
 
 std::string Session::place(int64_t batch) {
@@ -100,6 +139,8 @@ std::string Session::place(int64_t batch) {
     if (values_[i].elements < 1) return "a value without elements";
     sizes[value.slot] = std::max(sizes[value.slot], values_[i].elements);
   }
+  for (const int64_t size : sizes)
+    if (!affords(size)) return too_large();
   slots_.resize(network_.slots);
   for (size_t i = 0; i < slots_.size(); ++i)
     if (!slots_[i].reserve(sizes[i])) return "not enough memory";
@@ -119,6 +160,7 @@ std::string Session::make_step(size_t index, int64_t batch) {
   if (takes_sparse(network_.kernels[step.kernel]) && a.inputs.size() > 1 && !a.inputs[1].constant &&
       computed_[network_.values[step.inputs[1]].slot]) {
     Tensor& weight = a.inputs[1];
+    if (!affords(weight.elements)) return too_large();
     auto constant = std::make_unique<Constant>();
     constant->sizes = weight.sizes, constant->elements = weight.elements;
     constant->values.assign(weight.data, weight.data + weight.elements + BEHIND);
@@ -126,6 +168,7 @@ std::string Session::make_step(size_t index, int64_t batch) {
     weights_.push_back(std::move(constant));
   }
   a.output = operand(step.output);
+  if (!affords(table_floats(a, network_.kernels[step.kernel]))) return too_large();
   a.kernels = kernels_;
   a.threads = workers_->threads();
   a.batch = batch;
@@ -166,35 +209,41 @@ void Session::find_once() {
   }
 }
 
-std::string Session::make_once(size_t index) {
-  const int64_t scratch = prepared_[index].ready->scratch;
+std::string Session::reserve_scratch(int64_t floats) {
+  const int64_t more = std::max<int64_t>(floats - scratch_floats_, 0);
+  for (size_t i = 0; i < scratch_.size(); ++i)
+    if (!affords(more)) return too_large();
+  scratch_floats_ += more;
   for (Buffer& buffer : scratch_)
-    if (!buffer.reserve(scratch)) return "not enough memory";
-  run_step(index);
+    if (!buffer.reserve(floats)) return "not enough memory";
   return "";
 }
 
 std::string Session::prepare(int64_t batch) {
   if (batch == batch_) return "";
   batch_ = 0;
+  over_limit_ = false;
+  used_bytes_ = kept_bytes_, scratch_floats_ = 0;
+  allowed_bytes_ = row_bytes_ > INT64_MAX / batch ? INT64_MAX : row_bytes_ * batch;
   std::string problem = place(batch);
-  if (!problem.empty()) return problem;
+  if (problem.empty()) problem = prepare_steps(batch);
+  if (problem.empty()) batch_ = batch;
+  return problem;
+}
+
+std::string Session::prepare_steps(int64_t batch) {
   prepared_.clear();
   prepared_.resize(network_.steps.size());
   weights_.clear();
   find_once();
   scratch_.resize(static_cast<size_t>(workers_->threads()));
-  int64_t scratch = 0;
   for (size_t i = 0; i < prepared_.size(); ++i) {
-    problem = make_step(i, batch);
-    if (problem.empty() && once_[i]) problem = make_once(i);
+    std::string problem = make_step(i, batch);
+    if (problem.empty()) problem = reserve_scratch(prepared_[i].ready->scratch);
     if (!problem.empty())
       return "step " + std::to_string(i) + " (`" + network_.kernels[network_.steps[i].kernel] + "`): " + problem;
-    scratch = std::max(scratch, prepared_[i].ready->scratch);
+    if (once_[i]) run_step(i);
   }
-  for (Buffer& buffer : scratch_)
-    if (!buffer.reserve(scratch)) return "not enough memory";
-  batch_ = batch;
   return "";
 }
 

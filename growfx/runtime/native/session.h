@@ -36,20 +36,26 @@ class Session {
   };
 
  public:
-  // Reads a network; "" or what is wrong with it.
-  std::string open(const uint8_t* data, size_t size);
+  // Reads a network that may take so many bytes for each row of a batch; "" or what is wrong with it.
+  std::string open(const uint8_t* data, size_t size, int64_t row_bytes);
   // Works out what a run needs; "" or why the network does not run at this batch size.
   std::string prepare(int64_t batch);
   void run(const float* const* inputs, float* const* outputs);
   void set_threads(int threads);
 
+  // Whether what is wrong is that more memory is needed than the caller allows.
+  bool is_over_limit() const { return over_limit_; }
   const Network& network() const { return network_; }
   const Kernels& kernels() const { return *kernels_; }
 
  private:
+  std::string open_constants();
+  std::string prepare_steps(int64_t batch);
   std::string place(int64_t batch);
+  std::string reserve_scratch(int64_t floats);
+  bool affords(int64_t floats);
+  std::string too_large();
   std::string make_step(size_t index, int64_t batch);
-  std::string make_once(size_t index);
   void find_once();
   void run_step(size_t index);
   Tensor operand(uint32_t id) const;
@@ -58,6 +64,10 @@ class Session {
   const Kernels* kernels_ = &kernels_here();
   std::unique_ptr<Workers> workers_ = std::make_unique<Workers>(1);
   int64_t batch_ = 0;
+  int64_t row_bytes_ = 0, kept_bytes_ = 0;            // allowed for a row; of constants that became dense
+  int64_t used_bytes_ = 0, allowed_bytes_ = 0;        // of the batch that is prepared
+  int64_t scratch_floats_ = 0;                        // of each thread
+  bool over_limit_ = false;
   std::vector<Tensor> values_, constants_;
   std::vector<Buffer> slots_;
   std::vector<Buffer> scratch_;  // one for each thread

@@ -61,6 +61,22 @@ inline Made refused(std::string& complaint, const char* text) {
   return nullptr;
 }
 
+// Of windows, with three axes; those that are not there have size 1.
+struct Geometry {
+  int64_t in[3] = {1, 1, 1}, out[3] = {1, 1, 1}, window[3] = {1, 1, 1}, stride[3] = {1, 1, 1}, padding[3] = {},
+          dilation[3] = {1, 1, 1}, groups = 1;
+};
+struct PoolKind {
+  bool maximum = false, count_padding = false, adaptive = false;
+  float divisor = 0.0f;  // 0: the numbers in the window
+};
+
+// Windows over the last two axes, of which the two steps below make rows.
+bool is_flat(const Geometry&);
+// With operands that are known to fit; every output channel reads one input channel.
+Made make_depthwise(const Arguments&, const Geometry&, std::string&);
+Made make_plane_pool(const Arguments&, const Geometry&, const PoolKind&, std::string&);
+
 Made make_convolution(const Arguments&, std::string&);
 Made make_linear(const Arguments&, std::string&);
 Made make_product(const Arguments&, std::string&);

@@ -206,6 +206,22 @@ std::unique_ptr<CallStep<Call>> call_step(const Arguments& a, void (*function)(c
 
 }  // namespace
 
+namespace {
+
+constexpr int64_t MOST = 1 << 20;
+// In a window over a plane.
+constexpr int64_t MOST_PLACES = 1 << 12;
+
+const char* check_axis(const Geometry& g, size_t i, bool adaptive) {
+  if (g.window[i] < 1 || g.window[i] > MOST || g.stride[i] < 1 || g.stride[i] > MOST || g.padding[i] < 0 ||
+      g.padding[i] > g.window[i] / 2 || g.dilation[i] < 1 || g.dilation[i] > MOST || g.out[i] > g.in[i] * MOST)
+    return "an impossible geometry";
+  // The last window begins inside the input or the padding before it.
+  return !adaptive && (g.out[i] - 1) * g.stride[i] >= g.in[i] + g.padding[i] ? "an output of the wrong size" : "";
+}
+
+}  // namespace
+
 // ints: axes; windows, strides, paddings, dilations; maximum, count padding, adaptive; floats: the divisor.
 Made make_pool(const Arguments& a, std::string& complaint) {
   if (!a.has(1, 1, 1) || !a.inputs[0].data) return refused(complaint, "expected one input");
@@ -215,28 +231,30 @@ Made make_pool(const Arguments& a, std::string& complaint) {
   if (axes < 1 || axes > 3 || ints.size() != static_cast<size_t>(4 * axes + 4) || x.size() != y.size() ||
       x.size() < static_cast<size_t>(axes))
     return refused(complaint, "an impossible geometry");
-  auto step = call_step<Pool>(a, a.kernels->pool);
-  Pool& c = step->call;
+  Geometry g;
+  PoolKind kind;
   const size_t first = x.size() - static_cast<size_t>(axes), flags = static_cast<size_t>(4 * axes) + 1;
-  c.maximum = ints[flags] != 0, c.count_padding = ints[flags + 1] != 0, c.adaptive = ints[flags + 2] != 0;
-  for (int i = 0; i < 3; ++i)
-    c.in[i] = c.out[i] = c.window[i] = c.stride[i] = c.dilation[i] = 1, c.padding[i] = 0;
+  kind.maximum = ints[flags] != 0, kind.count_padding = ints[flags + 1] != 0, kind.adaptive = ints[flags + 2] != 0;
+  kind.divisor = a.real(0, 0.0f);
   for (size_t i = 0; i < first; ++i)
     if (x[i] != y[i]) return refused(complaint, "an output of the wrong size");
   for (size_t i = 0; i < static_cast<size_t>(axes); ++i) {
     const size_t to = 3 - static_cast<size_t>(axes) + i, n = static_cast<size_t>(axes);
-    c.in[to] = x[first + i], c.out[to] = y[first + i];
-    c.window[to] = ints[1 + i], c.stride[to] = ints[1 + n + i];
-    c.padding[to] = ints[1 + 2 * n + i], c.dilation[to] = ints[1 + 3 * n + i];
-    constexpr int64_t MOST = 1 << 20;
-    if (c.window[to] < 1 || c.window[to] > MOST || c.stride[to] < 1 || c.stride[to] > MOST || c.padding[to] < 0 ||
-        c.padding[to] > c.window[to] / 2 || c.dilation[to] < 1 || c.dilation[to] > MOST || c.out[to] > c.in[to] * MOST)
-      return refused(complaint, "an impossible geometry");
-    // The last window begins inside the input or the padding before it.
-    if (!c.adaptive && (c.out[to] - 1) * c.stride[to] >= c.in[to] + c.padding[to])
-      return refused(complaint, "an output of the wrong size");
+    g.in[to] = x[first + i], g.out[to] = y[first + i];
+    g.window[to] = ints[1 + i], g.stride[to] = ints[1 + n + i];
+    g.padding[to] = ints[1 + 2 * n + i], g.dilation[to] = ints[1 + 3 * n + i];
+    const char* problem = check_axis(g, to, kind.adaptive);
+    if (*problem) return refused(complaint, problem);
   }
-  c.divisor = a.real(0, 0.0f);
+  const int64_t places = g.window[0] * g.window[1] * g.window[2];
+  if (is_flat(g) && places <= MOST_PLACES && !kind.adaptive) return make_plane_pool(a, g, kind, complaint);
+  auto step = call_step<Pool>(a, a.kernels->pool);
+  Pool& c = step->call;
+  for (int i = 0; i < 3; ++i) {
+    c.in[i] = g.in[i], c.out[i] = g.out[i], c.window[i] = g.window[i];
+    c.stride[i] = g.stride[i], c.padding[i] = g.padding[i], c.dilation[i] = g.dilation[i];
+  }
+  c.maximum = kind.maximum, c.count_padding = kind.count_padding, c.adaptive = kind.adaptive, c.divisor = kind.divisor;
   c.planes = product_of(x, 0, first);
   step->spread(c.planes, c.in[0] * c.in[1] * c.in[2]);
   return step;

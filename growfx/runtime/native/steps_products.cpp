@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "steps.h"
+#include "weights.h"
 
 namespace growfx_native {
 
@@ -12,48 +13,10 @@ namespace {
 // Floats of the planes of one band: they stay in the second cache.
 constexpr int64_t BAND_FLOATS = int64_t{96} << 10;
 // Output positions below which images of a batch lie side by side, and how many positions they then have.
-constexpr int64_t FOLD_BELOW = 64, FOLDED = 128;
-// What a row costs besides its entries, in entries.
-constexpr int64_t ROW_COST = 4;
+constexpr int64_t FOLD_BELOW = 64, FOLDED = 192;
 constexpr int64_t LARGEST = INT32_MAX / 2;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t whole(int64_t count, int64_t lanes) { return ceil_div(count, lanes) * lanes; }
-
-// A constant weight (O, I, ...) as the products want it; offsets come later.
-struct Weight {
-  std::vector<uint32_t> start;  // empty for a dense one
-  std::vector<int32_t> offset;
-  std::vector<int32_t> share_start;
-  int64_t rows = 0, columns = 0;
-
-  void pack(const Constant& c, int64_t row_count) {
-    rows = row_count;
-    columns = c.elements / row_count;
-    if (!c.sparse) return;
-    start.assign(static_cast<size_t>(rows) + 1, 0);
-    for (const uint32_t p : c.positions) ++start[p / static_cast<uint64_t>(columns) + 1];
-    for (int64_t o = 0; o < rows; ++o) start[o + 1] += start[o];
-  }
-  int64_t entries(int64_t o) const { return start.empty() ? columns : start[o + 1] - start[o]; }
-  // Output channels of equal cost.
-  void share(int64_t shares) {
-    int64_t total = 0, done = 0;
-    for (int64_t o = 0; o < rows; ++o) total += entries(o) + ROW_COST;
-    share_start.assign(1, 0);
-    for (int64_t o = 0; o < rows; ++o) {
-      done += entries(o) + ROW_COST;
-      while (static_cast<int64_t>(share_start.size()) < shares &&
-             done >= total * static_cast<int64_t>(share_start.size()) / shares)
-        share_start.push_back(static_cast<int32_t>(o + 1));
-    }
-    while (static_cast<int64_t>(share_start.size()) <= shares) share_start.push_back(static_cast<int32_t>(rows));
-    share_start[static_cast<size_t>(shares)] = static_cast<int32_t>(rows);
-  }
-  Rows view(const Constant& c, const float* bias) const {
-    return {start.empty() ? nullptr : start.data(), offset.data(), c.values.data(), columns, columns, 1, bias};
-  }
-};
 
 // Shares for an even spread over the threads.
 int64_t shares_of(int64_t units, int threads) {
@@ -66,12 +29,6 @@ bool bias_fits(const Arguments& a, int64_t channels) {
 const float* bias_of(const Arguments& a) { return a.inputs.size() < 3 ? nullptr : a.inputs[2].data; }
 
 // -- convolution ------------------------------------------------------------------------------------------------------
-
-// Geometry with three axes, those that are not there of size 1.
-struct Geometry {
-  int64_t in[3] = {1, 1, 1}, out[3] = {1, 1, 1}, window[3] = {1, 1, 1}, stride[3] = {1, 1, 1}, padding[3] = {},
-          dilation[3] = {1, 1, 1}, groups = 1;
-};
 
 const char* read_geometry(const Arguments& a, Geometry& g) {
   const auto& ints = a.step->ints;
@@ -99,6 +56,8 @@ class ConvolutionStep final : public Ready {
   Convolution c{};
   const Kernels* kernels = nullptr;
   Weight weight;
+  std::vector<Blocks> blocks;
+  std::vector<Rows> rows;
   std::vector<int32_t> group_start, planes;
   std::vector<PostCall> post;
 
@@ -145,6 +104,10 @@ class ConvolutionStep final : public Ready {
     const bool pointwise = g.window[0] * g.window[1] * g.window[2] == 1;
     const bool plain = g.stride[0] == 1 && g.stride[1] == 1 && g.stride[2] == 1 &&
                        g.padding[0] + g.padding[1] + g.padding[2] == 0 && c.out_depth == 1;
+    if (pointwise && plain) {  // an image is one long row
+      c.height = c.out_height = 1;
+      c.width = c.out_width = positions;
+    }
     c.phases = std::min(g.stride[1], reach + 1);
     c.reach = reach / g.stride[1];
     c.block = 1;
@@ -170,6 +133,7 @@ class ConvolutionStep final : public Ready {
     return c.reach <= LARGEST && c.plane_size <= LARGEST / std::max<int64_t>(c.most_planes, 1);
   }
 
+  // Where the column of each entry is.
   void find_offsets(const Constant& constant, const Geometry& g, const std::vector<int32_t>& plane_of) {
     const int64_t row = c.block * c.out_width, kh = g.window[1], kw = g.window[2];
     weight.offset.resize(plane_of.size());
@@ -180,6 +144,29 @@ class ConvolutionStep final : public Ready {
       const int64_t plane = c.direct ? column : plane_of[i];
       weight.offset[i] = static_cast<int32_t>(plane * c.plane_size + (c.direct ? 0 : at * row));
     }
+  }
+
+  // The rows of each group, in blocks where there are positions enough; the columns of groups may be elsewhere.
+  void find_rows(const Constant& constant, const float* bias) {
+    const int64_t per_group = c.out_channels / c.groups, tile = kernels->tile;
+    const Rows whole = weight.view(constant, bias);
+    const bool is_wide = c.band * c.out_width * c.block >= 2 * kernels->lanes;
+    blocks.resize(static_cast<size_t>(c.groups));
+    std::vector<int32_t> offset_of(static_cast<size_t>(weight.columns)), column_of;
+    for (const uint32_t p : constant.positions) column_of.push_back(static_cast<int32_t>(p % weight.columns));
+    for (int64_t group = 0; group < c.groups; ++group) {
+      Blocks& made = blocks[static_cast<size_t>(group)];
+      const int64_t first = group * per_group;
+      if (is_wide && !constant.sparse) {
+        made.build_dense(weight.offset, per_group, tile);
+      } else if (is_wide) {
+        for (size_t i = weight.start[static_cast<size_t>(first)]; i < weight.start[static_cast<size_t>(first + per_group)]; ++i)
+          offset_of[static_cast<size_t>(column_of[i])] = weight.offset[i];
+        made.build_sparse(weight, constant, first, per_group, column_of, offset_of, tile);
+      }
+      rows.push_back(made.view(whole, first, per_group, tile));
+    }
+    c.rows = rows.data();
   }
 };
 
@@ -199,6 +186,7 @@ Made make_convolution(const Arguments& a, std::string& complaint) {
     const int64_t room = g.in[i] + 2 * g.padding[i] - g.dilation[i] * (g.window[i] - 1) - 1;
     if (room < 0 || room / g.stride[i] + 1 != g.out[i]) return refused(complaint, "an output of the wrong size");
   }
+  if (is_flat(g) && g.groups > 1 && w.sizes[1] == 1) return make_depthwise(a, g, complaint);
   auto step = std::make_unique<ConvolutionStep>();
   Convolution& c = step->c;
   c.images = x.sizes[0] * g.out[0];
@@ -212,10 +200,10 @@ Made make_convolution(const Arguments& a, std::string& complaint) {
   const std::vector<int32_t> plane_of = step->find_planes(*w.constant, g);
   if (!step->lay_out(g, a.threads)) return refused(complaint, "an image that is too large");
   step->find_offsets(*w.constant, g, plane_of);
+  step->find_rows(*w.constant, bias_of(a));
   step->post = a.post;
   c.group_start = step->group_start.data(), c.planes = step->planes.data();
   c.share_start = step->weight.share_start.data();
-  c.rows = step->weight.view(*w.constant, bias_of(a));
   c.x = x.data, c.out = y.data;
   c.post = step->post.data(), c.post_count = static_cast<int64_t>(step->post.size());
   step->does_post = true;

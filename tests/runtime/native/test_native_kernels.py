@@ -57,6 +57,24 @@ CONVOLUTIONS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "grouped": (nn.Conv2d(12, 8, 3, padding=1, groups=4), (2, 12, 14, 15)),
     "depthwise": (nn.Conv2d(9, 9, 5, 2, 2, groups=9), (2, 9, 23, 25)),
     "depthwise, more outputs": (nn.Conv2d(6, 18, 3, groups=6), (2, 6, 12, 12)),
+    "depthwise 3x3": (nn.Conv2d(5, 5, 3, 1, 1, groups=5), (2, 5, 17, 35)),
+    "depthwise 3x3 stride 2": (nn.Conv2d(5, 5, 3, 2, 1, groups=5, bias=False), (2, 5, 18, 37)),
+    "depthwise 3x3 unpadded": (nn.Conv2d(20, 20, 3, 1, 0, groups=20), (2, 20, 9, 9)),
+    "depthwise 5x5 of a small plane": (nn.Conv2d(70, 70, 5, 1, 2, groups=70), (2, 70, 7, 7)),
+    "depthwise 5x5 stride 2": (nn.Conv2d(5, 5, 5, 2, 2, groups=5), (2, 5, 14, 14)),
+    "depthwise 7x7": (nn.Conv2d(5, 5, 7, 1, 3, groups=5), (2, 5, 15, 20)),
+    "depthwise 7x7 stride 2": (nn.Conv2d(5, 5, 7, 2, 3, groups=5), (2, 5, 15, 20)),
+    "depthwise in bands": (nn.Conv2d(2, 2, 3, 1, 1, groups=2), (1, 2, 131, 230)),
+    "depthwise in bands, stride 2": (nn.Conv2d(2, 2, 5, 2, 2, groups=2), (1, 2, 150, 301)),
+    "depthwise, window wider than the plane": (nn.Conv2d(4, 4, 7, 1, 3, groups=4), (2, 4, 3, 2)),
+    "depthwise, uneven, dilated": (nn.Conv2d(4, 4, (3, 5), (1, 3), (2, 4), (2, 3), groups=4), (2, 4, 19, 40)),
+    "depthwise, padding far outside": (nn.Conv2d(3, 3, 3, 1, 9, groups=3), (2, 3, 5, 6)),
+    "depthwise, stride beyond the window": (nn.Conv2d(3, 3, 2, 19, 0, groups=3), (2, 3, 50, 61)),
+    "depthwise, outputs and a wide stride": (nn.Conv2d(3, 6, 3, 4, 1, groups=3), (2, 3, 50, 61)),
+    "1x1 of one position": (nn.Conv2d(50, 70, 1), (3, 50, 1, 1)),
+    "1x1 of a wide image": (nn.Conv2d(20, 24, 1), (2, 20, 20, 23)),
+    "1x1 of many channels": (nn.Conv2d(300, 40, 1), (3, 300, 14, 14)),
+    "3x3 of many channels": (nn.Conv2d(90, 33, 3, padding=1), (3, 90, 12, 13)),
     "1d": (nn.Conv1d(5, 7, 4, 2, 3), (2, 5, 50)),
     "1d grouped": (nn.Conv1d(6, 6, 3, groups=6, padding=1), (2, 6, 31)),
     "3d": (nn.Conv3d(3, 5, 3, (1, 2, 2), 1), (2, 3, 5, 12, 13)),
@@ -98,6 +116,9 @@ OPERATORS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], list[Tenso
     "comparisons": (lambda x: (x > 0).float() * 2 + torch.where(x < 1, x, -x), [(3, 40)], []),
     "masked": (lambda x, m: x.masked_fill(m > 0, -3.0), [(3, 7)], [torch.randn(7)]),
     "prelu": (lambda x, w: F.prelu(x, w), [(2, 3, 5)], [torch.rand(3)]),
+    "window sums": (lambda x: x.cumsum(1) + x.cumsum(-1), [(2, 6, 9)], []),
+    "im2col": (lambda x: F.unfold(x, (3, 2), (1, 2), (1, 2), (2, 1)), [(2, 3, 9, 8)], []),
+    "col2im": (lambda x: F.fold(x, (9, 8), (3, 2), (1, 2), (1, 2), (2, 1)), [(2, 18, 50)], []),
     "gated": (lambda x: F.glu(x, 1), [(2, 6, 5)], []),
     "addcmul": (lambda x, y, w: torch.addcmul(x, y, w, value=2.0), [(2, 5), (2, 5)], [torch.rand(5)]),
     "lerp": (lambda x, y: torch.lerp(x, y, 0.3), [(2, 5), (2, 5)], []),
@@ -122,6 +143,15 @@ OPERATORS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], list[Tenso
     "max pool, dilated, ceil": (lambda x: F.max_pool2d(x, 3, 2, 1, 2, ceil_mode=True), [(2, 3, 10, 12)], []),
     "mean pool": (lambda x: F.avg_pool2d(x, 3, 2, 1), [(2, 3, 9, 11)], []),
     "mean pool without padding": (lambda x: F.avg_pool2d(x, 3, 2, 1, True, False), [(2, 3, 9, 12)], []),
+    "pools of wide planes": (
+        lambda x: F.max_pool2d(x, 3, 2, 1) + F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
+        [(2, 2, 61, 150)],
+        [],
+    ),
+    "pools of small planes": (lambda x: F.max_pool2d(x, 5, 1, 2) - F.avg_pool2d(x, 3, 1, 1), [(3, 30, 7, 7)], []),
+    "mean pool with a divisor": (lambda x: F.avg_pool2d(x, (2, 3), 2, divisor_override=5), [(2, 3, 9, 31)], []),
+    "pool in large steps": (lambda x: F.max_pool2d(x, 2, 3, dilation=4) + F.avg_pool2d(x, 5, 3), [(2, 3, 23, 29)], []),
+    "one window": (lambda x: F.adaptive_avg_pool2d(x, 1) * F.max_pool2d(x, 5), [(2, 3, 5, 5)], []),
     "adaptive pool": (lambda x: F.adaptive_avg_pool2d(x, (3, 4)), [(2, 3, 10, 11)], []),
     "adaptive max pool": (lambda x: F.adaptive_max_pool2d(x, 1), [(2, 3, 10, 11)], []),
     "pool 1d and 3d": (lambda x: F.avg_pool1d(F.max_pool3d(x[:, None, None], 2, 1, 1)[:, 0, 0], 2), [(2, 5, 8)], []),
@@ -149,9 +179,22 @@ OPERATORS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], list[Tenso
         [(2, 8, 3, 3)],
         [],
     ),
+    "weights of each image": (
+        lambda *a: _mixed_experts(*a),
+        [(3, 4, 9, 8)],
+        [torch.randn(4, 2), torch.randn(2, 6 * 4 * 9)],
+    ),
     "unshuffled": (lambda x: F.pixel_unshuffle(x, 2), [(2, 3, 4, 6)], []),
     "written in place": (lambda x: _written(x), [(2, 4, 5)], []),
 }
+
+
+def _mixed_experts(x: Tensor, routing: Tensor, experts: Tensor) -> Tensor:
+    """A weight for each image of the batch, mixed from those of experts."""
+    weight = (x.mean((2, 3)) @ routing).softmax(1) @ experts
+    n, channels, height, width = x.shape
+    made = F.conv2d(x.reshape(1, n * channels, height, width), weight.view(n * 6, channels, 3, 3), None, 2, 1, 1, n)
+    return made.view(n, 6, made.shape[-2], made.shape[-1])
 
 
 def _written(x: Tensor) -> Tensor:
@@ -165,6 +208,19 @@ def _written(x: Tensor) -> Tensor:
 def test_operators_equal_torch_at_other_batch_sizes_than_planned_for(name: str) -> None:
     function, shapes, parameters = OPERATORS[name]
     assert largest_error(Function(function, *parameters), *(torch.randn(shape) for shape in shapes)) < TOLERANCE
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(5, 4, num_layers=2, batch_first=True, bidirectional=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+def test_recurrent_layers_equal_torch() -> None:
+    assert largest_error(Recurrent().eval(), torch.randn(3, 6, 5)) < TOLERANCE
 
 
 def test_a_nan_reaches_the_outputs_that_active_weights_connect_it_to_and_no_others() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import resource
 import struct
 
 import pytest
@@ -13,6 +14,7 @@ from growfx.deploy.native.export import native_plan
 from growfx.deploy.native.file import network_bytes
 from growfx.errors import ArtifactError, ConfigError
 from growfx.runtime.native.library import NativeNetwork
+from growfx.runtime.native.plan import Constant, Plan, Size, Step, Value
 
 HEADER = 40
 
@@ -42,6 +44,47 @@ def test_a_foreign_file_a_newer_version_and_a_cut_file_are_named(data: bytes) ->
     ]:
         with pytest.raises(ArtifactError, match=words):
             NativeNetwork(other)
+
+
+def plan_with(size: int, constant: Constant, kernel: str, *ints: int) -> bytes:
+    """A file of a few bytes: one step that makes a row of so many numbers out of a row of one and a constant."""
+    shapes = [(Size(1, 0), Size(0, 1)), (Size(1, 0), Size(0, size))]
+    values = tuple(Value(shape, slot) for slot, shape in enumerate(shapes))
+    return network_bytes(Plan(values, (constant,), (Step(kernel, (0, 2), 1, ints),), (0,), (1,)))
+
+
+ONE = Constant(torch.ones(1))
+EMPTY = Constant(torch.zeros(1 << 20, 1), torch.zeros(1 << 20, 1, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("file", "least"),
+    [
+        (plan_with(1 << 28, ONE, "binary", 0), 1 << 30),
+        (plan_with(1 << 20, EMPTY, "linear"), 4 << 20),
+        (plan_with(1, EMPTY, "binary", 0), 4 << 20),
+    ],
+    ids=["values", "sparse weight", "sparse weight that becomes dense"],
+)
+def test_a_small_file_that_asks_for_much_memory_is_refused_before_it_is_allocated(file: bytes, least: int) -> None:
+    assert len(file) < 1500
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ArtifactError, match=f"{least} bytes that are allowed for each row"):
+        NativeNetwork(file, row_bytes=least)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+
+
+def test_the_limit_of_memory_is_the_callers_and_grows_with_the_batch(data: bytes) -> None:
+    with pytest.raises(ArtifactError, match=r"the 1000 bytes .*growfx_open_bounded"):
+        NativeNetwork(data, row_bytes=1000)
+    with pytest.raises(ArtifactError, match="1 byte or more"):
+        NativeNetwork(data, row_bytes=0)
+    needed = 64 << 10
+    net = NativeNetwork(data, row_bytes=needed)
+    expected = NativeNetwork(data)
+    for batch in (1, 40, 2):
+        x = torch.randn(batch, 3, 16, 16)
+        assert torch.equal(net(x)[0], expected(x)[0])
 
 
 def mutated(data: bytes, random_: random.Random) -> bytes:

@@ -9,6 +9,7 @@ from typing import Final
 from growfx.passes.lower.plan.builder import Arguments, Builder, NoKernelError, Rule, numbers
 from growfx.passes.lower.plan.calls import Reference
 from growfx.passes.lower.plan.graph import Chained, Node, Operand
+from growfx.passes.lower.plan.rules.windows import computed_convolution
 from growfx.runtime.native.plan import Constant, Shape
 
 __all__ = ["RULES"]
@@ -21,9 +22,9 @@ def _constant(b: Builder, reference: Reference, what: str) -> Constant:
     raise NoKernelError(f"with a {what} that is computed")
 
 
-def _convolution(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
+def _convolution(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Operand:
     if not b.is_constant(a["weight"]):
-        raise NoKernelError("with a weight that is computed")
+        return computed_convolution(b, a, shapes[0])
     axes = b.rank(a["weight"]) - 2
     stride, padding, dilation = (numbers(a[key], axes) for key in ("stride", "padding", "dilation"))
     bias = None if a["bias"] is None else _constant(b, a["bias"], "bias")

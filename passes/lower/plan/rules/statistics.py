@@ -14,6 +14,7 @@ from growfx.runtime.native.plan import OPERATIONS, Constant, Shape, Size
 __all__ = ["RULES"]
 
 _KINDS = {"sum": 0, "mean": 1, "max": 2, "min": 3, "var": 4, "norm": 5}
+_LONGEST_SUM = 1024  # of `cumsum`, for its matrix is in the file
 _ADD, _MUL = OPERATIONS.index("add"), OPERATIONS.index("mul")
 
 
@@ -136,6 +137,20 @@ def _vector_norm(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
     return _reduced(b, b.operand(a["self"]), shape, _axes(a, len(shape)), shapes[0], "norm", 0.0)
 
 
+def _cumsum(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Operand:
+    """A product with the matrix that has ones up to the diagonal."""
+    shape = shapes[0]
+    axis = axis_of(a["dim"], len(shape))
+    if shape[axis].per_batch or shape[axis].fixed > _LONGEST_SUM:
+        raise NoKernelError(f"along an axis that is longer than {_LONGEST_SUM}, or grows with the batch")
+    order = [i for i in range(len(shape)) if i != axis] + [axis]
+    turned = tuple(shape[i] for i in order)
+    ones = torch.ones(shape[axis].fixed, shape[axis].fixed).tril()
+    x = b.permute(b.operand(a["self"]), shape, order)
+    made = b.add("linear", [x, b.constant(ones, ones != 0)], turned)
+    return b.permute(made, turned, [order.index(i) for i in range(len(shape))])
+
+
 def _softmax(logarithm: int) -> Rule:
     def rule(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
         axis = axis_of(a["dim"], len(shapes[0]))
@@ -166,6 +181,11 @@ def _pool(axes: int, maximum: bool) -> Rule:
 
 def _adaptive_pool(axes: int, maximum: bool) -> Rule:
     def rule(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> list[Operand | None]:
+        given = b.shape(a["self"])
+        if all(size == (0, 1) for size in shapes[0][-axes:]):  # one window over all
+            over = range(len(given) - axes, len(given))
+            node = _reduced(b, b.operand(a["self"]), given, over, shapes[0], "max" if maximum else "mean", 0.0)
+            return [node, *[None] * (len(shapes) - 1)]
         ints = [axes, *[1] * axes, *[1] * axes, *[0] * axes, *[1] * axes, int(maximum), 0, 1]
         node = b.add("pool", [b.operand(a["self"])], shapes[0], ints, [0.0])
         return [node, *[None] * (len(shapes) - 1)]
@@ -212,6 +232,7 @@ RULES: Final[dict[str, Rule]] = {
     "aten.avg_pool1d": _pool(1, False),
     "aten.avg_pool2d": _pool(2, False),
     "aten.avg_pool3d": _pool(3, False),
+    "aten.cumsum": _cumsum,
     "aten.linalg_vector_norm": _vector_norm,
     "aten.max": _reduction("max"),
     "aten.max_pool2d_with_indices": _pool(2, True),
