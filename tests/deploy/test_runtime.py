@@ -1,4 +1,4 @@
-"""`growfx.load(path, runtime="sparse")`: outputs, choice, cache, and what is refused."""
+"""`growfx.load(path, runtime="sparse")` with a kernel for each layer: outputs, choice, cache, and what is refused."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import growfx
 from growfx.deploy.loading import SparseRuntime
 from growfx.errors import ArtifactError, ConfigError
+from growfx.passes.lower import native as lower_native
 from growfx.passes.lower import network as lower_network
 from growfx.passes.lower import timing as lower_timing
 from growfx.runtime import sparse_kernel
@@ -29,6 +30,8 @@ X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(7))
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
     monkeypatch.setenv("GROWFX_CACHE", str(tmp_path / "cache"))
+    # The whole network in one call has tests of its own, in `test_native_runtime.py`.
+    monkeypatch.setattr(lower_native, "library_status", lambda: "switched off")
     # What is fastest is not what these tests are about.
     monkeypatch.setattr(lower_timing, "_SECONDS", 0.0)
     monkeypatch.setattr(lower_network, "_SECONDS", 0.0)

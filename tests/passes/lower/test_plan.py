@@ -8,8 +8,8 @@ from torch import nn
 
 import growfx
 from growfx.deploy.native.export import native_plan
-from growfx.deploy.native.file import network_bytes
 from growfx.passes.lower.plan import missing_kernels
+from growfx.passes.lower.plan.file import network_bytes
 from growfx.recorded.inputs import Inputs
 from growfx.runtime.native.library import NativeNetwork
 from growfx.runtime.native.plan import Plan, Size
