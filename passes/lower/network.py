@@ -23,7 +23,7 @@ from growfx.passes.lower.kept import Kept, choice_key, keep, kept_choice
 from growfx.passes.lower.layers import lower, lowerable, swap_layers
 from growfx.passes.lower.native import PlannedModel, plan_native
 from growfx.passes.lower.timing import time_layers
-from growfx.passes.mask.swap import unwrap, wrap
+from growfx.passes.mask.swap import unwrap, wrap_to_infer
 from growfx.passes.trials.comparison import Trial, difference
 from growfx.passes.trials.precision import outputs_of, tolerance_of
 from growfx.passes.trials.result import PassResult
@@ -101,7 +101,7 @@ def lower_network(
     # Norms are folded in float32, whatever the network is to compute in.
     wide = plain if _is_all(plain, torch.float32) else copy.deepcopy(plain).float()
     example = None if example_inputs is None else _example(example_inputs, torch.float32)
-    net = wrap(wide, example).eval()
+    net = wrap_to_infer(wide, example).eval()
     net.set_masks({name: mask for name, mask in masks.items() if name in net.layers})
     inputs = net.example() if example is None else Inputs(example, {})
     recording = net.recording(inputs, training=False)
@@ -169,7 +169,7 @@ def _by_native(
     stays, masks = lowerable(plain, recording.graph), _masks_of(net)
     shell = copy_modules(plain, _tensors_of(plain))
     layers: dict[str, Any] = {name: plain.get_submodule(name) for name, reason in stays.items() if not reason}
-    choices = {name: likely_choice(layer, masks.get(name)) for name, layer in layers.items()}
+    choices = {name: likely_choice(layer, _density(masks.get(name))) for name, layer in layers.items()}
     packed = swap_layers(shell, choices, masks)
     network = Program(shell, _record_lowered)
     network.run_by(native)
@@ -197,7 +197,7 @@ def _native_layers(
         layer: Any = plain.get_submodule(name)
         weight = layer._parameters.get("weight")
         shape = () if weight is None else tuple(weight.shape)
-        density = float(masks[name].float().mean()) if name in masks else 1.0
+        density = _density(masks.get(name))
         by_torch = weight is not None and native.is_read_by_torch(weight)
         choice, reason = ("dense", "its operator has no kernel in the native runtime") if by_torch else ("native", "")
         nbytes = packed[name].kernel.nbytes if name in packed else _nbytes(layer)
@@ -332,7 +332,7 @@ def _finished(
         source: Any = work.folded.get_submodule(name)
         if name not in found:
             shape = () if source._parameters.get("weight") is None else tuple(source.weight.shape)
-            density = float(work.masks[name].float().mean()) if name in work.masks else 1.0
+            density = _density(work.masks.get(name))
             layers.append(LayerLowering(name, shape, density, reason=reason, nbytes=_nbytes(source)))
         elif taken in ("lowered", "native"):
             layers.append(replace(found[name], nbytes=work.layers[name].kernel.nbytes))
@@ -366,6 +366,10 @@ def _report(taken: str, inputs: Inputs, dtype: torch.dtype, notes: tuple[str, ..
         kernel=sparse_kernel.kernel_status(),
         notes=notes,
     )
+
+
+def _density(mask: Tensor | None) -> float:
+    return 1.0 if mask is None else float(mask.sum()) / max(mask.numel(), 1)
 
 
 def _plain_bytes(plain: nn.Module, layers: Iterable[str]) -> int:

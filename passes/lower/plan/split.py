@@ -69,12 +69,14 @@ class _Split:
     """Shares the operators of a network between the native runtime and torch."""
 
     def __init__(self, calls: Calls, masks: ConstantMasks) -> None:
-        self._calls, self._masks = calls, masks
+        self._calls, self._masks, self._returned = calls, masks, set(calls.outputs)
         self._needed = {number for number in calls.outputs if number not in calls.constants}
         self._alive = self._alive_calls()
-        known = {*calls.inputs, *calls.constants, *(n for call in self._alive for n in call.results)}
-        if not self._needed <= known:
+        computed = {number for call in self._alive for number in call.results}
+        if not self._needed <= {*calls.inputs, *computed}:
             raise TraceError("the network returns a tensor that no operator computes")
+        # Of the results, those that are no input and no constant, each once.
+        self._calls = replace(calls, outputs=[n for n in dict.fromkeys(calls.outputs) if n in computed])
         # Those that torch computes, by their place.
         self._by_torch = {place for place, call in enumerate(self._alive) if not self._has_kernel_numbers(call)}
 
@@ -107,7 +109,9 @@ class _Split:
 
     def calls(self) -> list[NativeCall | TorchCall]:
         """All calls in the order in which they run."""
-        self._try_kernels()
+        whole = self._try_kernels()
+        if not self._by_torch:
+            return self._freeing([self._native_call(whole, self._calls.inputs, self._calls.outputs)])
         while True:
             parts = self._parts()
             try:
@@ -121,8 +125,11 @@ class _Split:
             made += [plan] if plan is not None else [self._torch_call(self._alive[place]) for place in places]
         return self._freeing(made)
 
-    def _try_kernels(self) -> None:
-        """Find the calls that have no kernel, each as if all before it had one or came from outside."""
+    def _try_kernels(self) -> Builder:
+        """Find the calls that have no kernel, each as if all before it had one or came from outside.
+
+        Returns the builder that has made the nodes of the others.
+        """
         builder = Builder(self._calls, self._masks.of, RULES)
         for place, call in enumerate(self._alive):
             try:
@@ -134,6 +141,7 @@ class _Split:
                 for number in call.results:
                     if number is not None:
                         builder.keep(number, Node(INPUT, [], self._calls.shapes[number]))
+        return builder
 
     def _build(self, builder: Builder, call: Call) -> None:
         """Make the nodes of a call.
@@ -184,9 +192,11 @@ class _Split:
                 self._build(builder, call)
             except NoKernelError as refusal:
                 raise _WithoutKernelError(place) from refusal
+        return self._native_call(builder, inputs, outputs)
+
+    def _native_call(self, builder: Builder, inputs: Iterable[int], outputs: Iterable[int]) -> NativeCall:
         sessions = Sessions(network_bytes(plan_of(builder.finished()), compressed=False))
-        dtypes = tuple((number, self._calls.dtypes[number]) for number in outputs)
-        return NativeCall(sessions, tuple(inputs), dtypes)
+        return NativeCall(sessions, tuple(inputs), tuple((number, self._calls.dtypes[number]) for number in outputs))
 
     def _torch_call(self, call: Call) -> TorchCall:
         """The same operator by torch.
@@ -225,7 +235,7 @@ class _Split:
 
     def _freeing(self, made: Sequence[NativeCall | TorchCall]) -> list[NativeCall | TorchCall]:
         """The same calls, each with the tensors that nobody needs after it."""
-        kept, freed = set(self._calls.outputs), list[NativeCall | TorchCall]()
+        kept, freed = set(self._returned), list[NativeCall | TorchCall]()
         for call in reversed(made):
             touched = dict.fromkeys([*_read(call), *_given(call)])
             frees = tuple(number for number in touched if number not in kept)
