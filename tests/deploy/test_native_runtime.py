@@ -362,6 +362,14 @@ def test_what_watches_torch_sees_operators_of_torch(tmp_path: Path, monkeypatch:
     assert served == [*[False] * (len(served) - 1), True]
 
 
+def test_a_compiled_network_computes_the_same(tmp_path: Path) -> None:
+    folder, dense = saved("residual", tmp_path / "net")
+    compiled: Any = torch.compile(load(folder), backend="eager")
+    with torch.no_grad():
+        for x in (X, torch.randn(3, 3, 12, 12)):
+            same(compiled(x), dense(x))
+
+
 def test_a_gradient_is_refused_and_none_comes_back(tmp_path: Path) -> None:
     folder, dense = saved("residual", tmp_path / "net")
     net = load(folder)

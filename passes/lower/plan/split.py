@@ -54,9 +54,13 @@ def plan_run(model: nn.Module, masks: Mapping[str, Tensor], inputs: Inputs) -> N
         TraceError: the operators depend on the data.
         ConfigError: there is no library, or it cannot take the network.
     """
+    # Of tensors inside containers and objects nobody would see that they are others in the next call.
+    if inputs.batch is None or inputs.structural or inputs.signature is None:
+        raise TraceError(
+            "the native runtime takes tensors of one batch size, and plain values; the network takes others"
+        )
     calls = record_calls(model, inputs, only_floats=False)
-    if calls.form is None or inputs.batch is None:
-        raise TraceError("the network's inputs have no batch size")
+    assert calls.form is not None
     work = _Split(calls, ConstantMasks(model, masks))
     made = tuple(work.calls())
     if not any(isinstance(call, NativeCall) for call in made):

@@ -92,6 +92,28 @@ def test_inputs_of_another_kind_are_not_served(inputs: tuple[Any, ...]) -> None:
     assert run(inputs[:1], {"more": 1}) is UNSERVED
 
 
+class Holder:
+    """An object with a tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs"),
+    [
+        (lambda x, more: x + more[0], (torch.randn(2, 4), [torch.randn(2, 4)])),
+        (lambda x, more: x + more["y"], (torch.randn(2, 4), {"y": torch.randn(4)})),
+        (lambda x, more: x + more.tensor, (torch.randn(2, 4), Holder(torch.randn(4)))),
+        (lambda x, y: x + y, (torch.randn(2, 4), torch.randn(3, 4)[:1])),
+        (lambda x: x + 1, (torch.tensor(1.0),)),
+    ],
+)
+def test_tensors_inside_of_others_and_inputs_without_a_batch_are_refused(function: Any, inputs: Any) -> None:
+    with pytest.raises(growfx.TraceError, match="one batch size"):
+        run_of(function, *inputs)
+
+
 def test_a_network_without_any_kernel_is_refused() -> None:
     with pytest.raises(growfx.UnsupportedOperatorError, match="no operator"):
         run_of(lambda x: torch.cumprod(x, 1), torch.randn(2, 4))
