@@ -23,7 +23,7 @@ from machine import describe
 
 import growfx
 from growfx.deploy.native.export import native_plan
-from growfx.deploy.native.file import network_bytes
+from growfx.passes.lower.plan.file import network_bytes
 from growfx.runtime.native.library import NativeNetwork, library_status
 
 MODELS = ("resnet50", "mobilenetv3_large_100", "efficientnet_b0", "vit_small_patch16_224", "convnext_tiny")

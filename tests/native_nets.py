@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from growfx.deploy.native.export import native_plan
-from growfx.deploy.native.file import network_bytes
+from growfx.passes.lower.plan.file import network_bytes
 from growfx.runtime.native.library import NativeNetwork
 
 

@@ -1,4 +1,4 @@
-"""The sparse runtime: a network of an artifact whose layers run by the fastest kernel on this machine's processor."""
+"""The sparse runtime: a network of an artifact that one call of a native library computes, on a CPU."""
 
 from __future__ import annotations
 
@@ -47,13 +47,15 @@ def load(
         max_bytes: refuse an artifact whose tensors would take more bytes than this. Decoding the largest tensor
             takes a multiple of its size on top.
         runtime: `dense`: a plain module, every bit of its weights as saved. `sparse`: a `SparseRuntime` for inference
-            on a CPU in float32 or bfloat16, with norms folded and each layer computed by the fastest kernel here:
-            torch, a sparse-dense product, or a direct sparse kernel (built on first use, where there is a C++
-            compiler). What is fastest is timed once for these inputs, this processor and `torch.get_num_threads()`,
-            and kept in the user's cache folder (`GROWFX_CACHE` names another).
+            on a CPU. In float32 one call of the native runtime computes the whole network at any batch size, or several
+            calls with torch's operators in between where it has no kernel; it is built on first use, where there is a
+            C++ compiler. Inputs of other sizes, bfloat16, and networks that another way is faster for have norms folded
+            and each layer computed by the fastest kernel here: torch, a sparse-dense product, or a direct sparse
+            kernel. What is timed is timed once for these inputs, this processor and `torch.get_num_threads()`, and kept
+            in the user's cache folder (`GROWFX_CACHE` names another).
         batch: sparse: how many rows to time on; default: as many as the example inputs have, else 1. Others work.
-        example_inputs: sparse: what to time on; default: as the artifact tells, else as `growfx.wrap`. Other shapes
-            work.
+        example_inputs: sparse: what to plan for and to time on; default: as the artifact tells, else as `growfx.wrap`.
+            Other shapes work, less fast.
 
     Raises:
         ArtifactError: not an artifact, damaged, newer, too large, or of another network; `model` is unchanged.
@@ -120,11 +122,12 @@ class SparseRuntime(nn.Module):
     """A network lowered for inference on this machine; made by ``growfx.load(path, runtime="sparse")``.
 
     It takes the model's inputs, of any size and batch that the model takes, and gives its outputs up to the order of
-    sums. Weights of layers that are not dense are kept packed. There are no gradients and no train mode.
+    sums. Weights of layers that are not dense are kept packed. There are no gradients and no train mode. Several
+    threads may call it at the same time; each gets buffers and packed weights of its own.
 
     Attributes:
         network: what runs.
-        lowering: how, and why so.
+        lowering: how, and why so: `.torch_steps` names the operators that torch computes.
     """
 
     def __init__(self, network: nn.Module, lowering: LoweringReport) -> None:

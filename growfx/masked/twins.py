@@ -6,6 +6,7 @@ convolution, linear layer or multi-head attention and for any subclass of these.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ __all__ = [
     "is_maskable",
     "maskable_reason",
     "masked_class",
+    "masks_by_parameter",
     "to_plain",
     "to_twin",
     "weight_name_of",
@@ -130,6 +132,20 @@ def is_maskable(module: nn.Module) -> bool:
 def weight_name_of(module: nn.Module) -> str:
     """The name of the parameter that the mask of a maskable module belongs to."""
     return "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
+
+
+def masks_by_parameter(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks by the name of the parameter they belong to, on the CPU.
+
+    Args:
+        model: a plain model.
+        masks: by the name of a layer, or of a parameter that belongs to no layer growfx knows.
+    """
+    modules = dict(model.named_modules())
+    return {
+        f"{name}.{weight_name_of(modules[name])}" if name in modules else name: mask.cpu()
+        for name, mask in masks.items()
+    }
 
 
 def maskable_reason(module: nn.Module) -> str | None:

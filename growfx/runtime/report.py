@@ -20,7 +20,7 @@ class LayerLowering:
         weight: the shape of its weight.
         density: active weights over all.
         input: the shape of its input when it was timed; () where it was not.
-        choice: `dense`, `csr` or `direct`.
+        choice: `dense`, `csr` or `direct`; `native` in a network that the native runtime runs.
         microseconds: choice -> the minimum over the runs, of all calls of the layer in one run of the network.
         reason: why this choice.
         nbytes: bytes of its weight, as it is kept.
@@ -63,7 +63,8 @@ class LoweringReport:
 
     Attributes:
         layers: in data-flow order.
-        taken: `lowered`, `dense` (norms folded, relu and sums fused, every layer dense) or `plain` (as loaded).
+        taken: `native` (by the native runtime, in one call where it has a kernel for everything), `lowered`, `dense`
+            (norms folded, relu and sums fused, every layer dense) or `plain` (as loaded).
         microseconds: each of these -> the minimum over runs of the whole network; empty where nothing was timed.
         nbytes: bytes of the layers' weights in the plain network, and as they are kept.
         inputs: shapes of the inputs that it was timed on.
@@ -72,6 +73,9 @@ class LoweringReport:
         kernel: "" or the reason why the direct kernel cannot be had here.
         cached: the choice was not timed now but read.
         notes: anything else worth knowing, one sentence each.
+        native: "" or the reason why the native runtime does not run the network.
+        native_calls: how often the native runtime is called in one run of the network.
+        torch_steps: the operators that torch computes between these calls, and how often each.
     """
 
     layers: tuple[LayerLowering, ...]
@@ -84,6 +88,9 @@ class LoweringReport:
     kernel: str = ""
     cached: bool = False
     notes: tuple[str, ...] = ()
+    native: str = ""
+    native_calls: int = 0
+    torch_steps: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def choices(self) -> dict[str, str]:
@@ -115,8 +122,16 @@ class LoweringReport:
             spent = ", ".join(f"{name} {time / 1000:.3g} ms" for name, time in self.microseconds.items())
             source = " (kept from an earlier run)" if self.cached else ""
             lines.append(f"whole network on {shapes}, {self.dtype}, {self.threads} threads{source}: {spent}")
-        lines.append(f"running: {self.taken}; weights {self.nbytes[0]:,} bytes plain, {self.nbytes[1]:,} as kept")
-        return [*lines, f"no direct kernel: {self.kernel}"] if self.kernel else lines
+        how = f" ({self._calls()})" if self.native_calls else ""
+        lines.append(f"running: {self.taken}{how}; weights {self.nbytes[0]:,} bytes plain, {self.nbytes[1]:,} as kept")
+        lines += [f"no direct kernel: {self.kernel}"] if self.kernel else []
+        return [*lines, f"not by the native runtime: {self.native}"] if self.native else lines
+
+    def _calls(self) -> str:
+        if not self.torch_steps:
+            return "one call" if self.native_calls == 1 else f"{self.native_calls} calls"
+        steps = ", ".join(f"{name} ({count})" for name, count in sorted(self.torch_steps.items()))
+        return f"{self.native_calls} calls; torch computes {steps}"
 
 
 def _listed(value: Any) -> Any:

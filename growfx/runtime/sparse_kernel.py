@@ -118,14 +118,14 @@ class SparseWeight:
         geometry = [_pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)]
         if weight.dim() == 2 and geometry != [(1, 1), (0, 0), (1, 1)]:
             raise ConfigError("a linear weight (O, I) has no `stride`, `padding` or `dilation`; leave them out")
-        grid = mask if mask.dim() == 4 else mask[:, :, None, None]
-        out_channels, _, kernel_h, kernel_w = grid.shape
-        channel, inputs, row, column = grid.nonzero(as_tuple=True)
-        used, plane = torch.unique(inputs * kernel_w + column, return_inverse=True)
-        if weight.dim() == 2:  # rows are transposed as they are, with inputs that nothing reads
-            used, plane = torch.arange(weight.shape[1]), inputs
-        position = plane * kernel_h + row
-        order = torch.argsort(channel * (used.numel() * kernel_h) + position)
+        # Row by row of each plane of each output channel: the order in which entries are found is the kernel's.
+        grid, values = ((t if t.dim() == 4 else t[:, :, None, None]).transpose(2, 3) for t in (mask, weight.detach()))
+        out_channels, _, kernel_w, kernel_h = grid.shape
+        channel, inputs, column, row = grid.nonzero(as_tuple=True)
+        # What a linear layer does not read is transposed with the rest of its rows.
+        is_used = grid.any(3).any(0).flatten() if weight.dim() == 4 else torch.ones(weight.shape[1], dtype=torch.bool)
+        used = is_used.nonzero().flatten()
+        plane = (is_used.cumsum(0) - 1)[inputs * kernel_w + column]
         start = torch.zeros(out_channels + 1, dtype=torch.int32)
         start[1:] = torch.bincount(channel, minlength=out_channels).cumsum(0)
         return cls(
@@ -133,8 +133,8 @@ class SparseWeight:
             weight.dtype,
             *geometry,
             start=start,
-            position=position[order].int(),
-            value=weight.detach()[mask][order].float(),
+            position=(plane * kernel_h + row).int(),
+            value=values[grid].float(),
             planes=torch.stack([used // kernel_w, used % kernel_w], dim=1).int(),
         )
 

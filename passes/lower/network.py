@@ -1,50 +1,48 @@
-"""A whole network for the sparse runtime: recorded, norms folded, kernels chosen by timing, and checked."""
+"""A whole network for the sparse runtime: planned for one call, or given the fastest kernels, and checked."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import statistics
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from growfx.errors import TraceError
-from growfx.machine import processor
 from growfx.masked.graph import MaskedGraph
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.module_copy import copy_modules
 from growfx.masked.modules import chain_tensors
 from growfx.passes.check_recording import record_checked
 from growfx.passes.fold_norm import fold_norm
+from growfx.passes.lower.kept import Kept, choice_key, keep, kept_choice
 from growfx.passes.lower.layers import lower, lowerable, swap_layers
+from growfx.passes.lower.native import PlannedModel, plan_native
 from growfx.passes.lower.timing import time_layers
-from growfx.passes.mask.swap import unwrap, wrap
+from growfx.passes.mask.swap import unwrap, wrap_to_infer
 from growfx.passes.trials.comparison import Trial, difference
 from growfx.passes.trials.precision import outputs_of, tolerance_of
 from growfx.passes.trials.result import PassResult
 from growfx.recorded.inputs import Inputs
 from growfx.recorded.recording import RecordedGraph, compiled
 from growfx.runtime import sparse_kernel
-from growfx.runtime.choice_cache import read_choices, write_choices
-from growfx.runtime.layer_kernels import CHOICES, make_kernel, sparse_choices
+from growfx.runtime.layer_kernels import likely_choice, make_kernel
 from growfx.runtime.lowered_layer import LoweredLayer
+from growfx.runtime.native.run import NetworkRun
 from growfx.runtime.program import Program
-from growfx.runtime.report import LayerLowering, LoweringReport, is_time_table
+from growfx.runtime.report import LayerLowering, LoweringReport
 from growfx.runtime.timing import interleaved_minima
-from growfx.version import __version__
 
 __all__ = ["lower_network"]
 
 _ROUNDS, _SECONDS = 10, 1.0
-# Times whose median is further above the least than this were taken while the machine did something else as well.
-_NOISY = 0.25
-# The least of so many noisy runs is as good as one on a quiet machine.
-_RUNS = 5
+# Where the native runtime takes at most this part of the plain network's time nothing else comes near: to fold norms
+# and fuse sums gives less, and sparse kernels one by one have the same work to do. A few rounds tell.
+_CLEAR, _FEW_ROUNDS, _SHORT = 0.7, 2, 0.1
 
 
 @dataclass
@@ -61,6 +59,8 @@ class _Work:
         key: what the choice depends on.
         stays: layers that cannot be lowered -> why.
         notes: for the report.
+        native: a run of the network by the native runtime; None where there is none.
+        refusal: why there is none.
     """
 
     plain: nn.Module
@@ -72,6 +72,8 @@ class _Work:
     key: dict[str, Any]
     stays: dict[str, str]
     notes: list[str]
+    native: NetworkRun | None = None
+    refusal: str = ""
 
 
 def lower_network(
@@ -81,7 +83,10 @@ def lower_network(
     example_inputs: Tensor | tuple[Any, ...] | None = None,
     batch: int | None = None,
 ) -> PassResult[LoweringReport]:
-    """The fastest of: layers by their fastest kernels, all layers dense with norms folded, the network unchanged.
+    """The fastest of: the native runtime, layers by their fastest kernels, all dense with norms folded, unchanged.
+
+    Where the native runtime is clearly the fastest, nothing else is timed; what it does not compute, such as inputs of
+    another size, layers with sparse kernels do then.
 
     Args:
         plain: a network with values on a CPU, in eval mode; it may become a part of the result.
@@ -96,7 +101,7 @@ def lower_network(
     # Norms are folded in float32, whatever the network is to compute in.
     wide = plain if _is_all(plain, torch.float32) else copy.deepcopy(plain).float()
     example = None if example_inputs is None else _example(example_inputs, torch.float32)
-    net = wrap(wide, example).eval()
+    net = wrap_to_infer(wide, example).eval()
     net.set_masks({name: mask for name, mask in masks.items() if name in net.layers})
     inputs = net.example() if example is None else Inputs(example, {})
     recording = net.recording(inputs, training=False)
@@ -107,8 +112,107 @@ def lower_network(
         reason = report.opaque.get("", "") or " ".join((*report.branches, *report.notes))
         note = f"the network runs unchanged, since it could not be recorded: {reason}"
         return _result(plain.to(dtype), _report("plain", target, dtype, (note,)))
+    native, note = None, f"it computes in float32, and the network in {str(dtype).removeprefix('torch.')}"
+    if dtype is torch.float32:
+        native, note = plan_native(wide, recording, masks, target)
+    race = None if native is None else _race(wide, net, recording, target, native)
+    if native is not None and race is not None and race.is_clear:
+        return _by_native(wide, net, recording, target, native, race, note)
     work = _prepared(plain, net, recording, target, dtype)
+    work.native, work.refusal = native, note if native is None else ""
     return _decide(work, dtype)
+
+
+# -- the native runtime alone -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Race:
+    """Times of the native runtime and of the plain network; whether they were read; what to note."""
+
+    times: Mapping[str, float]
+    cached: bool
+    note: str
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether nothing else needs to be timed."""
+        return self.times["native"] <= _CLEAR * self.times["plain"]
+
+
+def _race(plain: nn.Module, net: MaskedGraph, recording: RecordedGraph, inputs: Inputs, native: NetworkRun) -> _Race:
+    """Time a run against the plain network."""
+    ways = {"native": PlannedModel(native), "plain": plain}
+    named = [name for name, reason in lowerable(plain, recording.graph).items() if not reason]
+    key = {**choice_key(plain, named, net.mask_digest(), recording, inputs, torch.float32), "of": "native and plain"}
+    known = kept_choice(key, ways, plain, ())
+    if known is not None and known.settled:
+        return _Race(known.network, True, "")
+    spreads: list[float] = []
+    times = _time_networks(ways, inputs, spreads, _FEW_ROUNDS, _SHORT)
+    if known is not None:
+        times = {name: min(time, known.network[name]) for name, time in times.items()}
+    runs, spread = 1 + (known.runs if known else 0), statistics.median(spreads) if spreads else 0.0
+    return _Race(times, False, keep(key, Kept(times, runs, spread)))
+
+
+def _by_native(
+    plain: nn.Module,
+    net: MaskedGraph,
+    recording: RecordedGraph,
+    inputs: Inputs,
+    native: NetworkRun,
+    race: _Race,
+    note: str,
+) -> PassResult[LoweringReport]:
+    """The network run by the native runtime, with sparse kernels for inputs that it does not compute."""
+    stays, masks = lowerable(plain, recording.graph), _masks_of(net)
+    shell = copy_modules(plain, _tensors_of(plain))
+    layers: dict[str, Any] = {name: plain.get_submodule(name) for name, reason in stays.items() if not reason}
+    choices = {name: likely_choice(layer, _density(masks.get(name))) for name, layer in layers.items()}
+    packed = swap_layers(shell, choices, masks)
+    network = Program(shell, _record_lowered)
+    network.run_by(native)
+    rows = tuple(_native_layers(plain, stays, masks, native, packed))
+    report = replace(
+        _report("native", inputs, torch.float32, tuple(filter(None, (note, race.note)))),
+        layers=rows,
+        microseconds=race.times,
+        nbytes=(_plain_bytes(plain, stays), native.nbytes + sum(row.nbytes for row in rows)),
+        cached=race.cached,
+        **_native_facts(native),
+    )
+    return _result(network, report)
+
+
+def _native_layers(
+    plain: nn.Module,
+    names: Iterable[str],
+    masks: Mapping[str, Tensor],
+    native: NetworkRun,
+    packed: Mapping[str, LoweredLayer],
+) -> Iterable[LayerLowering]:
+    """The layers of a network that the native runtime runs; `nbytes` are those for inputs that it does not compute."""
+    for name in names:
+        layer: Any = plain.get_submodule(name)
+        weight = layer._parameters.get("weight")
+        shape = () if weight is None else tuple(weight.shape)
+        density = _density(masks.get(name))
+        by_torch = weight is not None and native.is_read_by_torch(weight)
+        choice, reason = ("dense", "its operator has no kernel in the native runtime") if by_torch else ("native", "")
+        nbytes = packed[name].kernel.nbytes if name in packed else _nbytes(layer)
+        yield LayerLowering(name, shape, density, choice=choice, reason=reason, nbytes=nbytes)
+
+
+def _native_facts(native: NetworkRun) -> dict[str, Any]:
+    return {"native_calls": native.native_calls, "torch_steps": dict(native.torch_steps)}
+
+
+def _masks_of(net: MaskedGraph) -> dict[str, Tensor]:
+    return {name: module.mask for name, module in net.shell.named_modules() if isinstance(module, MaskedLayer)}
+
+
+# -- kernels for each layer -------------------------------------------------------------------------------------------
 
 
 def _prepared(
@@ -123,11 +227,11 @@ def _prepared(
         folded = unwrap(net)
     folded = folded.eval().to(dtype)
     stays = lowerable(folded, recording.graph)
-    masks = {name: module.mask for name, module in net.shell.named_modules() if isinstance(module, MaskedLayer)}
+    masks = _masks_of(net)
     shell = copy_modules(folded, _tensors_of(folded))
     layers = swap_layers(shell, {name: "dense" for name, reason in stays.items() if not reason}, {})
     network = Program(shell, _record_lowered)
-    key = _key(folded, layers, net.mask_digest(), recording, inputs, dtype)
+    key = choice_key(folded, layers, net.mask_digest(), recording, inputs, dtype)
     return _Work(plain.to(dtype), folded, network, layers, masks, inputs, key, stays, notes)
 
 
@@ -160,7 +264,8 @@ def _tensors_of(model: nn.Module) -> dict[int, Any]:
 
 def _decide(work: _Work, dtype: torch.dtype) -> PassResult[LoweringReport]:
     expected = outputs_of(work.plain, work.inputs)
-    known = _kept(work)
+    ways = ("lowered", "dense", "plain") if work.native is None else ("native", "lowered", "dense", "plain")
+    known = kept_choice(work.key, ways, work.folded, work.layers)
     kept = known if known is not None and known.settled else None
     spreads: list[float] = []
     found = (
@@ -183,19 +288,19 @@ def _decide(work: _Work, dtype: torch.dtype) -> PassResult[LoweringReport]:
         work.notes.append(f"{problem}, so the network runs unchanged")
         return _result(work.plain, _finished(work, found, "plain", dtype))
     work.notes.append(f"outputs differ from the plain network's by {error:.1e} of the largest")
-    networks = {"lowered": work.network, "dense": dense, "plain": work.plain}
+    networks: dict[str, nn.Module] = {"lowered": work.network, "dense": dense, "plain": work.plain}
+    if work.native is not None:
+        networks["native"] = PlannedModel(work.native)
     of_network: list[float] = []
-    times = kept.network if kept else _time_networks(networks, work.inputs, of_network)
+    times = kept.network if kept else _time_networks(networks, work.inputs, of_network, _ROUNDS, _SECONDS)
     if not kept:
-        value = {
-            "layers": [asdict(facts) for facts in found.values()],
-            "network": times,
-            "runs": 1 + (known.runs if known else 0),
-            "spread": max(statistics.median(part) if part else 0.0 for part in (spreads, of_network)),
-        }
-        refusal = write_choices(work.key, value)
+        spread = max(statistics.median(part) if part else 0.0 for part in (spreads, of_network))
+        refusal = keep(work.key, Kept(times, 1 + (known.runs if known else 0), spread, found))
         work.notes += [refusal] if refusal else []
     taken = min(times, key=lambda name: times[name])
+    if taken == "native":
+        work.network.run_by(work.native)
+        networks["native"] = work.network
     return _result(networks[taken], _finished(work, found, taken, dtype, times, cached=bool(kept)))
 
 
@@ -203,13 +308,15 @@ def _result(network: nn.Module, report: LoweringReport) -> PassResult[LoweringRe
     return PassResult(network, report.taken != "plain", report)
 
 
-def _time_networks(networks: Mapping[str, nn.Module], inputs: Inputs, spreads: list[float]) -> dict[str, float]:
+def _time_networks(
+    networks: Mapping[str, nn.Module], inputs: Inputs, spreads: list[float], rounds: int, seconds: float
+) -> dict[str, float]:
     def bound(model: nn.Module) -> Any:
         return lambda: outputs_of(model, inputs)
 
     # No inference mode: what a model keeps from a run (anchors, masks) it may write into later.
     calls = {name: bound(model) for name, model in networks.items()}
-    return interleaved_minima(calls, least_rounds=_ROUNDS, seconds=_SECONDS, spreads=spreads)
+    return interleaved_minima(calls, least_rounds=rounds, seconds=seconds, spreads=spreads)
 
 
 def _finished(
@@ -225,16 +332,27 @@ def _finished(
         source: Any = work.folded.get_submodule(name)
         if name not in found:
             shape = () if source._parameters.get("weight") is None else tuple(source.weight.shape)
-            density = float(work.masks[name].float().mean()) if name in work.masks else 1.0
+            density = _density(work.masks.get(name))
             layers.append(LayerLowering(name, shape, density, reason=reason, nbytes=_nbytes(source)))
-        elif taken == "lowered":
+        elif taken in ("lowered", "native"):
             layers.append(replace(found[name], nbytes=work.layers[name].kernel.nbytes))
         else:
             layers.append(replace(found[name], choice="dense", nbytes=_nbytes(source)))
-    report = _report(taken, work.inputs, dtype, tuple(work.notes))
-    before = sum(_nbytes(work.plain.get_submodule(name)) for name in work.stays)
-    after = sum(layer.nbytes for layer in layers)
-    return replace(report, layers=tuple(layers), microseconds=dict(times or {}), nbytes=(before, after), cached=cached)
+    after, facts = sum(layer.nbytes for layer in layers), dict[str, Any]()
+    if taken == "native" and work.native is not None:
+        rows = _native_layers(work.plain, work.stays, work.masks, work.native, work.layers)
+        named = {layer.name: layer for layer in layers}
+        layers = [replace(named[row.name], choice=row.choice, reason=row.reason) for row in rows]
+        after, facts = after + work.native.nbytes, _native_facts(work.native)
+    return replace(
+        _report(taken, work.inputs, dtype, tuple(work.notes)),
+        layers=tuple(layers),
+        microseconds=dict(times or {}),
+        nbytes=(_plain_bytes(work.plain, work.stays), after),
+        cached=cached,
+        native=work.refusal,
+        **facts,
+    )
 
 
 def _report(taken: str, inputs: Inputs, dtype: torch.dtype, notes: tuple[str, ...]) -> LoweringReport:
@@ -250,68 +368,13 @@ def _report(taken: str, inputs: Inputs, dtype: torch.dtype, notes: tuple[str, ..
     )
 
 
+def _density(mask: Tensor | None) -> float:
+    return 1.0 if mask is None else float(mask.sum()) / max(mask.numel(), 1)
+
+
+def _plain_bytes(plain: nn.Module, layers: Iterable[str]) -> int:
+    return sum(_nbytes(plain.get_submodule(name)) for name in layers)
+
+
 def _nbytes(layer: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in layer.parameters())
-
-
-# -- what is kept from an earlier run ---------------------------------------------------------------------------------
-
-
-def _key(
-    folded: nn.Module,
-    layers: Mapping[str, LoweredLayer],
-    digest: str,
-    recording: RecordedGraph,
-    inputs: Inputs,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    """What the fastest choice depends on."""
-    structure = hashlib.sha256(recording.code.src.encode())
-    for name in layers:
-        structure.update(f"{name}: {folded.get_submodule(name)};".encode())
-    return {
-        "dtype": str(dtype),
-        "growfx": __version__,
-        "inputs": repr((inputs.signature, inputs.batch)),
-        "kernel": sparse_kernel.kernel_status(),
-        "masks": digest,
-        "processor": processor(),
-        "structure": structure.hexdigest(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-
-
-class _Kept(NamedTuple):
-    """What was chosen and timed before: `spread` as of `interleaved_minima`, the least of so many `runs`."""
-
-    layers: dict[str, LayerLowering]
-    network: dict[str, float]
-    runs: int
-    spread: float
-
-    @property
-    def settled(self) -> bool:
-        """Whether nothing else ran meanwhile, or it was tried so often that it makes no difference."""
-        return self.spread <= _NOISY or self.runs >= _RUNS
-
-
-def _kept(work: _Work) -> _Kept | None:
-    """What was chosen and timed before; None where it does not fit these layers, or does not say how noisy it was."""
-    value = read_choices(work.key)
-    if not isinstance(value, dict) or not isinstance(value.get("layers"), list):
-        return None
-    times, rows = value.get("network"), [LayerLowering.from_json(row) for row in value["layers"]]
-    found = {row.name: row for row in rows if row is not None}
-    if found.keys() != work.layers.keys() or len(rows) != len(found):
-        return None
-    if not isinstance(times, dict) or times.keys() != {"lowered", "dense", "plain"} or not is_time_table(times):
-        return None
-    for name, facts in found.items():
-        source: Any = work.folded.get_submodule(name)
-        if facts.choice not in CHOICES or sparse_choices(source).get(facts.choice):
-            return None
-    runs, spread = value.get("runs"), value.get("spread")
-    if not is_time_table({"spread": spread}) or not isinstance(runs, int) or isinstance(runs, bool) or runs < 1:
-        return None
-    return _Kept({name: found[name] for name in work.layers}, times, runs, float(spread))  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from growfx.recorded.inputs import Inputs
-from growfx.runtime.layer_kernels import KernelRefusedError, make_kernel, sparse_choices
+from growfx.runtime.layer_kernels import KernelRefusedError, clear_choice, make_kernel, sparse_choices
 from growfx.runtime.lowered_layer import Kernel, LoweredLayer
 from growfx.runtime.report import LayerLowering
 from growfx.runtime.timing import interleaved_minima
@@ -35,7 +35,7 @@ def time_layers(
     before: Mapping[str, LayerLowering] | None = None,
     spreads: list[float] | None = None,
 ) -> dict[str, LayerLowering]:
-    """Time every kernel that each layer can have, on the inputs it gets in one run.
+    """Time every kernel that each layer can have, on the inputs it gets in one run, where it is not clear before.
 
     Args:
         run: the network, in which all `layers` are dense.
@@ -98,6 +98,14 @@ class _Trial:
         self.spreads = spreads
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        facts, shape = self.found[self.name], tuple(args[0].shape)
+        if facts.input and not facts.microseconds:
+            return  # clear at its first call
+        clear = "" if facts.input else clear_choice(self.source, facts.density, shape)
+        if clear:
+            reason = f"of its size and density {'torch is' if clear == 'dense' else 'it is'} clearly the fastest"
+            self.found[self.name] = replace(facts, input=facts.input or shape, choice=clear, reason=reason)
+            return
         kernels, reasons = {"dense": self.dense}, []
         for choice, refusal in sparse_choices(self.source).items():
             try:
@@ -108,11 +116,10 @@ class _Trial:
                 reasons.append(f"no {choice}: {why}")
         calls = {choice: _bound(kernel, args, kwargs) for choice, kernel in kernels.items()}
         times = interleaved_minima(calls, least_rounds=_ROUNDS, seconds=_SECONDS, spreads=self.spreads)
-        facts = self.found[self.name]
         before = facts.microseconds
         self.found[self.name] = replace(
             facts,
-            input=facts.input or tuple(args[0].shape),
+            input=facts.input or shape,
             microseconds={choice: before.get(choice, 0.0) + time for choice, time in times.items()},
             reason="; ".join(reasons),
         )

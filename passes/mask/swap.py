@@ -38,7 +38,7 @@ from growfx.recorded.recording import RECORDED_CONSTANT, RecordedGraph
 from growfx.recorded.trace_report import TraceReport
 from growfx.selection.density import random_masks
 
-__all__ = ["unwrap", "wrap"]
+__all__ = ["unwrap", "wrap", "wrap_to_infer"]
 
 
 @torch.inference_mode(False)
@@ -82,6 +82,28 @@ def wrap(
         (['0', '2'], 12, 48)
     """
     _check_options(density, seed)
+    return _wrapped(model, example_inputs, (exclude, masked, opaque), (density, seed), (False, True))
+
+
+@torch.inference_mode(False)
+def wrap_to_infer(model: nn.Module, example_inputs: Any = None) -> MaskedGraph:
+    """The same for a network that only infers: layers that evaluation never calls get no mask.
+
+    Train mode is not recorded, which takes as long as the rest.
+    """
+    return _wrapped(model, example_inputs, ((), (), ()), (1.0, 0), (False,))
+
+
+def _wrapped(
+    model: nn.Module,
+    example_inputs: Any,
+    patterns: tuple[Sequence[str], Sequence[str], Sequence[str]],
+    drawn: tuple[float, int],
+    modes: Sequence[bool],
+) -> MaskedGraph:
+    """`wrap` with its `exclude`, `masked` and `opaque`, `density` and `seed`, recorded in these modes."""
+    exclude, masked, opaque = patterns
+    density, seed = drawn
     notes: list[str] = []
     model = _original(model, notes)
     for parameter in model.parameters():
@@ -100,7 +122,7 @@ def wrap(
     first = functools.partial(record_checked, model=model)
     with enrolled(model, shell):
         net = MaskedGraph(shell, example, first, report, functools.partial(identity_of, model))
-        _record_modes(net, example, handles)
+        _record_modes(net, example, handles, modes)
         _warn_of_hidden_names(net, notes)
         _warn_of_another_net(shared_names, notes)
         if density < 1:
@@ -111,13 +133,15 @@ def wrap(
     return net
 
 
-def _record_modes(net: MaskedGraph, example: Inputs, handles: dict[str, MaskedParameter]) -> None:
-    """Record evaluation and train mode, name the layers in the order of the data, and report what was found."""
+def _record_modes(
+    net: MaskedGraph, example: Inputs, handles: dict[str, MaskedParameter], modes: Sequence[bool]
+) -> None:
+    """Record evaluation and, if asked, train mode, name the layers in the order of the data, and report."""
     report = net.trace_report
     net.place_layers(handles, ())
     recordings = [net.recording(example, training=False)]
     try:
-        recordings.append(net.recording(example, training=True))
+        recordings += [net.recording(example, training=True)] if True in modes else []
     except TraceError as refusal:
         # Detectors want targets to train on: a call with them will run.
         report.notes.append(f"train mode was not recorded: {refusal}")

@@ -148,7 +148,7 @@ def test_the_native_runtime_is_timed_for_each_batch_size_and_number_of_threads(a
 
 def test_fresh_times_the_choices_anew(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("GROWFX_CACHE", str(tmp_path))
-    monkeypatch.setattr("growfx.passes.lower.network._NOISY", float("inf"))  # this machine may be busy
+    monkeypatch.setattr("growfx.passes.lower.kept._NOISY", float("inf"))  # this machine may be busy
     cached = []
     for fresh in (False, False, True, False):
         report = run(artifact, variants=["sparse runtime"], fresh=fresh)

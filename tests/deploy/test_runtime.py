@@ -1,4 +1,4 @@
-"""`growfx.load(path, runtime="sparse")`: outputs, choice, cache, and what is refused."""
+"""`growfx.load(path, runtime="sparse")` with a kernel for each layer: outputs, choice, cache, and what is refused."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import growfx
 from growfx.deploy.loading import SparseRuntime
 from growfx.errors import ArtifactError, ConfigError
+from growfx.passes.lower import native as lower_native
 from growfx.passes.lower import network as lower_network
 from growfx.passes.lower import timing as lower_timing
 from growfx.runtime import sparse_kernel
@@ -29,6 +30,8 @@ X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(7))
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
     monkeypatch.setenv("GROWFX_CACHE", str(tmp_path / "cache"))
+    # The whole network in one call has tests of its own, in `test_native_runtime.py`.
+    monkeypatch.setattr(lower_native, "library_status", lambda: "switched off")
     # What is fastest is not what these tests are about.
     monkeypatch.setattr(lower_timing, "_SECONDS", 0.0)
     monkeypatch.setattr(lower_network, "_SECONDS", 0.0)
@@ -113,6 +116,29 @@ def test_a_margin_decides_for_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     report = load(folder).lowering
     assert set(report.choices.values()) == {"dense"}
     assert report.layers[0].reason.startswith("csr is faster by less than 3%")
+
+
+@pytest.mark.skipif(bool(sparse_kernel.kernel_status()), reason=sparse_kernel.kernel_status() or "the kernel is there")
+def test_layers_whose_density_makes_the_choice_clear_are_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(*[nn.Linear(128, 128) for _ in range(3)], nn.Linear(128, 2)).eval()
+
+    prefer(monkeypatch, "csr")
+    x = torch.randn(80, 128)
+    net = growfx.wrap(network(), x).eval()
+    densities = {"0": 0.05, "1": 0.3, "2": 0.58, "3": 0.05}
+    net.set_masks({name: torch.rand(net.layers[name].mask.shape) < d for name, d in densities.items()})
+    growfx.save(net, tmp_path)
+    got: Any = growfx.load(tmp_path, model=network(), runtime="sparse", example_inputs=x)
+    assert got.lowering.choices == {"0": "direct", "1": "csr", "2": "dense", "3": "csr"}
+    assert [bool(layer.microseconds) for layer in got.lowering.layers] == [False, True, False, True]
+    assert [layer.input for layer in got.lowering.layers] == [(80, 128)] * 4
+    with torch.no_grad():
+        same(got(x), net(x))
+    in_16_bits = growfx.load(tmp_path, model=network(), runtime="sparse", example_inputs=x, dtype=torch.bfloat16)
+    assert all(layer.microseconds for layer in in_16_bits.lowering.layers)
 
 
 @pytest.mark.parametrize("slow", [("lowered",), ("lowered", "dense")])

@@ -24,12 +24,12 @@ from growfx.commands.bench.peers import (
 from growfx.commands.bench.subject import Subject
 from growfx.deploy.loading import SparseRuntime
 from growfx.deploy.native.export import native_plan
-from growfx.deploy.native.file import network_bytes
 from growfx.deploy.onnx import export_onnx
 from growfx.deploy.saving import small_network
 from growfx.errors import ConfigError
 from growfx.masked.graph import MaskedGraph
 from growfx.passes.fold_norm import fold_norm
+from growfx.passes.lower.plan.file import network_bytes
 from growfx.passes.mask.swap import unwrap
 from growfx.quiet import ignored_warnings
 from growfx.recorded.inputs import Inputs
@@ -173,9 +173,12 @@ def _sparse(work: VariantBuilder, setting: Setting) -> Built:
     assert isinstance(model, SparseRuntime)
     kernels = [module for module in model.modules() if isinstance(module, Kernel)]
     rest = bytes_of(model) - sum(map(bytes_of, kernels))  # kernels count their packed weights themselves
-    choices = Counter(model.lowering.choices.values())
+    packed, report = sum(kernel.nbytes for kernel in kernels), model.lowering
+    if report.taken == "native":
+        packed += report.nbytes[1] - sum(layer.nbytes for layer in report.layers)
+    choices = Counter(report.choices.values())
     note = ", ".join(f"{count} layers {choice}" for choice, count in sorted(choices.items()))
-    return Built(model, rest + sum(kernel.nbytes for kernel in kernels), note, model.lowering)
+    return Built(model, rest + packed, note, report)
 
 
 def _native(work: VariantBuilder, setting: Setting) -> Built:

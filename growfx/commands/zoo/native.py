@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from growfx.deploy.native.export import native_plan
-from growfx.deploy.native.file import network_bytes
 from growfx.errors import TraceError
 from growfx.masked.graph import MaskedGraph
+from growfx.passes.lower.plan.file import network_bytes
 from growfx.runtime.native.library import NativeNetwork, library_status
 
 __all__ = ["NOT_EXPORTED", "NativeCheck", "check_native"]

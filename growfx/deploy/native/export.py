@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,14 @@ from torch import Tensor, nn
 from growfx.artifact import reader
 from growfx.artifact.remembered_inputs import default_inputs
 from growfx.artifact.staging import staged_folder
-from growfx.deploy.native.file import network_bytes
 from growfx.deploy.native.readme import readme
 from growfx.errors import ArtifactError, ConfigError
 from growfx.file_paths import as_path
 from growfx.masked.doors import as_masked_graph, is_masked_graph
-from growfx.masked.twins import weight_name_of
+from growfx.masked.twins import masks_by_parameter
 from growfx.models.build import default_input_shape
 from growfx.passes.lower.plan import plan_network
+from growfx.passes.lower.plan.file import network_bytes
 from growfx.passes.mask.swap import unwrap
 from growfx.recorded.inputs import Inputs, as_inputs
 from growfx.runtime.native.plan import Plan
@@ -164,15 +163,7 @@ def prepared_network(source: Any, example: Any, door: str) -> tuple[nn.Module, d
         inputs = known
     else:
         inputs = Inputs((torch.zeros(default_input_shape(model)),), {})
-    return model, _by_parameter(model, masks), _in_float32(inputs)
-
-
-def _by_parameter(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    modules = dict(model.named_modules())
-    return {
-        f"{name}.{weight_name_of(modules[name])}" if name in modules else name: mask.cpu()
-        for name, mask in masks.items()
-    }
+    return model, masks_by_parameter(model, masks), _in_float32(inputs)
 
 
 def _in_float32(inputs: Inputs) -> Inputs:

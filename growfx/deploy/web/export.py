@@ -16,13 +16,13 @@ from growfx.artifact import reader
 from growfx.artifact.staging import staged_folder
 from growfx.data.loaders import InputFormat
 from growfx.deploy.native.export import native_target, prepared_network
-from growfx.deploy.native.file import network_bytes
 from growfx.deploy.web.facts import class_names, drawing_grain, expected_output, image_shape, input_format, is_drawable
 from growfx.deploy.web.page import PAGE, page_text, runtime_bytes
 from growfx.errors import ArtifactError
 from growfx.masked.doors import is_masked_graph
 from growfx.models.build import identity_of
 from growfx.passes.lower.plan import plan_network
+from growfx.passes.lower.plan.file import network_bytes
 
 __all__ = ["WebExport", "export_web"]
 

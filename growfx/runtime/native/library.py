@@ -21,12 +21,13 @@ from growfx.errors import ArtifactError, ConfigError
 from growfx.runtime.choice_cache import cache_folder
 from growfx.runtime.native.sources import SOURCE_FOLDER
 
-__all__ = ["ROW_BYTES", "NativeNetwork", "compile_library", "library_status"]
+__all__ = ["MOST_THREADS", "ROW_BYTES", "NativeNetwork", "compile_library", "library_fingerprint", "library_status"]
 
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
 _FLOATS = ctypes.POINTER(ctypes.c_float)
 _MOST_AXES, _MESSAGE = 8, 512
 ROW_BYTES = 1 << 30  # GROWFX_ROW_BYTES
+MOST_THREADS = 256
 
 
 def library_status() -> str:
@@ -72,10 +73,15 @@ def _load() -> ctypes.CDLL | str:
         return f"the library cannot be kept or loaded ({error})"
 
 
-def _folder() -> Path:
+def library_fingerprint() -> str:
+    """Changes with everything that the compiled file depends on."""
     sources = b"\0".join(file.read_bytes() for file in sorted(SOURCE_FOLDER.glob("*.[chi]*")))
     facts = sources + repr((FLAGS, os.environ.get("CXX", "c++"))).encode()
-    folder = cache_folder() / f"native_{hashlib.sha256(facts).hexdigest()[:16]}"
+    return hashlib.sha256(facts).hexdigest()[:16]
+
+
+def _folder() -> Path:
+    folder = cache_folder() / f"native_{library_fingerprint()}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -120,8 +126,21 @@ class NativeNetwork:
         code = library.growfx_open_bounded(data, len(data), row_bytes, ctypes.byref(self._net), error, _MESSAGE)
         if code:
             raise ArtifactError(error.value.decode(errors="replace"))
-        if library.growfx_set_threads(self._net, threads, error, _MESSAGE):
+        self._threads = 1
+        self.set_threads(threads)
+
+    def set_threads(self, threads: int) -> None:
+        """Compute with so many threads from now on.
+
+        Raises:
+            ConfigError: a number of threads that it does not take.
+        """
+        if threads == self._threads:
+            return
+        error = ctypes.create_string_buffer(_MESSAGE)
+        if self._library.growfx_set_threads(self._net, threads, error, _MESSAGE):
             raise ConfigError(error.value.decode(errors="replace"))
+        self._threads = threads
 
     @property
     def instructions(self) -> str:
@@ -148,10 +167,18 @@ class NativeNetwork:
             expected = self.input_shapes(max(batch, 1))
             kinds = ", ".join(dict.fromkeys(str(x.dtype).removeprefix("torch.") for x in inputs)) or "no"
             raise ConfigError(f"expected float32 inputs of shapes {expected}, got {kinds} inputs of shapes {given}")
-        whole = [x.detach().contiguous() for x in inputs]
-        outputs = [torch.empty(shape) for shape in self.output_shapes(batch)]
+        return self.run(batch, [x.detach().contiguous() for x in inputs])
+
+    def run(self, batch: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs for inputs that are known to be contiguous, float32 and of `input_shapes(batch)`.
+
+        Raises:
+            ConfigError: a batch that the network does not take.
+        """
+        shapes = self.output_shapes(batch)
+        outputs = [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes]
         error = ctypes.create_string_buffer(_MESSAGE)
-        arrays = (_pointers(whole), _pointers(outputs))
+        arrays = (_pointers(inputs), _pointers(outputs))
         if self._library.growfx_run(self._net, batch, *arrays, error, _MESSAGE):
             raise ConfigError(error.value.decode(errors="replace"))
         return outputs
@@ -165,6 +192,10 @@ class NativeNetwork:
             rank = shape_of(self._net, index, batch, sizes)
             shapes.append(tuple(sizes[:rank]))
         return shapes
+
+    def abandon(self) -> None:
+        """Leave it as it is: in the child of a fork its threads are not there to be ended."""
+        self._net = ctypes.c_void_p()
 
     def close(self) -> None:
         """Give its memory back; it cannot be called any more."""

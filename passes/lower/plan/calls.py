@@ -2,12 +2,13 @@
 
 The network runs twice, with batches of 2 and 3, and every ATen operator is noted. Both runs call the same operators in
 the same order; a number that differs between them grows with the batch. Tensors that are computed from parameters
-alone, and are the same in both, are constants.
+alone, and are the same in both, are constants. Of what is computed from the inputs only shapes are wanted, so that most
+operators are not run but asked for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,11 +57,13 @@ class Call:
         arguments: by name, defaults included, with a `Reference` in the place of a tensor and a `Size` in that of a
             number that grows with the batch.
         results: numbers of the tensors that it returns; None for what is not a tensor.
+        function: the overload of torch that was called.
     """
 
     operator: str
     arguments: dict[str, Any]
     results: tuple[int | None, ...]
+    function: Any = None
 
 
 @dataclass
@@ -74,6 +77,8 @@ class Calls:
         dtypes: by tensor number.
         constants: tensor number -> its value.
         inputs, outputs: tensor numbers.
+        form: what the network returns, as a tree and its leaves: a `Reference` for a tensor, a `Size` for a number that
+            grows with the batch, or a plain value; None where only the tensors are wanted.
     """
 
     calls: list[Call]
@@ -83,13 +88,20 @@ class Calls:
     constants: dict[int, Tensor]
     inputs: list[int]
     outputs: list[int]
+    form: tuple[pytree.TreeSpec, tuple[Any, ...]] | None = None
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes operators while a network runs."""
+    """Notes operators while a network runs.
 
-    def __init__(self, stored: Sequence[Tensor]) -> None:
+    Args:
+        stored: parameters and buffers.
+        values: compute what depends on the inputs, which otherwise has shapes alone.
+    """
+
+    def __init__(self, stored: Sequence[Tensor], values: bool) -> None:
         super().__init__()
+        self.values = values
         # All tensors are kept alive, for ids of dead ones are given again.
         self.tensors: list[Tensor] = []
         self.numbers: dict[int, int] = {}
@@ -116,12 +128,12 @@ class _Recorder(TorchDispatchMode):
         given = (args, kwargs or {})
         noted = map_leaves(self._noted, given)
         depends = any(isinstance(x, Reference) and x.number in self.computed for x in pytree.tree_leaves(noted))
-        if depends and func in _READS_VALUES:
+        if depends and (func in _READS_VALUES or torch.Tag.data_dependent_output in func.tags):
             raise TraceError(
                 "the network reads a number from data that it computes (`.item()`, or a branch on it), so it has no "
                 "steps that hold for all inputs"
             )
-        result = func(*args, **(kwargs or {}))
+        result = _shaped(func, args, kwargs or {}) if depends and not self.values else func(*args, **(kwargs or {}))
         listed = result if isinstance(result, (tuple, list)) else (result,)
         results = tuple(self._add(x) if isinstance(x, Tensor) else None for x in listed)
         if depends:
@@ -144,6 +156,28 @@ class _Recorder(TorchDispatchMode):
         return Reference(self.number_of(value)) if isinstance(value, Tensor) else value
 
 
+def _shaped(func: Any, args: Any, kwargs: Any) -> Any:
+    """Tensors like those that an operator gives, without their numbers where it can tell shapes without them."""
+    if func.is_view or func._schema.is_mutable:
+        return func(*args, **kwargs)
+    try:
+        made = func(*pytree.tree_map_only(Tensor, _on_meta, args), **pytree.tree_map_only(Tensor, _on_meta, kwargs))
+    except Exception:  # it needs the numbers, or has no such form
+        return func(*args, **kwargs)
+    return pytree.tree_map_only(Tensor, _off_meta, made)
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _off_meta(tensor: Tensor) -> Tensor:
+    if not tensor.is_meta:
+        return tensor
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return made if made.is_floating_point() else made.zero_()  # places that exist, where numbers are indices
+
+
 _READS_VALUES = (
     torch.ops.aten._local_scalar_dense.default,
     torch.ops.aten.nonzero.default,
@@ -151,30 +185,35 @@ _READS_VALUES = (
 )
 
 
-def record_calls(model: nn.Module, inputs: Inputs) -> Calls:
+def record_calls(model: nn.Module, inputs: Inputs, *, only_floats: bool = True) -> Calls:
     """The operators of a model in evaluation mode.
 
     Args:
         model: with values, on the CPU, in float32.
-        inputs: example inputs, all positional float tensors whose first axis is the batch.
+        inputs: example inputs whose tensors have the batch as their first axis.
+        only_floats: all of them must be positional float tensors, as the native runtime alone takes them; else there
+            may be tensors of other types, keyword arguments, and plain values, which become part of what is recorded.
 
     Raises:
         TraceError: the operators depend on the data, or on the batch in a way that no formula tells.
     """
     given = [x for x in inputs.args if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0]
-    if len(given) != len(inputs.args) or inputs.kwargs or not given:
+    if only_floats and (len(given) != len(inputs.args) or inputs.kwargs or not given):
         raise TraceError("the native runtime takes float tensors as positional arguments; the network takes others")
     with ignored_warnings():
-        model = working_copy(model)
-        # What a model keeps from its first call, such as a table of positions, is there when it is recorded.
-        single = _run(model, inputs.with_batch(1))
-        runs = [_run(model, inputs.with_batch(batch)) for batch in _BATCHES]
-        larger = _run(model, inputs.with_batch(_LARGER))
+        try:
+            single, *runs, larger = _runs(model, inputs, values=False)
+        except TraceError:
+            raise
+        except Exception:  # an operator that refuses numbers that are not there
+            single, *runs, larger = _runs(model, inputs, values=True)
     calls = _unified(*runs)
     _check_at(_LARGER, calls, runs[0], larger)
     outputs = [single.shapes[number] for number in single.outputs]
     if outputs != [_shape_at(calls.shapes[number], 1) for number in calls.outputs]:
         raise TraceError(f"{_NO_FORMULA}: at a batch of 1 the outputs have other axes, {outputs}")
+    if not only_floats:
+        calls.form = _form(dict(zip((1, *_BATCHES, _LARGER), (single, *runs, larger), strict=True)))
     return calls
 
 
@@ -246,22 +285,36 @@ class _Run:
     computed: set[int]
     inputs: list[int]
     outputs: list[int]
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
 
 
-def _run(model: nn.Module, inputs: Inputs) -> _Run:
+def _runs(model: nn.Module, inputs: Inputs, values: bool) -> list[_Run]:
+    """Runs at batch sizes of 1, `_BATCHES` and `_LARGER`."""
+    model = working_copy(model)
+    # What a model keeps from its first call, such as a table of positions, is there when it is recorded.
+    return [_run(model, inputs.with_batch(batch), values) for batch in (1, *_BATCHES, _LARGER)]
+
+
+def _run(model: nn.Module, inputs: Inputs, values: bool) -> _Run:
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    recorder = _Recorder([*model.parameters(), *model.buffers()])
-    numbers: list[int] = []
+    recorder = _Recorder([*model.parameters(), *model.buffers()], values)
+    numbers, specs = list[int](), list[pytree.TreeSpec]()
 
-    def forward(*args: Tensor) -> Any:
-        return pytree.tree_leaves(model(*args))
+    def forward(*tensors: Tensor) -> Any:
+        waiting = iter(tensors)
+        values = [next(waiting) if isinstance(x, Tensor) else x for x in inputs.values]
+        args, named = values[: len(inputs.args)], values[len(inputs.args) :]
+        leaves, spec = pytree.tree_flatten(model(*args, **dict(zip(inputs.kwargs, named, strict=True))))
+        specs.append(spec)
+        return leaves
 
     # In functional form nothing is written in place, so a value never changes.
     functional: Callable[..., Any] = torch.func.functionalize(forward)
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            args = [x.detach().clone() for x in inputs.args]
+            args = [x.detach().clone() for x in inputs.values if isinstance(x, Tensor)]
             numbers = [recorder.add_input(x) for x in args]
             with recorder:
                 outputs = functional(*args)
@@ -272,8 +325,9 @@ def _run(model: nn.Module, inputs: Inputs) -> _Run:
         raise TraceError("the network returns no tensors")
     constants = {i: x for i, x in enumerate(recorder.tensors) if i not in recorder.computed}
     outs = [recorder.number_of(x) for x in tensors]
+    leaves = tuple(Reference(recorder.number_of(x)) if isinstance(x, Tensor) else x for x in outputs)
     shapes, dtypes = [tuple(x.shape) for x in recorder.tensors], [x.dtype for x in recorder.tensors]
-    return _Run(recorder.calls, shapes, dtypes, constants, recorder.computed, numbers, outs)
+    return _Run(recorder.calls, shapes, dtypes, constants, recorder.computed, numbers, outs, specs[0], leaves)
 
 
 def _unified(first: _Run, second: _Run) -> Calls:
@@ -289,7 +343,7 @@ def _unified(first: _Run, second: _Run) -> Calls:
         is_constant = all(number is None or number in constants for number in results)
         name = _name_of(func)
         try:
-            call = Call(name, _by_name(func, *_merged((args, kwargs), (args_2, kwargs_2))), results)
+            call = Call(name, _by_name(func, *_merged((args, kwargs), (args_2, kwargs_2))), results, func)
         except ValueError as error:
             if is_constant:
                 continue
@@ -305,6 +359,32 @@ def _unified(first: _Run, second: _Run) -> Calls:
 def _name_of(func: Any) -> str:
     name = f"{func.namespace}.{func.overloadpacket.__name__}"
     return name.removesuffix("_") if func._schema.is_mutable and name != "aten.as_strided_" else name
+
+
+def _form(runs: Mapping[int, _Run]) -> tuple[pytree.TreeSpec, tuple[Any, ...]]:
+    """What the runs, by their batch size, return."""
+    first, second = (runs[batch] for batch in _BATCHES)
+    if any(run.spec != first.spec for run in runs.values()):
+        raise TraceError(f"{_NO_FORMULA}: it returns values in another form at another batch size")
+    strange = {type(x).__name__ for x in first.leaves if not isinstance(x, _PLAIN)}
+    if strange:
+        raise TraceError(f"the network returns objects that cannot be looked into: {', '.join(sorted(strange))}")
+    try:
+        leaves = _merged(first.leaves, second.leaves)
+    except ValueError as error:
+        raise TraceError(f"{_NO_FORMULA}: it returns {error}") from error
+    for batch, run in runs.items():
+        if not _agree(_unnumbered(leaves), _unnumbered(run.leaves), batch):
+            raise TraceError(f"{_NO_FORMULA}: at a batch of {batch} it returns other values")
+    return first.spec, leaves
+
+
+def _unnumbered(leaves: tuple[Any, ...]) -> list[Any]:
+    """Without the numbers of tensors: one row may be computed by other operators."""
+    return [None if isinstance(leaf, Reference) else leaf for leaf in leaves]
+
+
+_PLAIN = (Reference, bool, int, float, str, type(None))
 
 
 def _by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from growfx.errors import UnsupportedOperatorError
 from growfx.passes.lower.plan.builder import Builder, NoKernelError
 from growfx.passes.lower.plan.calls import Calls, record_calls, record_operators
 from growfx.passes.lower.plan.fuse import fold_factors, fuse_chains, merge_views
-from growfx.passes.lower.plan.graph import Node
+from growfx.passes.lower.plan.graph import Graph, Node
 from growfx.passes.lower.plan.memory import planned
 from growfx.passes.lower.plan.rules import RULES
 from growfx.recorded.inputs import Inputs
 from growfx.runtime.native.plan import Constant, Plan
 
-__all__ = ["missing_kernels", "plan_network", "unknown_operators"]
+__all__ = ["ConstantMasks", "missing_kernels", "plan_network", "plan_of", "unknown_operators"]
 
 
 def plan_network(model: nn.Module, masks: Mapping[str, Tensor], inputs: Inputs) -> Plan:
@@ -35,13 +35,17 @@ def plan_network(model: nn.Module, masks: Mapping[str, Tensor], inputs: Inputs) 
         TraceError: the operators depend on the data.
     """
     calls = record_calls(model, inputs)
-    builder, missing = _built(calls, _Masks(model, masks))
+    builder, missing = _built(calls, ConstantMasks(model, masks))
     if missing:
         named = ", ".join(f"`{name}`" for name in missing)
         raise UnsupportedOperatorError(
             f"the native runtime has no kernel for {named}, which the network computes; run it with `growfx.load`"
         )
-    graph = builder.finished()
+    return plan_of(builder.finished())
+
+
+def plan_of(graph: Graph) -> Plan:
+    """The plan of a graph, which is changed: norms folded into weights, chains fused, memory planned."""
     graph.drop_unused()
     folded = fold_factors(graph)
     merge_views(graph)
@@ -56,7 +60,7 @@ def missing_kernels(model: nn.Module, inputs: Inputs) -> Counter[str]:
     Raises:
         TraceError: as of `plan_network`.
     """
-    return _built(record_calls(model, inputs), _Masks(model, {}))[1]
+    return _built(record_calls(model, inputs), ConstantMasks(model, {}))[1]
 
 
 def unknown_operators(model: nn.Module, inputs: Inputs) -> Counter[str]:
@@ -71,7 +75,7 @@ def unknown_operators(model: nn.Module, inputs: Inputs) -> Counter[str]:
     return Counter(name for name in record_operators(model, inputs) if name not in RULES)
 
 
-def _built(calls: Calls, masks: _Masks) -> tuple[Builder, Counter[str]]:
+def _built(calls: Calls, masks: ConstantMasks) -> tuple[Builder, Counter[str]]:
     builder, missing = Builder(calls, masks.of, RULES), Counter[str]()
     lost, unmade = set[int](), dict[int, str]()
     for call in calls.calls:
@@ -111,7 +115,7 @@ def _read_of(arguments: object, lost: set[int]) -> int | None:
     return next((x.number for x in leaves(arguments) if isinstance(x, Reference) and x.number in lost), None)
 
 
-class _Masks:
+class ConstantMasks:
     """Masks of constants that are views of masked parameters."""
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import growfx
 from growfx.deploy.native.export import native_plan
-from growfx.deploy.native.file import network_bytes
 from growfx.errors import ArtifactError, ConfigError, TraceError, UnsupportedOperatorError
+from growfx.passes.lower.plan.file import network_bytes
 from growfx.runtime.native.library import NativeNetwork, compile_library
 from growfx.runtime.native.sources import SOURCE_FOLDER
 

@@ -8,8 +8,8 @@ from torch import nn
 
 import growfx
 from growfx.deploy.native.export import native_plan
-from growfx.deploy.native.file import network_bytes
 from growfx.passes.lower.plan import missing_kernels, unknown_operators
+from growfx.passes.lower.plan.file import network_bytes
 from growfx.recorded.inputs import Inputs
 from growfx.runtime.native.library import NativeNetwork
 from growfx.runtime.native.plan import Plan, Size
@@ -151,3 +151,12 @@ def test_inputs_of_another_type_are_refused_by_its_name() -> None:
     net = NativeNetwork(network_bytes(plan_of(nn.Linear(4, 3), 2, 4)))
     with pytest.raises(growfx.ConfigError, match="float64"):
         net(torch.randn(2, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("density", [0.01, 0.3, 1.0])
+def test_a_network_that_stays_in_the_process_computes_the_same_bits(density: float) -> None:
+    net = growfx.wrap(Classifier(), torch.randn(1, 3, 16, 16), density=density).eval()
+    plan, x = native_plan(net), torch.randn(3, 3, 16, 16)
+    small, quick = network_bytes(plan), network_bytes(plan, compressed=False)
+    assert len(small) <= len(quick)
+    assert torch.equal(NativeNetwork(small)(x)[0], NativeNetwork(quick)(x)[0])

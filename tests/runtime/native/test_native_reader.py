@@ -11,8 +11,8 @@ from native_nets import Classifier
 
 import growfx
 from growfx.deploy.native.export import native_plan
-from growfx.deploy.native.file import network_bytes
 from growfx.errors import ArtifactError, ConfigError
+from growfx.passes.lower.plan.file import network_bytes
 from growfx.runtime.native.library import NativeNetwork
 from growfx.runtime.native.plan import Constant, Plan, Size, Step, Value
 

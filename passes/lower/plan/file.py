@@ -16,6 +16,7 @@ import struct
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from growfx.artifact.codec import encode_index, encode_values
 from growfx.errors import ConfigError
@@ -28,13 +29,18 @@ _CODECS = {"bitmask": 0, "gap8": 1, "gap8.huffman": 2}
 _MOST_AXES, _MOST_ELEMENTS = 8, 2**31 - 1
 
 
-def network_bytes(plan: Plan) -> bytes:
+def network_bytes(plan: Plan, *, compressed: bool = True) -> bytes:
     """The file of a plan.
+
+    Args:
+        plan: what to write.
+        compressed: as small as it gets; else quick to write and to read, for a network that stays in the process.
 
     Raises:
         ConfigError: a tensor of more axes or elements than the runtime has numbers for.
     """
     writer = _Writer()
+    write_constant = _write_constant if compressed else _write_bits
     kernels = sorted({step.kernel for step in plan.steps})
     writer.number(len(kernels))
     for name in kernels:
@@ -46,7 +52,7 @@ def network_bytes(plan: Plan) -> bytes:
         _write_shape(writer, value.shape)
         writer.number(value.slot)
     writer.number(len(plan.constants))
-    streams = [part for constant in plan.constants for part in _write_constant(writer, constant)]
+    streams = [part for constant in plan.constants for part in write_constant(writer, constant)]
     for ids in (plan.inputs, plan.outputs):
         writer.numbers(ids)
     writer.number(len(plan.steps))
@@ -103,18 +109,12 @@ def _check_axes(axes: int) -> None:
 
 
 def _write_constant(writer: _Writer, constant: Constant) -> Sequence[bytes | memoryview]:
-    """Describes a constant and returns its streams."""
-    tensor = constant.tensor
-    _check_axes(tensor.dim())
-    if not 0 < tensor.numel() <= _MOST_ELEMENTS:
-        raise ConfigError(f"the native runtime takes constants of 1 to {_MOST_ELEMENTS} elements, got {tensor.numel()}")
-    writer.numbers(tensor.shape)
-    writer.parts.append(bytes([constant.mask is not None]))
-    flat, streams = tensor.numpy().reshape(-1), list[bytes | memoryview]()
+    """Describes a constant and returns its streams, each by its smallest codec."""
+    flat, streams = _write_form(writer, constant), list[bytes | memoryview]()
     if constant.mask is not None:
         positions = np.flatnonzero(constant.mask.numpy().reshape(-1)).astype(np.int64)
         flat = flat[positions]
-        index = encode_index(positions, tensor.numel())
+        index = encode_index(positions, constant.tensor.numel())
         writer.number(positions.size)
         for value in (_CODECS[index.codec], index.raw_size, len(index.data)):
             writer.number(value)
@@ -125,6 +125,33 @@ def _write_constant(writer: _Writer, constant: Constant) -> Sequence[bytes | mem
         writer.number(length)
     writer.number(len(values.data))
     return [*streams, values.data]
+
+
+def _write_bits(writer: _Writer, constant: Constant) -> Sequence[bytes | memoryview]:
+    """The same with positions as bits and values as they are in memory."""
+    flat, streams = _write_form(writer, constant), list[bytes | memoryview]()
+    if constant.mask is not None:
+        mask = constant.mask.numpy().reshape(-1)
+        flat = flat[mask]
+        bits = np.packbits(mask).tobytes()
+        for value in (flat.size, _CODECS["bitmask"], len(bits), len(bits)):
+            writer.number(value)
+        streams.append(bits)
+    values = flat.astype("<f4", copy=False).tobytes()
+    writer.number(0)
+    writer.number(len(values))
+    return [*streams, values]
+
+
+def _write_form(writer: _Writer, constant: Constant) -> NDArray[np.float32]:
+    """Write a constant's shape, and whether it has a mask; returns its elements in a row."""
+    tensor = constant.tensor
+    _check_axes(tensor.dim())
+    if not 0 < tensor.numel() <= _MOST_ELEMENTS:
+        raise ConfigError(f"the native runtime takes constants of 1 to {_MOST_ELEMENTS} elements, got {tensor.numel()}")
+    writer.numbers(tensor.shape)
+    writer.parts.append(bytes([constant.mask is not None]))
+    return tensor.numpy().reshape(-1)
 
 
 def _write_step(writer: _Writer, step: Step, kernels: Sequence[str]) -> None:
