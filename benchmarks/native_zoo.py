@@ -6,8 +6,8 @@
 Each is masked at random to a density of 0.1 and exported; its outputs at a batch of 2 are compared with the masked
 network's, and its file with the artifact. A model counts where the outputs agree within 1e-4 of the largest.
 
-`--scan` plans the models and runs none: it lists the operators without a kernel, by the number of models that need
-them, under `scan` in the same file.
+`--scan` records the operators of the models on the meta device, where nothing is computed: it lists those that no rule
+knows, by the number of models that need them, under `scan` in the same file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from growfx.commands.zoo.inputs import arguments_of, forms, identity_of, model_n
 from growfx.commands.zoo.native import check_native
 from growfx.commands.zoo.outputs import enliven
 from growfx.models.build import blueprint
-from growfx.passes.lower.plan import missing_kernels
+from growfx.passes.lower.plan import unknown_operators
 from growfx.recorded.inputs import as_inputs
 
 LARGEST = 60_000_000
@@ -63,7 +63,7 @@ def measured(name: str) -> dict[str, Any] | None:
 
 
 def scanned(name: str) -> dict[str, Any] | None:
-    """The operators of one model that have no kernel; None for a model that is too large."""
+    """The operators of one model that no rule knows; None for a model that is too large."""
     begun = time.process_time()
     facts: dict[str, Any] = {"model": name}
     try:
@@ -71,20 +71,18 @@ def scanned(name: str) -> dict[str, Any] | None:
         plan = blueprint(identity_of(name, arguments)).to("meta")
         if sum(p.numel() for p in plan.parameters()) >= LARGEST:
             return None
-        torch.manual_seed(0)
-        model = growfx.create_model(name, **arguments).eval()
-        facts["missing"] = lacking(model, [form.inputs(1, 0) for form in forms(name, plan)])
+        facts["missing"] = lacking(plan.eval(), [form.inputs(1, 0, "meta") for form in forms(name, plan)])
     except Exception as error:  # the model itself, or the recording, refuses
         facts["refused"] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     return facts | {"seconds": round(time.process_time() - begun, 1)}
 
 
 def lacking(model: torch.nn.Module, examples: list[Any]) -> dict[str, int]:
-    """Operators without a kernel, and how often each is called, on the first example inputs that the model takes."""
+    """Operators that no rule knows, and how often each is called, on the first example inputs that the model takes."""
     for example in examples[:-1]:
-        with contextlib.suppress(growfx.TraceError):
-            return dict(missing_kernels(model, as_inputs(example)))
-    return dict(missing_kernels(model, as_inputs(examples[-1])))
+        with contextlib.suppress(Exception):
+            return dict(unknown_operators(model, as_inputs(example)))
+    return dict(unknown_operators(model, as_inputs(examples[-1])))
 
 
 def scan_summary(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -93,7 +91,7 @@ def scan_summary(found: list[dict[str, Any]]) -> dict[str, Any]:
     lacks = {facts["model"]: facts.get("missing") or facts["refused"] for facts in found if facts.get("missing") != {}}
     return {
         "models": len(found),
-        "planned": len(found) - len(lacks),
+        "known": len(found) - len(lacks),
         "missing": dict(counts.most_common()),
         "lacking": lacks,
     }
@@ -122,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stride", type=int, default=10)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--scan", action="store_true", help="plan only, and list what is missing")
+    parser.add_argument("--scan", action="store_true", help="compute nothing, and list what is missing")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no model after so long")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/native_zoo.json"))
     options = parser.parse_args()

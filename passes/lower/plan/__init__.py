@@ -1,5 +1,5 @@
 """Plan a network for the native runtime."""
 
-from growfx.passes.lower.plan.network import missing_kernels, plan_network
+from growfx.passes.lower.plan.network import missing_kernels, plan_network, unknown_operators
 
-__all__ = ["missing_kernels", "plan_network"]
+__all__ = ["missing_kernels", "plan_network", "unknown_operators"]

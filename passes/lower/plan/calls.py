@@ -23,7 +23,7 @@ from growfx.quiet import ignored_warnings
 from growfx.recorded.inputs import Inputs
 from growfx.runtime.native.plan import Shape, Size
 
-__all__ = ["Call", "Calls", "Reference", "record_calls"]
+__all__ = ["Call", "Calls", "Reference", "record_calls", "record_operators"]
 
 _BATCHES = (2, 3)
 _LARGER = 5  # a further batch size, to check what was found at these
@@ -133,6 +133,8 @@ class _Recorder(TorchDispatchMode):
 
     def _check_write(self, func: Any, written: Any) -> None:
         """Operators inside torch's own may write into a tensor that they have just made, of which there is no view."""
+        if written.is_meta:  # it has no memory to tell views by
+            return
         pointer = written.untyped_storage().data_ptr()
         alive = {id(x) for x in self.tensors if x.numel() and x.untyped_storage().data_ptr() == pointer}
         if alive != {id(written)}:
@@ -174,6 +176,19 @@ def record_calls(model: nn.Module, inputs: Inputs) -> Calls:
     if outputs != [_shape_at(calls.shapes[number], 1) for number in calls.outputs]:
         raise TraceError(f"{_NO_FORMULA}: at a batch of 1 the outputs have other axes, {outputs}")
     return calls
+
+
+def record_operators(model: nn.Module, inputs: Inputs) -> list[str]:
+    """The names of the operators that depend on the inputs, in order, of a single run.
+
+    The model and its inputs may be on the meta device, where nothing is computed.
+
+    Raises:
+        TraceError: the operators depend on the data.
+    """
+    with ignored_warnings():
+        run = _run(model, inputs)
+    return [_name_of(func) for func, _, _, results in run.calls if any(number in run.computed for number in results)]
 
 
 _NO_FORMULA = "the network depends on the batch size in no simple way, so it has no plan for all of them"
@@ -272,9 +287,7 @@ def _unified(first: _Run, second: _Run) -> Calls:
     calls, makers = list[Call](), dict[int, Call]()
     for (func, args, kwargs, results), (_, args_2, kwargs_2, _) in zip(first.calls, second.calls, strict=True):
         is_constant = all(number is None or number in constants for number in results)
-        name = f"{func.namespace}.{func.overloadpacket.__name__}"
-        if func._schema.is_mutable and name != "aten.as_strided_":
-            name = name.removesuffix("_")
+        name = _name_of(func)
         try:
             call = Call(name, _by_name(func, *_merged((args, kwargs), (args_2, kwargs_2))), results)
         except ValueError as error:
@@ -287,6 +300,11 @@ def _unified(first: _Run, second: _Run) -> Calls:
             calls.append(call)
     dtypes = dict(enumerate(first.dtypes))
     return Calls(calls, makers, shapes, dtypes, constants, first.inputs, first.outputs)
+
+
+def _name_of(func: Any) -> str:
+    name = f"{func.namespace}.{func.overloadpacket.__name__}"
+    return name.removesuffix("_") if func._schema.is_mutable and name != "aten.as_strided_" else name
 
 
 def _by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from growfx.errors import UnsupportedOperatorError
 from growfx.passes.lower.plan.builder import Builder, NoKernelError
-from growfx.passes.lower.plan.calls import Calls, record_calls
+from growfx.passes.lower.plan.calls import Calls, record_calls, record_operators
 from growfx.passes.lower.plan.fuse import fold_factors, fuse_chains, merge_views
 from growfx.passes.lower.plan.graph import Node
 from growfx.passes.lower.plan.memory import planned
@@ -19,7 +19,7 @@ from growfx.passes.lower.plan.rules import RULES
 from growfx.recorded.inputs import Inputs
 from growfx.runtime.native.plan import Constant, Plan
 
-__all__ = ["missing_kernels", "plan_network"]
+__all__ = ["missing_kernels", "plan_network", "unknown_operators"]
 
 
 def plan_network(model: nn.Module, masks: Mapping[str, Tensor], inputs: Inputs) -> Plan:
@@ -57,6 +57,18 @@ def missing_kernels(model: nn.Module, inputs: Inputs) -> Counter[str]:
         TraceError: as of `plan_network`.
     """
     return _built(record_calls(model, inputs), _Masks(model, {}))[1]
+
+
+def unknown_operators(model: nn.Module, inputs: Inputs) -> Counter[str]:
+    """The operators of a network that no rule knows, and how often each is called, from a single run.
+
+    A quick look: the model and its inputs may be on the meta device, and forms of an operator that its rule refuses are
+    not told, as `missing_kernels` does.
+
+    Raises:
+        TraceError: the operators depend on the data.
+    """
+    return Counter(name for name in record_operators(model, inputs) if name not in RULES)
 
 
 def _built(calls: Calls, masks: _Masks) -> tuple[Builder, Counter[str]]:

@@ -94,7 +94,7 @@ def test_no_mutation_of_a_network_makes_the_sanitizers_speak(exported: tuple[Mas
     ran = run(folder / "example", out / "network.gfx", folder / "x.f32")
     assert ran.stderr == ""
     check_outputs(ran.stdout, net, x)
-    ran = run(folder / "fuzz", out / "network.gfx", "2000", ASAN_OPTIONS="max_allocation_size_mb=4096")
+    ran = run(folder / "fuzz", out / "network.gfx", "2000", ASAN_OPTIONS="max_allocation_size_mb=1100")
     assert (ran.returncode, ran.stderr) == (0, "")
     refused, accepted = (int(part.split()[0]) for part in ran.stdout.split(", "))
     assert refused > 1000

@@ -9,7 +9,7 @@ from torch import nn
 import growfx
 from growfx.deploy.native.export import native_plan
 from growfx.deploy.native.file import network_bytes
-from growfx.passes.lower.plan import missing_kernels
+from growfx.passes.lower.plan import missing_kernels, unknown_operators
 from growfx.recorded.inputs import Inputs
 from growfx.runtime.native.library import NativeNetwork
 from growfx.runtime.native.plan import Plan, Size
@@ -110,6 +110,11 @@ def test_tables_that_are_larger_than_what_they_are_made_of_are_made_when_the_net
 def test_missing_kernels_are_counted_and_what_follows_them_is_not_blamed() -> None:
     model = Function(lambda x: F.relu(torch.cumprod(x, 1)) + torch.cumprod(x * 2, 1))
     assert missing_kernels(model, Inputs((torch.randn(1, 4),), {})) == {"aten.cumprod": 2}
+
+
+def test_operators_that_no_rule_knows_are_found_without_computing_anything() -> None:
+    model = Function(lambda x, w: F.relu(torch.cumprod(x, 1)) + torch.cumprod(w, 0), torch.randn(4)).to("meta")
+    assert unknown_operators(model, Inputs((torch.empty(1, 4, device="meta"),), {})) == {"aten.cumprod": 1}
 
 
 @pytest.mark.parametrize("pool", [nn.MaxPool1d(2), nn.AdaptiveMaxPool1d(3)])
