@@ -130,9 +130,11 @@ def main() -> None:
     random.Random(0).shuffle(names)  # where time ends, what was checked is still a fair sample
     found: list[dict[str, Any]] = []
     begun = time.monotonic()
+    tried = 0
     for name in names:
         if time.monotonic() - begun > options.seconds:
             break
+        tried += 1
         facts = scanned(name) if options.scan else measured(name)
         if facts is not None:
             found.append(facts)
@@ -140,7 +142,7 @@ def main() -> None:
                 print(json.dumps(facts), flush=True)
     kept = json.loads(options.out.read_text()) if options.out.exists() else {}
     if options.scan:
-        kept["scan"] = {"machine": describe(), "stride": options.stride, "tried": len(names), **scan_summary(found)}
+        kept["scan"] = {"machine": describe(), "stride": options.stride, "tried": tried, **scan_summary(found)}
         print(json.dumps(kept["scan"], indent=1))
         options.out.write_text(json.dumps(kept, indent=1) + "\n")
         return

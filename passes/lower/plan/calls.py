@@ -226,7 +226,7 @@ def record_operators(model: nn.Module, inputs: Inputs) -> list[str]:
         TraceError: the operators depend on the data.
     """
     with ignored_warnings():
-        run = _run(model, inputs)
+        run = _run(model, inputs, values=True)
     return [_name_of(func) for func, _, _, results in run.calls if any(number in run.computed for number in results)]
 
 
