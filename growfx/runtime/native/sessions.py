@@ -16,6 +16,8 @@ __all__ = ["Sessions"]
 
 # Networks that are kept for later calls; each has its own copy of the weights and its own buffers.
 _MOST_IDLE = 4
+# A network that was planned in this process asks for what it needs, unlike a file from elsewhere.
+_ROW_BYTES = 2**63 - 1
 
 
 class Sessions:
@@ -30,7 +32,7 @@ class Sessions:
 
     def __init__(self, data: bytes) -> None:
         self._data = data
-        self._idle: list[tuple[int, NativeNetwork]] = [(1, NativeNetwork(data))]
+        self._idle: list[tuple[int, NativeNetwork]] = [(1, NativeNetwork(data, row_bytes=_ROW_BYTES))]
         self._lock = threading.Lock()
         _ALL.add(self)
 
@@ -64,7 +66,7 @@ class Sessions:
             if self._idle:
                 sizes = [size for size, _ in self._idle]
                 return self._idle.pop(sizes.index(batch) if batch in sizes else 0)[1]
-        return NativeNetwork(self._data)
+        return NativeNetwork(self._data, row_bytes=_ROW_BYTES)
 
     def _after_fork(self) -> None:
         # Of the threads of the parent only the one that forked is here: neither their work nor their locks end.
