@@ -18,7 +18,7 @@ from growfx.deploy.native.file import network_bytes
 from growfx.deploy.native.readme import readme
 from growfx.errors import ArtifactError, ConfigError
 from growfx.file_paths import as_path
-from growfx.masked.doors import as_masked_graph, is_masked_graph
+from growfx.masked.doors import as_masked_graph, is_masked_graph, require_values
 from growfx.masked.twins import weight_name_of
 from growfx.models.build import default_input_shape
 from growfx.passes.lower.plan import plan_network
@@ -95,7 +95,7 @@ def export_native(
         UnsupportedOperatorError: operators without a kernel; names them all, and nothing is written.
         TraceError: the operators that run depend on the data or on the batch size.
         ArtifactError: no artifact at the path, or the folder is not empty or cannot be written.
-        ConfigError: something else than a network.
+        ConfigError: something else than a network, or one on the meta device, without values.
 
     Example:
         >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4), density=0.5)
@@ -157,7 +157,7 @@ def prepared_network(source: Any, example: Any, door: str) -> tuple[nn.Module, d
         raise ConfigError(
             f"{door} expects an artifact's path, a MaskedGraph or a module, got `{type(source).__name__}`"
         )
-    model = model.to("cpu", torch.float32).eval().requires_grad_(False)
+    model = require_values(model, door).to("cpu", torch.float32).eval().requires_grad_(False)
     if example is not None:
         inputs = as_inputs(example)
     elif known is not None:
