@@ -75,6 +75,8 @@ def forward_cost(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | N
     """
     inputs = net.example(batch=1) if example_inputs is None else net.inputs_like(example_inputs)
     batch = next((value.shape[0] for value in inputs.values if isinstance(value, Tensor) and value.ndim), 1)
+    if inputs.batch is not None and not net.batch_is_free:
+        batch = 1  # the first dimension is no batch, so the inputs are one sample
     macs = dict.fromkeys(net.layers, 0.0)
     users: dict[str, str] = {}
     # recording runs the model, which is not to be counted

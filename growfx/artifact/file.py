@@ -6,6 +6,7 @@ manifest; every stream has its CRC-32.
 """
 
 import hashlib
+import numbers
 import os
 import zlib
 from collections.abc import Generator, Mapping
@@ -126,6 +127,8 @@ def opened(path: str | Path, *, max_bytes: int | None) -> Generator[ArtifactFile
     Raises:
         ArtifactError: not an artifact, damaged, newer, or unreadable.
     """
+    if max_bytes is not None and (not isinstance(max_bytes, numbers.Real) or isinstance(max_bytes, bool)):
+        raise ArtifactError(f"`max_bytes` is {max_bytes!r}; allowed: a number of bytes")
     with located(f"`{path}`"):
         try:
             place = local_path(path)

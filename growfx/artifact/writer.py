@@ -48,7 +48,7 @@ from growfx.compaction.plan import CompactionPlan
 from growfx.distributed.sharded import HOW_TO_GATHER, require_whole
 from growfx.errors import ArtifactError
 from growfx.file_paths import as_path
-from growfx.masked.doors import as_masked_graph
+from growfx.masked.doors import as_masked_graph, require_values
 from growfx.masked.graph import MaskedGraph
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.present.storage import on_whole_weights
@@ -111,10 +111,11 @@ def save(
         What was written, as `inspect` would tell; its `notes` say why the model is not named.
 
     Raises:
-        ArtifactError: not a masked network, a tensor that cannot be stored, or a path that cannot be written.
+        ArtifactError: not a masked network, a tensor that cannot be stored or has no values (meta device), or a path
+            that cannot be written.
         ConfigError: the weights are spread over processes (`fully_shard`).
     """
-    net = as_masked_graph(net, "growfx.save")
+    net = require_values(as_masked_graph(net, "growfx.save"), "growfx.save")
     for parameter in net.parameters():
         require_whole(parameter, f"an artifact has whole ones; {HOW_TO_GATHER}")
     net, target = _evaluating(net), artifact_target(path)

@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
-__all__ = ["SampleSeeded", "batches_from"]
+from growfx.errors import DataError
+
+__all__ = ["SampleSeeded", "batches_from", "pair_of"]
 
 
 class SampleSeeded(Dataset[Any], ABC):
@@ -33,6 +36,25 @@ class SampleSeeded(Dataset[Any], ABC):
             np.random.seed(int(words[1]))  # noqa: NPY002 - timm's transforms draw from it
             random.seed(int(words[0]))
         return self.load(position)
+
+
+def pair_of(batch: Any) -> tuple[Tensor, Tensor]:
+    """Images (B, ...) and class numbers (B) of what a loader gave.
+
+    Raises:
+        DataError: it is something else.
+    """
+    parts: Any = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+    if len(parts) == 2 and all(isinstance(part, Tensor) and part.ndim for part in parts):
+        if len(parts[0]) == len(parts[1]):
+            return parts
+        found = f"{len(parts[0])} images with {len(parts[1])} class numbers"
+    else:
+        found = f"a {type(batch).__name__} of {', '.join(type(part).__name__ for part in parts) or 'nothing'}"
+    raise DataError(
+        f"a loader expects batches that are pairs of tensors (images, class numbers), equally many, got {found}; give "
+        "one that makes such pairs (its `collate_fn`), or write your own loop with `method.attach` and `method.step`"
+    )
 
 
 def batches_from(loader: Iterable[Any], done: int, ready: Callable[[], None]) -> Iterator[Any]:

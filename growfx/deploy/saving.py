@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,10 +103,11 @@ def _with_norms(plan: CompactionPlan, net: MaskedGraph, folded: Mapping[str, str
 
 
 def _masked(net: MaskedGraph, model: nn.Module, masks: Mapping[str, Tensor]) -> MaskedGraph:
-    """A masked network of a smaller model; layers of `net` without a mask have none."""
+    """A masked network of a smaller model, called as `net`; what has no mask in `net` has none."""
     there = dict(model.named_modules())
     without = [name for name in net.trace_report.unmasked if name in there and _is_layer(net, name)]
-    result = wrap(model, net.example_inputs(), exclude=without)
+    named = [name for name in net.masked_parameters if name in dict(model.named_parameters(remove_duplicate=False))]
+    result = wrap(model, net.example(), exclude=without, masked=[glob.escape(name) for name in named])
     result.set_masks({name: mask for name, mask in masks.items() if name in result.layers})
     return result
 

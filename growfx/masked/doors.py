@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -11,7 +11,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from growfx.errors import ArtifactError, ConfigError, GrowfxError, TraceError
 from growfx.masked.graph import MaskedGraph
 
-__all__ = ["as_masked_graph", "is_masked_graph"]
+__all__ = ["as_masked_graph", "is_masked_graph", "require_values"]
+
+Network = TypeVar("Network", bound=nn.Module)
 
 # Where something else than a network has its own class; elsewhere it is a wrong option.
 _KINDS: dict[str, type[GrowfxError]] = {
@@ -38,6 +40,21 @@ def as_masked_graph(net: Any, door: str) -> MaskedGraph:
         return found
     advice = "make one with growfx.wrap(model)" if isinstance(net, nn.Module) else "growfx.wrap makes one of a model"
     raise _KINDS.get(door, ConfigError)(f"{door} expects a growfx.MaskedGraph, got `{type(net).__name__}`; {advice}")
+
+
+def require_values(net: Network, door: str) -> Network:
+    """The network itself, whose weights and buffers have values.
+
+    Raises:
+        ArtifactError, TraceError, ConfigError: as `as_masked_graph`, where one is on the meta device.
+    """
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        if tensor.is_meta:
+            raise _KINDS.get(door, ConfigError)(
+                f"{door} expects a network with values, and `{name}` is on the meta device, which has none; build the "
+                "model on a device, or load a state dict first: `net.load_state_dict(state, assign=True)`"
+            )
+    return net
 
 
 def is_masked_graph(net: Any) -> bool:

@@ -169,7 +169,7 @@ class MaskedGraph(fx.GraphModule):
             masks: layer name -> bool tensor of the weight's shape. Nothing is changed unless all of them fit.
 
         Raises:
-            MaskError: unknown layer, wrong shape or dtype.
+            MaskError: unknown layer, wrong shape or dtype, or a layer on the meta device, where a mask has no values.
         """
         if not isinstance(masks, Mapping):
             raise MaskError(f"set_masks expects a mapping of layer name -> bool tensor, got {type(masks).__name__}")
@@ -178,15 +178,21 @@ class MaskedGraph(fx.GraphModule):
             if name not in layers:
                 raise MaskError(f"`{name}` is not a masked layer; {_names(layers)}")
             check_mask(name, layers[name].mask, mask)
+            _require_values(name, layers[name].mask)
         for name, mask in masks.items():
             layers[name].mask.copy_(mask)
             layers[name].settle()
 
     def mask_digest(self) -> str:
-        """SHA-256, in hex, over the names, shapes and packed masks of all masked layers, in order of their names."""
+        """SHA-256, in hex, over the names, shapes and packed masks of all masked layers, in order of their names.
+
+        Raises:
+            MaskError: a layer is on the meta device, where masks have no values.
+        """
         digest = hashlib.sha256()
         for name in sorted(self.layers):
             mask = self.layers[name].mask
+            _require_values(name, mask)
             digest.update(f"{name}:{','.join(map(str, mask.shape))};".encode())
             digest.update(np.packbits(mask.cpu().numpy()).tobytes())
         return digest.hexdigest()
@@ -200,12 +206,13 @@ class MaskedGraph(fx.GraphModule):
         """Check that every stored parameter is exactly +0.0 outside its mask.
 
         Raises:
-            MaskError: names the layers where it is not.
+            MaskError: names the layers where it is not, or one that is on the meta device, without values.
         """
         wrong = []
         for name, layer in self.layers.items():
             if layer.present is not None:
                 continue
+            _require_values(name, layer.mask)
             outside = local_shard(layer.parameter)[~part_of(layer.mask, layer.parameter)]
             if bool((outside != 0).any() | torch.signbit(outside).any()):
                 wrong.append(name)
@@ -677,6 +684,14 @@ class MaskedGraph(fx.GraphModule):
 def _names(layers: Mapping[str, Any], limit: int = 6) -> str:
     shown = ", ".join(f"`{name}`" for name in list(layers)[:limit])
     return f"the masked layers are {shown}{f' and {len(layers) - limit} more' if len(layers) > limit else ''}"
+
+
+def _require_values(name: str, mask: Tensor) -> None:
+    if mask.is_meta:
+        raise MaskError(
+            f"the mask of `{name}` is on the meta device, which has no values; load a state dict first: "
+            "`net.load_state_dict(state, assign=True)`"
+        )
 
 
 _UNWRAP_FIRST = (

@@ -85,7 +85,8 @@ class MaskedLayer(nn.Module):
 
     Attributes:
         weight: the layer's own parameter, shared with the model it came from.
-        mask: bool buffer of the weight's shape; change it in place (``layer.mask.copy_(m)``) or by ``net.set_masks``.
+        mask: bool buffer of the weight's shape; change it in place (``layer.mask.copy_(m)``, ``layer.mask = m``) or by
+            ``net.set_masks``.
         twin_of: the class the twin stands for.
         weight_name: the parameter the mask belongs to (`in_proj_weight` for multi-head attention).
         collects_gradient: while True, backward passes in training leave the gradient of absent edges too; the
@@ -522,11 +523,27 @@ class MaskedLayer(nn.Module):
                 f'(`storage` = "present"), got a {type(value).__name__} to take its place; load a state dict, or call '
                 '`growfx.use_kernels(net, storage="dense")` first'
             )
+        if name == self.mask_name and self._buffers.get(name) is not None:
+            self._take_mask(value)
+            return
         held = self.__dict__.get("_parameters", {})
         if name == self.weight_name and name in held and (is_sharded(value) or is_sharded(held[name])):
             held[name] = value  # as `fully_shard` does with other modules: torch's way would read the weight first
             return
         super().__setattr__(name, value)
+
+    def _take_mask(self, mask: Any) -> None:
+        """Have `mask` from now on, in the tensor that is there: layers that share a weight share it.
+
+        Raises:
+            MaskError: it is not a bool tensor of the weight's shape.
+        """
+        own = self.mask
+        check_mask(type(self).__name__, own, mask)
+        if own.is_meta or mask.device != own.device:
+            self._buffers[self.mask_name] = mask
+        else:
+            own.copy_(mask)
 
     # -- state dicts --------------------------------------------------------------------------------------------------
 
@@ -601,11 +618,15 @@ class MaskedParameter(MaskedLayer):
         object.__setattr__(self, name, value)  # nothing of it is to be registered with the parameter's module
 
     @property
-    def mask(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def mask(self) -> Tensor:
         """The bool buffer `<parameter>_mask` of the parameter's module."""
         mask = self._buffers[self.mask_name]
         assert mask is not None
         return mask
+
+    @mask.setter
+    def mask(self, mask: Tensor) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._take_mask(mask)
 
     @property
     def weight(self) -> nn.Parameter:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from torch.optim import Optimizer
 
 from growfx.errors import CheckpointError, ConfigError, one_line
-from growfx.masked.doors import as_masked_graph
+from growfx.masked.doors import as_masked_graph, require_values
 from growfx.masked.graph import MaskedGraph
 from growfx.methods.session import Session, Stage
 from growfx.options import as_count
@@ -162,9 +162,9 @@ def check_clock(total_steps: int, steps_per_epoch: int) -> tuple[int, int]:
 def check_net(method: Method, net: object) -> MaskedGraph:
     """Return the masked network that `net` is, or that was compiled or wrapped in `DistributedDataParallel`.
 
-    Raises `ConfigError` for anything else.
+    Raises `ConfigError` for anything else, and for one on the meta device, without values.
     """
-    return as_masked_graph(net, f"method `{method.name}`")
+    return require_values(as_masked_graph(net, f"method `{method.name}`"), f"method `{method.name}`")
 
 
 def check_state(state: Mapping[str, Any], name: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from growfx.data.batches import pair_of
 from growfx.data.loaders import is_shared_out
 from growfx.distributed import ranks
 from growfx.errors import ConfigError, DataError
@@ -54,7 +55,7 @@ def evaluate(net: nn.Module, loader: Iterable[Any], device: torch.device | str) 
         loader: gives (images (B, ...), class numbers (B)).
 
     Raises:
-        DataError: the loader is empty, or has class numbers the network has no output for.
+        DataError: the loader is empty, gives something else, or has class numbers the network has no output for.
     """
     training = net.training
     together = isinstance(net, MaskedGraph) and is_shared(net)
@@ -64,7 +65,7 @@ def evaluate(net: nn.Module, loader: Iterable[Any], device: torch.device | str) 
     found: list[Tensor] = []
     try:
         with torch.no_grad():
-            for images, targets in loader:
+            for images, targets in map(pair_of, loader):
                 logits = logits_of(net(images.to(device, non_blocking=True)))
                 if int(targets.max()) >= logits.shape[1]:
                     raise DataError(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from growfx.analysis.cost import CostMeter
-from growfx.data.batches import batches_from
+from growfx.data.batches import batches_from, pair_of
 from growfx.distributed import ranks
 from growfx.errors import DataError, GrowfxError
 from growfx.masked.graph import MaskedGraph
@@ -62,6 +62,12 @@ class Run:
     ) -> None:
         self.net, self.method, self.options = net, method, options
         self.train_loader, self.val_loader, self.test_loader = train_loader, val_loader, test_loader
+        for part, loader in (("training", train_loader), ("validation", val_loader), ("test", test_loader or ())):
+            if not isinstance(loader, Iterable):
+                raise DataError(
+                    f"the {part} loader expects batches (images, class numbers), got {type(loader).__name__}; give a "
+                    "torch.utils.data.DataLoader, or anything that can be iterated over"
+                )
         self.folder: RunFolder | None = None
         self.scalars: Scalars | None = None
         self.progress = Progress(progress and ranks.rank() == 0)
@@ -115,14 +121,14 @@ class Run:
                 optimizer=optimizer,
                 options=self.options,
                 steps_per_epoch=self.epoch_steps,
-                batches=lambda: (self._moved(*batch) for batch in self.train_loader),
+                batches=lambda: (self._moved(*pair_of(batch)) for batch in self.train_loader),
                 loss=step.loss,
             )
         )
-        images, _ = next(iter(self.val_loader), (None, None))
-        if images is None:
+        first = next(iter(self.val_loader), None)
+        if first is None:
             raise DataError("the validation loader gives no images")
-        example = images[:1].to(self.device)
+        example = pair_of(first)[0][:1].to(self.device)
         step.mix = make_mixup(self.options, count_classes(self.net, example))
         meter = CostMeter(self.net, example)
         if self.options.storage == "present":
@@ -277,7 +283,7 @@ class Run:
             for window in windows(batches, length):
                 schedule.step_update(first + part.done)
                 dense_gradient = self.method.needs_dense_gradient
-                loss, changed = self.state.step(*(self._moved(*batch) for batch in window))
+                loss, changed = self.state.step(*(self._moved(*pair_of(batch)) for batch in window))
                 part.loss += loss
                 if self.state.ema is not None:
                     follow_masks(self.state.ema.module, self.net)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from growfx.distributed import ranks
-from growfx.errors import GrowfxError
+from growfx.errors import DataError, GrowfxError
 from growfx.masked.graph import MaskedGraph
 from growfx.masked.isolation import undisturbed
 from growfx.masked.modules import chain_tensors
@@ -117,8 +117,19 @@ class TrainStep:
         self._forward: Callable[..., Any] = torch.compile(model) if self.options.compile else model
 
     def loss(self, output: Any, targets: Tensor) -> Tensor:
-        """Return the loss of what the network gave for one batch."""
-        return self.criterion(logits_of(output), targets)
+        """Return the loss of what the network gave for one batch.
+
+        Raises `DataError` for class numbers that the network has no output for, where torch notices (on a CPU).
+        """
+        logits = logits_of(output)
+        try:
+            return self.criterion(logits, targets)
+        except IndexError as error:
+            least, most = int(targets.min()), int(targets.max())
+            raise DataError(
+                f"the training data has class numbers from {least} to {most}, but the network has {logits.shape[1]} "
+                "outputs"
+            ) from error
 
     def __call__(self, *window: Batch) -> tuple[Tensor, bool]:
         """Train on batches (images, class numbers) on the network's device; return the mean loss over all images, and

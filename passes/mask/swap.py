@@ -70,10 +70,11 @@ def wrap(
         seed: of the random masks.
 
     Raises:
-        TraceError: the model fails on the example inputs.
+        TraceError: the model fails on the example inputs, or has masked parts already.
         ConfigError: density outside (0, 1], or so small that no weight is active; density below 1 where no layer can be
-            masked; an `exclude`, `masked` or `opaque` pattern that matches nothing; weights spread over processes
-            (`fully_shard`), without a shape yet (lazy modules), or made inside `torch.inference_mode`.
+            masked, or on the meta device; an `exclude`, `masked` or `opaque` pattern that matches nothing; weights
+            spread over processes (`fully_shard`), without a shape yet (lazy modules), or made inside
+            `torch.inference_mode`.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -180,6 +181,13 @@ def _original(model: Any, notes: list[str]) -> nn.Module:
         raise TraceError(f"growfx.wrap expects an nn.Module, got {type(model).__name__}")
     if isinstance(model, MaskedGraph):
         raise TraceError("the model is a MaskedGraph already; change its masks with `net.set_masks`")
+    for name, part in model.named_modules():
+        if isinstance(part, (MaskedGraph, MaskedLayer)):
+            kind = "MaskedGraph" if isinstance(part, MaskedGraph) else "masked layer"
+            raise TraceError(
+                f"`{name}` of the model is a {kind} already, and would get a second mask beside its own; put "
+                "growfx.unwrap(net), the plain model with zeros in place, where the net is, and set masks on the result"
+            )
     return model
 
 
@@ -239,6 +247,11 @@ def _draw(net: MaskedGraph, density: float, seed: int) -> None:
     if round(density * net.numel) == 0:
         raise ConfigError(
             f"density {density} of {net.numel} weights leaves none active; the smallest is {0.5 / net.numel:.2g}"
+        )
+    if any(layer.mask.is_meta for layer in net.layers.values()):
+        raise ConfigError(
+            f"density is {density}, but the model is on the meta device, where masks have no values; wrap it at "
+            "density 1 and load a state dict with masks: `net.load_state_dict(state, assign=True)`"
         )
     shapes = {name: tuple(layer.mask.shape) for name, layer in net.layers.items()}
     net.set_masks(random_masks(shapes, float(density), seed=int(seed)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,8 +74,10 @@ def plan_channels(
     if score not in SCORES:
         allowed = ", ".join(f"`{name}`" for name in SCORES)
         raise ConfigError(f"`score` is {score!r}; allowed: {allowed}")
-    names = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    options = PlanOptions(floor, dict(floors or {}), round_to, names)
+    names = (exclude,) if isinstance(exclude, str) else exclude
+    if not isinstance(names, Iterable) or not isinstance(floors or {}, Mapping):
+        raise ConfigError(f"`exclude` is {exclude!r} and `floors` {floors!r}; allowed: names, and a mapping of names")
+    options = PlanOptions(floor, dict(floors or {}), round_to, tuple(names))
     gradients = _gradients(net) if score == "taylor" else {}
     paths = path_scores(net) if score == "paths" else None
     stays = {} if paths is None else {name: f"`{name}` is on no path" for name in paths.off_path}

@@ -82,3 +82,24 @@ def test_counting_leaves_buffers_modes_and_generators_as_they_were():
 def test_what_is_not_a_masked_network_is_refused_by_name():
     with pytest.raises(ConfigError, match=facts("growfx.cost", "Linear", "growfx.wrap")):
         growfx.cost(nn.Linear(2, 2))
+
+
+def test_inputs_without_a_batch_are_one_sample() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    for inputs in (torch.randn(6), torch.randn(1, 6), torch.randn(4, 6)):
+        assert growfx.cost(growfx.wrap(model, inputs)).dense == 6 * 8 + 8 * 2
+    convolution = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 2, 1))
+    assert growfx.cost(growfx.wrap(convolution, torch.randn(3, 6, 6))).dense == 4 * 4 * (3 * 4 * 9 + 4 * 2)
+
+
+def test_a_table_beside_the_batch_leaves_the_cost_that_of_a_sample() -> None:
+    class Shifted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(6, 8)
+
+        def forward(self, x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) + shift
+
+    net = growfx.wrap(Shifted(), (torch.randn(4, 6), torch.randn(1, 8)))
+    assert growfx.cost(net).dense == 6 * 8

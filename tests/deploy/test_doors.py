@@ -9,7 +9,7 @@ from artifact_nets import Tied, make_net, plain, same_bits
 from torch import nn
 
 import growfx
-from growfx.errors import ArtifactError, ConfigError, GrowfxError, TraceError
+from growfx.errors import ArtifactError, ConfigError, GrowfxError, MaskError, TraceError
 from growfx.masked.doors import as_masked_graph, is_masked_graph
 from growfx.selection.choose import draw, top
 from growfx.selection.edge_keys import EdgeKeys
@@ -42,6 +42,17 @@ WRONG: dict[str, tuple[Callable[[growfx.MaskedGraph], Any], type[GrowfxError], s
         ConfigError,
         'create("rigl"',
     ),
+    "a number as names to plan without": (
+        lambda net: growfx.plan_channels(net, "flops=0.5", exclude=3),
+        ConfigError,
+        "`exclude` is 3",
+    ),
+    "a number as floors of a plan": (
+        lambda net: growfx.plan_channels(net, "flops=0.5", floors=3),
+        ConfigError,
+        "`floors` 3",
+    ),
+    "a text as a size": (lambda net: growfx.load("x", max_bytes="1"), ArtifactError, "`max_bytes` is '1'"),
     "a list as a method's name": (lambda net: growfx.methods.create(["rigl"]), ConfigError, "unknown"),
 }
 
@@ -56,6 +67,53 @@ def test_a_wrong_type_gets_the_error_of_its_door_and_leaves_nothing(
         call(make_net(0.3))
     assert text in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def _attach(net: growfx.MaskedGraph, name: str) -> None:
+    method: Any = growfx.methods.create(name)
+    method.attach(net, torch.optim.SGD(net.parameters(), 0.1), total_steps=4, steps_per_epoch=2)
+
+
+NEED_VALUES: dict[str, tuple[Callable[[growfx.MaskedGraph], Any], type[GrowfxError]]] = {
+    "save": (lambda net: growfx.save(net, "out"), ArtifactError),
+    "save compactly": (lambda net: growfx.save(net, "out", compact=True), GrowfxError),
+    "unwrap compactly": (lambda net: growfx.unwrap(net, compact=True), TraceError),
+    "attach": (lambda net: _attach(net, "rigl"), ConfigError),
+    "attach growth": (lambda net: _attach(net, "pwmpr"), ConfigError),
+    "native": (lambda net: growfx.export_native(net, "native"), ConfigError),
+    "native of a module": (lambda net: growfx.export_native(net.shell, "native"), ConfigError),
+    "digest": (lambda net: net.mask_digest(), MaskError),
+    "verify": (lambda net: net.verify(), MaskError),
+    "masks": (lambda net: net.set_masks({"0": torch.ones(3, 4, dtype=torch.bool)}), MaskError),
+    "plan": (lambda net: growfx.plan_channels(net, "flops=0.5"), TraceError),
+}
+
+
+@pytest.mark.parametrize("case", NEED_VALUES)
+def test_a_network_without_values_is_refused_where_they_are_needed(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        net = growfx.wrap(model, torch.randn(1, 4))
+    call, kind = NEED_VALUES[case]
+    with pytest.raises(kind, match="meta"):
+        call(net)
+    assert not list(tmp_path.iterdir())
+
+
+def test_random_masks_of_a_model_without_values_are_refused() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        with pytest.raises(ConfigError, match="meta device, where masks have no values; wrap it at density 1"):
+            growfx.wrap(model, torch.randn(1, 4), density=0.5)
+        net = growfx.wrap(model, torch.randn(1, 4))
+    filled = growfx.wrap(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.randn(1, 4), density=0.5)
+    net.load_state_dict(filled.state_dict(), assign=True)
+    assert net.mask_digest() == filled.mask_digest()
+    x = torch.randn(5, 4)
+    assert torch.equal(net.eval()(x), filled.eval()(x))
 
 
 def test_a_choice_among_no_edges_is_empty() -> None:

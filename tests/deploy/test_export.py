@@ -171,3 +171,28 @@ def test_a_hostile_plan_for_norms_is_refused_and_the_instance_stays_as_it_was(tm
         growfx.load(file, model=model)
     assert dict(model.named_modules()) == before
     assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+
+
+class Called(nn.Module):
+    """Takes a keyword only, and multiplies by a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 12)
+        self.w = nn.Parameter(torch.randn(12, 3))
+
+    def forward(self, *, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return (self.second(self.first(x).relu()).relu() @ self.w) * scale
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_compact_artifact_of_a_model_called_by_keywords_has_all_its_masks(tmp_path: Path, scale: float) -> None:
+    torch.manual_seed(0)
+    named = {"x": torch.randn(2, 8), "scale": scale}
+    net = growfx.wrap(Called(), ((), named), density=0.1, masked=["w"]).eval()
+    info = growfx.save(net, tmp_path / "out", compact=True)
+    loaded = growfx.load(tmp_path / "out", model=Called())
+    torch.testing.assert_close(loaded(**named), net(**named))
+    assert sum(p.numel() for p in loaded.parameters()) < sum(p.numel() for p in net.parameters())
+    assert {layer.name for layer in info.layers} == {"first", "second", "w"}
+    assert info.nnz <= net.nnz

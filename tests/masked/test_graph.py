@@ -111,6 +111,35 @@ def test_bad_masks_are_refused_and_change_nothing() -> None:
     assert net.mask_digest() == before
 
 
+def test_an_assigned_mask_is_that_of_every_layer_with_the_weight_and_a_bad_one_is_refused() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.w = nn.Linear(4, 4), nn.Linear(4, 4), nn.Parameter(torch.ones(4, 3))
+            self.b.weight = self.a.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x).relu()) @ self.w
+
+    net = growfx.wrap(Tied(), torch.randn(2, 4), masked=["w"]).eval()
+    masks = {name: torch.rand(layer.mask.shape) < 0.5 for name, layer in net.layers.items()}
+    for name, mask in masks.items():
+        net.layers[name].mask = mask
+    x, plain = torch.randn(5, 4), growfx.unwrap(net)
+    assert all(torch.equal(net.masks[name], mask) for name, mask in masks.items())
+    assert torch.equal(net.get_submodule("b").mask, masks["a"])
+    assert torch.equal(net(x), plain(x))
+    net.train()(x).sum().backward()
+    gradients = {"a": net.shell.a.weight.grad, "w": net.shell.w.grad}
+    assert all(not gradients[name][~mask].any() for name, mask in masks.items())
+    digest = net.mask_digest()
+    for bad, words in ((torch.ones(4, 4), "torch.float32"), (torch.ones(2, dtype=torch.bool), "shape"), (None, "None")):
+        for layer in net.layers.values():
+            with pytest.raises(growfx.MaskError, match=words):
+                layer.mask = bad
+    assert net.mask_digest() == digest
+
+
 def test_a_mask_free_state_dict_loads_weights_and_leaves_the_masks() -> None:
     net = growfx.wrap(model(), EXAMPLE, density=0.5)
     digest, other = net.mask_digest(), model()
@@ -265,6 +294,23 @@ def test_what_cannot_be_wrapped_says_so() -> None:
         growfx.unwrap(model())
     with pytest.raises(growfx.TraceError, match=r"example_inputs .* got list"):
         growfx.wrap(model(), [EXAMPLE])
+
+
+def test_a_model_with_masked_parts_is_refused_by_the_name_of_the_part() -> None:
+    net = growfx.wrap(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(1, 4), density=0.5)
+    masks = {name: mask.clone() for name, mask in net.masks.items()}
+    for around, name in (
+        (nn.Sequential(nn.ReLU(), net), "`1` of the model is a MaskedGraph already"),
+        (nn.ModuleDict({"body": nn.Sequential(net)}), "`body.0` of the model is a MaskedGraph already"),
+        (nn.Sequential(copy.deepcopy(net)), "`0` of the model is a MaskedGraph already"),
+        (nn.Sequential(nn.ReLU(), net.layers["0"]), "`1` of the model is a masked layer already"),
+        (net.shell, "`0` of the model is a masked layer already"),
+    ):
+        with pytest.raises(growfx.TraceError, match=name):
+            growfx.wrap(around, torch.randn(1, 4), density=0.9)
+    assert all(torch.equal(net.masks[name], mask) for name, mask in masks.items())
+    plain = nn.Sequential(growfx.unwrap(net), nn.Linear(2, 2))
+    assert list(growfx.wrap(plain, torch.randn(1, 4)).layers) == ["0.0", "0.2", "1"]
 
 
 def test_torch_compile_gives_the_same_results_before_and_after_a_mask_change() -> None:

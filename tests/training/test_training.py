@@ -385,6 +385,37 @@ def test_a_plain_model_and_an_empty_loader_are_refused():
         train(fresh_net(), train_loader, [], progress=False)
 
 
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        (lambda x, y: x, "a Tensor of Tensor"),
+        (lambda x, y: {"x": x, "y": y}, "a dict of dict"),
+        (lambda x, y: (x, y, y), "a tuple of Tensor, Tensor, Tensor"),
+        (lambda x, y: (x, y.tolist()), "a tuple of Tensor, list"),
+        (lambda x, y: (x, y[:-1]), "class numbers"),
+        (lambda x, y: [], "a list of nothing"),
+    ],
+)
+@pytest.mark.parametrize("wrong", ["training", "validation"])
+def test_batches_of_another_form_are_refused(batch, words, wrong):
+    train_loader, val_loader = ([tuple(each) for each in loader] for loader in loaders())
+    chosen = train_loader if wrong == "training" else val_loader
+    chosen[:] = [batch(*pair) for pair in chosen]
+    with pytest.raises(DataError, match=r"pairs of tensors \(images, class numbers\)") as caught:
+        train(fresh_net(), train_loader, val_loader, options=QUICK, progress=False)
+    assert words in str(caught.value)
+
+
+def test_what_gives_no_batches_at_all_and_classes_without_an_output_are_refused():
+    train_loader, val_loader = ([tuple(each) for each in loader] for loader in loaders())
+    with pytest.raises(DataError, match=r"the validation loader expects batches .*got NoneType"):
+        train(fresh_net(), train_loader, None, progress=False)
+    images, classes = train_loader[0]
+    wrong = [(images, classes.clone().fill_(0).index_fill_(0, torch.tensor([0]), 99))]
+    with pytest.raises(DataError, match="class numbers from 0 to 99, but the network has"):
+        train(fresh_net(), wrong, val_loader, options=QUICK, progress=False)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb", "rmsprop"])
 def test_optimizers_of_timm_train_and_resume(tmp_path, monkeypatch, optimizer):
     def run(path, **flags):

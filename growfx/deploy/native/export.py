@@ -16,7 +16,7 @@ from growfx.artifact.staging import staged_folder
 from growfx.deploy.native.readme import readme
 from growfx.errors import ArtifactError, ConfigError
 from growfx.file_paths import as_path
-from growfx.masked.doors import as_masked_graph, is_masked_graph
+from growfx.masked.doors import as_masked_graph, is_masked_graph, require_values
 from growfx.masked.twins import masks_by_parameter
 from growfx.models.build import default_input_shape
 from growfx.passes.lower.plan import plan_network
@@ -94,7 +94,7 @@ def export_native(
         UnsupportedOperatorError: operators without a kernel; names them all, and nothing is written.
         TraceError: the operators that run depend on the data or on the batch size.
         ArtifactError: no artifact at the path, or the folder is not empty or cannot be written.
-        ConfigError: something else than a network.
+        ConfigError: something else than a network, or one on the meta device, without values.
 
     Example:
         >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4), density=0.5)
@@ -156,7 +156,7 @@ def prepared_network(source: Any, example: Any, door: str) -> tuple[nn.Module, d
         raise ConfigError(
             f"{door} expects an artifact's path, a MaskedGraph or a module, got `{type(source).__name__}`"
         )
-    model = model.to("cpu", torch.float32).eval().requires_grad_(False)
+    model = require_values(model, door).to("cpu", torch.float32).eval().requires_grad_(False)
     if example is not None:
         inputs = as_inputs(example)
     elif known is not None:
