@@ -22,7 +22,7 @@ from growfx.masked.averages import copy_masks_into_averages
 from growfx.masked.direct_uses import masked_reads
 from growfx.masked.layers import MaskedLayer, MaskedParameter, check_mask
 from growfx.masked.module_copy import copy_modules
-from growfx.masked.modules import chain_tensors
+from growfx.masked.modules import chain_tensors, float_type
 from growfx.masked.optimizers import watch_optimizers
 from growfx.masked.placement import Places
 from growfx.masked.plain_state import hide_masks, load_by_model, state_by_model
@@ -82,7 +82,7 @@ class MaskedGraph(fx.GraphModule):
         watch_optimizers()
         copy_masks_into_averages()
         self._adopt(shell)
-        self._example = example
+        self._example, self._example_type = example, float_type(self)
         self.recordings = Recordings(recorder)
         self._graph = fx.Graph()
         self._code = ""
@@ -331,13 +331,27 @@ class MaskedGraph(fx.GraphModule):
     # -- graphs -------------------------------------------------------------------------------------------------------
 
     def example(self, batch: int = 1) -> Inputs:
-        """A call that the model accepts: that given to `growfx.wrap`, with `batch` rows, on the net's device."""
+        """A call that the model accepts: that given to `growfx.wrap`, with `batch` rows, on the net's device.
+
+        Where the net's floating-point type was changed (`net.double()`), inputs of its former type follow.
+        """
+        return self._placed(self._example.with_batch(batch) if self.batch_is_free else self._example)
+
+    def _placed(self, inputs: Inputs) -> Inputs:
+        """A copy of a call on the net's device, with tensors of the type it was wrapped in converted to its own."""
         device = next(chain_tensors(self), torch.empty(0)).device
-        example = self._example.with_batch(batch) if self.batch_is_free else self._example
-        return example.copied(lambda tensor: tensor.to(device))
+        before, now = self._example_type, float_type(self)
+
+        def place(tensor: Tensor) -> Tensor:
+            # a model may take inputs of a type that is not that of its weights; such inputs stay as they are
+            return tensor.to(device, now if tensor.dtype == before and now is not None else tensor.dtype)
+
+        return inputs.copied(place)
 
     def inputs_like(self, example_inputs: Any = None, *, batch: int | None = None) -> Inputs:
         """What a pass works on: the call that `example_inputs` stand for, on the net's device; default: as recorded.
+
+        As in `example`, inputs of the type that the net was wrapped in are converted to the type it has now.
 
         Args:
             example_inputs: as of `growfx.wrap`; a list stands for a tuple.
@@ -349,8 +363,7 @@ class MaskedGraph(fx.GraphModule):
         if example_inputs is None:
             return self.example(1 if batch is None else batch)
         given = as_inputs(tuple(example_inputs) if isinstance(example_inputs, list) else example_inputs)
-        device = next(chain_tensors(self), torch.empty(0)).device
-        given = given.copied(lambda tensor: tensor.to(device))
+        given = self._placed(given)
         return given if batch is None or not self.batch_is_free else given.with_batch(batch)
 
     @property
@@ -396,7 +409,7 @@ class MaskedGraph(fx.GraphModule):
             TraceError: the graph would compute something else than the model does; gives the reasons.
         """
         training = self.training if training is None else training
-        recording = self.recording(self._example, training)
+        recording = self.recording(self.example(self._example.batch or 1), training)
         reasons = [] if recording.faithful else list(self.trace_report.notes) or ["the recording is not faithful"]
         reasons += [f"`{name or type(self.shell).__name__}`: {why}" for name, why in self.trace_report.opaque.items()]
         reasons += [f"the forward {effect}" for effect in self.trace_report.side_effects]
@@ -544,7 +557,7 @@ class MaskedGraph(fx.GraphModule):
         """Switch the mode and show its graph."""
         self.shell.train(mode)
         self._searched_as = None
-        recording = self.recordings.known(self, self._example, mode)
+        recording = self.recordings.known(self, self.example(), mode)
         if recording is not None:
             self._show(recording)
         return self

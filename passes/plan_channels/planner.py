@@ -27,7 +27,6 @@ from growfx.passes.plan_channels.timing import measured_share, time_cost
 from growfx.passes.plan_channels.trial import Cutter
 from growfx.passes.plan_channels.units import Family, find_units
 from growfx.passes.trials.halving import largest_fitting
-from growfx.recorded.inputs import Inputs
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph
@@ -70,7 +69,7 @@ class ChannelPlanner:
         model = unwrap(net).eval()
         self._model: nn.Module | None = model
         with ONE_AT_A_TIME, undisturbed(net):
-            self._example = _in_type_of(model, net.inputs_like(example_inputs))
+            self._example = net.inputs_like(example_inputs)
             found = connect(net, self._example)
             counted = forward_cost(net, cast(Any, self._example))
             self._cutter = Cutter(model, found, self._example)
@@ -417,12 +416,6 @@ def _places(side: Tensor) -> dict[int, tuple[int, ...]]:
     for place, unit in enumerate(side.tolist()):
         found.setdefault(unit, []).append(place)
     return {unit: tuple(where) for unit, where in found.items()}
-
-
-def _in_type_of(model: nn.Module, example: Inputs) -> Inputs:
-    """The inputs in the type of the model's parameters, which may have been changed since it was wrapped."""
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return example.copied(lambda value: value.to(parameter.dtype) if value.is_floating_point() else value.clone())
 
 
 def _second_half(family: Family) -> tuple[int, ...]:
