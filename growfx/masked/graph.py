@@ -56,6 +56,7 @@ class MaskedGraph(fx.GraphModule):
     Attributes:
         trace_report: what was recorded and what was left out.
         replicated: whether `DistributedDataParallel` holds it, so that all ranks must have the same masks.
+        averaged: whether it is the average that a torch `AveragedModel` keeps.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
@@ -69,6 +70,7 @@ class MaskedGraph(fx.GraphModule):
 
     trace_report: TraceReport
     kernels: Any = None  # what `growfx.use_kernels` set up
+    averaged: bool = False
 
     def __init__(
         self,
@@ -607,27 +609,37 @@ class MaskedGraph(fx.GraphModule):
         return found
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's state dict with one mask per masked layer; weights are +0.0 outside their masks."""
+        """The model's state dict with one mask per masked layer; weights are +0.0 outside their masks.
+
+        Values share the network's memory, as those of any module do, for what averages a network writes into them.
+        (Where torch's `AveragedModel` does the averaging, into parameters, weights that are not zero outside their
+        masks are copies, so that a look at the average does not change it.)
+        """
         self._check_places()
         prefix = kwargs.get("prefix", "")
+        dirty = {} if kwargs.get("keep_vars", False) else self._cleaned_weights()
         found = state_by_model(self.shell, self._mask_names(), args, kwargs)
         found = super().state_dict(*args, **kwargs) if found is None else found
-        dirty = {} if kwargs.get("keep_vars", False) else self._dirty_weights()
         for name, parameter in self.named_parameters(remove_duplicate=False) if dirty else ():
             if id(parameter) in dirty and f"{prefix}{name}" in found:  # under every name it has
                 found[f"{prefix}{name}"] = dirty[id(parameter)]
         return found
 
-    def _dirty_weights(self) -> dict[int, Tensor]:
-        """Masked weights, by the parameter's id, where what is stored is not zero outside the mask."""
-        return {
-            id(layer.parameter): torch.where(layer.mask, layer.parameter.detach(), 0)
+    def _cleaned_weights(self) -> dict[int, Tensor]:
+        """Make masked weights zero outside their masks: those of an average in copies, by the parameter's id."""
+        dirty = [
+            layer
             for layer in self._named_layers[0].values()
             if layer.present is None
             and not is_sharded(layer.parameter)
             and not layer.parameter.is_meta
             and not layer.obeys()
-        }
+        ]
+        if self.averaged:
+            return {id(x.parameter): torch.where(x.mask, x.parameter.detach(), 0) for x in dirty}
+        for layer in dirty:
+            layer.settle()
+        return {}
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MaskedGraph:
         super()._apply(fn, recurse)
