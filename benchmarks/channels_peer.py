@@ -46,10 +46,15 @@ def cut(model: nn.Module, images: Tensor, share_of: Callable[[nn.Module], float]
     best: tuple[float, Any, nn.Module] | None = None
     for _ in range(_TRIES):
         small = copy.deepcopy(model)
-        pruner = _pruner(small, images, ratio)
-        pruner.step()
-        _state_heads(small, pruner)
-        share = share_of(small)
+        try:
+            pruner = _pruner(small, images, ratio)
+            pruner.step()
+            _state_heads(small, pruner)
+            share = share_of(small)
+        except Exception:
+            if best is None:
+                raise
+            break  # an earlier ratio worked
         fits = share <= wanted
         if best is None or (fits, share if fits else -share) > (best[0] <= wanted, best[0] if fits else -best[0]):
             best = share, pruner.DG.pruning_history(), small
