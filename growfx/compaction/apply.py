@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -32,14 +33,14 @@ __all__ = [
     "sizes_after",
     "sizes_of",
     "spans",
+    "units_of",
 ]
 
 
 def spans(kept: Tensor) -> Spans:
     """The true positions of a bool vector as half-open spans."""
-    edges = torch.diff(kept.to(torch.int8), prepend=torch.zeros(1, dtype=torch.int8), append=torch.zeros(1).char())
-    starts, stops = (edges > 0).nonzero().flatten().tolist(), (edges < 0).nonzero().flatten().tolist()
-    return tuple(zip(starts, stops, strict=True))
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], kept.numpy(), [False]]))).tolist()
+    return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
 def kept_indices(kept: Spans) -> Tensor:
@@ -101,6 +102,14 @@ def sizes_of(module: nn.Module, groups: int | None = None) -> dict[str, int]:
     if isinstance(module, nn.GroupNorm) and size is not None:
         return {"num_channels": size, "num_groups": module.num_groups if groups is None else groups}
     return {}
+
+
+def units_of(module: nn.Module) -> tuple[int, int] | None:
+    """Output units and input columns of a convolution or linear layer; None for modules of another kind."""
+    sizes = sizes_of(module) if isinstance(module, (_ConvNd, nn.Linear)) else {}
+    if "out_channels" in sizes:
+        return sizes["out_channels"], sizes["in_channels"]
+    return (sizes["out_features"], sizes["in_features"]) if sizes else None
 
 
 def sizes_after(

@@ -23,6 +23,9 @@ _update_parameters = AveragedModel.update_parameters
 def _updated(self: AveragedModel, model: nn.Module) -> None:
     """`AveragedModel.update_parameters`; masks, which have no mean, are those of the model of now."""
     averages: Any = self
+    for part in averages.module.modules():
+        if "_shell" in part.__dict__:
+            part.averaged = True
     with whole_layers(part for part in model.modules() if isinstance(part, MaskedLayer)):
         if not averages.use_buffers or not _is_masked(averages.module):
             _update_parameters(self, model)

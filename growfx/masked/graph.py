@@ -22,7 +22,7 @@ from growfx.masked.averages import copy_masks_into_averages
 from growfx.masked.direct_uses import masked_reads
 from growfx.masked.layers import MaskedLayer, MaskedParameter, check_mask
 from growfx.masked.module_copy import copy_modules
-from growfx.masked.modules import chain_tensors
+from growfx.masked.modules import chain_tensors, float_type
 from growfx.masked.optimizers import watch_optimizers
 from growfx.masked.placement import Places
 from growfx.masked.plain_state import hide_masks, load_by_model, state_by_model
@@ -56,6 +56,7 @@ class MaskedGraph(fx.GraphModule):
     Attributes:
         trace_report: what was recorded and what was left out.
         replicated: whether `DistributedDataParallel` holds it, so that all ranks must have the same masks.
+        averaged: whether it is the average that a torch `AveragedModel` keeps.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
@@ -69,6 +70,7 @@ class MaskedGraph(fx.GraphModule):
 
     trace_report: TraceReport
     kernels: Any = None  # what `growfx.use_kernels` set up
+    averaged: bool = False
 
     def __init__(
         self,
@@ -82,7 +84,7 @@ class MaskedGraph(fx.GraphModule):
         watch_optimizers()
         copy_masks_into_averages()
         self._adopt(shell)
-        self._example = example
+        self._example, self._example_type = example, float_type(self)
         self.recordings = Recordings(recorder)
         self._graph = fx.Graph()
         self._code = ""
@@ -338,13 +340,27 @@ class MaskedGraph(fx.GraphModule):
     # -- graphs -------------------------------------------------------------------------------------------------------
 
     def example(self, batch: int = 1) -> Inputs:
-        """A call that the model accepts: that given to `growfx.wrap`, with `batch` rows, on the net's device."""
+        """A call that the model accepts: that given to `growfx.wrap`, with `batch` rows, on the net's device.
+
+        Where the net's floating-point type was changed (`net.double()`), inputs of its former type follow.
+        """
+        return self._placed(self._example.with_batch(batch) if self.batch_is_free else self._example)
+
+    def _placed(self, inputs: Inputs) -> Inputs:
+        """A copy of a call on the net's device, with tensors of the type it was wrapped in converted to its own."""
         device = next(chain_tensors(self), torch.empty(0)).device
-        example = self._example.with_batch(batch) if self.batch_is_free else self._example
-        return example.copied(lambda tensor: tensor.to(device))
+        before, now = self._example_type, float_type(self)
+
+        def place(tensor: Tensor) -> Tensor:
+            # a model may take inputs of a type that is not that of its weights; such inputs stay as they are
+            return tensor.to(device, now if tensor.dtype == before and now is not None else tensor.dtype)
+
+        return inputs.copied(place)
 
     def inputs_like(self, example_inputs: Any = None, *, batch: int | None = None) -> Inputs:
         """What a pass works on: the call that `example_inputs` stand for, on the net's device; default: as recorded.
+
+        As in `example`, inputs of the type that the net was wrapped in are converted to the type it has now.
 
         Args:
             example_inputs: as of `growfx.wrap`; a list stands for a tuple.
@@ -356,8 +372,7 @@ class MaskedGraph(fx.GraphModule):
         if example_inputs is None:
             return self.example(1 if batch is None else batch)
         given = as_inputs(tuple(example_inputs) if isinstance(example_inputs, list) else example_inputs)
-        device = next(chain_tensors(self), torch.empty(0)).device
-        given = given.copied(lambda tensor: tensor.to(device))
+        given = self._placed(given)
         return given if batch is None or not self.batch_is_free else given.with_batch(batch)
 
     @property
@@ -403,7 +418,7 @@ class MaskedGraph(fx.GraphModule):
             TraceError: the graph would compute something else than the model does; gives the reasons.
         """
         training = self.training if training is None else training
-        recording = self.recording(self._example, training)
+        recording = self.recording(self.example(self._example.batch or 1), training)
         reasons = [] if recording.faithful else list(self.trace_report.notes) or ["the recording is not faithful"]
         reasons += [f"`{name or type(self.shell).__name__}`: {why}" for name, why in self.trace_report.opaque.items()]
         reasons += [f"the forward {effect}" for effect in self.trace_report.side_effects]
@@ -551,7 +566,7 @@ class MaskedGraph(fx.GraphModule):
         """Switch the mode and show its graph."""
         self.shell.train(mode)
         self._searched_as = None
-        recording = self.recordings.known(self, self._example, mode)
+        recording = self.recordings.known(self, self.example(), mode)
         if recording is not None:
             self._show(recording)
         return self
@@ -601,27 +616,37 @@ class MaskedGraph(fx.GraphModule):
         return found
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's state dict with one mask per masked layer; weights are +0.0 outside their masks."""
+        """The model's state dict with one mask per masked layer; weights are +0.0 outside their masks.
+
+        Values share the network's memory, as those of any module do, for what averages a network writes into them.
+        (Where torch's `AveragedModel` does the averaging, into parameters, weights that are not zero outside their
+        masks are copies, so that a look at the average does not change it.)
+        """
         self._check_places()
         prefix = kwargs.get("prefix", "")
+        dirty = {} if kwargs.get("keep_vars", False) else self._cleaned_weights()
         found = state_by_model(self.shell, self._mask_names(), args, kwargs)
         found = super().state_dict(*args, **kwargs) if found is None else found
-        dirty = {} if kwargs.get("keep_vars", False) else self._dirty_weights()
         for name, parameter in self.named_parameters(remove_duplicate=False) if dirty else ():
             if id(parameter) in dirty and f"{prefix}{name}" in found:  # under every name it has
                 found[f"{prefix}{name}"] = dirty[id(parameter)]
         return found
 
-    def _dirty_weights(self) -> dict[int, Tensor]:
-        """Masked weights, by the parameter's id, where what is stored is not zero outside the mask."""
-        return {
-            id(layer.parameter): torch.where(layer.mask, layer.parameter.detach(), 0)
+    def _cleaned_weights(self) -> dict[int, Tensor]:
+        """Make masked weights zero outside their masks: those of an average in copies, by the parameter's id."""
+        dirty = [
+            layer
             for layer in self._named_layers[0].values()
             if layer.present is None
             and not is_sharded(layer.parameter)
             and not layer.parameter.is_meta
             and not layer.obeys()
-        }
+        ]
+        if self.averaged:
+            return {id(x.parameter): torch.where(x.mask, x.parameter.detach(), 0) for x in dirty}
+        for layer in dirty:
+            layer.settle()
+        return {}
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MaskedGraph:
         super()._apply(fn, recurse)

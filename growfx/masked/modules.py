@@ -6,11 +6,12 @@ from collections.abc import Collection, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from growfx.masked.layers import MaskedLayer
 
-__all__ = ["chain_tensors", "in_mode", "settings_of"]
+__all__ = ["chain_tensors", "float_type", "in_mode", "settings_of"]
 
 
 def chain_tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -19,11 +20,16 @@ def chain_tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
 
 
+def float_type(module: nn.Module) -> torch.dtype | None:
+    """The type of the first floating-point parameter or buffer, the one that `module.double()` changes; or None."""
+    return next((tensor.dtype for tensor in chain_tensors(module) if tensor.is_floating_point()), None)
+
+
 def settings_of(module: nn.Module, states: Collection[str] = ()) -> int:
     """A number that is another one, as good as certainly, when a flag, number or name that a module holds is another.
 
-    Forward hooks, those of all modules of the process included, and a replaced forward count; modes and private
-    attributes do not, nor what a masked layer adds.
+    Forward hooks, those of all modules of the process included, a replaced forward and the types of parameters count;
+    modes and private attributes do not, nor what a masked layer adds.
 
     Args:
         module: the root.
@@ -33,7 +39,8 @@ def settings_of(module: nn.Module, states: Collection[str] = ()) -> int:
     found: list[Any] = [tuple(of_all._global_forward_hooks), tuple(of_all._global_forward_pre_hooks)]
     for name, part in module.named_modules():
         own = part.twin_of.__name__ if isinstance(part, MaskedLayer) else type(part).__name__
-        found.append((name, own, *map(tuple, (part._forward_hooks, part._forward_pre_hooks))))
+        types = frozenset(tensor.dtype for tensor in part._parameters.values() if tensor is not None)
+        found.append((name, own, types, *map(tuple, (part._forward_hooks, part._forward_pre_hooks))))
         for key, value in vars(part).items():
             if key[0] == "_" or key in _NO_SETTINGS or f"{name}.{key}".lstrip(".") in states:
                 continue

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 
 from growfx.analysis.connectivity import Connectivity
 from growfx.analysis.signal_graph import Origin, Reach
-from growfx.compaction.apply import columns_axis, sizes_after, spans
+from growfx.compaction.apply import columns_axis, sizes_after, spans, units_of
 from growfx.compaction.plan import CompactionPlan, Spans
 from growfx.passes.compact.heads import count_heads
-from growfx.passes.compact.liveness import Liveness, edges
+from growfx.passes.compact.liveness import Liveness
 
 __all__ = ["Chooser", "Removal", "fold_constants", "make_plan"]
 
@@ -53,7 +54,6 @@ class Chooser:
         refused: group -> why it may not leave.
         owners: group -> the layers that have units in it, in data-flow order.
         dead: unit -> not needed, or not dependent on the input.
-        idle: the same, with those that are unconnected though something is computed over them.
     """
 
     model: nn.Module
@@ -80,7 +80,6 @@ class Chooser:
                 self.owners.setdefault(group, []).append(name)
         self.refused.update({**found.counted, **found.pinned})
         self._refuse_whole_layers()
-        self.idle = self.dead | self._unconnected()
 
     def _refuse_whole_layers(self) -> None:
         """What has another layout than a convolution or linear layer, and what shares its tensors, is not cut."""
@@ -93,8 +92,7 @@ class Chooser:
         modules = dict(self.model.named_modules())
         for name, layer in self.found.layers.items():
             module = modules.get(name)
-            active = None if module is None else edges(module)
-            if module is None or active is None or active.shape != (len(layer.outputs), len(layer.sources)):
+            if module is None or units_of(module) != (len(layer.outputs), len(layer.sources)):
                 reason = f"`{name}` is left whole"
             elif any(uses[id(tensor)] > 1 for tensor in module.parameters()):
                 reason = f"the weight of `{name}` is tied"
@@ -107,6 +105,11 @@ class Chooser:
                 reason = f"`{name}` is tied" if name in names else "it meets a tensor that the model makes when it runs"
                 for group in set(self.found.group[units].tolist()) - {0}:
                     self.refused.setdefault(group, reason)
+
+    @cached_property
+    def idle(self) -> Tensor:
+        """Unit -> whether it is dead, or unconnected though something is computed over it."""
+        return self.dead | self._unconnected()
 
     def _unconnected(self) -> Tensor:
         """Units that nothing leads to, or that lead to no weight; what is pinned or counted is never called dead."""

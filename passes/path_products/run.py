@@ -229,7 +229,7 @@ class PathRun(ABC):
             weight = self.signed(layer).to(torch.float64) if applied is None else applied.to(torch.float64)
             weight = weight if transform is None else transform(layer, weight)
             magnitude = torch.where(layer.mask, weight.abs(), 0)
-        if self.zeros_as_one and not bool(magnitude.any()):
+        if self.zeros_as_one and not bool(magnitude.amax() > 0):
             magnitude = layer.mask.to(torch.float64)
         return magnitude if self.power == 1 else magnitude.pow_(self.power)
 

@@ -70,7 +70,8 @@ def choose(
     for family, values in enumerate(gains):
         begin, worth = 0, -math.inf
         for chunk, size in enumerate(limits.chunks(family, len(values))) if len(values) else ():
-            own = float(values[begin : begin + size].mean()) / price[family] if price[family] > 0 else math.inf
+            gain = values[begin] if size == 1 else values[begin : begin + size].mean()
+            own = float(gain) / price[family] if price[family] > 0 else math.inf
             worth, begin = max(worth, own), begin + size
             worth = -math.inf if values[begin - 1] < 0 else worth
             order.append((worth, family, chunk, size))

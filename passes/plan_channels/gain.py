@@ -16,6 +16,7 @@ from growfx.passes.plan_channels.units import WholeUnits
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph
+    from growfx.masked.layers import MaskedLayer
 
 __all__ = ["SCORES", "magnitudes", "path_masses", "path_scores", "taylor"]
 
@@ -33,13 +34,15 @@ def path_masses(net: MaskedGraph, units: WholeUnits, paths: PathProducts) -> Ten
     A path that comes back to a stream visits it again. Shape (whole units,), float64.
     """
     total = math.exp(paths.log_total - paths.log_scale) if paths.log_total > -math.inf else 1.0
-    mass = torch.zeros(units.count, dtype=torch.float64)
+    mass, layers = torch.zeros(units.count, dtype=torch.float64), net.layers
     for name, score in paths.scores.items():
-        layer = net.layers[name]
+        layer = layers[name]
         if name in units.outputs:
-            weight = layer.parameter.detach().double().abs() * layer.mask
-            weight = torch.ones_like(weight) * layer.mask if not bool(weight.any()) else weight
-            _add(mass, units.outputs[name], by_unit(layer, weight * score, by_output=True).sum(1))
+            weight = _present(layer, layer.parameter.detach().abs())
+            if not bool(weight.amax() > 0):  # counted as one throughout
+                weight = layer.mask
+            rows, scores = (by_unit(layer, values, by_output=True) for values in (weight, score))
+            _add(mass, units.outputs[name], torch.linalg.vecdot(rows.double(), scores))
     return mass / (total or 1.0)
 
 
@@ -53,7 +56,7 @@ def magnitudes(net: MaskedGraph, units: WholeUnits) -> Tensor:
     for name, layer in net.layers.items():
         if name not in units.outputs:
             continue
-        weight = (layer.parameter.detach().double() * layer.mask).square()
+        weight = _present(layer, layer.parameter.detach().double()).square()
         for owner, by_output in ((units.outputs[name], True), (units.columns[name], False)):
             rows = by_unit(layer, weight, by_output=by_output).sum(1)
             if len(rows) == len(owner):
@@ -83,6 +86,11 @@ def taylor(net: MaskedGraph, units: WholeUnits, gradients: Mapping[str, Tensor])
             product = layer.parameter.detach().double() * gradient.double() * layer.mask
             _add(change, units.outputs[name], by_unit(layer, product.nan_to_num(0.0, 0.0, 0.0), by_output=True).sum(1))
     return change.abs()
+
+
+def _present(layer: MaskedLayer, values: Tensor) -> Tensor:
+    """Values of a layer's edges, zero for those that are absent."""
+    return values if bool(layer.mask.all()) else values * layer.mask
 
 
 def _add(total: Tensor, owner: Tensor, values: Tensor) -> None:

@@ -17,6 +17,7 @@ from growfx.analysis.cost import ONE_AT_A_TIME, forward_cost
 from growfx.analysis.weight_layout import by_unit
 from growfx.compaction.apply import sharing_copy
 from growfx.errors import ConfigError, TraceError
+from growfx.masked.gradients import mask_in_place
 from growfx.masked.isolation import undisturbed
 from growfx.passes.connect.interpreter import connect
 from growfx.passes.mask.swap import unwrap
@@ -27,7 +28,6 @@ from growfx.passes.plan_channels.timing import measured_share, time_cost
 from growfx.passes.plan_channels.trial import Cutter
 from growfx.passes.plan_channels.units import Family, find_units
 from growfx.passes.trials.halving import largest_fitting
-from growfx.recorded.inputs import Inputs
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph
@@ -70,7 +70,7 @@ class ChannelPlanner:
         model = unwrap(net).eval()
         self._model: nn.Module | None = model
         with ONE_AT_A_TIME, undisturbed(net):
-            self._example = _in_type_of(model, net.inputs_like(example_inputs))
+            self._example = net.inputs_like(example_inputs)
             found = connect(net, self._example)
             counted = forward_cost(net, cast(Any, self._example))
             self._cutter = Cutter(model, found, self._example)
@@ -267,21 +267,22 @@ class ChannelPlanner:
     def _zeroed(self, model: nn.Module, gone: Tensor) -> nn.Module:
         """A copy of the plain model without the weights into and out of whole units."""
         model = sharing_copy(model)
+        layers = self.net.layers
         for name, (outputs, columns) in self.cuts(gone).items():
-            layer = self.net.layers[name]
+            layer = layers[name]
             weight = getattr(model.get_submodule(name), layer.weight_name)
-            weight.data = weight.data * unit_masks(layer, outputs, columns).to(weight.device)
+            weight.data = mask_in_place(weight.data.clone(), unit_masks(layer, outputs, columns).to(weight.device))
         return model
 
     def absent(self) -> Tensor:
         """A bool of every whole unit: none of its edges in is there, in any of its layers."""
-        absent = torch.zeros(self.units.count, dtype=torch.bool)
+        absent, layers = torch.zeros(self.units.count, dtype=torch.bool), self.net.layers
         for owner in self.units.outputs.values():
             absent[owner[owner >= 0]] = True
         for name, owner in self.units.outputs.items():
             there = torch.ones(len(owner), dtype=torch.bool)
-            if name in self.net.layers:
-                there = by_unit(self.net.layers[name], self.net.layers[name].mask, by_output=True).any(1).cpu()
+            if name in layers:
+                there = by_unit(layers[name], layers[name].mask, by_output=True).any(1).cpu()
             absent[owner[there & (owner >= 0)]] = False
         return absent
 
@@ -343,11 +344,11 @@ class ChannelPlanner:
         Returns:
             Name -> axis, and a bool of every index along it.
         """
-        found = self.units.found
+        found, layers = self.units.found, self.net.layers
         result = {name: (axis, chosen[self.units.of_group[units]]) for name, (axis, units) in found.parameters.items()}
         for name, owner in self.units.outputs.items():
-            if name in self.net.layers:
-                for own, tensor in self.net.layers[name].named_parameters(recurse=False):
+            if name in layers:
+                for own, tensor in layers[name].named_parameters(recurse=False):
                     if own != "weight" and tensor.shape == owner.shape:
                         result.setdefault(f"{name}.{own}", (0, chosen[owner]))
         return result
@@ -370,15 +371,15 @@ class ChannelPlanner:
     def cuts(self, gone: Tensor) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
         """Output units and columns that layers lose with whole units; layers that lose none are left out."""
         found: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-        padded = torch.cat([gone, torch.zeros(1, dtype=torch.bool)])  # -1 is none
+        padded, layers = torch.cat([gone, torch.zeros(1, dtype=torch.bool)]), self.net.layers  # -1 is none
         for name in self.units.outputs:
             sides = [padded[side].nonzero().flatten() for side in (self.units.outputs[name], self.units.columns[name])]
-            if name in self.net.layers and any(len(side) for side in sides):
+            if name in layers and any(len(side) for side in sides):
                 found[name] = tuple(sides[0].tolist()), tuple(sides[1].tolist())
         return found
 
     def _written(self, budget: Budget, gains: Tensor, score: str, removed: Sequence[Sequence[int]]) -> ChannelPlan:
-        cuts = self.cuts(self._gone(removed))
+        cuts, layers = self.cuts(self._gone(removed)), self.net.layers
         kept = self.table.sizes - np.array([len(places) for places in removed], np.int64)
         params, macs = self.table.of_one("params"), self.table.of_one("flops")
         places = {name: _places(side) for name, side in self.units.outputs.items()}
@@ -392,7 +393,7 @@ class ChannelPlanner:
             families,
             {name: outputs for name, (outputs, _) in cuts.items() if outputs},
             {name: columns for name, (_, columns) in cuts.items() if columns},
-            {name: tuple(self.net.layers[name].parameter.shape) for name in cuts},
+            {name: tuple(layers[name].parameter.shape) for name in cuts},
             {kind: self.table.cost(kind, self.table.sizes) for kind in self.table.costs},
             {kind: self.table.cost(kind, kept) for kind in self.table.costs},
         )
@@ -417,12 +418,6 @@ def _places(side: Tensor) -> dict[int, tuple[int, ...]]:
     for place, unit in enumerate(side.tolist()):
         found.setdefault(unit, []).append(place)
     return {unit: tuple(where) for unit, where in found.items()}
-
-
-def _in_type_of(model: nn.Module, example: Inputs) -> Inputs:
-    """The inputs in the type of the model's parameters, which may have been changed since it was wrapped."""
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return example.copied(lambda value: value.to(parameter.dtype) if value.is_floating_point() else value.clone())
 
 
 def _second_half(family: Family) -> tuple[int, ...]:
@@ -451,7 +446,8 @@ def _matching(net: MaskedGraph, patterns: Iterable[str], option: str) -> list[st
 
 
 def _unmasked(net: MaskedGraph, layers: Iterable[str]) -> dict[str, str]:
-    return {name: f"`{name}` has no mask" for name in layers if name not in net.layers}
+    masked = net.layers
+    return {name: f"`{name}` has no mask" for name in layers if name not in masked}
 
 
 def _refuse(refused: dict[int, str], groups: Any, reason: str) -> None:

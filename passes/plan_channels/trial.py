@@ -32,7 +32,7 @@ class Cutter:
     """
 
     def __init__(self, model: nn.Module, found: Connectivity, example: Inputs) -> None:
-        self._example = example
+        self._example, self._hollow = example, _on_meta(model, example)
         self._chooser = Chooser(model, found, _all_dead(found))
         self.refused, self.leads = self._chooser.refused, self._chooser.leads
 
@@ -43,13 +43,18 @@ class Cutter:
     def problem(self, units: WholeUnits, gone: Tensor) -> str:
         """What keeps the model's code from running when whole units leave; "" where nothing does.
 
-        `gone`: bool of every whole unit.
+        Tried on shapes alone where the model runs on these.
+
+        Args:
+            units: the whole units.
+            gone: bool of every one.
         """
-        return self._run(self._chooser.model, units, gone)[1]
+        model, example = self._hollow or (self._chooser.model, self._example)
+        return self._run(model, example, units, gone)[1]
 
     def difference(self, model: nn.Module, units: WholeUnits, gone: Tensor) -> str:
         """What is wrong with the outputs when whole units leave `model`, whose weights from and to them are zero."""
-        outputs, problem = self._run(model, units, gone)
+        outputs, problem = self._run(model, self._example, units, gone)
         if problem:
             return problem
         error = largest_error(outputs, outputs_of(model, self._example))
@@ -62,16 +67,26 @@ class Cutter:
     def _without(self, model: nn.Module, removal: Removal) -> nn.Module:
         return apply_trusted(sharing_copy(model), make_plan(self._chooser, removal)[0])
 
-    def _run(self, model: nn.Module, units: WholeUnits, gone: Tensor) -> tuple[list[Tensor], str]:
+    def _run(self, model: nn.Module, example: Inputs, units: WholeUnits, gone: Tensor) -> tuple[list[Tensor], str]:
         removal, back = self._chooser.removal(units.groups(gone))
         if back:
             return [], next(iter(back.values()))
         try:
-            return outputs_of(self._without(model, removal), self._example), ""
+            return outputs_of(self._without(model, removal), example), ""
         except ArtifactError as error:
             return [], str(error).rpartition(": ")[2]
         except Exception as error:  # whatever the model's code makes of other sizes
             return [], f"the model fails without it: {_first_line(error)}"
+
+
+def _on_meta(model: nn.Module, example: Inputs) -> tuple[nn.Module, Inputs] | None:
+    """The model and its inputs without values, where it runs on shapes alone."""
+    try:
+        hollow, shapes = meta_copy(model), example.copied(lambda tensor: tensor.to("meta"))
+        outputs_of(hollow, shapes)
+    except Exception:  # it reads its data
+        return None
+    return hollow, shapes
 
 
 def _all_dead(found: Connectivity) -> Liveness:

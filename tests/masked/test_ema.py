@@ -90,6 +90,41 @@ def test_weights_are_those_an_average_of_the_effective_weights_has():
         torch.testing.assert_close(layer.effective_weight, torch.where(layer.mask, expected[k], 0))
 
 
+def by_name(average: Any, net: Any) -> None:
+    """The update of an average as loops write it: every value of a state dict, in place."""
+    with torch.no_grad():
+        for mean, value in zip(average.module.state_dict().values(), net.state_dict().values(), strict=True):
+            mean.copy_(0.9 * mean + 0.1 * value if mean.is_floating_point() else value)
+
+
+WRITTEN: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] = {
+    "timm": (AVERAGES["timm"], update),
+    "timm, one by one": (AVERAGES["timm, one by one"], update),
+    "by name": (AVERAGES["timm"], by_name),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_an_average_written_through_its_state_dict_goes_on_after_every_change_of_masks(name):
+    make, write = WRITTEN[name]
+    net = small_net().train()
+    optimizer = OPTIMIZERS["adamw"](net)
+    method = methods.create("rigl", density=0.3, update_every=2, update_until=1.0, drop_fraction=0.5)
+    method.attach(net, optimizer, total_steps=99, steps_per_epoch=3)
+    average = make(net)
+    expected = {k: layer.effective_weight.detach().clone() for k, layer in net.layers.items()}
+    for number in range(9):
+        train_steps(net, optimizer, method, 1, number)
+        write(average, net)
+        for k, layer in net.layers.items():  # of an edge that left nothing is remembered
+            expected[k] = torch.where(layer.mask, 0.9 * expected[k] + 0.1 * layer.effective_weight.detach(), 0)
+    found = average.module.state_dict()
+    for k, layer in average.module.eval().layers.items():
+        torch.testing.assert_close(found[f"{k}.weight"], expected[k])
+        torch.testing.assert_close(layer.effective_weight, expected[k])
+        assert found[f"{k}.weight"].data_ptr() == layer.parameter.data_ptr()
+
+
 def test_masks_averaged_as_numbers_are_all_edges_ever_active_until_they_are_set():
     net, _, _, average, _ = trained(lambda net: ModelEmaV2(net, decay=0.9))
     inner, images = average.module.eval(), torch.randn(4, 3, 8, 8)

@@ -25,6 +25,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "pwmpr": {"seed_density": 0.1, "growth_ratio": 2.0, "max_density": 0.4, "epochs_per_round": 1},
     "grow-prune": {"seed_density": 0.1, "growth_ratio": 2.0, "max_density": 0.4, "epochs_per_round": 2},
     "rigl": {"density": 0.3, "update_every": 2},
+    "channel-prune": {"budget": "flops=0.5", "update_every": 2},
+    "channel-growth": {"growth_ratio": 1.6, "max_density": 0.6, "epochs_per_round": 1},
     "imp": {"density": 0.2, "levels": 2, "rewind_epochs": 0.5},
     "continuous": {"rounds": 2, "rewind_epochs": 0.5},
     "sup-tickets": {"density": 0.3, "tickets": 1, "cycle_epochs": 1, "update_every": 2},

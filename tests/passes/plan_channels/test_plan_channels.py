@@ -262,3 +262,27 @@ def test_units_behind_an_exponential_leave_as_planned() -> None:
 def test_a_floor_for_no_layer_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"`floors`.*zz"):
         growfx.plan_channels(net_of("chain"), "params=0.6", floors={"zz*": 0.9})
+
+
+class Reading(nn.Module):
+    """Reads a number out of its data, which shapes alone do not have, and writes a width into its code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 16), nn.Linear(16, 12), nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.second(torch.relu(self.first(x))).reshape(-1, 12))
+        return self.head(hidden * (2.0 if x.abs().sum().item() > 0 else 1.0))
+
+
+def test_cuts_are_tried_with_values_where_shapes_alone_do_not_run() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 6)
+    net = growfx.wrap(Reading().eval(), x)
+    plan = growfx.plan_channels(net, "flops=0.7")
+    assert plan.refused["second"].startswith("the model fails without it")
+    assert set(plan.outputs) == {"first"}
+    small = small_of(net, plan)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), net(x))
