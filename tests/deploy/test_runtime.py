@@ -137,7 +137,7 @@ def test_layers_whose_density_makes_the_choice_clear_are_not_timed(
     assert [layer.input for layer in got.lowering.layers] == [(80, 128)] * 4
     with torch.no_grad():
         same(got(x), net(x))
-    in_16_bits = growfx.load(tmp_path, model=network(), runtime="sparse", example_inputs=x, dtype=torch.bfloat16)
+    in_16_bits: Any = growfx.load(tmp_path, model=network(), runtime="sparse", example_inputs=x, dtype=torch.bfloat16)
     assert all(layer.microseconds for layer in in_16_bits.lowering.layers)
 
 
