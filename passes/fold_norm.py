@@ -54,12 +54,12 @@ class FoldedNorms(PassResult[str]):
 
 @torch.inference_mode(False)
 @on_whole_weights
-def fold_norm(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None = None) -> FoldedNorms:
+def fold_norm(net: MaskedGraph, example_inputs: Any = None) -> FoldedNorms:
     """Fold batch norms into the layers before them; `net` is not changed.
 
     Args:
         net: a masked network with values.
-        example_inputs: inputs to compare outputs on; default: as recorded.
+        example_inputs: inputs to compare outputs on, in the forms of `growfx.wrap`; default: as recorded.
 
     Raises:
         TraceError: the network could not be followed, has no values, or does not run on the inputs.

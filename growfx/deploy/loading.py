@@ -33,7 +33,7 @@ def load(
     max_bytes: int = DEFAULT_MAX_BYTES,
     runtime: str = "dense",
     batch: int | None = None,
-    example_inputs: Tensor | tuple[Any, ...] | None = None,
+    example_inputs: Any = None,
 ) -> nn.Module:
     """Load the network of an artifact as a module in eval mode.
 
@@ -54,8 +54,8 @@ def load(
             kernel. What is timed is timed once for these inputs, this processor and `torch.get_num_threads()`, and kept
             in the user's cache folder (`GROWFX_CACHE` names another).
         batch: sparse: how many rows to time on; default: as many as the example inputs have, else 1. Others work.
-        example_inputs: sparse: what to plan for and to time on; default: as the artifact tells, else as `growfx.wrap`.
-            Other shapes work, less fast.
+        example_inputs: sparse: what to plan for and to time on, in the forms of `growfx.wrap`; default: as the artifact
+            tells, else as `growfx.wrap`. Other shapes work, less fast.
 
     Raises:
         ArtifactError: not an artifact, damaged, newer, too large, or of another network; `model` is unchanged.
@@ -81,11 +81,9 @@ def load(
     _check_target(dtype, device, batch)
     plain = artifact_reader.load(path, model=model, device=device, max_bytes=max_bytes)
     masks = artifact_reader.load_masks(path, max_bytes=max_bytes)
-    known = default_inputs(plain) if example_inputs is None else None
-    if known is not None and not known.kwargs:
-        example_inputs = known.args
+    example = default_inputs(plain) if example_inputs is None else example_inputs
     try:
-        lowered = lower_network(plain, masks, _dtype_of(plain, dtype), example_inputs, batch)
+        lowered = lower_network(plain, masks, _dtype_of(plain, dtype), example, batch)
     except TraceError as error:
         # Its advice is for those who call `growfx.wrap`.
         raise TraceError(str(error).replace("`growfx.wrap`", "`growfx.load`")) from error

@@ -27,7 +27,7 @@ from growfx.passes.mask.swap import unwrap, wrap_to_infer
 from growfx.passes.trials.comparison import Trial, difference
 from growfx.passes.trials.precision import outputs_of, tolerance_of
 from growfx.passes.trials.result import PassResult
-from growfx.recorded.inputs import Inputs
+from growfx.recorded.inputs import Inputs, as_inputs
 from growfx.recorded.recording import RecordedGraph, compiled
 from growfx.runtime import sparse_kernel
 from growfx.runtime.layer_kernels import likely_choice, make_kernel
@@ -80,7 +80,7 @@ def lower_network(
     plain: nn.Module,
     masks: Mapping[str, Tensor],
     dtype: torch.dtype,
-    example_inputs: Tensor | tuple[Any, ...] | None = None,
+    example_inputs: Any = None,
     batch: int | None = None,
 ) -> PassResult[LoweringReport]:
     """The fastest of: the native runtime, layers by their fastest kernels, all dense with norms folded, unchanged.
@@ -100,12 +100,12 @@ def lower_network(
     """
     # Norms are folded in float32, whatever the network is to compute in.
     wide = plain if _is_all(plain, torch.float32) else copy.deepcopy(plain).float()
-    example = None if example_inputs is None else _example(example_inputs, torch.float32)
+    example = None if example_inputs is None else _cast(as_inputs(example_inputs), torch.float32)
     net = wrap_to_infer(wide, example).eval()
     net.set_masks({name: mask for name, mask in masks.items() if name in net.layers})
-    inputs = net.example() if example is None else Inputs(example, {})
+    inputs = net.example() if example is None else example
     recording = net.recording(inputs, training=False)
-    target = Inputs(_example(inputs.args, dtype), {})
+    target = _cast(inputs, dtype)
     target = target if batch is None else target.with_batch(batch)
     if not recording.faithful or recording.holds is not None:
         report = net.trace_report
@@ -221,7 +221,7 @@ def _prepared(
     opaque = net.trace_report.opaque.items()
     notes = [f"`{name}` runs unchanged, since it was recorded whole: {why}" for name, why in opaque]
     try:
-        folded = fold_norm(net, _example(inputs.args, torch.float32)).model
+        folded = fold_norm(net, _cast(inputs, torch.float32)).model
     except TraceError as refusal:
         notes.append(f"norms were not folded: {refusal}")
         folded = unwrap(net)
@@ -245,9 +245,9 @@ def _record_lowered(program: Program, inputs: Inputs, **options: Any) -> Recorde
     return replace(made, graph=graph, run=function, code=code)
 
 
-def _example(args: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+def _cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     cast = lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v  # noqa: E731
-    return pytree.tree_map(cast, (args,) if isinstance(args, Tensor) else args)
+    return Inputs(*pytree.tree_map(cast, (inputs.args, dict(inputs.kwargs))))
 
 
 def _is_all(model: nn.Module, dtype: torch.dtype) -> bool:
@@ -356,7 +356,7 @@ def _finished(
 
 
 def _report(taken: str, inputs: Inputs, dtype: torch.dtype, notes: tuple[str, ...]) -> LoweringReport:
-    shapes = tuple(tuple(v.shape) for v in pytree.tree_leaves(inputs.args) if isinstance(v, Tensor))
+    shapes = tuple(tuple(v.shape) for v in inputs.values if isinstance(v, Tensor))
     return LoweringReport(
         layers=(),
         taken=taken,

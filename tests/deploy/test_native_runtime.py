@@ -469,3 +469,27 @@ def test_functions_with_parameters_of_their_own(tmp_path: Path) -> None:
     got, dense = through(model.eval(), tmp_path, torch.randn(2, 6))
     x = torch.randn(3, 6)
     same(got(x), dense(x).detach())
+
+
+class Scaled(nn.Module):
+    """Called by keywords alone, one of which has a default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 2)
+
+    def forward(self, *, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.last(self.first(x).relu()) * scale
+
+
+@pytest.mark.parametrize("given", [None, {"x": torch.ones(1, 8), "scale": 3.0}])
+def test_a_network_that_is_called_by_keywords_is_planned_for_what_they_give(given: Any, tmp_path: Path) -> None:
+    call: Any = {"x": torch.ones(1, 8), "scale": 3.0}
+    net = growfx.wrap(Scaled(), call, density=0.5).eval()
+    growfx.save(net, tmp_path / "a")
+    fast = growfx.load(tmp_path / "a", model=Scaled(), runtime="sparse", example_inputs=given)
+    assert fast.lowering.taken == "native"
+    for rows, scale in ((1, 3.0), (4, 3.0), (4, 0.5)):
+        x = torch.randn(rows, 8)
+        with torch.no_grad():
+            same(fast(x=x, scale=scale), net(x=x, scale=scale))

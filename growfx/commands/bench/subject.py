@@ -123,17 +123,18 @@ def opened_subject(
         return
     if kind == "run":
         net, _ = reopen(place)
-        example = given or _resized(net.example_inputs(), img_size)
+        known = net.example()
+        example = Inputs(given, {}) if given else Inputs(_resized(known.args, img_size), known.kwargs)
     else:
         built = create_model(str(path), **(model_kwargs or {})).eval()
-        example = given or _resized((torch.zeros(default_input_shape(built)),), img_size)
+        example = Inputs(given or _resized((torch.zeros(default_input_shape(built)),), img_size), {})
         net = wrap(built, example, density=1.0 if density is None else density)
     with tempfile.TemporaryDirectory() as folder:
         info = save(net, Path(folder) / "artifact")
         # A model of the caller's own module is not built by reading an artifact.
         named = info.model is not None and info.model["library"] != "python"
         template = None if named else unwrap(net)
-        yield Subject(str(path), kind, Path(folder) / "artifact", info, Inputs(example, {}), template)
+        yield Subject(str(path), kind, Path(folder) / "artifact", info, example, template)
 
 
 def _as_tuple(inputs: Tensor | tuple[Any, ...]) -> tuple[Any, ...]:

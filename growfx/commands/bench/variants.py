@@ -153,7 +153,7 @@ def _deepsparse(work: VariantBuilder, setting: Setting) -> Built:
 def _masked(work: VariantBuilder, setting: Setting) -> Built:
     net: MaskedGraph = work.once("masked", lambda: work.subject.masked().to(work.dtype))
     with torch.no_grad():
-        net(*setting.inputs.args)  # records it, which inference mode would disturb
+        net(*setting.inputs.args, **setting.inputs.kwargs)  # records it, which inference mode would disturb
     return Built(net, bytes_of(net))
 
 
@@ -169,7 +169,7 @@ def _compact(work: VariantBuilder, _: Setting) -> Built:
 
 
 def _sparse(work: VariantBuilder, setting: Setting) -> Built:
-    model = work.subject.load(dtype=work.dtype, runtime="sparse", example_inputs=setting.inputs.args)
+    model = work.subject.load(dtype=work.dtype, runtime="sparse", example_inputs=setting.inputs)
     assert isinstance(model, SparseRuntime)
     kernels = [module for module in model.modules() if isinstance(module, Kernel)]
     rest = bytes_of(model) - sum(map(bytes_of, kernels))  # kernels count their packed weights themselves

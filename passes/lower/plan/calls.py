@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from growfx.errors import TraceError
+from growfx.errors import TraceError, one_line
 from growfx.passes.operators.nests import Leaf, map_leaves
 from growfx.passes.record.recording import working_copy
 from growfx.quiet import ignored_warnings
@@ -206,7 +206,7 @@ def record_calls(model: nn.Module, inputs: Inputs, *, only_floats: bool = True) 
         except TraceError:
             raise
         except Exception:  # an operator that refuses numbers that are not there
-            single, *runs, larger = _runs(model, inputs, values=True)
+            single, *runs, larger = _runs_with_values(model, inputs)
     calls = _unified(*runs)
     _check_at(_LARGER, calls, runs[0], larger)
     outputs = [single.shapes[number] for number in single.outputs]
@@ -294,6 +294,17 @@ def _runs(model: nn.Module, inputs: Inputs, values: bool) -> list[_Run]:
     model = working_copy(model)
     # What a model keeps from its first call, such as a table of positions, is there when it is recorded.
     return [_run(model, inputs.with_batch(batch), values) for batch in (1, *_BATCHES, _LARGER)]
+
+
+def _runs_with_values(model: nn.Module, inputs: Inputs) -> list[_Run]:
+    try:
+        return _runs(model, inputs, values=True)
+    except TraceError:
+        raise
+    except Exception as error:
+        raise TraceError(
+            f"the network fails on its example inputs, or on such with another number of rows ({one_line(error)})"
+        ) from error
 
 
 def _run(model: nn.Module, inputs: Inputs, values: bool) -> _Run:

@@ -120,6 +120,16 @@ def test_something_else_than_a_network_and_integer_inputs_are_refused(tmp_path: 
         growfx.export_native(nn.Embedding(5, 3), tmp_path / "out", example_inputs=torch.tensor([[1]]))
 
 
+@pytest.mark.parametrize("shape", [(1, 5), (2, 3, 4, 4)])
+def test_example_inputs_on_which_the_network_fails_are_refused_and_nothing_is_written(
+    shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    net = growfx.wrap(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)), torch.zeros(1, 6))
+    with pytest.raises(growfx.TraceError, match="fails on its example inputs"):
+        growfx.export_native(net, tmp_path / "out", example_inputs=torch.zeros(shape))
+    assert not (tmp_path / "out").exists()
+
+
 def test_several_inputs_and_outputs_keep_their_order(tmp_path: Path) -> None:
     model = Function(lambda x, y: {"sum": x + y[:, :, None], "rest": [y * 2, F.relu(x)]})
     x, y = torch.randn(3, 4, 5), torch.randn(3, 4)
