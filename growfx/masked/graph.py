@@ -25,7 +25,7 @@ from growfx.masked.module_copy import copy_modules
 from growfx.masked.modules import chain_tensors, float_type
 from growfx.masked.optimizers import watch_optimizers
 from growfx.masked.placement import Places
-from growfx.masked.plain_state import hide_masks, load_by_model, state_by_model
+from growfx.masked.plain_state import hide_masks, load_by_model, state_by_model, zeroed_outside_masks
 from growfx.masked.present.exchange import whole_layers
 from growfx.masked.recordings import Recordings
 from growfx.masked.registry import note_replaced
@@ -624,29 +624,14 @@ class MaskedGraph(fx.GraphModule):
         """
         self._check_places()
         prefix = kwargs.get("prefix", "")
-        dirty = {} if kwargs.get("keep_vars", False) else self._cleaned_weights()
+        layers = () if kwargs.get("keep_vars", False) else self._named_layers[0].values()
+        dirty = zeroed_outside_masks(layers, in_copies=self.averaged)
         found = state_by_model(self.shell, self._mask_names(), args, kwargs)
         found = super().state_dict(*args, **kwargs) if found is None else found
         for name, parameter in self.named_parameters(remove_duplicate=False) if dirty else ():
             if id(parameter) in dirty and f"{prefix}{name}" in found:  # under every name it has
                 found[f"{prefix}{name}"] = dirty[id(parameter)]
         return found
-
-    def _cleaned_weights(self) -> dict[int, Tensor]:
-        """Make masked weights zero outside their masks: those of an average in copies, by the parameter's id."""
-        dirty = [
-            layer
-            for layer in self._named_layers[0].values()
-            if layer.present is None
-            and not is_sharded(layer.parameter)
-            and not layer.parameter.is_meta
-            and not layer.obeys()
-        ]
-        if self.averaged:
-            return {id(x.parameter): torch.where(x.mask, x.parameter.detach(), 0) for x in dirty}
-        for layer in dirty:
-            layer.settle()
-        return {}
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MaskedGraph:
         super()._apply(fn, recurse)

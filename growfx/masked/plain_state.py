@@ -1,4 +1,4 @@
-"""The state dict that a masked model's own methods see: that of the plain model."""
+"""State dicts of a masked model: zero outside the masks, and the plain model's for the model's own methods."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["hide_masks", "load_by_model", "state_by_model"]
+from growfx.distributed.sharded import is_sharded
+from growfx.masked.layers import MaskedLayer
+
+__all__ = ["hide_masks", "load_by_model", "state_by_model", "zeroed_outside_masks"]
 
 
 def hide_masks(shell: nn.Module, names: Sequence[str] = ()) -> None:
@@ -83,3 +86,20 @@ def _not_persistent(shell: nn.Module, names: Iterable[str]) -> Generator[None]:
     finally:
         for registry, leaf in added:
             registry.discard(leaf)
+
+
+def zeroed_outside_masks(layers: Iterable[MaskedLayer], *, in_copies: bool) -> dict[int, Tensor]:
+    """Make the weights of layers zero outside their masks, or copies of those that are not: by the parameter's id."""
+    dirty = [
+        layer
+        for layer in layers
+        if layer.present is None
+        and not is_sharded(layer.parameter)
+        and not layer.parameter.is_meta
+        and not layer.obeys()
+    ]
+    if in_copies:
+        return {id(x.parameter): torch.where(x.mask, x.parameter.detach(), 0) for x in dirty}
+    for layer in dirty:
+        layer.settle()
+    return {}
