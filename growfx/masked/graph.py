@@ -353,7 +353,10 @@ class MaskedGraph(fx.GraphModule):
 
         def place(tensor: Tensor) -> Tensor:
             # a model may take inputs of a type that is not that of its weights; such inputs stay as they are
-            return tensor.to(device, now if tensor.dtype == before and now is not None else tensor.dtype)
+            dtype = now if tensor.dtype == before and now is not None else tensor.dtype
+            if tensor.is_meta and device.type != "meta":  # the net got its values after it was wrapped
+                return torch.zeros_like(tensor, dtype=dtype, device=device)
+            return tensor.to(device, dtype)
 
         return inputs.copied(place)
 

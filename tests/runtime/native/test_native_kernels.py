@@ -210,19 +210,6 @@ def test_operators_equal_torch_at_other_batch_sizes_than_planned_for(name: str) 
     assert largest_error(Function(function, *parameters), *(torch.randn(shape) for shape in shapes)) < TOLERANCE
 
 
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.LSTM(5, 4, num_layers=2, batch_first=True, bidirectional=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)[0]
-
-
-def test_recurrent_layers_equal_torch() -> None:
-    assert largest_error(Recurrent().eval(), torch.randn(3, 6, 5)) < TOLERANCE
-
-
 def test_a_nan_reaches_the_outputs_that_active_weights_connect_it_to_and_no_others() -> None:
     net = growfx.wrap(nn.Sequential(nn.Linear(40, 30)), torch.randn(1, 40), density=0.2).eval()
     made = native(net, torch.randn(1, 40))
