@@ -278,7 +278,7 @@ def test_threads_through_layers_that_read_their_own_weight_leave_nothing_behind(
         for turn in range(10):
             x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(10 * number + turn))
             with torch.no_grad():
-                if not torch.equal(net(x), plain(x)):
+                if not torch.allclose(net(x), plain(x), rtol=1e-4, atol=1e-5):
                     wrong.append(number)
 
     def overlapping(first: bool) -> None:

@@ -47,7 +47,9 @@ def test_threads_that_call_at_the_same_time_have_a_network_each_and_few_are_kept
 def test_one_thread_has_one_network_whatever_the_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
     sessions, _ = made()
     opened: list[int] = []
-    monkeypatch.setattr(module, "NativeNetwork", lambda data: opened.append(1) or NativeNetwork(data))
+    monkeypatch.setattr(
+        module, "NativeNetwork", lambda data, **options: opened.append(1) or NativeNetwork(data, **options)
+    )
     for rows in (1, 3, 1, 2):
         sessions.run(rows, [X[:rows].contiguous()])
     assert not opened
