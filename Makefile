@@ -1,5 +1,5 @@
 # `make demo` and `make test` do everything on a fresh machine: own virtual environment, installation, run.
-# `make test` ends within 12 minutes on two cores; `make test-all` runs the tests that it leaves out.
+# `make test` takes about 17 minutes on two cores after installation; `make test-all` runs the tests that it leaves out.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
