@@ -18,7 +18,6 @@ weight is built of them for each use.
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,7 +29,6 @@ from torch import Tensor, nn
 from growfx.distributed.sharded import check_cut, is_sharded, local_shard, part_of, require_whole, with_local_shard
 from growfx.errors import MaskError
 from growfx.masked.gradients import (
-    GradientMark,
     MarkGradient,
     MaskGradient,
     MaskOwnGradient,
@@ -42,42 +40,15 @@ from growfx.masked.gradients import (
 from growfx.masked.present.state_dicts import load_whole, saved_whole
 from growfx.masked.present.values import PresentValues, scattered
 from growfx.masked.registry import LAYER_OF
+from growfx.masked.stored import Stored
 from growfx.masked.weight_reads import THREAD
 
-__all__ = ["MaskedLayer", "MaskedParameter", "check_mask"]
+__all__ = ["MaskedLayer", "check_mask"]
 
 _OUTSIDE = (
     "outside of a forward no rank has all of it; work between `net.unshard()` and `net.reshard()`, and where a layer "
     "is sharded alone, call the layer itself"
 )
-
-
-class _Stored:
-    """The parameter that is the layer's own, and what its uses share.
-
-    `weight`: the parameter with its gradient masked, for the layer's own use; made once, since making it anew in every
-    step costs as much as a small convolution. `mask`, `address`: what it was made of. `seen`: mask and version that the
-    parameter was last made to obey. `entries`, `entries_of`: the weight for kernels that read active entries alone,
-    and what it was made of. `mark`: the gradient that was masked last. `hook`: masks the gradient of a weight
-    that the model reads without calling the layer.
-    """
-
-    def __init__(self, parameter: nn.Parameter, own_mask: Tensor) -> None:
-        self.parameter, self.own_mask = parameter, own_mask
-        self.weight: Tensor | None = None
-        self.mask: Tensor | None = None
-        self.address = 0
-        self.entries: Tensor | None = None
-        self.entries_of: tuple[int, ...] = ()
-        self.seen: tuple[int, int] = (0, -1)
-        self.mark = GradientMark()
-        self.hook: Any = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Stored:
-        return _Stored(copy.deepcopy(self.parameter, memo), copy.deepcopy(self.own_mask, memo))
-
-    def __reduce__(self) -> Any:
-        return _Stored, (self.parameter, self.own_mask)
 
 
 class MaskedLayer(nn.Module):
@@ -113,7 +84,7 @@ class MaskedLayer(nn.Module):
     present: PresentValues | None = None
     sharded: bool = False
     read_directly: bool = False
-    _stored: _Stored
+    _stored: Stored
     _collects: Tensor  # `collects_gradient` as a scalar, for compiled code
     _collecting: bool = False
     _lent: PresentValues | None = None  # what `present` will be again
@@ -190,7 +161,7 @@ class MaskedLayer(nn.Module):
             LAYER_OF[id(values)] = self
             return
         if self._stored.parameter is not self.parameter:
-            self._stored = _Stored(self.parameter, self.mask)
+            self._stored = Stored(self.parameter, self.mask)
         self._stored.own_mask = self.mask
         LAYER_OF[id(self.parameter)] = self
 
@@ -587,81 +558,6 @@ class MaskedLayer(nn.Module):
             "_collecting": False,
             "_collects": torch.zeros_like(self._collects),
         }
-
-
-class MaskedParameter(MaskedLayer):
-    """A mask on a parameter of a module that stays what it is: what `net.layers` has where there is no masked twin.
-
-    For parameters that belong to no layer growfx knows (`masked=` of `growfx.wrap`), and for layers that have a `mask`
-    or other names of a masked twin themselves. The mask is a buffer of the parameter's module, `<parameter>_mask`
-    (`<parameter>_mask_` where the module has something of that name itself); the module reads the parameter itself, so
-    it counts as read directly. It shares the registries of that module and is not part of the model.
-    """
-
-    read_directly = True
-    twin_of = nn.Module
-
-    def __init__(self, owner: nn.Module, weight_name: str, mask_name: str | None = None) -> None:
-        super().__init__()
-        self.__dict__["owner"] = owner
-        for registry in ("_parameters", "_buffers"):
-            self.__dict__[registry] = owner.__dict__[registry]
-        self.weight_name, self.mask_name = weight_name, mask_name or _free_name(owner, f"{weight_name}_mask")
-        weight = self.parameter
-        if mask_name is None:
-            owner.register_buffer(self.mask_name, torch.ones_like(weight, dtype=torch.bool))
-        self._stored = _Stored(weight, self.mask)
-        self._collects = torch.zeros((), dtype=torch.bool, device=weight.device)
-        LAYER_OF[id(weight)] = self
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # nothing of it is to be registered with the parameter's module
-
-    @property
-    def mask(self) -> Tensor:
-        """The bool buffer `<parameter>_mask` of the parameter's module."""
-        mask = self._buffers[self.mask_name]
-        assert mask is not None
-        return mask
-
-    @mask.setter
-    def mask(self, mask: Tensor) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        self._take_mask(mask)
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The parameter."""
-        return self.parameter
-
-    @property
-    def training(self) -> bool:
-        """The mode of the parameter's module."""
-        return self.__dict__["owner"].training if "owner" in self.__dict__ else True
-
-    @training.setter
-    def training(self, mode: bool) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Set by `nn.Module`; the mode is that of the parameter's module."""
-
-    def remove(self) -> None:
-        """Take the mask away, +0.0 in its place."""
-        self.settle()
-        if self._stored.hook is not None:
-            self._stored.hook.remove()
-        if LAYER_OF.get(id(self.parameter)) is self:
-            del LAYER_OF[id(self.parameter)]
-        del self._buffers[self.mask_name]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> MaskedParameter:
-        clone = MaskedParameter(copy.deepcopy(self.__dict__["owner"], memo), self.weight_name, self.mask_name)
-        clone.gate = copy.deepcopy(self.gate, memo)
-        return clone
-
-
-def _free_name(owner: nn.Module, name: str) -> str:
-    """`name`, or that with underscores after it where the module has something of the name itself."""
-    while hasattr(owner, name):
-        name += "_"
-    return name
 
 
 def _is_watched() -> bool:

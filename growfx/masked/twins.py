@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
-from growfx.masked.layers import MaskedLayer, _Stored
+from growfx.masked.layers import MaskedLayer
 from growfx.masked.registry import LAYER_OF
+from growfx.masked.stored import Stored
 from growfx.masked.weight_reads import WeightRead
 
 __all__ = [
@@ -192,7 +193,7 @@ def to_twin(module: nn.Module, mask: Tensor | None = None) -> MaskedLayer:
     assert isinstance(module, MaskedLayer)
     weight = module.parameter
     module.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool) if mask is None else mask)
-    module._stored = _Stored(weight, module.mask)
+    module._stored = Stored(weight, module.mask)
     module._collects = torch.zeros((), dtype=torch.bool, device=weight.device)
     LAYER_OF[id(weight)] = module
     return module

@@ -19,11 +19,15 @@ from growfx.distributed.sharded import HOW_TO_GATHER, require_whole
 from growfx.errors import ConfigError, TraceError
 from growfx.masked.doors import as_masked_graph
 from growfx.masked.graph import MaskedGraph
+from growfx.masked.graph.example_call import ExampleCall
+from growfx.masked.graph.layer_table import LayerTable
+from growfx.masked.graph.plain_state import hide_masks
+from growfx.masked.graph.recordings import Recordings
 from growfx.masked.isolation import enrolled
-from growfx.masked.layers import MaskedLayer, MaskedParameter
+from growfx.masked.layers import MaskedLayer
 from growfx.masked.module_copy import copy_modules
 from growfx.masked.modules import chain_tensors
-from growfx.masked.plain_state import hide_masks
+from growfx.masked.parameter import MaskedParameter
 from growfx.masked.present.storage import on_whole_weights
 from growfx.masked.registry import LAYER_OF
 from growfx.masked.torch_pruning import take_over
@@ -120,10 +124,10 @@ def _wrapped(
     pruned = take_over(shell)
     handles = {**_swap_in(shell, exclude, report), **_masked_parameters(shell, masked)}
     _declare_opaque(shell, opaque, report)
-    first = functools.partial(record_checked, model=model)
     with enrolled(model, shell):
-        net = MaskedGraph(shell, example, first, report, functools.partial(identity_of, model))
-        _record_modes(net, example, handles, modes)
+        table = LayerTable(shell, handles)
+        recordings = _recorded(table, report, example, modes, model)
+        net = MaskedGraph(table, recordings, ExampleCall(example, shell), functools.partial(identity_of, model))
         _warn_of_hidden_names(net, notes)
         _warn_of_another_net(shared_names, notes)
         if density < 1:
@@ -134,24 +138,24 @@ def _wrapped(
     return net
 
 
-def _record_modes(
-    net: MaskedGraph, example: Inputs, handles: dict[str, MaskedParameter], modes: Sequence[bool]
-) -> None:
+def _recorded(
+    table: LayerTable, report: TraceReport, example: Inputs, modes: Sequence[bool], model: nn.Module
+) -> Recordings:
     """Record evaluation and, if asked, train mode, name the layers in the order of the data, and report."""
-    report = net.trace_report
-    net.place_layers(handles, ())
-    recordings = [net.recording(example, training=False)]
+    recordings = Recordings(table, report, functools.partial(record_checked, model=model))
+    made = [recordings.make(example, training=False)]
     try:
-        recordings += [net.recording(example, training=True)] if True in modes else []
+        made += [recordings.make(example, training=True)] if True in modes else []
     except TraceError as refusal:
         # Detectors want targets to train on: a call with them will run.
         report.notes.append(f"train mode was not recorded: {refusal}")
-    net.recordings.record = record_checked
-    _name_layers(net, handles, _positions(recordings, net.shell, handles))
-    report.faithful = all(recording.faithful for recording in recordings)
+    recordings.record = record_checked  # what is recorded later is compared with the net's own shell
+    _name_layers(table, report, _positions(made, table))
+    report.faithful = all(recording.faithful for recording in made)
     if not report.faithful:
         report.opaque.setdefault("", " ".join(report.notes))
-    _note_direct_reads(net)
+    _note_direct_reads(table, report)
+    return recordings
 
 
 def _check_options(density: Any, seed: Any) -> None:
@@ -257,7 +261,7 @@ def _draw(net: MaskedGraph, density: float, seed: int) -> None:
     net.set_masks(random_masks(shapes, float(density), seed=int(seed)))
 
 
-def _note_direct_reads(net: MaskedGraph) -> None:
+def _note_direct_reads(table: LayerTable, report: TraceReport) -> None:
     """Layers whose weight is read without their call: seen in a recording, or possible where nobody looked.
 
     A weight that another kind of module shares (an embedding) is read by that module. What a module reads that was
@@ -265,21 +269,20 @@ def _note_direct_reads(net: MaskedGraph) -> None:
     watches, and calls its layers while it is recorded.
     """
     owners: dict[int, str] = {}
-    for name, layer in net.layers.items():
+    for name, layer in table.layers.items():
         owners[id(layer.parameter)] = name
-        whole = any(not whole or name.startswith(f"{whole}.") for whole in net.trace_report.opaque)
+        whole = any(not whole or name.startswith(f"{whole}.") for whole in report.opaque)
         if whole and not layer.read_directly:
-            net.note_direct_read(name)
-    for part in net.shell.modules():
+            table.note_direct_read(name)
+    for part in table.shell.modules():
+        read: list[nn.Parameter | None] = []
         if isinstance(part, nn.TransformerEncoderLayer):
-            for layer in part.modules():
-                name = owners.get(id(layer.parameter)) if isinstance(layer, MaskedLayer) else None
-                if name is not None and not net.layers[name].read_directly:
-                    net.note_direct_read(name)
+            read += [layer.parameter for layer in part.modules() if isinstance(layer, MaskedLayer)]
         if not isinstance(part, MaskedLayer):
-            for parameter in part._parameters.values():
-                if id(parameter) in owners and not net.layers[owners[id(parameter)]].read_directly:
-                    net.note_direct_read(owners[id(parameter)])
+            read += part._parameters.values()
+        for name in [owners[id(parameter)] for parameter in read if id(parameter) in owners]:
+            if not table.layers[name].read_directly:
+                table.note_direct_read(name)
 
 
 @on_whole_weights
@@ -396,30 +399,28 @@ def _declare_opaque(shell: nn.Module, opaque: Sequence[str], report: TraceReport
         report.opaque |= dict.fromkeys(hits, f"named by `{pattern}`")
 
 
-def _positions(
-    recordings: Sequence[RecordedGraph], shell: nn.Module, handles: dict[str, MaskedParameter]
-) -> dict[str, int]:
+def _positions(recordings: Sequence[RecordedGraph], table: LayerTable) -> dict[str, int]:
     """The position of every module and parameter in the recorded runs."""
     called = dict.fromkeys(name for recording in recordings for name in recording.called)
     order = {name: i for i, name in enumerate(called)}
     for name in dict.fromkeys(name for recording in recordings for name in recording.used):
         order[name] = order.get(name.rpartition(".")[0], len(order))
-    first_names = {id(parameter): name for name, parameter in shell.named_parameters()}
-    for name, handle in handles.items():  # which may go by another of the names of a tied parameter
+    first_names = {id(parameter): name for name, parameter in table.shell.named_parameters()}
+    for name, handle in table.parameters.items():  # which may go by another of the names of a tied parameter
         first = first_names[id(handle.parameter)]
         if first in order:
             order.setdefault(name, order[first])
     return order
 
 
-def _name_layers(net: MaskedGraph, handles: dict[str, MaskedParameter], order: dict[str, int]) -> None:
+def _name_layers(table: LayerTable, report: TraceReport, order: dict[str, int]) -> None:
     """Order the layers by data flow, drop those never called, and tie those that share a weight.
 
     `order`: position of every module and parameter in the recorded runs.
     """
-    report = net.trace_report
+    handles = table.parameters
     by_weight: dict[int, list[tuple[str, MaskedLayer]]] = {}
-    twins = {name: m for name, m in net.shell.named_modules() if isinstance(m, MaskedLayer)} | handles
+    twins = {name: m for name, m in table.shell.named_modules() if isinstance(m, MaskedLayer)} | handles
     # Attention reads its output projection without calling it; what an opaque module calls may depend on data.
     attentions = [name for name, m in twins.items() if isinstance(m, nn.MultiheadAttention) and name in order]
     whole_modules = [*report.opaque, *attentions]
@@ -438,5 +439,5 @@ def _name_layers(net: MaskedGraph, handles: dict[str, MaskedParameter], order: d
     tied = [[twin for _, twin in group] for group in by_weight.values() if len(group) > 1]
     for name in handles:
         report.unmasked.pop(name, None)
-    net.place_layers(layers, tied)
+    table.name(layers, tied)
     report.layers = list(layers)

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from growfx.masked.layers import MaskedLayer, _Stored
+from growfx.masked.layers import MaskedLayer
 from growfx.masked.present.values import PresentValues
 from growfx.masked.registry import LAYER_OF, note_replaced
+from growfx.masked.stored import Stored
 
 __all__ = ["keep_layer_present", "keep_layer_whole", "whole_layers"]
 
@@ -78,5 +79,5 @@ def _exchange(layer: MaskedLayer, before: nn.Parameter, name: str, after: nn.Par
     entries = [(name, after) if value is before else (key, value) for key, value in layer._parameters.items()]
     layer._parameters.clear()
     layer._parameters.update(entries)
-    layer._stored = _Stored(after, layer.mask)
+    layer._stored = Stored(after, layer.mask)
     LAYER_OF[id(after)] = layer

@@ -12,8 +12,9 @@ from growfx.distributed.sharded import is_sharded
 from growfx.errors import ConfigError
 from growfx.masked.doors import as_masked_graph, is_masked_graph
 from growfx.masked.graph import MaskedGraph
-from growfx.masked.layers import MaskedLayer, MaskedParameter
+from growfx.masked.layers import MaskedLayer
 from growfx.masked.optimizers import optimizers_of
+from growfx.masked.parameter import MaskedParameter
 from growfx.masked.present.exchange import keep_layer_present, keep_layer_whole
 from growfx.masked.present.optimizer_state import check_pointwise, exchange_parameter
 from growfx.masked.present.values import scattered

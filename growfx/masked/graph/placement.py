@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from growfx.errors import MaskError
-from growfx.masked.layers import MaskedLayer, MaskedParameter
+from growfx.masked.layers import MaskedLayer
+from growfx.masked.parameter import MaskedParameter
 
 __all__ = ["Places"]
 
@@ -61,7 +62,7 @@ class Places:
 
 
 def _owner(layer: MaskedLayer) -> nn.Module:
-    return layer.__dict__["owner"] if isinstance(layer, MaskedParameter) else layer
+    return layer.owner if isinstance(layer, MaskedParameter) else layer
 
 
 def _steps(shell: nn.Module, modules: Mapping[str, Any]) -> list[tuple[dict[str, Any], str, nn.Module]]:
