@@ -139,7 +139,7 @@ def test_an_artifact_loaded_by_several_threads_for_the_sparse_runtime_computes_a
 
     for outputs in together(work, 2):
         torch.testing.assert_close(outputs, expected, rtol=1e-3, atol=1e-4)
-    kept = list((tmp_path / "cache").rglob("*"))
+    kept = list((tmp_path / "cache" / "lowering").rglob("*"))
     assert [file for file in kept if file.suffix == ".json"]
     assert all(json.loads(file.read_bytes()) for file in kept if file.is_file())
     assert not [file for file in kept if file.name.startswith(".")]
