@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from growfx.runtime.train.flow import is_inner
+from growfx.runtime.train.rows import rows_are_inner
 
 __all__ = ["LIMIT", "Entries", "Geometry", "geometry_of", "product"]
 
@@ -176,7 +177,7 @@ def product(
         bias: (O), float32.
         entries, geometry: of the layer.
         out_size: sizes of the output's images.
-        inner: leave the output with the batch innermost in memory (float32).
+        inner: leave the output with the batch, of a linear layer all rows, innermost in memory (float32).
         panels: multiply by all weights, absent ones as zeros, several output channels at a time: faster where most are
             present. NaN and infinities spread as in a dense product then.
     """
@@ -185,7 +186,8 @@ def product(
     steps = (geometry.stride, geometry.front, geometry.dilation)
     ops = torch.ops.growfx
     if entries.of_values:
-        source = rows if is_inner(rows) and rows.dtype == torch.float32 else ops.batch_inner(rows)
+        lies_inner = is_inner(rows) or (not geometry.kernel and rows_are_inner(rows))
+        source = rows if lies_inner and rows.dtype == torch.float32 else ops.batch_inner(rows)
         sizes = [rows.shape[0], entries.shape[0], *out_size]
         out: Tensor = ops.sparse_product(
             source, ops.gather_entries(weight, entries.index), bias, *tables, entries.shape[2:], *steps, sizes, panels

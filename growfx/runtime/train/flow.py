@@ -2,7 +2,9 @@
 
 While a network runs in such a flow, its sparse convolutions leave their outputs as they are laid out in memory, batch
 norms are computed there, with the sum and the rectification that follow them, and what needs another layout (pooling,
-dense convolutions, views) gets it. Tensors keep their shapes and values; only their strides differ.
+dense convolutions, views) gets it. Linear layers leave theirs, all rows of a feature one after another, where only
+pointwise functions lie between them and further linear layers. Tensors keep their shapes and values; only their
+strides differ.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from torch.utils import _pytree as pytree
 
 from growfx.errors import TraceError
 from growfx.runtime.train.chains import ADDITIONS, RECTIFICATIONS, Chain
+from growfx.runtime.train.rows import LeftRows, become
 
-__all__ = ["Flow", "is_flowing", "is_inner"]
+__all__ = ["Flow", "is_flowing", "is_inner", "keeps_rows", "leave_rows"]
 
 _LOCAL = threading.local()
 
@@ -54,15 +57,34 @@ def is_inner(x: Tensor) -> bool:
 
 
 def is_flowing() -> bool:
-    """Whether this thread runs a network in a flow.
+    """Whether this thread runs a network whose images flow with the batch innermost."""
+    flow = _flow()
+    return flow is not None and flow.images
 
-    Not where saved tensors are taken by hooks: a checkpointed part of a model is computed again outside of the flow,
+
+def keeps_rows() -> bool:
+    """Whether this thread runs a network in a flow, so that linear layers may leave their outputs as they lie."""
+    return _flow() is not None
+
+
+def leave_rows(out: Tensor) -> None:
+    """Remember an output of a linear layer that stays as its kernel left it, where `keeps_rows`."""
+    flow = _flow()
+    assert flow is not None
+    flow.rows.leave(out)
+
+
+def _flow() -> Flow | None:
+    """The flow of this thread.
+
+    None where saved tensors are taken by hooks: a checkpointed part of a model is computed again outside of the flow,
     and has to save the same then.
     """
-    if getattr(_LOCAL, "flow", None) is None:
-        return False
+    flow: Flow | None = getattr(_LOCAL, "flow", None)
+    if flow is None:
+        return None
     hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
-    return hooks(True) is None
+    return flow if hooks(True) is None else None
 
 
 @dataclass
@@ -90,11 +112,13 @@ class Flow(TorchFunctionMode):
 
     Args:
         chains: what follows each norm, by the id of its weight. What a call does otherwise gets the norm's own values.
+        images: whether images keep their batch innermost; else linear layers alone leave their outputs as they lie.
     """
 
-    def __init__(self, chains: Mapping[int, Chain]) -> None:
+    def __init__(self, chains: Mapping[int, Chain], *, images: bool = True) -> None:
         super().__init__()
-        self.chains = chains
+        self.chains, self.images = chains, images
+        self.rows = LeftRows()
         self.waiting: dict[int, _Waiting] = {}
 
     def run(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -110,12 +134,17 @@ class Flow(TorchFunctionMode):
         finally:
             _LOCAL.flow = before
         self._finish()
+        self.rows.finish(found)
         return pytree.tree_map_only(Tensor, _outer, found) if not isinstance(found, Tensor) else _outer(found)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _SHAPES:
             return func(*args, **kwargs)
+        if self.rows and self.rows.before(func, args, kwargs):
+            found = func(*args, **kwargs)
+            self.rows.after(found)
+            return found
         if func is F.batch_norm and is_flowing():
             found = self._norm(*args, **kwargs)
             return func(*args, **kwargs) if found is None else found
@@ -161,7 +190,7 @@ class Flow(TorchFunctionMode):
                 _refuse_functions()
             del self.waiting[id(value)]
             with torch.set_grad_enabled(state.gradient):
-                _become(value, state.compute(None, relu=False))
+                become(value, state.compute(None, relu=False))
 
     def _fill_readers_of(self, values: Any) -> None:
         """Compute what reads the memory of tensors among `values`, which is about to be written to."""
@@ -208,7 +237,7 @@ class Flow(TorchFunctionMode):
         if not in_place:
             return result  # whoever reads the norm itself later finds its own values in `own`
         del self.waiting[id(own)]
-        _become(own, result)
+        become(own, result)
         return own
 
     def _added(self, own: Tensor, other: Any, state: _Waiting, in_place: bool) -> Tensor | None:
@@ -224,7 +253,7 @@ class Flow(TorchFunctionMode):
             del self.waiting[id(own)]
         if not rectifies:
             if in_place:
-                _become(own, out)
+                become(own, out)
             return own if in_place else out
 
         def again(_: Tensor | None, *, relu: bool) -> Tensor:
@@ -299,11 +328,6 @@ class Flow(TorchFunctionMode):
         reads = tuple(t for t in (x, weight, bias) if t is not None)
         tensor = weakref.ref(place)
         return self._wait(place, _Waiting(tensor, compute, chain, out, reads, torch.is_grad_enabled(), moved))
-
-
-def _become(value: Tensor, found: Tensor) -> None:
-    """Make the object `value`, which the model holds, the tensor `found`."""
-    torch._C._swap_tensor_impl(value, found)
 
 
 def _refuse_functions() -> None:

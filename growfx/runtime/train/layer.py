@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from growfx.masked.layers import MaskedLayer
 from growfx.runtime.train.choice import Chooser
 from growfx.runtime.train.entries import LIMIT, Entries, Geometry, geometry_of, product
-from growfx.runtime.train.flow import is_flowing
+from growfx.runtime.train.flow import is_flowing, keeps_rows, leave_rows
 
 __all__ = ["LayerKernel"]
 
@@ -25,13 +25,14 @@ class LayerKernel:
 
     Attributes:
         name: of the layer.
+        leaves_rows: whether, within a flow, the output of a linear layer stays as the kernel lays it out.
         never: why the layer never has a sparse kernel; "" where it can.
         reason: why the last call took the kernel that it took.
         took_sparse: whether the last call took the sparse kernel.
     """
 
-    def __init__(self, name: str, layer: MaskedLayer, chooser: Chooser) -> None:
-        self.name, self.chooser = name, chooser
+    def __init__(self, name: str, layer: MaskedLayer, chooser: Chooser, *, leaves_rows: bool = False) -> None:
+        self.name, self.chooser, self.leaves_rows = name, chooser, leaves_rows
         found = geometry_of(layer)
         self.geometry = found if isinstance(found, Geometry) else Geometry((), (), (), (), ())
         self.never = found if isinstance(found, str) else _refusal(layer)
@@ -68,7 +69,10 @@ class LayerKernel:
                 self.reason = f"its input has the shape {tuple(x.shape)}"
                 return None
             entries, inner = self._entries_for(layer, out_size), self._keeps_inner(images)
-            kernel, self.reason = self.chooser.choose(self.name, layer, self.geometry, entries, images, out_size, inner)
+            rows, images_flow = inner and not self.geometry.kernel, inner and bool(self.geometry.kernel)
+            kernel, self.reason = self.chooser.choose(
+                self.name, layer, self.geometry, entries, images, out_size, images_flow
+            )
             self.took_sparse = kernel == "sparse"
             if kernel == "dense":
                 self._dense_at, self._dense_reason = situation, self.reason
@@ -76,7 +80,10 @@ class LayerKernel:
             bias: Any = layer.bias
             weight = layer.weight_of_entries() if layer.present is None else layer.present.of_entries()
             panels = kernel == "panels"
-            return product(images, weight, bias, entries, self.geometry, out_size, inner=inner, panels=panels)
+            out = product(images, weight, bias, entries, self.geometry, out_size, inner=inner, panels=panels)
+            if rows:
+                leave_rows(out)
+            return out
 
     def _situation(self, layer: MaskedLayer, x: Tensor) -> tuple[Any, ...]:
         """What a choice depends on, as far as it can be told without reading the mask."""
@@ -85,8 +92,10 @@ class LayerKernel:
         return (layer.mask_marker(), x.shape, x.dtype, layer.present is None, *gradient, *where)
 
     def _keeps_inner(self, x: Tensor) -> bool:
-        """Whether the output is to stay with the batch innermost."""
-        return bool(self.geometry.kernel) and x.dtype == torch.float32 and is_flowing()
+        """Whether the output is to stay as the kernel lays it out: with the batch, or all rows, innermost."""
+        if x.dtype != torch.float32:
+            return False
+        return is_flowing() if self.geometry.kernel else self.leaves_rows and keeps_rows()
 
     def _entries_for(self, layer: MaskedLayer, out_size: list[int]) -> Entries:
         """The entries of the current mask, for outputs of `out_size`: checked or made anew."""

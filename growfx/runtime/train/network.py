@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from growfx.runtime.train.choice import Chooser
 from growfx.runtime.train.flow import Flow
 from growfx.runtime.train.layer import LayerKernel
 from growfx.runtime.train.report import KernelReport, LayerChoice
+from growfx.runtime.train.rows import rows_kept
 
-__all__ = ["NetworkKernels", "choices_of", "dense_meanwhile", "kernels_taken", "take_choices"]
+__all__ = ["FlowPlan", "NetworkKernels", "choices_of", "dense_meanwhile", "kernels_taken", "take_choices"]
 
 # Of all modules, whatever network they belong to.
 _GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
@@ -29,33 +31,69 @@ _GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
 )
 
 
+@dataclass(frozen=True)
+class FlowPlan:
+    """What of a network can be computed in the layout of the kernels, by its recording in train mode.
+
+    Attributes:
+        chains: what follows each batch norm, by the id of its weight.
+        rows: linear layers whose outputs may stay as their kernels leave them.
+        images: whether there are batch norms, without which images gain nothing.
+    """
+
+    chains: Mapping[int, Chain] = field(default_factory=dict)
+    rows: frozenset[str] = frozenset()
+    images: bool = False
+
+    @classmethod
+    def of(cls, net: MaskedGraph) -> FlowPlan:
+        """The plan of a network; of chains and rows, what the recording is sure of."""
+        images = any(isinstance(module, _BatchNorm) for module in net.modules())
+        try:
+            recording = net.recording(net.example(), training=True)
+        except TraceError:
+            return cls(images=images)
+        if not recording.faithful or recording.own_gradient:
+            return cls(images=images)
+        found = chains_of(recording.graph, net.shell)
+        modules = dict(net.shell.named_modules(remove_duplicate=False))
+        weights = [module.weight for module in modules.values() if isinstance(module, _BatchNorm)]
+        once = {id(weight) for weight in weights if sum(other is weight for other in weights) == 1}
+        chains = {id(modules[name].weight): chain for name, chain in found.items()}
+        linear = {name for name, layer in net.layers.items() if isinstance(layer, nn.Linear) and layer.calls_kernel}
+        return cls(
+            {key: chain for key, chain in chains.items() if key in once},
+            # What a model keeps is not to be found in another layout later.
+            frozenset() if net.trace_report.side_effects else frozenset(rows_kept(recording.graph, net.shell, linear)),
+            images,
+        )
+
+
 class NetworkKernels:
     """The kernels that `use_kernels` gave a network.
 
     Attributes:
         chooser: what chooses between dense and sparse kernels, with the table of times; None where all are dense.
+        plan: what of the network may be computed in the layout of the kernels.
         missing: why there are no sparse kernels on this machine; "" where there are.
         whole: layer -> why its weight stays whole where others keep values of present edges only.
     """
 
     def __init__(
-        self, net: MaskedGraph, chooser: Chooser | None, missing: str, whole: Mapping[str, str] | None = None
+        self, chooser: Chooser | None, plan: FlowPlan, missing: str = "", whole: Mapping[str, str] | None = None
     ) -> None:
-        self.chooser, self.missing, self.whole = chooser, missing, dict(whole or {})
-        self.flow = "" if chooser is not None else "all kernels are dense"
-        self._chains = {} if chooser is None else _chains(net)
-        if not self.flow and not any(isinstance(module, _BatchNorm) for module in net.modules()):
-            self.flow = "there are no batch norms"
+        self.chooser, self.plan, self.missing, self.whole = chooser, plan, missing, dict(whole or {})
 
     def run(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         """What `model` returns: its own forward, with activations kept innermost by batch where that is faster."""
-        chooser = self.chooser
-        if self.flow or chooser is None or (chooser.kernels == "auto" and not chooser.flow_pays()):
+        chooser, plan = self.chooser, self.plan
+        if chooser is None or not (plan.images or plan.rows):
             return model(*args, **kwargs)
-        if self._reason_of_call(model):
+        images = plan.images and (chooser.kernels != "auto" or chooser.flow_pays())
+        if not (images or plan.rows) or self._reason_of_call(model):
             return model(*args, **kwargs)
         # The chains were recorded in training; a forward may do something else in evaluation.
-        return Flow(self._chains if model.training else {}).run(model, args, kwargs)
+        return Flow(plan.chains if model.training else {}, images=images).run(model, args, kwargs)
 
     def _reason_of_call(self, model: nn.Module) -> str:
         """Why this call keeps torch's layout; "" where it need not."""
@@ -91,22 +129,6 @@ class NetworkKernels:
         if times is None:
             return LayerChoice(took, kernel.reason, None, None, layer.density)
         return LayerChoice(took, kernel.reason, times.dense, times.sparse, layer.density)
-
-
-def _chains(net: MaskedGraph) -> dict[int, Chain]:
-    """What follows each batch norm, by the id of its weight, where the recording is sure of it."""
-    try:
-        recording = net.recording(net.example(), training=True)
-    except TraceError:
-        return {}
-    if not recording.faithful or recording.own_gradient:
-        return {}
-    found = chains_of(recording.graph, net.shell)
-    modules = dict(net.shell.named_modules(remove_duplicate=False))
-    weights = [module.weight for module in modules.values() if isinstance(module, _BatchNorm)]
-    once = {id(weight) for weight in weights if sum(other is weight for other in weights) == 1}
-    chains = {id(modules[name].weight): chain for name, chain in found.items()}
-    return {key: chain for key, chain in chains.items() if key in once}
 
 
 def choices_of(net: MaskedGraph) -> dict[str, Any] | None:

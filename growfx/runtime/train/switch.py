@@ -17,7 +17,7 @@ from growfx.recorded.inputs import Inputs
 from growfx.runtime.train.choice import KERNELS, Chooser
 from growfx.runtime.train.layer import LayerKernel
 from growfx.runtime.train.library import training_status
-from growfx.runtime.train.network import NetworkKernels
+from growfx.runtime.train.network import FlowPlan, NetworkKernels
 from growfx.runtime.train.present_step import step_present
 
 __all__ = ["use_kernels"]
@@ -82,9 +82,11 @@ def use_kernels(
         _time(found, inputs)  # parameters are exchanged for a model that runs on the inputs only
     whole = set_storage(found, storage or stored)
     before = found.kernels, {name: layer.kernel for name, layer in found.layers.items()}
+    plan = FlowPlan() if chooser is None else FlowPlan.of(found)
     for name, layer in found.layers.items():
-        layer.kernel = None if chooser is None else LayerKernel(name, layer, chooser)
-    found.kernels = NetworkKernels(found, chooser, missing, whole)
+        rows = name in plan.rows
+        layer.kernel = None if chooser is None else LayerKernel(name, layer, chooser, leaves_rows=rows)
+    found.kernels = NetworkKernels(chooser, plan, missing, whole)
     if inputs is not None and chooser is not None:
         try:
             _time(found, inputs)

@@ -1,0 +1,140 @@
+"""Leave the outputs of linear layers as their kernels lay them out, all rows of a feature one after another.
+
+Where nothing but pointwise functions lies between a linear layer and the next ones, what comes between stays in that
+layout too, and none of it is turned to torch's and back. Which layers these are the recorded graph says; what the
+model does otherwise finds torch's layout, made when it is asked for.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Container
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+__all__ = ["LeftRows", "become", "rows_are_inner", "rows_kept"]
+
+# What computes each value from values at the same place alone.
+_MODULES = {
+    *(nn.GELU, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.SiLU, nn.Mish, nn.Softplus),
+    *(nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Identity),
+}
+_FUNCTIONS: set[Any] = {
+    *(F.gelu, F.relu, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.silu, F.mish, F.softplus, F.sigmoid, F.tanh),
+    *(F.hardswish, F.hardsigmoid, F.hardtanh, torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.square),
+    *(torch.add, torch.mul),
+}
+_METHODS = ("relu", "relu_", "sigmoid", "tanh", "square", "add", "add_", "mul", "mul_")
+_OPERATORS = ("__add__", "__iadd__", "__radd__", "__mul__", "__imul__", "__rmul__")
+_IN_GRAPHS: set[Any] = {*_FUNCTIONS, *_METHODS, operator.add, operator.iadd, operator.mul, operator.imul}
+_TOLD = ("requires_grad", "is_cpu", "is_meta", "is_leaf", "layout")  # by properties, without values
+_CALLED: set[Any] = {
+    *_FUNCTIONS,
+    *(getattr(torch.Tensor, name) for name in (*_METHODS, *_OPERATORS)),
+    *(getattr(torch.Tensor, name).__get__ for name in _TOLD),
+}
+
+
+def rows_are_inner(x: Tensor) -> bool:
+    """Whether a tensor (..., C) lies with all rows of a feature one after another."""
+    rows = 1
+    for size, stride in zip(x.shape[-2::-1], x.stride()[-2::-1], strict=True):
+        if stride != rows:
+            return False
+        rows *= size
+    return x.dim() > 1 and rows > 1 and x.shape[-1] > 1 and x.stride(-1) >= rows
+
+
+def rows_kept(graph: fx.Graph, root: nn.Module, layers: Container[str]) -> set[str]:
+    """Linear layers whose outputs nothing reads but pointwise functions on the way to further linear layers.
+
+    Args:
+        graph: recorded from `root`.
+        root: the model.
+        layers: names of the linear layers that have kernels.
+    """
+    modules = dict(root.named_modules(remove_duplicate=False))
+
+    def is_layer(node: fx.Node) -> bool:
+        return node.op == "call_module" and str(node.target) in layers
+
+    kept: set[fx.Node] = set()
+    for node in graph.nodes:
+        if is_layer(node) or (_is_pointwise(node, modules) and kept.issuperset(node.all_input_nodes)):
+            kept.add(node)
+    lost = kept
+    while lost:
+        lost = {n for n in kept if not n.users or not all(is_layer(user) or user in kept for user in n.users)}
+        kept = kept - lost
+    called = [node for node in graph.nodes if is_layer(node)]
+    return {str(node.target) for node in called} - {str(node.target) for node in called if node not in kept}
+
+
+def _is_pointwise(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if not node.all_input_nodes:
+        return False
+    if node.op == "call_module":
+        module = modules.get(str(node.target))
+        return type(module) in _MODULES or (type(module) is nn.Dropout and module.p == 0)
+    return node.op in ("call_function", "call_method") and node.target in _IN_GRAPHS
+
+
+class LeftRows:
+    """The tensors of one call of a network that lie with all rows of a feature one after another."""
+
+    def __init__(self) -> None:
+        self._left: dict[int, tuple[weakref.ref[Tensor], bool]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._left)
+
+    def leave(self, value: Tensor) -> None:
+        """Remember an output that stays as it lies."""
+        self._left[id(value)] = weakref.ref(value), torch.is_grad_enabled()
+
+    def before(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Lay out what `func` is given as torch does, unless it is pointwise and may take it as it lies: then True."""
+        taken = self._among((args, kwargs))
+        if taken and _takes_any_layout(func, args, kwargs):
+            return True
+        for value in taken:
+            self._turn(value)
+        return False
+
+    def after(self, found: Any) -> None:
+        """Remember the result of a pointwise function where it lies so, too."""
+        if isinstance(found, Tensor) and rows_are_inner(found):
+            self.leave(found)
+
+    def finish(self, outputs: Any) -> None:
+        """Lay out what the network returns as torch does."""
+        for value in self._among(outputs):
+            self._turn(value)
+        self._left.clear()
+
+    def _among(self, values: Any) -> list[Tensor]:
+        """Those of `values`, nested as they may be, that lie so."""
+        known = [value for value in pytree.tree_leaves(values) if id(value) in self._left]
+        return [value for value in dict.fromkeys(known) if self._left[id(value)][0]() is value]
+
+    def _turn(self, value: Tensor) -> None:
+        _, gradient = self._left.pop(id(value))
+        with torch.set_grad_enabled(gradient):
+            become(value, value.contiguous())
+
+
+def _takes_any_layout(func: Any, args: Any, kwargs: Any) -> bool:
+    if func is F.dropout:  # where it draws, what is drawn would lie otherwise
+        probability = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+        return probability == 0
+    return func in _CALLED
+
+
+def become(value: Tensor, found: Tensor) -> None:
+    """Make the object `value`, which the model holds, the tensor `found`."""
+    torch._C._swap_tensor_impl(value, found)
