@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Guess:    coremltools' palettize_weights gives each weight the nearest of its 2^n values, and a pruned weight, nine tenths of
 #           which are exact zeros, gets zero as one of them.
-# Happens:  no mode has a zero. mode="uniform" spreads its values evenly from the smallest to the largest weight, so that zero falls
-#           between two of them and every pruned weight gets the same small value of one sign: what a layer adds up over its
-#           absent edges can outweigh what its kept ones compute. mode="kmeans" gives them a value near 1e-9: harmless to the
+# Happens:  no mode has a zero. mode="uniform" spreads its values evenly from the smallest to the largest weight, so that zero
+#           falls between two of them and every pruned weight gets the same small value of one sign: what a layer adds up over
+#           its absent edges can outweigh what its kept ones compute. mode="kmeans" gives them a value near 1e-9: harmless to the
 #           output, but no weight counts as zero any more. Pruned with prune_weights first and palettized with
 #           joint_compression=True, the zeros stay.
 # Seen with coremltools 9.0, scikit-learn 1.9.1 and numpy 2.4.6, CPU, Python 3.11, on Linux, where models can be converted but not run.
