@@ -57,8 +57,14 @@ def images_for(model: nn.Module) -> torch.Tensor:
 
 def macs(model: nn.Module, images: torch.Tensor) -> float:
     """Multiply-accumulates of one call."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Torch's counter looks for the gradient of what a module is given, which a view of a parameter has none of here.
+    for parameter in trained:
+        parameter.requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)
+    for parameter in trained:
+        parameter.requires_grad_(True)
     return counter.get_total_flops() / 2
 
 
