@@ -10,6 +10,7 @@ Layers that keep values of present edges only have nothing to mask: their state 
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -33,7 +34,16 @@ from growfx.masked.present.optimizer_state import check_pointwise, check_state
 from growfx.masked.present.values import Move, on_move
 from growfx.masked.registry import LAYER_OF, is_replaced
 
-__all__ = ["StepWatch", "clear_state", "hold", "optimizers_of", "step_ahead_by", "watch_optimizers"]
+__all__ = [
+    "StepWatch",
+    "clear_state",
+    "forget_state",
+    "hold",
+    "optimizers_of",
+    "optimizers_together",
+    "step_ahead_by",
+    "watch_optimizers",
+]
 
 # Optimizers that work edge by edge and add nothing else: where weight, gradient and state are zero, they stay
 # zero, and a pass over the weights after each step is saved. All others (orthogonalised or preconditioned updates,
@@ -66,6 +76,18 @@ _RECORDS: weakref.WeakKeyDictionary[Optimizer, _Record] = weakref.WeakKeyDiction
 def optimizers_of(parameter: nn.Parameter) -> list[Optimizer]:
     """Return the optimizers that have stepped a masked parameter, those inside wrappers among them."""
     return [optimizer for optimizer, record in _RECORDS.items() if id(parameter) in record.cleared]
+
+
+def optimizers_together(optimizer: Optimizer, layers: Iterable[MaskedLayer]) -> list[Optimizer]:
+    """Return `optimizer`, and the others that have stepped a weight of `layers`."""
+    others = {id(each): each for layer in layers for each in optimizers_of(layer.trained)}
+    return [optimizer, *(each for each in others.values() if each is not optimizer)]
+
+
+def forget_state(optimizer: Optimizer, layers: Iterable[MaskedLayer]) -> None:
+    """Forget the state of every parameter of `optimizer`, and of the others that have stepped a weight of `layers`."""
+    for each in optimizers_together(optimizer, layers):
+        each.state.clear()
 
 
 def hold(optimizer: Optimizer, layer: MaskedLayer) -> None:
@@ -146,6 +168,10 @@ class StepWatch:
             return False
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         return all_finite(gradients)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepWatch:
+        """Watch the copies: the steps of the originals are not theirs."""
+        return StepWatch(copy.deepcopy(self._optimizer, memo), copy.deepcopy(self._parameters, memo))
 
     def _count(self) -> int:
         return sum(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from growfx.errors import ConfigError
 from growfx.masked.mask_bits import pack, unpack
+from growfx.masked.optimizers import forget_state
 from growfx.methods.starting import MASKS_OF_PRUNING, all_edges
 from growfx.methods.stepwise.course import Course, Stepwise
 from growfx.methods.stepwise.exchange import finite_magnitudes, keep_largest
@@ -88,7 +89,7 @@ class ACDC(Stepwise):
                 course.masks, edges, weights, self.scope, EdgeKeys(self.seed, f"prune after step {course.steps}")
             )
         if self.reset_optimizer and course.nnz < course.numel:
-            course.optimizer.state.clear()
+            forget_state(course.optimizer, course.layers.values())
         return _dense(course)
 
     def _wants_gradient(self, course: Course, step: int) -> bool:
