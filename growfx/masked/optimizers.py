@@ -30,6 +30,7 @@ from torch.optim.optimizer import (
 from growfx.distributed.sharded import all_finite, is_sharded, local_shard, part_of
 from growfx.errors import ConfigError
 from growfx.masked.layers import MaskedLayer
+from growfx.masked.mask_bits import pack
 from growfx.masked.present.optimizer_state import check_pointwise, check_state
 from growfx.masked.present.values import Move, on_move
 from growfx.masked.registry import LAYER_OF, is_replaced
@@ -60,7 +61,8 @@ class _Record:
     `steps`: made so far. `cleared`: by parameter, the mask (identity, version) its state was last cleared for. `state`:
     by parameter, identities and versions of its state after the last step, which tell what was loaded or edited since.
     `versions`: of the parameters, before each step under way (a subclass's step may call its base class's). `hidden`:
-    before each, the gradients of parameters that are stepped already, which the optimizer must not see.
+    before each, the gradients of parameters that are stepped already, which the optimizer must not see. `masks`: by
+    parameter, the mask itself, packed, for LBFGS: what is lost for a mask written anew as it was cannot be had again.
     """
 
     steps: int = 0
@@ -68,6 +70,7 @@ class _Record:
     state: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     versions: list[dict[int, int]] = field(default_factory=list)
     hidden: list[list[tuple[nn.Parameter, Tensor | None]]] = field(default_factory=list)
+    masks: dict[int, Tensor] = field(default_factory=dict)
 
 
 _RECORDS: weakref.WeakKeyDictionary[Optimizer, _Record] = weakref.WeakKeyDictionary()
@@ -264,8 +267,11 @@ def _clear_if_touched(optimizer: Optimizer, layer: MaskedLayer, record: _Record)
     same_mask = record.cleared.get(key) == marker
     # The memory of LBFGS, of all edges at once, may be kept where it was loaded; its steps are cleaned up after.
     if isinstance(optimizer, LBFGS):
-        if not same_mask and key in record.cleared:
-            clear_state(optimizer, parameter, ~layer.mask)
+        if not same_mask:
+            bits, before = pack(layer.mask), record.masks.get(key)
+            if before is not None and not torch.equal(bits, before):
+                clear_state(optimizer, parameter, ~layer.mask)
+            record.masks[key] = bits
     elif not same_mask or record.state.get(key) != _versions(optimizer, parameter):
         clear_state(optimizer, parameter, ~layer.mask)
     record.cleared[key] = marker

@@ -203,3 +203,38 @@ def test_a_copy_of_a_method_counts_the_steps_of_its_own_optimizer():
     before = copies[2].state_dict()["steps"]
     go_on(*copies, 5, 9)
     assert copies[2].state_dict()["steps"] == before + 4
+
+
+@pytest.mark.parametrize("name", ["rigl", "acdc"])
+def test_lbfgs_starts_anew_where_edges_changed_and_not_where_an_update_changed_none(name):
+    net, plain = wrapped()
+    net, plain = net.double(), plain.double()
+    own, theirs = (torch.optim.LBFGS(m.parameters(), lr=0.3, max_iter=3, history_size=3) for m in (net, plain))
+    method = quick(name)
+    method.attach(net, own, total_steps=12, steps_per_epoch=3)
+    masked_by_hand(net, plain, masks_of(net), [])
+
+    def loss_of(model: Any, optimizer: Any, number: int) -> Any:
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            x, y = batch(number)
+            loss = F.cross_entropy(model(x.double()), y)
+            loss.backward()
+            if model is plain:
+                masked_by_hand(net, plain, masks_of(net), [])
+            return loss
+
+        return closure
+
+    unchanged = 0
+    for number in range(12):
+        for model, optimizer in ((net, own), (plain, theirs)):
+            optimizer.step(loss_of(model, optimizer, number))
+        before, versions = masks_of(net), [layer.mask._version for layer in net.layers.values()]
+        if method.step():
+            theirs.state.clear()
+        else:
+            unchanged += [layer.mask._version for layer in net.layers.values()] != versions
+        masked_by_hand(net, plain, before, [])
+    assert unchanged  # an update wrote the masks that were there
+    assert_same(net, plain)
