@@ -36,6 +36,7 @@ from growfx.masked.present.values import Move, on_move
 from growfx.masked.registry import LAYER_OF, is_replaced
 
 __all__ = [
+    "GROUP_STEP",
     "StepWatch",
     "clear_state",
     "forget_state",
@@ -52,6 +53,9 @@ __all__ = [
 _TORCH = ("sgd.SGD", "adam.Adam", "adamw.AdamW", "rmsprop.RMSprop", "nadam.NAdam", "radam.RAdam", "adagrad.Adagrad")
 _TIMM = ("lamb.Lamb", "lion.Lion", "lars.Lars", "adamp.AdamP", "adan.Adan", "adamw.AdamWLegacy", "nadamw.NAdamW")
 _KEEPS_ZEROS = {f"torch.optim.{name}" for name in _TORCH} | {f"timm.optim.{name}" for name in _TIMM}
+
+# Where optimizers such as timm's Lamb and Adan count steps by group, for the correction of moments that start at zero.
+GROUP_STEP = "step"
 
 
 @dataclass
@@ -91,6 +95,8 @@ def forget_state(optimizer: Optimizer, layers: Iterable[MaskedLayer]) -> None:
     """Forget the state of every parameter of `optimizer`, and of the others that have stepped a weight of `layers`."""
     for each in optimizers_together(optimizer, layers):
         each.state.clear()
+        for group in each.param_groups:
+            group.pop(GROUP_STEP, None)
 
 
 def hold(optimizer: Optimizer, layer: MaskedLayer) -> None:

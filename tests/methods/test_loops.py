@@ -5,6 +5,7 @@ import gc
 from typing import Any
 
 import pytest
+import timm.optim
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -238,3 +239,22 @@ def test_lbfgs_starts_anew_where_edges_changed_and_not_where_an_update_changed_n
         masked_by_hand(net, plain, before, [])
     assert unchanged  # an update wrote the masks that were there
     assert_same(net, plain)
+
+
+@pytest.mark.parametrize("name", ["snip", "acdc"])
+@pytest.mark.parametrize("opt", ["adan", "lamb"])
+def test_steps_that_an_optimizer_counts_by_group_are_taken_back_and_forgotten_with_its_state(name, opt):
+    net, _ = wrapped()
+    optimizer = timm.optim.create_optimizer_v2(list(net.parameters()), opt=opt, lr=1e-2)
+    method = quick(name, cycles=1, warmup=0.2, last_dense=0.3, last_sparse=0.2)
+    method.attach(net, optimizer, total_steps=10, steps_per_epoch=3)
+    ends = 0
+    for number in range(10):
+        nnz = net.nnz
+        go_on(net, optimizer, method, number, number + 1)
+        if (net.nnz < nnz) if name == "snip" else (net.nnz > nnz):
+            ends += 1
+            assert all("step" not in group for group in optimizer.param_groups)
+            assert not optimizer.state or name == "snip"
+    assert ends
+    assert all(int(group["step"]) < 10 for group in optimizer.param_groups)
