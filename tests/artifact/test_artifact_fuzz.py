@@ -26,10 +26,18 @@ from growfx.errors import ArtifactError
 WEIGHTS, CONFIG = "sparse.safetensors", "config.json"
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("saved") / "out"
+    growfx.save(make_net(0.3), folder)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    growfx.save(make_net(0.3), tmp_path / "out")
-    return tmp_path / "out"
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy, to be damaged."""
+    return shutil.copytree(saved, tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from artifact_nets import Tied, make_net, plain
+from breadth import some
 from torch import nn
 
 import growfx
@@ -31,7 +32,7 @@ def run(file: Path, *inputs: torch.Tensor) -> Any:
 
 
 @can_run
-@pytest.mark.parametrize("source", ["artifact", "net", "module"])
+@pytest.mark.parametrize("source", some(["artifact", "net", "module"], lambda source: source == "artifact"))
 def test_the_file_gives_the_outputs_of_the_network(tmp_path: Path, source: str):
     net = make_net(0.3).eval()
     model = plain(net).eval()

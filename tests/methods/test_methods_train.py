@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from breadth import representative, some
 from training_nets import QUICK, Tiny, final_state, fresh_net, interrupt_at, loaders
 
 import growfx
@@ -68,7 +69,7 @@ def run(
     return net, result
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", some(methods.names(), representative))
 def test_every_method_trains_is_resumed_bit_for_bit_and_leaves_an_artifact(name, source, tmp_path, monkeypatch):
     net, result = run(name, source, tmp_path / "whole")
     with monkeypatch.context() as patch:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from artifact_nets import Tied
+from breadth import representative, some
 from method_nets import small_net
 from staged_runs import STEPS, batches, session, tensors, train_stage, train_step
 from torch import nn
@@ -211,7 +212,7 @@ def test_a_tenth_of_the_run_is_for_the_cycles_and_their_rate_is_a_triangle():
     assert begin(epochs=30, tickets=3, cycle_epochs=None)[1].next_stage().epochs == 27
 
 
-@pytest.mark.parametrize("base", EXPLORING)
+@pytest.mark.parametrize("base", some(EXPLORING, representative))
 def test_a_cycle_exchanges_many_edges_after_its_first_step_and_none_later(base):
     run, method = begin(base=base, tickets=3, epochs=5, explore_fraction=0.4, update_every=1)
     net = run.net

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm.optim
 import torch
+from breadth import representative, some
 from method_nets import small_net, train_steps
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize("kernels", ["dense", "sparse"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", some(METHODS, representative))
 def test_a_loop_of_ones_own_ends_with_the_same_bits_as_with_whole_weights(name, kernels):
     make = momentum if kernels == "dense" else adamw
     found = trained("present", name, kernels, make, **METHODS[name])[0]
