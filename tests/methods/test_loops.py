@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm.optim
 import torch
+from breadth import representative, some
 from torch import nn
 from torch.nn import functional as F
 
@@ -178,7 +179,7 @@ def go_on(net: Any, optimizer: Any, method: Any, first: int, last: int) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"sign_in": 1, "initial_density": 0.6}], ids=["plain", "sign-in"])
-@pytest.mark.parametrize("name", [*GRADIENT, "mest", "pwmpr", "channel-growth"])
+@pytest.mark.parametrize("name", some([*GRADIENT, "mest", "pwmpr", "channel-growth"], representative))
 def test_a_deep_copy_of_network_optimizer_and_method_goes_on_as_the_original(name, options):
     net, _ = wrapped()
     optimizer, method = sgd(net.parameters()), quick(name, **options)
@@ -258,3 +259,40 @@ def test_steps_that_an_optimizer_counts_by_group_are_taken_back_and_forgotten_wi
             assert not optimizer.state or name == "snip"
     assert ends
     assert all(int(group["step"]) < 10 for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("storage", ["dense", "present"])
+@pytest.mark.parametrize("name", ["rigl", "snfs"])
+def test_gradients_that_a_loop_discards_are_not_read_by_its_method(name, storage, to_none):
+    """As after a loss that is not finite: no step, and the next batch."""
+    digests = []
+    for discards in (False, True):
+        net, _ = wrapped()
+        growfx.use_kernels(net, "dense", storage=storage)
+        optimizer, method = sgd(net.parameters()), quick(name)
+        method.attach(net, optimizer, total_steps=12, steps_per_epoch=3)
+        for number in range(12):
+            if discards and number in (1, 5):
+                x, y = batch(50 + number)
+                (F.cross_entropy(net(x), y) * 100).backward()
+                optimizer.zero_grad(set_to_none=to_none)
+            go_on(net, optimizer, method, number, number + 1)
+        digests.append(net.mask_digest())
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("storage", ["dense", "present"])
+def test_gradients_of_one_window_add_up_where_a_layer_is_used_twice(storage):
+    net, _ = wrapped()
+    growfx.use_kernels(net, "dense", storage=storage)
+    optimizer, method = sgd(net.parameters()), quick("rigl", update_every=1)
+    method.attach(net, optimizer, total_steps=12, steps_per_epoch=3)
+    layer: Any = net.layers["b"]
+    weight = layer.effective_weight.detach().clone().requires_grad_()
+    for number in range(3):
+        x = torch.tanh(batch(number)[0] @ torch.ones(6, 8))
+        layer(torch.tanh(layer(x))).square().sum().backward()
+        F.linear(torch.tanh(F.linear(x, weight, layer.bias)), weight, layer.bias).square().sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(layer.dense_gradient, weight.grad)
