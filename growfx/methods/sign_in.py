@@ -160,9 +160,10 @@ class SignIn:
             factors.inner = _moved(factors.inner, old, mask, 0.0)
             factors.mask = mask.clone()
         now = layer.edges()
-        kept = now == factors.inner * factors.scale.detach()
-        factors.inner = torch.where(kept, factors.inner, now)
-        factors.scale.data = torch.where(kept, factors.scale.data, 1.0)
+        # the network may have been given another type, which rounds products and not what they are made of
+        kept = now == (factors.inner * factors.scale.detach()).to(now.dtype)
+        factors.inner = torch.where(kept, factors.inner.to(now.dtype), now)
+        factors.scale.data = torch.where(kept, factors.scale.data.to(now.dtype), 1.0)
 
     def _join(self, optimizer: Optimizer) -> None:
         """Put the products back; every `period` steps begin anew from them."""

@@ -296,3 +296,38 @@ def test_gradients_of_one_window_add_up_where_a_layer_is_used_twice(storage):
         F.linear(torch.tanh(F.linear(x, weight, layer.bias)), weight, layer.bias).square().sum().backward()
     optimizer.step()
     torch.testing.assert_close(layer.dense_gradient, weight.grad)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("rigl-sm", {}), ("snfs", {}), ("set", {"sign_in": 1}), ("pwmpr", {"sign_in": 1})]
+)
+def test_a_network_may_be_given_another_type_in_the_middle(name, options):
+    """From then on it trains as in single precision, but for rounding."""
+    nets = []
+    for dtype in (torch.float32, torch.float64):
+        net, _ = wrapped()
+        optimizer, method = sgd(net.parameters()), quick(name, **options)
+        method.attach(net, optimizer, total_steps=12, steps_per_epoch=3)
+        go_on(net, optimizer, method, 0, 5)
+        net.to(dtype)
+        for number in range(5, 12):
+            x, y = batch(number)
+            F.cross_entropy(net(x.to(dtype)), y).backward()
+            optimizer.step()
+            method.step()
+            optimizer.zero_grad()
+        net.verify()
+        nets.append(net)
+    for ours, theirs in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(ours, theirs, check_dtype=False, rtol=1e-3, atol=1e-5)
+
+
+def test_a_dense_phase_that_brings_no_edge_back_keeps_the_state_of_the_optimizer():
+    """Sparse phases at the density of the given masks drop nothing."""
+    torch.manual_seed(0)
+    net = growfx.wrap(Net(), torch.randn(2, 6), density=0.4).train()
+    optimizer, method = sgd(net.parameters()), quick("acdc", masks="given", density=None, cycles=2)
+    method.attach(net, optimizer, total_steps=12, steps_per_epoch=3)
+    for number in range(12):
+        go_on(net, optimizer, method, number, number + 1)
+        assert optimizer.state

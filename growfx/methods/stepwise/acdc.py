@@ -88,9 +88,10 @@ class ACDC(Stepwise):
             return keep_largest(
                 course.masks, edges, weights, self.scope, EdgeKeys(self.seed, f"prune after step {course.steps}")
             )
-        if self.reset_optimizer and course.nnz < course.numel:
+        masks = _dense(course)
+        if self.reset_optimizer and course.nnz < sum(int(mask.count_nonzero()) for mask in masks.values()):
             forget_state(course.optimizer, course.layers.values())
-        return _dense(course)
+        return masks
 
     def _wants_gradient(self, course: Course, step: int) -> bool:
         return False
