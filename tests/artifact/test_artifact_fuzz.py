@@ -231,6 +231,7 @@ def test_a_file_alone_that_consists_of_holes_is_refused_by_its_header(folder: Pa
     tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_a_header_full_of_small_objects_is_read_in_bounded_time_and_memory(folder: Path):
     code = (
         "import sys, time, growfx\n"
