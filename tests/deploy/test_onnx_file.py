@@ -154,6 +154,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch: pytest.
         growfx.export_onnx(Tied(), tmp_path / "x.onnx", example_inputs=torch.rand(1, 3, 6, 6))
 
 
+@pytest.mark.slow
 @can_run
 def test_a_network_is_exported_inside_inference_mode_too(tmp_path: Path):
     net = make_net(0.3).eval()
