@@ -1,5 +1,5 @@
 # `make demo` and `make test` do everything on a fresh machine: own virtual environment, installation, run.
-# `make test` takes about 17 minutes on two cores after installation; `make test-all` runs the tests that it leaves out.
+# `make test` tries every behaviour on a case of each kind; `make test-all` runs the tests and cases that it leaves out.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -108,6 +108,7 @@ def test_a_run_folder_that_exists_or_is_of_another_model_is_refused(run, capsys)
     assert "was started with `model.name` = 'test_resnet', now it is 'test_vit'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_excluded_layers_have_no_mask_in_the_run_its_export_and_its_continuation(tmp_path, capsys):
     out = tmp_path / "run"
     common = [*RUN, "--method", "static", "--set", "masks=magnitude", "--density", 0.2, "--epochs", 1, "--out", out]
@@ -207,6 +208,7 @@ def test_the_best_checkpoint_can_be_exported_too(run, tmp_path, capsys):
     assert torch.equal(loaded["fc.weight"], torch.where(state["fc.mask"], state["fc.weight"], 0))
 
 
+@pytest.mark.slow
 def test_a_compact_export_says_what_left_and_why_the_rest_stayed(run, tmp_path, capsys):
     assert call("export", run, "--out", tmp_path / "small", "--compact") == 0
     shown = capsys.readouterr().out

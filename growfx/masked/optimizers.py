@@ -10,6 +10,7 @@ Layers that keep values of present edges only have nothing to mask: their state 
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -29,11 +30,22 @@ from torch.optim.optimizer import (
 from growfx.distributed.sharded import all_finite, is_sharded, local_shard, part_of
 from growfx.errors import ConfigError
 from growfx.masked.layers import MaskedLayer
+from growfx.masked.mask_bits import pack
 from growfx.masked.present.optimizer_state import check_pointwise, check_state
 from growfx.masked.present.values import Move, on_move
 from growfx.masked.registry import LAYER_OF, is_replaced
 
-__all__ = ["StepWatch", "clear_state", "hold", "optimizers_of", "step_ahead_by", "watch_optimizers"]
+__all__ = [
+    "GROUP_STEP",
+    "StepWatch",
+    "clear_state",
+    "forget_state",
+    "hold",
+    "optimizers_of",
+    "optimizers_together",
+    "step_ahead_by",
+    "watch_optimizers",
+]
 
 # Optimizers that work edge by edge and add nothing else: where weight, gradient and state are zero, they stay
 # zero, and a pass over the weights after each step is saved. All others (orthogonalised or preconditioned updates,
@@ -41,6 +53,9 @@ __all__ = ["StepWatch", "clear_state", "hold", "optimizers_of", "step_ahead_by",
 _TORCH = ("sgd.SGD", "adam.Adam", "adamw.AdamW", "rmsprop.RMSprop", "nadam.NAdam", "radam.RAdam", "adagrad.Adagrad")
 _TIMM = ("lamb.Lamb", "lion.Lion", "lars.Lars", "adamp.AdamP", "adan.Adan", "adamw.AdamWLegacy", "nadamw.NAdamW")
 _KEEPS_ZEROS = {f"torch.optim.{name}" for name in _TORCH} | {f"timm.optim.{name}" for name in _TIMM}
+
+# Where optimizers such as timm's Lamb and Adan count steps by group, for the correction of moments that start at zero.
+GROUP_STEP = "step"
 
 
 @dataclass
@@ -50,7 +65,8 @@ class _Record:
     `steps`: made so far. `cleared`: by parameter, the mask (identity, version) its state was last cleared for. `state`:
     by parameter, identities and versions of its state after the last step, which tell what was loaded or edited since.
     `versions`: of the parameters, before each step under way (a subclass's step may call its base class's). `hidden`:
-    before each, the gradients of parameters that are stepped already, which the optimizer must not see.
+    before each, the gradients of parameters that are stepped already, which the optimizer must not see. `masks`: by
+    parameter, the mask itself, packed, for LBFGS: what is lost for a mask written anew as it was cannot be had again.
     """
 
     steps: int = 0
@@ -58,6 +74,7 @@ class _Record:
     state: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     versions: list[dict[int, int]] = field(default_factory=list)
     hidden: list[list[tuple[nn.Parameter, Tensor | None]]] = field(default_factory=list)
+    masks: dict[int, Tensor] = field(default_factory=dict)
 
 
 _RECORDS: weakref.WeakKeyDictionary[Optimizer, _Record] = weakref.WeakKeyDictionary()
@@ -66,6 +83,20 @@ _RECORDS: weakref.WeakKeyDictionary[Optimizer, _Record] = weakref.WeakKeyDiction
 def optimizers_of(parameter: nn.Parameter) -> list[Optimizer]:
     """Return the optimizers that have stepped a masked parameter, those inside wrappers among them."""
     return [optimizer for optimizer, record in _RECORDS.items() if id(parameter) in record.cleared]
+
+
+def optimizers_together(optimizer: Optimizer, layers: Iterable[MaskedLayer]) -> list[Optimizer]:
+    """Return `optimizer`, and the others that have stepped a weight of `layers`."""
+    others = {id(each): each for layer in layers for each in optimizers_of(layer.trained)}
+    return [optimizer, *(each for each in others.values() if each is not optimizer)]
+
+
+def forget_state(optimizer: Optimizer, layers: Iterable[MaskedLayer]) -> None:
+    """Forget the state of every parameter of `optimizer`, and of the others that have stepped a weight of `layers`."""
+    for each in optimizers_together(optimizer, layers):
+        each.state.clear()
+        for group in each.param_groups:
+            group.pop(GROUP_STEP, None)
 
 
 def hold(optimizer: Optimizer, layer: MaskedLayer) -> None:
@@ -146,6 +177,10 @@ class StepWatch:
             return False
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         return all_finite(gradients)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepWatch:
+        """Watch the copies: the steps of the originals are not theirs."""
+        return StepWatch(copy.deepcopy(self._optimizer, memo), copy.deepcopy(self._parameters, memo))
 
     def _count(self) -> int:
         return sum(
@@ -238,8 +273,11 @@ def _clear_if_touched(optimizer: Optimizer, layer: MaskedLayer, record: _Record)
     same_mask = record.cleared.get(key) == marker
     # The memory of LBFGS, of all edges at once, may be kept where it was loaded; its steps are cleaned up after.
     if isinstance(optimizer, LBFGS):
-        if not same_mask and key in record.cleared:
-            clear_state(optimizer, parameter, ~layer.mask)
+        if not same_mask:
+            bits, before = pack(layer.mask), record.masks.get(key)
+            if before is not None and not torch.equal(bits, before):
+                clear_state(optimizer, parameter, ~layer.mask)
+            record.masks[key] = bits
     elif not same_mask or record.state.get(key) != _versions(optimizer, parameter):
         clear_state(optimizer, parameter, ~layer.mask)
     record.cleared[key] = marker

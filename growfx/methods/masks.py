@@ -52,8 +52,8 @@ def find_shards(method: Method, net: MaskedGraph) -> None:
 
 
 def change_masks(net: MaskedGraph, optimizer: Optimizer, masks: Mapping[str, Tensor]) -> int:
-    """Set `masks`; at every changed position the weight and the optimizer's state are zero. Returns how many
-    changed.
+    """Set `masks`; at every changed position the weight, its gradient and the optimizer's state are zero. Returns how
+    many changed.
 
     Optimizer state is any floating-point tensor of the parameter's shape in `optimizer.state[parameter]`, of
     `optimizer` and of every other one that steps the parameter (one inside a wrapper, say). Ranks that train the
@@ -70,7 +70,9 @@ def change_masks(net: MaskedGraph, optimizer: Optimizer, masks: Mapping[str, Ten
         differs = mask.to(layer.mask.device) ^ layer.mask
         count = int(differs.sum())
         if count:
-            local_shard(layer.parameter).masked_fill_(part_of(differs, layer.parameter), 0.0)
+            for each in (layer.parameter, layer.parameter.grad):
+                if each is not None and not each.is_sparse:
+                    local_shard(each).masked_fill_(part_of(differs, each), 0.0)
             for each in {optimizer, *optimizers_of(layer.trained)}:
                 clear_state(each, layer.parameter, differs)
         changed += count

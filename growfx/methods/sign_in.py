@@ -25,6 +25,7 @@ Deviations and decisions:
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,6 +88,10 @@ class SignIn:
             held = [layers[id(p)] for p in group["params"] if id(p) in layers]
             if held:
                 self._add_group(optimizer, group, dict(held))
+        self.work_in(optimizer)
+
+    def work_in(self, optimizer: Optimizer) -> None:
+        """Put the factors in the place of the weights around each step of `optimizer`, which has the scales."""
         own: weakref.ref[SignIn] = weakref.ref(self)
         # growfx's own hooks, of all optimizers, mask the gradient before this one and the weight after it
         handles = [
@@ -94,6 +99,13 @@ class SignIn:
             optimizer.register_step_post_hook(lambda opt, args, kwargs: _alive(own, SignIn._join, opt)),
         ]
         self._release = weakref.finalize(self, lambda: [handle.remove() for handle in handles])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SignIn:
+        """Return the same over the copies of the layers; see `work_in`."""
+        copied = memo[id(self)] = object.__new__(SignIn)
+        copied.period, copied.steps = self.period, self.steps
+        copied._factors = copy.deepcopy(self._factors, memo)
+        return copied
 
     def _add_group(self, optimizer: Optimizer, group: dict[str, Any], held: Mapping[str, MaskedLayer]) -> None:
         for name, layer in held.items():
@@ -148,9 +160,10 @@ class SignIn:
             factors.inner = _moved(factors.inner, old, mask, 0.0)
             factors.mask = mask.clone()
         now = layer.edges()
-        kept = now == factors.inner * factors.scale.detach()
-        factors.inner = torch.where(kept, factors.inner, now)
-        factors.scale.data = torch.where(kept, factors.scale.data, 1.0)
+        # the network may have been given another type, which rounds products and not what they are made of
+        kept = now == (factors.inner * factors.scale.detach()).to(now.dtype)
+        factors.inner = torch.where(kept, factors.inner.to(now.dtype), now)
+        factors.scale.data = torch.where(kept, factors.scale.data.to(now.dtype), 1.0)
 
     def _join(self, optimizer: Optimizer) -> None:
         """Put the products back; every `period` steps begin anew from them."""

@@ -26,10 +26,18 @@ from growfx.errors import ArtifactError
 WEIGHTS, CONFIG = "sparse.safetensors", "config.json"
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("saved") / "out"
+    growfx.save(make_net(0.3), folder)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    growfx.save(make_net(0.3), tmp_path / "out")
-    return tmp_path / "out"
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy, to be damaged."""
+    return shutil.copytree(saved, tmp_path / "out")
 
 
 @pytest.mark.slow
@@ -223,6 +231,7 @@ def test_a_file_alone_that_consists_of_holes_is_refused_by_its_header(folder: Pa
     tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_a_header_full_of_small_objects_is_read_in_bounded_time_and_memory(folder: Path):
     code = (
         "import sys, time, growfx\n"

@@ -21,17 +21,25 @@ WEIGHTS = "sparse.safetensors"
 Json = dict[str, Any]
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    growfx.save(make_net(0.3), tmp_path / "out")
-    return tmp_path / "out"
-
-
-@pytest.fixture
-def zoo_folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("saved")
+    growfx.save(make_net(0.3), folder / "out")
     model = growfx.create_model("test_resnet", num_classes=4)
-    growfx.save(growfx.wrap(model, torch.rand(1, 3, 32, 32), density=0.05), tmp_path / "zoo")
-    return tmp_path / "zoo"
+    growfx.save(growfx.wrap(model, torch.rand(1, 3, 32, 32), density=0.05), folder / "zoo")
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy, to be damaged."""
+    return shutil.copytree(saved / "out", tmp_path / "out")
+
+
+@pytest.fixture
+def zoo_folder(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved / "zoo", tmp_path / "zoo")
 
 
 def refuses(path: Path, text: str, **options: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import pytest
 import torch
+from breadth import some
 from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -258,7 +259,7 @@ class Drops(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("draw", some(DRAWS, lambda one: one in list(DRAWS)[::3]))
 def test_branches_on_random_numbers_are_taken_anew_in_every_call(draw):
     for seed in range(3):
         torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)  # noqa: NPY002
@@ -652,7 +653,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", some(CHANGES, lambda one: one in list(CHANGES)[::3]))
 def test_a_parameter_that_is_read_like_a_matrix_is_listed_however_it_is_changed(change):
     net = growfx.wrap(Bare(CHANGES[change]), torch.randn(4, 8))
     assert "weight" in net.trace_report.unmasked
@@ -774,7 +775,7 @@ FREE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("use", FREE)
+@pytest.mark.parametrize("use", some(FREE, lambda one: one in list(FREE)[::3]))
 def test_numbers_that_python_makes_of_the_batch_size_follow_it(use):
     class Net(nn.Module):
         def __init__(self):
@@ -964,7 +965,7 @@ class Surgical(nn.Module):
         return self.fc(self.body(x).relu())
 
 
-@pytest.mark.parametrize("way", SURGERY)
+@pytest.mark.parametrize("way", some(SURGERY, lambda one: one in list(SURGERY)[::3]))
 def test_a_replaced_layer_is_named_at_the_next_use(way, tmp_path):
     for use in (
         lambda net: net(torch.randn(2, 4)),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from breadth import some
 from torch import Tensor, fx, nn
 
 import growfx
@@ -89,7 +90,9 @@ def test_a_copy_checks_values_as_the_net_does() -> None:
     torch.testing.assert_close(_run(net, net.graph_at(x, mask), x, mask), net(x, mask))
 
 
-@pytest.mark.parametrize("read", ["item", "int", "index", "tolist", "float"])
+@pytest.mark.parametrize(
+    "read", some(["item", "int", "index", "tolist", "float"], lambda read: read in ("item", "index"))
+)
 def test_a_number_read_from_the_input_is_a_constant_that_the_graph_checks(read: str) -> None:
     x, lengths = torch.randn(3, 6, 4), _lengths(5, 3, 5)
     net = growfx.wrap(Counted(read), (x, lengths), density=0.5).eval()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from breadth import some
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -60,7 +61,7 @@ def dirty(net: growfx.MaskedGraph) -> growfx.MaskedGraph:
     return net
 
 
-@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("gradients", some([True, False], bool))
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("read", READS)
 def test_a_weight_read_through_any_view_is_masked(read: str, training: bool, gradients: bool) -> None:
@@ -82,7 +83,7 @@ class Keeps(nn.Module):
         return F.linear(x, self.read(self.kept[0]))
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", some([True, False], bool))
 @pytest.mark.parametrize("read", READS)
 def test_a_weight_that_a_model_keeps_in_a_list_is_masked(read: str, training: bool) -> None:
     net = dirty(growfx.wrap(Around(Keeps(READS[read])), torch.randn(2, 6), density=0.4).train(training))
@@ -122,7 +123,7 @@ ALONE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("gradients", some([True, False], bool))
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("way", ALONE)
 def test_a_part_of_the_net_that_is_called_alone_computes_with_masked_weights(

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from breadth import some
 from error_facts import facts
 from method_nets import OPTIMIZERS, small_net, train_steps
 from torch.nn import functional as F
@@ -73,8 +74,8 @@ def test_pruning_starts_after_its_start():
     assert edges[36] > edges[40] == round(0.2 * net.numel)
 
 
-@pytest.mark.parametrize("updates", [1, 2, 5, 10])
-@pytest.mark.parametrize("total_steps", [1, 2, 5, 10, 23])
+@pytest.mark.parametrize("updates", some([1, 2, 5, 10], lambda count: count in (1, 5)))
+@pytest.mark.parametrize("total_steps", some([1, 2, 5, 10, 23], lambda count: count in (1, 23)))
 @pytest.mark.parametrize("name", ["gmp", "granet"])
 def test_the_final_density_is_exact_for_any_number_of_steps_and_updates(name, total_steps, updates):
     """Codes that stop one update short end at ``density + (initial - density) / updates**3``."""
@@ -238,7 +239,7 @@ def test_phases_are_those_of_the_published_hundred_epochs():
     assert set(edges) == {sparse, net.numel}
 
 
-@pytest.mark.parametrize("total_steps", [1, 2, 3, 5, 10, 33])
+@pytest.mark.parametrize("total_steps", some([1, 2, 3, 5, 10, 33], lambda count: count in (1, 10)))
 def test_the_last_phase_is_sparse_at_exactly_the_density(total_steps):
     for cycles in (1, 3, 7):
         net, optimizer, method = begin("acdc", total_steps, density=0.13, cycles=cycles)

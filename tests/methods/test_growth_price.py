@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from breadth import representative, some
 from error_facts import facts
 from method_nets import OPTIMIZERS, small_net, train_steps
 from torch import nn
@@ -36,7 +37,7 @@ def dearest(net) -> float:
     return max(per_edge) / (found.dense - found.rest)
 
 
-@pytest.mark.parametrize("name", GROWTH)
+@pytest.mark.parametrize("name", some(GROWTH, representative))
 @pytest.mark.parametrize("masks", ["drawn", "magnitude"])
 def test_seed_and_rounds_spend_what_they_may_and_leave_less_than_the_dearest_edge(name, masks):
     net, optimizer, method = attached(name, masks=masks)
@@ -50,7 +51,7 @@ def test_seed_and_rounds_spend_what_they_may_and_leave_less_than_the_dearest_edg
         assert 1.3 * spent - dearest(net) < share_of(net) <= 1.3 * spent + 1e-12
 
 
-@pytest.mark.parametrize("name", GROWTH)
+@pytest.mark.parametrize("name", some(GROWTH, representative))
 def test_growth_ends_within_max_density_of_the_dense_cost(name):
     net, optimizer, method = attached(name, max_density=0.2)
     train_steps(net, optimizer, method, 12)

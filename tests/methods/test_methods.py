@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from breadth import representative, some
 from method_nets import OPTIMIZERS, small_net, train_steps
 
 import growfx
@@ -26,6 +27,7 @@ STEPWISE = [name for name in methods.names() if name not in NOT_STEPWISE]
 DENSE_START = {"acdc", "channel-prune", "gmp", "granet", "snip"}
 # Methods whose density is an outcome.
 GROWTH = {"channel-growth", "gradient-growth", "grow-prune", "pwmpr", "random-growth"}
+WITH_DENSITY = [name for name in STEPWISE if name not in GROWTH | {"channel-prune", "ticket"}]
 # Methods that draw nothing: another seed changes ties at most.
 NOTHING_DRAWN = {"acdc", "channel-prune", "gmp", "granet", "small-dense", "snip", "synflow"}
 
@@ -55,7 +57,7 @@ def begun(name: str, source: Path, optimizer: str = "sgd", net_seed: int = 0, **
 
 
 @pytest.mark.parametrize("optimizer_name", sorted(OPTIMIZERS))
-@pytest.mark.parametrize("name", STEPWISE)
+@pytest.mark.parametrize("name", some(STEPWISE, representative))
 def test_every_method_makes_a_dense_net_sparse_and_keeps_masked_weights_zero(name, optimizer_name, source):
     net, optimizer, method = begun(name, source, optimizer_name)
     assert 0 < net.density < 1 or name in DENSE_START
@@ -72,14 +74,14 @@ def test_every_method_makes_a_dense_net_sparse_and_keeps_masked_weights_zero(nam
         assert all(not moment[~layer.mask].any() for moment in moments)
 
 
-@pytest.mark.parametrize("name", [name for name in STEPWISE if name not in GROWTH | {"channel-prune", "ticket"}])
+@pytest.mark.parametrize("name", some(WITH_DENSITY, representative))
 def test_every_method_with_a_density_hits_it_exactly(name, source):
     net, optimizer, method = begun(name, source, density=0.23)
     train_steps(net, optimizer, method, 24)
     assert net.nnz == round(0.23 * net.numel)
 
 
-@pytest.mark.parametrize("name", STEPWISE)
+@pytest.mark.parametrize("name", some(STEPWISE, representative))
 def test_every_method_resumes_in_mid_round_bit_for_bit(name, source, tmp_path):
     accuracies = [0.5, 0.6, 0.65, 0.7, 0.72, 0.725, 0.727, 0.728]
 
@@ -106,7 +108,7 @@ def test_every_method_resumes_in_mid_round_bit_for_bit(name, source, tmp_path):
     assert (second.growing, second.stop_reason) == (method.growing, method.stop_reason)
 
 
-@pytest.mark.parametrize("name", STEPWISE)
+@pytest.mark.parametrize("name", some(STEPWISE, representative))
 def test_every_method_draws_the_same_masks_from_the_same_seed_only(name, source):
     digests = []
     for seed in (4, 4, 5):
@@ -117,7 +119,7 @@ def test_every_method_draws_the_same_masks_from_the_same_seed_only(name, source)
     assert (digests[1] == digests[2]) == (name in NOTHING_DRAWN)
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", some(methods.names(), representative))
 def test_every_method_refuses_bad_use_with_its_reason(name, source):
     method = short(name, source)
     for use in (method.step, method.state_dict, method.next_stage):
@@ -127,7 +129,7 @@ def test_every_method_refuses_bad_use_with_its_reason(name, source):
         methods.create(name, speed=1)
 
 
-@pytest.mark.parametrize("name", STEPWISE)
+@pytest.mark.parametrize("name", some(STEPWISE, representative))
 def test_every_stepwise_method_refuses_a_bad_clock_accuracy_and_state(name, source):
     net, optimizer, method = begun(name, source)
     with pytest.raises(ConfigError, match=r"`accuracy` is 87\.5; allowed is a fraction"):
@@ -155,7 +157,7 @@ def test_every_method_is_a_frozen_value(name, source):
         setattr(method, field, 1)
 
 
-@pytest.mark.parametrize("name", STEPWISE)
+@pytest.mark.parametrize("name", some(STEPWISE, representative))
 def test_the_trace_of_every_method_is_json(name, source):
     net, optimizer, method = begun(name, source)
     for number in range(6):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from breadth import some
 from training_nets import QUICK, Tiny, final_state, fresh_net, interrupt_at, loaders
 
 import growfx
@@ -68,7 +69,10 @@ def run(
     return net, result
 
 
-@pytest.mark.parametrize("name", methods.names())
+KINDS = {"channel-growth", "imp", "pwmpr", "rigl", "snip"}
+
+
+@pytest.mark.parametrize("name", some(methods.names(), lambda name: name in KINDS))
 def test_every_method_trains_is_resumed_bit_for_bit_and_leaves_an_artifact(name, source, tmp_path, monkeypatch):
     net, result = run(name, source, tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -96,7 +100,9 @@ def test_every_method_trains_is_resumed_bit_for_bit_and_leaves_an_artifact(name,
         assert torch.equal(loaded(images), net.eval()(images))
 
 
-@pytest.mark.parametrize("epoch", [1, 2, 3, 6], ids=["seed", "after the seed", "second round", "final"])
+@pytest.mark.parametrize(
+    "epoch", some([1, 2, 3, 6], lambda epoch: epoch == 2), ids=["seed", "after the seed", "second round", "final"]
+)
 def test_growth_with_a_long_seed_round_and_initial_weights_is_resumed_bit_for_bit(epoch, source, tmp_path, monkeypatch):
     changes = {"seed_epochs": 2, "final_weights": "initial"}
     net, result = run("pwmpr", source, tmp_path / "whole", changes)
@@ -114,11 +120,14 @@ def test_growth_with_a_long_seed_round_and_initial_weights_is_resumed_bit_for_bi
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [
-        ("pwmpr", {"sign_in": 1, "price": "flops", "growth_rounds": "published"}),
-        ("grow-prune", {"sign_in": 2}),
-        ("rigl", {"sign_in": 1}),
-    ],
+    some(
+        [
+            ("pwmpr", {"sign_in": 1, "price": "flops", "growth_rounds": "published"}),
+            ("grow-prune", {"sign_in": 2}),
+            ("rigl", {"sign_in": 1}),
+        ],
+        lambda case: case[0] == "pwmpr",
+    ),
 )
 def test_products_and_prices_are_resumed_bit_for_bit(name, changes, source, tmp_path, monkeypatch):
     net, result = run(name, source, tmp_path / "whole", changes)

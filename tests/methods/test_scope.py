@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from breadth import representative, some
 from method_nets import small_net, train_steps
 from staged_runs import session, train_stage, train_step
 from test_methods import GROWTH, NOT_STEPWISE, STEPWISE, short
@@ -51,7 +52,7 @@ def attached(name: str, net, source, **options):
     return method, optimizer
 
 
-@pytest.mark.parametrize("name", STEPWISE)
+@pytest.mark.parametrize("name", some(STEPWISE, representative))
 def test_frozen_layers_keep_masks_and_weights_and_stay_out_of_the_budget(name, source):
     net = frozen_net()
     mask, weight = net.layers[FROZEN].mask.clone(), net.layers[FROZEN].parameter.clone()
@@ -67,7 +68,7 @@ def test_frozen_layers_keep_masks_and_weights_and_stay_out_of_the_budget(name, s
     assert net.nnz == sum(layer.nnz for layer in others) + int(mask.sum())
 
 
-@pytest.mark.parametrize("name", sorted(NOT_STEPWISE))
+@pytest.mark.parametrize("name", some(sorted(NOT_STEPWISE), representative))
 def test_frozen_layers_keep_masks_and_weights_through_whole_runs(name, source):
     net = frozen_net()
     mask, weight = net.layers[FROZEN].mask.clone(), net.layers[FROZEN].parameter.clone()
@@ -82,7 +83,7 @@ def test_frozen_layers_keep_masks_and_weights_through_whole_runs(name, source):
     assert sum(layer.nnz for layer in others) == round(0.23 * sum(layer.numel for layer in others))
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", some(methods.names(), representative))
 def test_a_network_with_nothing_but_frozen_layers_is_refused_unchanged(name, source):
     net = frozen_net(("stem", "block", "wide", "head"))
     before = net.mask_digest()
@@ -92,14 +93,14 @@ def test_a_network_with_nothing_but_frozen_layers_is_refused_unchanged(name, sou
     assert net.mask_digest() == before
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", some(methods.names(), representative))
 def test_a_network_without_masked_layers_is_refused_by_its_parameters(name, source):
     net = growfx.wrap(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4), exclude="*")
     with pytest.raises(ConfigError, match=rf"`{name}`.*no masked layer.*`0\.weight` \(4, 4\)"):
         short(name, source).begin(session(net))
 
 
-@pytest.mark.parametrize("name", sorted(set(STEPWISE) - {"channel-prune", "ticket"}))
+@pytest.mark.parametrize("name", some(sorted(set(STEPWISE) - {"channel-prune", "ticket"}), representative))
 def test_a_density_that_leaves_no_weight_is_refused_unchanged(name, source):
     net = small_net()
     option = {"seed_density": 1e-7} if name in GROWTH else {"density": 1e-7}
@@ -126,7 +127,7 @@ def test_a_layer_frozen_in_the_middle_keeps_its_mask_from_then_on(name, source):
     net.verify()
 
 
-@pytest.mark.parametrize("name", sorted(NOT_STEPWISE))
+@pytest.mark.parametrize("name", some(sorted(NOT_STEPWISE), representative))
 def test_whole_runs_leave_a_layer_alone_that_is_frozen_in_the_middle(name, source):
     net = small_net()
     run = session(net, epochs=6)
@@ -280,7 +281,7 @@ PATH_METHODS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(set(STEPWISE) - PATH_METHODS - {"ticket"}))
+@pytest.mark.parametrize("name", some(sorted(set(STEPWISE) - PATH_METHODS - {"ticket"}), representative))
 def test_methods_without_paths_spend_edges_on_large_layers_off_path_too(name, source):
     net = auxiliary_net()
     assert set(growfx.path_products(net).off_path) == {"aux.0", "aux.2"}
@@ -333,7 +334,7 @@ def test_small_layers_off_path_keep_their_masks():
 # -- optimizers and types -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", STEPWISE)
+@pytest.mark.parametrize("name", some(STEPWISE, representative))
 def test_an_optimizer_of_another_network_is_refused_unchanged(name, source):
     net, other = small_net(), small_net()
     before = net.mask_digest()

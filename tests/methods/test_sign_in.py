@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from breadth import representative, some
 from error_facts import facts
 from method_nets import small_net, train_steps
 from torch.nn import functional as F
@@ -87,7 +88,7 @@ def test_it_is_another_training_than_that_of_plain_weights_and_zero_is_that():
     assert not torch.equal(ends[1], ends[2])
 
 
-@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("name", some(SPARSE, representative))
 def test_every_method_that_starts_sparse_trains_by_it_and_resumes_exactly(name):
     options = {"sign_in": 1} | ({"update_every": 2} if name in ("mest", "rigl", "set") else {})
     options |= {"seed_density": 0.2, "epochs_per_round": 1} if "grow" in name or name == "pwmpr" else {"density": 0.5}

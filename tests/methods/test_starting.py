@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from breadth import representative, some
 from method_nets import OPTIMIZERS, small_net, train_steps
 from staged_runs import session, train_stage
 from test_methods import GROWTH, short
@@ -53,7 +54,7 @@ def test_the_methods_that_start_from_masks_have_the_option():
     assert {"set", "rigl", "rigl-sg", "rigl-sm", "snfs", "mest", "static", *growth, *PRUNING} <= set(CHOOSING)
 
 
-@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("name", some(CHOOSING, representative))
 def test_given_masks_and_their_weights_are_kept_without_a_word(name):
     net = sparse_net()
     digest, weights = net.mask_digest(), {n: x.parameter.clone() for n, x in net.layers.items()}
@@ -62,7 +63,7 @@ def test_given_masks_and_their_weights_are_kept_without_a_word(name):
     assert all(torch.equal(net.layers[n].parameter, weight) for n, weight in weights.items())
 
 
-@pytest.mark.parametrize("name", [name for name in CHOOSING if name != "channel-prune"])
+@pytest.mark.parametrize("name", some([name for name in CHOOSING if name != "channel-prune"], representative))
 def test_a_density_beside_given_masks_is_theirs_or_refused_naming_both(name):
     net = sparse_net()
     option = "seed_density" if name in GROWTH else "density"
@@ -78,7 +79,7 @@ def test_a_density_beside_given_masks_is_theirs_or_refused_naming_both(name):
             begun(name, net, masks="given", **{option: 0.05})
 
 
-@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("name", some(CHOOSING, representative))
 def test_drawing_anew_where_masks_are_lost_is_told_once_and_names_the_option(name):
     net = sparse_net()
     with pytest.warns(GrowfxWarning, match=r"replaced the masks.*density 0\.\d+.*`masks=\"given\"`") as told:
@@ -96,7 +97,7 @@ def test_methods_without_the_option_name_one_that_has_it(name):
         begun(name, sparse_net(), density=0.5)
 
 
-@pytest.mark.parametrize("name", WITH_MAGNITUDE)
+@pytest.mark.parametrize("name", some(WITH_MAGNITUDE, representative))
 def test_magnitude_takes_the_largest_weights(name):
     net = small_net()
     weights = {n: x.parameter.detach().abs().clone() for n, x in net.layers.items()}
@@ -198,7 +199,7 @@ def test_a_soft_memory_bound_keeps_the_layer_counts_of_given_masks_in_the_end():
     assert {n: x.nnz for n, x in net.layers.items()} == counts
 
 
-@pytest.mark.parametrize("name", [n for n in CHOOSING if n not in STAGED])
+@pytest.mark.parametrize("name", some([n for n in CHOOSING if n not in STAGED], representative))
 def test_given_masks_are_resumed_bit_for_bit(name, tmp_path):
     def advance(net, optimizer, method, first, last):
         for number in range(first, last):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from breadth import some
 from connect_nets import NETS, build
 from torch import Tensor, nn
 
@@ -137,7 +138,10 @@ def test_random_graphs_compute_the_same(name: str) -> None:
     assert result.folded.keys() | result.kept.keys() == {"norm"}
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_byobnet", "torchvision/squeezenet1_1"])
+ZOO = ["test_resnet", "test_efficientnet", "test_byobnet", "torchvision/squeezenet1_1"]
+
+
+@pytest.mark.parametrize("name", some(ZOO, lambda name: name == "test_efficientnet"))
 def test_models_of_the_zoo_lose_every_norm_behind_a_convolution(name: str) -> None:
     model: Any = growfx.create_model(name, num_classes=4)
     _, result = folded(model, torch.randn(2, 3, 48, 48), density=0.3)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from breadth import some
 from test_restarts import log_of
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -117,7 +118,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize("what", some(REFUSED, lambda one: one in list(REFUSED)[::3]))
 def test_what_is_not_of_this_run_is_refused_by_name_and_left_as_it_is(what, begun, state):
     change, message = REFUSED[what]
     place(begun, change(state))

@@ -66,6 +66,7 @@ class PresentValues:
         self.shared = False
         self._marker = _marker(mask)
         self._collected: Tensor | None = None
+        self._collected_in = -1  # the backward pass that was last to add to it
 
     # -- the mask -----------------------------------------------------------------------------------------------------
 
@@ -185,7 +186,16 @@ class PresentValues:
     # -- gradients of absent edges ------------------------------------------------------------------------------------
 
     def collect(self, gradient: Tensor) -> None:
-        """Add the gradient of all edges to what earlier backward passes gave."""
+        """Add the gradient of all edges to what this and earlier backward passes gave.
+
+        Where the gradient of the values was discarded in the meantime (`zero_grad`), what was collected went with it.
+        """
+        backward_pass = torch._C._current_graph_task_id()
+        if self._collected is not None and backward_pass != self._collected_in:
+            waiting = self.values.grad
+            if waiting is None or not bool(waiting.any()):
+                self._collected = None
+        self._collected_in = backward_pass
         self._collected = gradient.detach().clone() if self._collected is None else self._collected.add_(gradient)
 
     def take_collected(self) -> Tensor | None:

@@ -15,6 +15,7 @@ from growfx.analysis.paths import PathProducts
 from growfx.distributed.sharded import local_shard, part_of
 from growfx.errors import CheckpointError, ConfigError
 from growfx.masked.mask_bits import pack, unpack
+from growfx.masked.optimizers import forget_state
 from growfx.methods.growth.price import Price
 from growfx.methods.scope import Scope, is_frozen, listed
 from growfx.methods.starting import given_masks, is_resuming, start_density
@@ -149,7 +150,7 @@ class Snapshot:
             for name, value in _rest(net).items():
                 local_shard(value).copy_(self.rest[name])
         net.settle()
-        optimizer.state.clear()
+        forget_state(optimizer, net.layers.values())
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return the three parts as plain dicts of tensors."""
@@ -194,7 +195,7 @@ class Origin:
                     continue
                 local_shard(value).copy_(self.tensors[name])
         net.settle()
-        optimizer.state.clear()
+        forget_state(optimizer, net.layers.values())
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], net: MaskedGraph) -> Origin:

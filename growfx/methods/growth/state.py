@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from growfx.analysis.paths import PathProducts
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.optimizers import StepWatch
+from growfx.methods.attached import Attached
 from growfx.methods.growth.newborn import Births
 from growfx.methods.growth.price import Price
 from growfx.methods.growth.snapshots import Origin, Snapshot
@@ -26,7 +27,7 @@ __all__ = ["Growth"]
 
 
 @dataclass
-class Growth:
+class Growth(Attached):
     """One growth under way.
 
     Attributes:

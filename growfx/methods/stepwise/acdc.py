@@ -10,6 +10,7 @@ from torch import Tensor
 
 from growfx.errors import ConfigError
 from growfx.masked.mask_bits import pack, unpack
+from growfx.masked.optimizers import forget_state
 from growfx.methods.starting import MASKS_OF_PRUNING, all_edges
 from growfx.methods.stepwise.course import Course, Stepwise
 from growfx.methods.stepwise.exchange import finite_magnitudes, keep_largest
@@ -87,9 +88,10 @@ class ACDC(Stepwise):
             return keep_largest(
                 course.masks, edges, weights, self.scope, EdgeKeys(self.seed, f"prune after step {course.steps}")
             )
-        if self.reset_optimizer and course.nnz < course.numel:
-            course.optimizer.state.clear()
-        return _dense(course)
+        masks = _dense(course)
+        if self.reset_optimizer and course.nnz < sum(int(mask.count_nonzero()) for mask in masks.values()):
+            forget_state(course.optimizer, course.layers.values())
+        return masks
 
     def _wants_gradient(self, course: Course, step: int) -> bool:
         return False

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from growfx.distributed import ranks
 from growfx.errors import ConfigError, DataError
 from growfx.masked.isolation import undisturbed
+from growfx.masked.optimizers import GROUP_STEP, optimizers_together
 from growfx.masked.shared import is_shared
 from growfx.methods.masks import dense_gradients
 from growfx.methods.session import Session
@@ -288,10 +290,15 @@ def _cooled(output: Any, temperature: float) -> Any:
 
 
 def _snapshot(course: Course) -> dict[str, Any]:
-    """Copies of all parameters, buffers and optimizer state; masks aside."""
+    """Copies of all parameters, buffers and optimizer state; masks aside.
+
+    The state of further optimizers, which a method cannot find again by name, is kept in `course.tools`.
+    """
+    others = optimizers_together(course.optimizer, course.layers.values())[1:]
+    course.tools[_BEFORE] = [(other, _state_of(other)) for other in others]
     return {
         "tensors": {name: value.detach().clone() for name, value in _tensors(course.net).items()},
-        "optimizer": copy.deepcopy(course.optimizer.state_dict()["state"]),
+        **_state_of(course.optimizer),
     }
 
 
@@ -299,9 +306,28 @@ def _put_back(course: Course, snapshot: Mapping[str, Any]) -> None:
     with torch.no_grad():
         for name, value in _tensors(course.net).items():
             value.copy_(snapshot["tensors"][name])
-    # rates and the like belong to whoever schedules them
-    groups = course.optimizer.state_dict()["param_groups"]
-    course.optimizer.load_state_dict({"state": copy.deepcopy(snapshot["optimizer"]), "param_groups": groups})
+    _restore(course.optimizer, snapshot)
+    before = {id(other): state for other, state in course.tools.get(_BEFORE, [])}
+    for other in optimizers_together(course.optimizer, course.layers.values())[1:]:
+        _restore(other, before.get(id(other), {}))  # one unknown then had not stepped
+
+
+def _state_of(optimizer: Optimizer) -> dict[str, Any]:
+    return {
+        "optimizer": copy.deepcopy(optimizer.state_dict()["state"]),
+        "group_steps": [copy.deepcopy(group.get(GROUP_STEP)) for group in optimizer.param_groups],
+    }
+
+
+def _restore(optimizer: Optimizer, before: Mapping[str, Any]) -> None:
+    """Give an optimizer the state it had; rates and the like belong to whoever schedules them."""
+    groups = optimizer.state_dict()["param_groups"]
+    steps = before.get("group_steps", [])
+    for group, step in itertools.zip_longest(groups, steps[: len(groups)]):
+        group.pop(GROUP_STEP, None)
+        if step is not None:
+            group[GROUP_STEP] = copy.deepcopy(step)
+    optimizer.load_state_dict({"state": copy.deepcopy(dict(before.get("optimizer", {}))), "param_groups": groups})
 
 
 def _tensors(net: MaskedGraph) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from growfx.masked.layers import MaskedLayer
 from growfx.masked.mask_bits import pack, unpack
 from growfx.masked.optimizers import StepWatch
 from growfx.masked.shared import is_shared
+from growfx.methods.attached import Attached
 from growfx.methods.base import Method, check_accuracy, check_clock, check_net, check_state, not_attached, reading_state
 from growfx.methods.masks import change_masks, collect_gradients, find_shards
 from growfx.methods.scope import Scope, check_optimizer, find_scope
@@ -38,7 +39,7 @@ __all__ = ["Course", "Stepwise"]
 
 
 @dataclass
-class Course:
+class Course(Attached):
     """One training under a stepwise method.
 
     Attributes:

@@ -132,8 +132,9 @@ def _active_gradients(layers: Mapping[str, MaskedLayer]) -> dict[str, Tensor]:
 def _average(course: Course, gradients: Mapping[str, Tensor], memory: float) -> None:
     """Keep the exponential moving averages of gradients in `course.memory`; what is not finite is left out."""
     for name, gradient in gradients.items():
-        kept = course.memory.get(name)
         wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        kept = course.memory.get(name)
+        kept = None if kept is None else kept.to(wide)  # the network may have another type or place since
         new = (1 - memory) * wide if kept is None else kept.lerp(wide, 1 - memory)
         before = torch.zeros_like(wide) if kept is None else kept
         course.memory[name] = torch.where(torch.isfinite(wide), new, before)

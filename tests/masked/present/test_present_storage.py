@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm.optim
 import torch
+from breadth import representative, some
 from method_nets import small_net, train_steps
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize("kernels", ["dense", "sparse"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", some(METHODS, representative))
 def test_a_loop_of_ones_own_ends_with_the_same_bits_as_with_whole_weights(name, kernels):
     make = momentum if kernels == "dense" else adamw
     found = trained("present", name, kernels, make, **METHODS[name])[0]
@@ -82,7 +83,7 @@ def optimizer_class(name: str) -> Any:
     return getattr(library, name.rpartition(".")[2])
 
 
-@pytest.mark.parametrize("name", sorted(POINTWISE))
+@pytest.mark.parametrize("name", some(sorted(POINTWISE), lambda name: name in sorted(POINTWISE)[::4]))
 def test_the_optimizers_that_are_allowed_step_as_they_step_whole_weights(name):
     kind = optimizer_class(name)
     assert f"{kind.__module__}.{kind.__qualname__}" == name

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from breadth import some
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -120,7 +121,12 @@ class Between(nn.Module):
         return self.second(self.operation(self.first(x)))
 
 
-@pytest.mark.parametrize(("operation", "rule"), [row[1:] for row in OPERATORS], ids=[row[0] for row in OPERATORS])
+CASES = [row[1:] for row in OPERATORS]
+
+
+@pytest.mark.parametrize(
+    ("operation", "rule"), some(CASES, lambda case: case in CASES[::3]), ids=[row[0] for row in OPERATORS]
+)
 def test_an_operator_carries_paths_as_its_rule_says(operation: Map, rule: Map) -> None:
     torch.manual_seed(0)
     net = growfx.wrap(Between(operation).eval(), torch.randn(2, 3))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from breadth import some
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,7 +45,7 @@ HOOKS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", list(HOOKS))
+@pytest.mark.parametrize("kind", some(HOOKS, lambda kind: kind in list(HOOKS)[::2]))
 @pytest.mark.parametrize("training", [False, True])
 def test_path_products_see_what_a_hook_of_an_activation_does(kind: str, training: bool) -> None:
     model = plain(nn.ReLU()).train(training)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from breadth import some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -93,9 +94,12 @@ def masked_layer(case: dict[str, Any]) -> tuple[growfx.MaskedGraph, Tensor]:
     return net, x
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(cases())
-def test_any_layer_gives_what_torchs_dense_kernels_give(case: dict[str, Any]) -> None:
+@pytest.mark.parametrize("examples", some([15, 60], lambda count: count == 15))
+def test_any_layer_gives_what_torchs_dense_kernels_give(examples: int) -> None:
+    settings(max_examples=examples, deadline=None, derandomize=True)(given(cases())(assert_like_dense))()
+
+
+def assert_like_dense(case: dict[str, Any]) -> None:
     net, x = masked_layer(case)
     gradient = torch.randn_like(net(x))
     expected = results(net, x, gradient)
@@ -121,9 +125,12 @@ def by_panels(net: growfx.MaskedGraph, x: Tensor, gradient: Tensor | None = None
     return dict(zip(("output", "input", "0.weight", "0.bias"), (y.detach(), *grads), strict=False))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(cases())
-def test_any_layer_by_panels_gives_what_torchs_dense_kernels_give(case: dict[str, Any]) -> None:
+@pytest.mark.parametrize("examples", some([15, 60], lambda count: count == 15))
+def test_any_layer_by_panels_gives_what_torchs_dense_kernels_give(examples: int) -> None:
+    settings(max_examples=examples, deadline=None, derandomize=True)(given(cases())(assert_panels_like_dense))()
+
+
+def assert_panels_like_dense(case: dict[str, Any]) -> None:
     net, x = masked_layer(case)
     gradient = torch.randn_like(net(x))
     found = by_panels(net, x, gradient)
