@@ -184,7 +184,7 @@ def _by_native(
     choices = {name: likely_choice(layer, _density(masks.get(name))) for name, layer in layers.items()}
     packed = swap_layers(shell, choices, masks)
     network = Program(shell, _record_lowered)
-    network.run_by(native)
+    network.settle(native)
     rows = tuple(_native_layers(plain, stays, masks, native, packed))
     report = replace(
         _report("native", inputs, torch.float32, tuple(filter(None, (note, race.note)))),
@@ -311,9 +311,11 @@ def _decide(work: _Work, dtype: torch.dtype) -> PassResult[LoweringReport]:
         work.notes += [refusal] if refusal else []
     taken = min(times, key=lambda name: times[name])
     if taken == "native":
-        work.network.run_by(work.native)
         networks["native"] = work.network
-    return _result(networks[taken], _finished(work, found, taken, dtype, times, cached=bool(kept)))
+    made = networks[taken]
+    if isinstance(made, Program):
+        made.settle(work.native if taken == "native" else None)
+    return _result(made, _finished(work, found, taken, dtype, times, cached=bool(kept)))
 
 
 def _result(network: nn.Module, report: LoweringReport) -> PassResult[LoweringReport]:

@@ -264,3 +264,88 @@ def test_numbers_that_are_read_past_torch_are_no_constants(reads: Any, tmp_path:
     model = Stepped(lambda _, x: x * float(reads(x * 2)))
     with pytest.raises(TraceError, match="past torch"):
         growfx.export_native(model, tmp_path / "made", example_inputs=X)
+
+
+# -- what the caller changes ------------------------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.near, self.norm, self.drop, self.far = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.far(self.drop(torch.relu(self.norm(self.near(x)))))
+
+
+def other_memory(net: Any) -> None:
+    net.norm.weight.data = net.norm.weight.data * 2
+
+
+EDITS: dict[str, Callable[[Any], Any]] = {
+    "a hook": lambda net: net.norm.register_forward_hook(lambda *given: given[2] * 2),
+    "a hook before": lambda net: net.far.register_forward_pre_hook(lambda _, given: (given[0] * 2,)),
+    "another module": lambda net: setattr(net, "far", nn.Identity()),
+    "another forward": lambda net: setattr(net.far, "forward", lambda x: x),
+    "another parameter": lambda net: setattr(net.norm, "weight", nn.Parameter(torch.full((6,), 3.0))),
+    "another buffer": lambda net: setattr(net.norm, "running_mean", torch.full((6,), 3.0)),
+    "other memory": other_memory,
+    "a write": lambda net: nn.init.constant_(net.norm.bias, 2.0),
+    "train mode of a part": lambda net: net.drop.train(),
+    "a part less": lambda net: setattr(net, "drop", nn.Identity()),
+}
+
+
+# Norms are folded where layers have kernels of their own: their numbers are no longer those of the model.
+OF_NUMBERS = ("another parameter", "another buffer", "other memory", "a write")
+
+
+@pytest.mark.parametrize(
+    ("edit", "way"), [*((edit, "native") for edit in EDITS), *((e, "lowered") for e in EDITS if e not in OF_NUMBERS)]
+)
+def test_edits_of_a_loaded_network_count(edit: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "lowered":
+        monkeypatch.setattr(lower_network, "plan_native", lambda *_: (None, "not wanted here"))
+        monkeypatch.setattr(lower_network, "_time_networks", lambda *_: {"lowered": 1.0, "dense": 2.0, "plain": 3.0})
+    fast, plain = both(Small(), tmp_path / "out")
+    assert fast.lowering.taken == way
+    untouched = copy.deepcopy(fast)
+    before = plain(X).detach()
+    torch.testing.assert_close(fast(X), before)
+    for net in (fast, plain):
+        EDITS[edit](net)
+
+    def drawn(net: Any) -> Tensor:
+        torch.manual_seed(0)
+        return net(X).detach()
+
+    edited = drawn(plain)
+    assert torch.equal(edited, before) == (edit == "a part less")
+    torch.testing.assert_close(drawn(fast), edited)
+    torch.testing.assert_close(drawn(copy.deepcopy(fast)), edited)
+    torch.testing.assert_close(untouched(X), before)
+
+
+def test_hooks_of_all_modules_see_those_of_a_loaded_network(tmp_path: Path) -> None:
+    fast, _ = both(Small(), tmp_path / "out")
+    seen: list[str] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        fast(X)
+    finally:
+        handle.remove()
+    assert {"BatchNorm1d", "Dropout"} <= set(seen)
+
+
+def test_after_a_hook_is_removed_the_plan_runs_again(tmp_path: Path) -> None:
+    fast, _ = both(Small(), tmp_path / "out")
+    program = fast.network
+    calls: list[int] = []
+    planned = program.planned
+    program.planned = lambda *given: calls.append(1) or planned(*given)
+    handle = fast.norm.register_forward_hook(lambda *_: None)
+    fast(X)
+    assert calls == []
+    handle.remove()
+    fast(X)
+    assert calls == [1]
