@@ -15,6 +15,7 @@ from growfx.artifact.reader import DEFAULT_MAX_BYTES, check_target
 from growfx.artifact.remembered_inputs import default_inputs
 from growfx.errors import ConfigError, TraceError
 from growfx.passes.lower.network import lower_network
+from growfx.runtime.program import set_through
 from growfx.runtime.report import LoweringReport
 
 __all__ = ["SparseRuntime", "load"]
@@ -87,7 +88,7 @@ def load(
     except TraceError as error:
         # Its advice is for those who call `growfx.wrap`.
         raise TraceError(str(error).replace("`growfx.wrap`", "`growfx.load`")) from error
-    return SparseRuntime(lowered.net, lowered.report)
+    return SparseRuntime(lowered.net.eval().requires_grad_(False), lowered.report)
 
 
 def _check_target(dtype: torch.dtype | None, device: Any, batch: int | None) -> None:
@@ -130,8 +131,8 @@ class SparseRuntime(nn.Module):
 
     def __init__(self, network: nn.Module, lowering: LoweringReport) -> None:
         super().__init__()
-        self.network, self.lowering = network.eval().requires_grad_(False), lowering
-        super().train(False)
+        self.lowering, self.network = lowering, network
+        self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model computes.
@@ -197,6 +198,9 @@ class SparseRuntime(nn.Module):
             if "network" not in modules:
                 raise
             return getattr(modules["network"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        set_through(self, "network", name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseRuntime:
         return SparseRuntime(copy.deepcopy(self.network, memo), self.lowering)

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from growfx.masked.modules import chain_tensors
 from growfx.recorded.inputs import Inputs
 from growfx.recorded.recording import RecordedGraph, RecordFunction
 from growfx.recorded.trace_report import TraceReport
+from growfx.runtime.model_watch import ModelWatch
 from growfx.runtime.native.run import FAILED, UNSERVED, NetworkRun, is_watched
 
-__all__ = ["Program"]
+__all__ = ["Program", "set_through"]
 
 # Inputs that never have the same shape twice run the model's own forward from then on.
 _MOST_RECORDINGS = 32
@@ -25,7 +25,8 @@ class Program(nn.Module):
     """A model in eval mode that runs as the graph recorded for inputs like those it gets.
 
     Where there is no graph that computes what the model computes, its own forward runs. Inputs that a `NetworkRun`
-    computes are left to it, as long as nobody writes into a parameter or buffer of the model.
+    computes are left to it, as long as nobody writes into a parameter or buffer of the model. While the model has other
+    modules or hooks than when it was settled, its own forward runs.
 
     Args:
         shell: the model, whose forward is recorded and whose modules the graphs call.
@@ -39,26 +40,28 @@ class Program(nn.Module):
 
     def __init__(self, shell: nn.Module, recorder: RecordFunction) -> None:
         super().__init__()
-        self._modules["shell"] = shell
         self._recorder = recorder
         self.recordings: dict[tuple[bool, Any], RecordedGraph] = {}
         self.trace_report = TraceReport()
         self.training = shell.training
         self.planned: NetworkRun | None = None
-        self._watched: list[Tensor] = []
-        self._writes = 0
+        self._watch: ModelWatch | None = None
+        self._modules["shell"] = shell
 
-    def run_by(self, planned: NetworkRun | None) -> None:
-        """Leave inputs to a run, which computes what the model computes with its present parameters and buffers."""
-        self.planned = planned
-        self._watched = [] if planned is None else [t for t in chain_tensors(self.shell) if not t.is_inference()]
-        self._writes = self._count_writes()
+    def settle(self, planned: NetworkRun | None = None) -> None:
+        """Take the model as finished.
+
+        Args:
+            planned: a run to leave inputs to, which computes what the model does with its present parameters and
+                buffers.
+        """
+        self.planned, self._watch = planned, ModelWatch(self.shell)
+
+    def _is_intact(self) -> bool:
+        return self._watch is None or self._watch.is_intact()
 
     def _is_as_planned(self) -> bool:
-        return not self.training and self._count_writes() == self._writes
-
-    def _count_writes(self) -> int:
-        return sum([tensor._version for tensor in self._watched])
+        return not self.training and self._watch is not None and self._watch.has_values()
 
     @property
     def shell(self) -> nn.Module:
@@ -79,6 +82,9 @@ class Program(nn.Module):
             raise AttributeError(name)
         return getattr(modules["shell"], name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        set_through(self, "shell", name, value)
+
     def recordings_in_mode(self, training: bool) -> Iterator[RecordedGraph]:
         """What was recorded in train or evaluation mode so far."""
         return (recording for (mode, _), recording in self.recordings.items() if mode == training)
@@ -88,7 +94,10 @@ class Program(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model computes."""
-        if self.planned is not None and not torch.compiler.is_compiling() and self._is_as_planned():
+        compiling = torch.compiler.is_compiling()
+        if not compiling and not self._is_intact():
+            return self.shell(*args, **kwargs)
+        if self.planned is not None and not compiling and self._is_as_planned():
             made = self.planned(args, kwargs)
             if made is FAILED:  # the model's own forward may not, or says what is wrong
                 return self.shell(*args, **kwargs)
@@ -110,7 +119,27 @@ class Program(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
-        state = {key: value for key, value in self.__dict__.items() if key not in ("recordings", "_recorder")}
-        clone.__dict__.update(copy.deepcopy(state, memo), recordings=dict(self.recordings), _recorder=self._recorder)
-        clone.run_by(self.planned if self._is_as_planned() else None)
+        own = ("recordings", "_recorder", "_watch")
+        state = {key: value for key, value in self.__dict__.items() if key not in own}
+        intact = self._is_intact()
+        recordings = dict(self.recordings) if intact else {}
+        clone.__dict__.update(copy.deepcopy(state, memo), recordings=recordings, _recorder=self._recorder, _watch=None)
+        if self._watch is not None:
+            clone.settle(self.planned if intact and self._is_as_planned() else None)
         return clone
+
+
+def set_through(outer: nn.Module, inner: str, name: str, value: Any) -> None:
+    """Set an attribute of a module that shows those of another as its own, where it is: `net.fc = nn.Identity()`.
+
+    Args:
+        outer: the module; its own attributes are set as always.
+        inner: the name of the other one among its modules.
+        name, value: the attribute.
+    """
+    shown = outer.__dict__.get("_modules", {}).get(inner)
+    is_own = name in outer.__dict__ or name == inner or name[0] == "_" or hasattr(type(outer), name)
+    if shown is None or is_own or not hasattr(shown, name):
+        nn.Module.__setattr__(outer, name, value)
+    else:
+        setattr(shown, name, value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from growfx.passes.fold_norm import fold_norm
 from growfx.passes.lower.kept import Kept, choice_key, keep, kept_choice
 from growfx.passes.lower.layers import lower, lowerable, swap_layers
 from growfx.passes.lower.native import PlannedModel, plan_native
+from growfx.passes.lower.state import kept_state
 from growfx.passes.lower.timing import time_layers
 from growfx.passes.mask.swap import unwrap, wrap_to_infer
 from growfx.passes.trials.comparison import Trial, difference
@@ -43,6 +44,8 @@ _ROUNDS, _SECONDS = 10, 1.0
 # Where the native runtime takes at most this part of the plain network's time nothing else comes near: to fold norms
 # and fuse sums gives less, and sparse kernels one by one have the same work to do. A few rounds tell.
 _CLEAR, _FEW_ROUNDS, _SHORT = 0.7, 2, 0.1
+
+_NAMED = 3  # so many names in a note
 
 
 @dataclass
@@ -112,6 +115,10 @@ def lower_network(
         reason = report.opaque.get("", "") or " ".join((*report.branches, *report.notes))
         note = f"the network runs unchanged, since it could not be recorded: {reason}"
         return _result(plain.to(dtype), _report("plain", target, dtype, (note,)))
+    kept = kept_state(wide, inputs)
+    if kept:
+        note = f"the network runs unchanged, since every call changes {_listed(kept)}"
+        return _result(plain.to(dtype), _report("plain", target, dtype, (note,)))
     native, note = None, f"it computes in float32, and the network in {str(dtype).removeprefix('torch.')}"
     if dtype is torch.float32:
         native, note = plan_native(wide, recording, masks, target)
@@ -121,6 +128,11 @@ def lower_network(
     work = _prepared(plain, net, recording, target, dtype)
     work.native, work.refusal = native, note if native is None else ""
     return _decide(work, dtype)
+
+
+def _listed(names: Sequence[str]) -> str:
+    named = ", ".join(f"`{name}`" for name in names[:_NAMED])
+    return named + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 # -- the native runtime alone -----------------------------------------------------------------------------------------
@@ -172,7 +184,7 @@ def _by_native(
     choices = {name: likely_choice(layer, _density(masks.get(name))) for name, layer in layers.items()}
     packed = swap_layers(shell, choices, masks)
     network = Program(shell, _record_lowered)
-    network.run_by(native)
+    network.settle(native)
     rows = tuple(_native_layers(plain, stays, masks, native, packed))
     report = replace(
         _report("native", inputs, torch.float32, tuple(filter(None, (note, race.note)))),
@@ -299,9 +311,11 @@ def _decide(work: _Work, dtype: torch.dtype) -> PassResult[LoweringReport]:
         work.notes += [refusal] if refusal else []
     taken = min(times, key=lambda name: times[name])
     if taken == "native":
-        work.network.run_by(work.native)
         networks["native"] = work.network
-    return _result(networks[taken], _finished(work, found, taken, dtype, times, cached=bool(kept)))
+    made = networks[taken]
+    if isinstance(made, Program):
+        made.settle(work.native if taken == "native" else None)
+    return _result(made, _finished(work, found, taken, dtype, times, cached=bool(kept)))
 
 
 def _result(network: nn.Module, report: LoweringReport) -> PassResult[LoweringReport]:

@@ -92,7 +92,8 @@ def export_native(
 
     Raises:
         UnsupportedOperatorError: operators without a kernel; names them all, and nothing is written.
-        TraceError: the operators that run depend on the data or on the batch size.
+        TraceError: the operators that run depend on the data or on the batch size, or a call writes into its inputs or
+            changes the network, which the exported one would not.
         ArtifactError: no artifact at the path, or the folder is not empty or cannot be written.
         ConfigError: something else than a network, or one on the meta device, without values.
 

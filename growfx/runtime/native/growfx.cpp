@@ -141,7 +141,7 @@ int growfx_run(growfx* net, int64_t batch, const float* const* inputs, float* co
     const std::string problem = net->session.prepare(batch);
     if (!problem.empty())
       return failed(net->session.is_over_limit() ? GROWFX_MEMORY : GROWFX_INPUT, "a batch of " + std::to_string(batch) + " does not run: " + problem, error, n);
-    net->session.run(inputs, outputs);
+    net->session.run(batch, inputs, outputs);
     return static_cast<int>(GROWFX_OK);
   });
 }

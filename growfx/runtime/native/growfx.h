@@ -54,7 +54,8 @@ int growfx_set_threads(growfx *net, int threads, char *error, size_t n);
 /* Name of the instructions that the kernels use here: "avx512", "avx2" or "baseline". */
 const char *growfx_instructions(const growfx *net);
 
-/* Compute the outputs for a batch of 1 or more; `inputs` and `outputs` have one pointer for each. */
+/* Compute the outputs for a batch of 1 or more; `inputs` and `outputs` have one pointer for each, to memory that outputs
+ * share with nothing. */
 int growfx_run(growfx *net, int64_t batch, const float *const *inputs, float *const *outputs, char *error, size_t n);
 
 #ifdef __cplusplus

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <new>
 
+#include "rows.h"
+
 namespace growfx_native {
 
 namespace {
@@ -12,6 +14,10 @@ namespace {
 // Floats that may be read behind the end of a tensor.
 constexpr int64_t BEHIND = 256;
 constexpr int64_t POST_TASK = int64_t{16} << 10;
+// Buffers that stay near: in the second cache, or not far behind it.
+constexpr int64_t NEAR_FLOATS = int64_t{1} << 20;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Named {
   const char* name;
@@ -79,7 +85,12 @@ std::string Session::open(const uint8_t* data, size_t size, int64_t row_bytes) {
   for (const std::string& name : network_.kernels)
     if (!maker_of(name)) return "kernel `" + name + "` is not in this library; build the one that was exported with the file";
   problem = open_constants();
-  return problem.empty() ? prepare(1) : problem;
+  if (!problem.empty()) return problem;
+  find_once();
+  by_rows_ = is_by_rows(network_, once_) && is_light(network_);
+  problem = prepare(1);
+  for (const Buffer& slot : slots_) row_floats_ += slot.size();
+  return problem;
 }
 
 std::string Session::open_constants() {
@@ -219,7 +230,15 @@ std::string Session::reserve_scratch(int64_t floats) {
   return "";
 }
 
-std::string Session::prepare(int64_t batch) {
+// Rows of a batch that are computed together: all of them, or so many that their values stay near.
+int64_t Session::part_of(int64_t batch) const {
+  if (!by_rows_) return batch;
+  const int64_t most = std::max<int64_t>({1, NEAR_FLOATS / std::max<int64_t>(row_floats_, 1), workers_->threads()});
+  return ceil_div(batch, ceil_div(batch, most));
+}
+
+std::string Session::prepare(int64_t rows) {
+  const int64_t batch = part_of(rows);
   if (batch == batch_) return "";
   batch_ = 0;
   over_limit_ = false;
@@ -235,7 +254,6 @@ std::string Session::prepare_steps(int64_t batch) {
   prepared_.clear();
   prepared_.resize(network_.steps.size());
   weights_.clear();
-  find_once();
   scratch_.resize(static_cast<size_t>(workers_->threads()));
   for (size_t i = 0; i < prepared_.size(); ++i) {
     std::string problem = make_step(i, batch);
@@ -279,16 +297,23 @@ void Session::run_step(size_t index) {
       &context);
 }
 
-void Session::run(const float* const* inputs, float* const* outputs) {
+// Parts of equal size: the last may compute some rows of the one before once more.
+void Session::run(int64_t rows, const float* const* inputs, float* const* outputs) {
+  for (int64_t row = 0; row < rows; row += batch_) run_part(std::min(row, rows - batch_), inputs, outputs);
+}
+
+void Session::run_part(int64_t row, const float* const* inputs, float* const* outputs) {
   for (size_t i = 0; i < network_.inputs.size(); ++i) {
     const Tensor& value = values_[network_.inputs[i]];
-    std::memcpy(value.data, inputs[i], static_cast<size_t>(value.elements) * sizeof(float));
+    const float* const from = inputs[i] + value.elements / batch_ * row;
+    std::memcpy(value.data, from, static_cast<size_t>(value.elements) * sizeof(float));
   }
   for (size_t i = 0; i < prepared_.size(); ++i)
     if (!once_[i]) run_step(i);
   for (size_t i = 0; i < network_.outputs.size(); ++i) {
     const Tensor& value = values_[network_.outputs[i]];
-    std::memcpy(outputs[i], value.data, static_cast<size_t>(value.elements) * sizeof(float));
+    float* const to = outputs[i] + value.elements / batch_ * row;
+    std::memcpy(to, value.data, static_cast<size_t>(value.elements) * sizeof(float));
   }
 }
 

@@ -8,12 +8,13 @@ operators are not run but asked for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,6 +28,7 @@ from growfx.runtime.native.plan import Shape, Size
 __all__ = ["Call", "Calls", "Reference", "record_calls", "record_operators"]
 
 _BATCHES = (2, 3)
+_TORCH: Any = torch  # parts of it are not declared
 _LARGER = 5  # a further batch size, to check what was found at these
 
 
@@ -95,28 +97,35 @@ class _Recorder(TorchDispatchMode):
     """Notes operators while a network runs.
 
     Args:
-        stored: parameters and buffers.
+        stored: parameters and buffers, by name.
         values: compute what depends on the inputs, which otherwise has shapes alone.
+
+    Raises:
+        TraceError: while it runs: an operator reads a number from data, or writes where a plan does not.
     """
 
-    def __init__(self, stored: Sequence[Tensor], values: bool) -> None:
+    def __init__(self, stored: Mapping[str, Tensor], values: bool) -> None:
         super().__init__()
         self.values = values
+        # Memory that is there before and after a run -> what it is of.
+        self.lasting: dict[int, str] = {}
         # All tensors are kept alive, for ids of dead ones are given again.
         self.tensors: list[Tensor] = []
         self.numbers: dict[int, int] = {}
         self.computed: set[int] = set()
         self.calls: list[tuple[Any, Any, Any, tuple[int | None, ...]]] = []
-        for tensor in stored:
+        for name, tensor in stored.items():
             self.number_of(tensor)
+            self.lasting[_memory_of(tensor)] = f"`{name}`"
 
     def number_of(self, tensor: Tensor) -> int:
         number = self.numbers.get(id(tensor))
         return self._add(tensor) if number is None else number
 
-    def add_input(self, tensor: Tensor) -> int:
+    def add_input(self, tensor: Tensor, name: str) -> int:
         number = self._add(tensor)
         self.computed.add(number)
+        self.lasting[_memory_of(tensor)] = name
         return number
 
     def _add(self, tensor: Tensor) -> int:
@@ -126,6 +135,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = (args, kwargs or {})
+        if func._schema.is_mutable:
+            self._refuse_lasting_writes(func, *given)
         noted = map_leaves(self._noted, given)
         depends = any(isinstance(x, Reference) and x.number in self.computed for x in pytree.tree_leaves(noted))
         if depends and (func in _READS_VALUES or torch.Tag.data_dependent_output in func.tags):
@@ -143,6 +154,14 @@ class _Recorder(TorchDispatchMode):
             self._check_write(func, args[0])
         return result
 
+    def _refuse_lasting_writes(self, func: Any, args: Any, kwargs: Any) -> None:
+        """A plan reads inputs and parameters, and leaves them as they are."""
+        given = _by_name(func, args, kwargs)
+        written = [given[a.name] for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        for tensor in pytree.tree_leaves(written):
+            if isinstance(tensor, Tensor) and (name := self.lasting.get(_memory_of(tensor))) is not None:
+                raise TraceError(f"the network writes into {name}, which a native run leaves as it is")
+
     def _check_write(self, func: Any, written: Any) -> None:
         """Operators inside torch's own may write into a tensor that they have just made, of which there is no view."""
         if written.is_meta:  # it has no memory to tell views by
@@ -154,6 +173,26 @@ class _Recorder(TorchDispatchMode):
 
     def _noted(self, value: Any) -> Any:
         return Reference(self.number_of(value)) if isinstance(value, Tensor) else value
+
+
+class _Unreadable(TorchFunctionMode):
+    """Nobody reads a tensor past torch, where there are no numbers while a network is recorded."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READS_MEMORY and _TORCH._is_functional_tensor(args[0]):
+            raise TraceError(
+                f"the network reads the numbers of a tensor past torch (`{func.__name__}`), so it has no steps that "
+                "hold for all inputs"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+_READS_MEMORY = (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.tolist, Tensor.data_ptr)
+
+
+def _memory_of(tensor: Tensor) -> int:
+    """The same number for a tensor and its views, on the meta device as well."""
+    return tensor.untyped_storage()._cdata
 
 
 def _shaped(func: Any, args: Any, kwargs: Any) -> Any:
@@ -195,7 +234,8 @@ def record_calls(model: nn.Module, inputs: Inputs, *, only_floats: bool = True) 
             may be tensors of other types, keyword arguments, and plain values, which become part of what is recorded.
 
     Raises:
-        TraceError: the operators depend on the data, or on the batch in a way that no formula tells.
+        TraceError: the operators depend on the data, or on the batch in a way that no formula tells; or the network
+            writes into its inputs, parameters or buffers.
     """
     given = [x for x in inputs.args if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0]
     if only_floats and (len(given) != len(inputs.args) or inputs.kwargs or not given):
@@ -302,6 +342,8 @@ def _runs_with_values(model: nn.Module, inputs: Inputs) -> list[_Run]:
     except TraceError:
         raise
     except Exception as error:
+        if "mutating a non-functional tensor" in str(error):
+            raise TraceError("the network writes into a parameter, a buffer or an attribute of its own") from error
         raise TraceError(
             f"the network fails on its example inputs, or on such with another number of rows ({one_line(error)})"
         ) from error
@@ -309,7 +351,7 @@ def _runs_with_values(model: nn.Module, inputs: Inputs) -> list[_Run]:
 
 def _run(model: nn.Module, inputs: Inputs, values: bool) -> _Run:
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    recorder = _Recorder([*model.parameters(), *model.buffers()], values)
+    recorder = _Recorder({**dict(model.named_parameters()), **dict(model.named_buffers())}, values)
     numbers, specs = list[int](), list[pytree.TreeSpec]()
 
     def forward(*tensors: Tensor) -> Any:
@@ -325,9 +367,11 @@ def _run(model: nn.Module, inputs: Inputs, values: bool) -> _Run:
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            args = [x.detach().clone() for x in inputs.values if isinstance(x, Tensor)]
-            numbers = [recorder.add_input(x) for x in args]
-            with recorder:
+            # Contiguous, as what the runtime is given, so that `x.contiguous().relu_()` is seen to write into `x`.
+            named = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in _named(inputs)}
+            args = list(named.values())
+            numbers = [recorder.add_input(x, name) for name, x in named.items()]
+            with recorder, _Unreadable():
                 outputs = functional(*args)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -339,6 +383,16 @@ def _run(model: nn.Module, inputs: Inputs, values: bool) -> _Run:
     leaves = tuple(Reference(recorder.number_of(x)) if isinstance(x, Tensor) else x for x in outputs)
     shapes, dtypes = [tuple(x.shape) for x in recorder.tensors], [x.dtype for x in recorder.tensors]
     return _Run(recorder.calls, shapes, dtypes, constants, recorder.computed, numbers, outs, specs[0], leaves)
+
+
+def _named(inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
+    """The tensors among the arguments, in order, with words for which argument each is."""
+    for place, value in enumerate(inputs.args):
+        if isinstance(value, Tensor):
+            yield f"its argument {place + 1}", value
+    for name, value in inputs.kwargs.items():
+        if isinstance(value, Tensor):
+            yield f"its argument `{name}`", value
 
 
 def _unified(first: _Run, second: _Run) -> Calls:

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from growfx.errors import UnsupportedOperatorError
+from growfx.errors import TraceError, UnsupportedOperatorError
 from growfx.passes.lower.plan.builder import Builder, NoKernelError
 from growfx.passes.lower.plan.calls import Calls, record_calls, record_operators
 from growfx.passes.lower.plan.fuse import fold_factors, fuse_chains, merge_views
 from growfx.passes.lower.plan.graph import Graph, Node
 from growfx.passes.lower.plan.memory import planned
 from growfx.passes.lower.plan.rules import RULES
+from growfx.passes.lower.state import kept_state
 from growfx.recorded.inputs import Inputs
 from growfx.runtime.native.plan import Constant, Plan
 
@@ -32,9 +33,13 @@ def plan_network(model: nn.Module, masks: Mapping[str, Tensor], inputs: Inputs) 
 
     Raises:
         UnsupportedOperatorError: operators without a kernel; names them all.
-        TraceError: the operators depend on the data.
+        TraceError: the operators depend on the data, or a call changes its inputs or the model.
     """
     calls = record_calls(model, inputs)
+    kept = kept_state(model, inputs)
+    if kept:
+        named = ", ".join(f"`{name}`" for name in kept)
+        raise TraceError(f"every call of the network changes {named}, which a native run would not")
     builder, missing = _built(calls, ConstantMasks(model, masks))
     if missing:
         named = ", ".join(f"`{name}`" for name in missing)

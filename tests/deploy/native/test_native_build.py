@@ -46,16 +46,18 @@ def check_outputs(text: str, net: MaskedGraph, x: torch.Tensor) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("c", "cxx"), [("gcc", "g++"), ("clang", "clang++")])
 def test_cmake_builds_the_example_without_warnings_and_it_prints_the_outputs(
-    exported: tuple[MaskedGraph, Path, torch.Tensor],
+    c: str, cxx: str, exported: tuple[MaskedGraph, Path, torch.Tensor]
 ) -> None:
-    needs("cmake")
+    needs("cmake", c, cxx)
     net, folder, x = exported
-    for command in (["cmake", "-S", folder / "out", "-B", folder / "b"], ["cmake", "--build", folder / "b"]):
-        made = run(*command)
-        assert made.returncode == 0
+    build = folder / f"by_{c}"
+    for command in (["cmake", "-S", folder / "out", "-B", build], ["cmake", "--build", build]):
+        made = run(*command, CC=c, CXX=cxx)
+        assert made.returncode == 0, made.stderr
         assert "warning" not in made.stdout + made.stderr
-    example, network = folder / "b" / "growfx_example", folder / "out" / "network.gfx"
+    example, network = build / "growfx_example", folder / "out" / "network.gfx"
     for threads in ([], ["2"]):
         ran = run(example, network, folder / "x.f32", *threads)
         assert (ran.returncode, ran.stderr) == (0, "")
