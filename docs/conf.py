@@ -18,6 +18,8 @@ exclude_patterns = ["templates"]
 html_theme = "furo"
 html_title = f"growfx {release}"
 html_copy_source = False
+html_static_path, html_css_files = ["static"], ["site.css"]
+pygments_dark_style = "github-dark"  # furo's own underlines the names of modules, like links
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 # Docstrings set code in single backticks, and give types in their signatures.

@@ -1,12 +1,14 @@
 """The command line. Commands import what they need when they run, so that `growfx --help` is quick."""
 
+from __future__ import annotations
+
 import json
 import sys
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +16,9 @@ from growfx.commands.flags import DATA_ONLY, OptionCommand
 from growfx.distributed.launch import RankError, process_group, speaks
 from growfx.errors import ConfigError, GrowfxError, GrowfxWarning, did_you_mean, one_line
 from growfx.version import __version__
+
+if TYPE_CHECKING:
+    from growfx.commands.ray_cluster import Cluster
 
 __all__ = ["main"]
 
@@ -257,6 +262,40 @@ def eval_command(path: Path, data: str, split: str, assignments: tuple[str, ...]
     )
 
 
+def _launcher_options(tasks: str, more: str) -> Callable[[Any], Any]:
+    """Flags that say where the parts of a large job are executed; `_cluster` reads them."""
+
+    def add(command: Any) -> Any:
+        for option in (
+            click.option("--cpus-per-run", type=int, help="on a cluster; also threads of each  [default: 1]"),
+            click.option("--address", metavar="HOST:PORT", help="of the Ray cluster's head  [default: auto]"),
+            click.option(
+                "--launcher",
+                type=click.Choice(["local", "ray"]),
+                default="local",
+                show_default=True,
+                help=f"where {tasks} go: processes here, or tasks of a Ray cluster{more}",
+            ),
+        ):
+            command = option(command)
+        return command
+
+    return add
+
+
+def _cluster(launcher: str, asked: Mapping[str, Any], memory: float | None = None) -> Cluster | None:
+    """The cluster that the flags `asked` describe, None for this machine; ConfigError for flags that do nothing."""
+    from growfx.commands.ray_cluster import Cluster
+
+    given = {name: value for name, value in asked.items() if value is not None}
+    if launcher == "ray":
+        return Cluster(**{name.removesuffix("_per_run"): value for name, value in given.items()}, memory=memory)
+    if given:
+        flags = " and ".join(f"`--{name.replace('_', '-')}`" for name in given)
+        raise ConfigError(f"{flags} can only be given with `--launcher ray`; give that too, or leave it out")
+    return None
+
+
 @commands.command("compare", cls=OptionCommand)
 @click.argument("model")
 @click.option("--data", required=True, help=_DATA_HELP)
@@ -271,16 +310,8 @@ def eval_command(path: Path, data: str, split: str, assignments: tuple[str, ...]
 @click.option("--sweep", "sweeps", multiple=True, metavar="METHOD.KEY=V1,V2", help="run a method with each value")
 @click.option("--controls", is_flag=True, help="add controls of equal cost, and tickets with other masks or weights")
 @click.option("--jobs", type=int, help="runs at the same time  [default: number of cores; 8 on an accelerator]")
-@click.option(
-    "--launcher",
-    type=click.Choice(["local", "ray"]),
-    default="local",
-    show_default=True,
-    help="where runs go: processes here, or tasks of a Ray cluster, whose nodes share --out",
-)
-@click.option("--address", default="auto", metavar="HOST:PORT", help="of the Ray cluster's head  [default: auto]")
-@click.option("--cpus-per-run", type=int, default=1, show_default=True, help="on a cluster; also threads of a run")
-@click.option("--gpus-per-run", type=float, default=0, show_default=True, help="on a cluster; may be part of one")
+@_launcher_options("runs", ", whose nodes share --out")
+@click.option("--gpus-per-run", type=float, help="on a cluster; may be part of one  [default: 0]")
 @click.option("--resume", is_flag=True, help="continue the comparison in --out (or start it)")
 @click.option("--overwrite", is_flag=True, help="replace the comparison in --out")
 @click.option("--json", "as_json", is_flag=True, help="print compare.json")
@@ -292,9 +323,9 @@ def compare_command(
     quiet: bool,
     out: Path,
     launcher: str,
-    address: str,
-    cpus_per_run: int,
-    gpus_per_run: float,
+    address: str | None,
+    cpus_per_run: int | None,
+    gpus_per_run: float | None,
     **given: Any,
 ) -> int:
     """Train MODEL on DATA by several methods, densities and seeds; write a table, JSON and plots.
@@ -302,7 +333,6 @@ def compare_command(
     Every run is an ordinary run folder in OUT/runs. A failing run does not stop the others; the status is then 1.
     """
     from growfx.commands.compare.comparison import compare
-    from growfx.commands.compare.ray_cluster import Cluster
     from growfx.commands.compare.report import comparison_text
 
     values: dict[str, list[str]] = {}
@@ -311,11 +341,8 @@ def compare_command(
         if not equals or not listed:
             raise ConfigError(f"`--sweep {text}` has no values; write `--sweep METHOD.KEY=v1,v2`")
         values.setdefault(key, []).extend(listed.split(","))
-    cluster = None
-    if launcher == "ray":
-        cluster = Cluster(address, cpus_per_run, gpus_per_run)
-    elif (address, cpus_per_run, gpus_per_run) != ("auto", 1, 0):
-        raise ConfigError("`--address`, `--cpus-per-run` and `--gpus-per-run` are for `--launcher ray`; leave them out")
+    asked = {"address": address, "cpus_per_run": cpus_per_run, "gpus_per_run": gpus_per_run}
+    cluster = _cluster(launcher, asked)
     facts = compare(methods=names, sweeps=values, out=out, progress=not quiet, cluster=cluster, **given)
     _show(facts, as_json, f"{comparison_text(facts)}\nwritten to {out}")
     if not facts["plots"] and len(facts["failures"]) < len(facts["runs"]):
@@ -487,9 +514,10 @@ def completion_command(shell: str) -> None:
 )
 @click.option("--json", "file", type=click.Path(path_type=Path), help="keep all facts here; a later run continues it")
 @click.option("--overwrite", is_flag=True, help="check again what FILE has; replace a file of other versions")
-@click.option("--jobs", type=int, help="models checked at once  [default: number of cores]")
+@click.option("--jobs", type=int, help="models checked at once  [default: number of cores; on a cluster what it holds]")
 @click.option("--limit-seconds", type=float, default=300, show_default=True, help="time for one model")
 @click.option("--limit-memory", type=float, help="GiB for one model (Linux)")
+@_launcher_options("models", "")
 @click.option(
     "--real-below",
     type=click.FloatRange(min=0),
@@ -508,6 +536,9 @@ def zoo_command(
     jobs: int | None,
     limit_seconds: float,
     limit_memory: float | None,
+    launcher: str,
+    address: str | None,
+    cpus_per_run: int | None,
     real_below: float,
     with_census: bool,
     markdown: bool,
@@ -526,6 +557,7 @@ def zoo_command(
     from growfx.commands.zoo.table import census_text, coverage_text, summary_markdown
 
     limits = Limits(limit_seconds, limit_memory, jobs)
+    cluster = _cluster(launcher, {"address": address, "cpus_per_run": cpus_per_run}, limit_memory)
     with_guests = library == GUESTS
     if with_guests:
         go_offline()
@@ -536,7 +568,15 @@ def zoo_command(
         raise ConfigError(f"no model of {where} is named like `{pattern}`")
     results = Results(file, overwrite=overwrite, packages=guest_versions() if with_guests else None)
     try:
-        found = check_zoo(names, results, limits, real_below=1e6 * real_below, again=overwrite, progress=not quiet)
+        found = check_zoo(
+            names,
+            results,
+            limits,
+            real_below=1e6 * real_below,
+            again=overwrite,
+            progress=not quiet,
+            cluster=cluster,
+        )
     except KeyboardInterrupt:
         kept = f"; the same command continues from `{file}`" if file else ""
         click.echo(f"\ngrowfx: interrupted, {len(results.facts)} models are checked{kept}", err=True)

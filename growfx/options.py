@@ -22,6 +22,7 @@ __all__ = [
     "TrainOptions",
     "as_count",
     "as_json",
+    "describe_default",
     "describe_range",
     "option",
     "parse_assignments",
@@ -40,10 +41,14 @@ def option(
     open_low: bool = False,
     open_high: bool = False,
     choices: tuple[str, ...] = (),
+    unset: str = "",
 ) -> Any:
-    """A dataclass field whose value `check_ranges` holds between `low` and `high`, or to `choices`."""
+    """A dataclass field whose value `check_ranges` holds between `low` and `high`, or to `choices`.
+
+    `unset` is what a default of None or "" stands for, in words; help prints it as the default.
+    """
     limits = {"low": low, "high": high, "open_low": open_low, "open_high": open_high, "choices": choices}
-    return field(default=default, metadata=limits)
+    return field(default=default, metadata={**limits, "unset": unset})
 
 
 def as_count(name: str, value: Any) -> int:
@@ -113,6 +118,15 @@ def describe_range(limits: Mapping[str, Any]) -> str:
     return "" if limits.get("low") is None and limits.get("high") is None else _interval(limits)
 
 
+def describe_default(field: dataclasses.Field[Any]) -> str:
+    """The default of a field of options, as text; what it stands for where it is None or ""."""
+    if field.metadata.get("unset"):
+        return field.metadata["unset"]
+    if isinstance(field.default, bool):
+        return "on" if field.default else "off"
+    return "none" if field.default in (None, "") else str(field.default)
+
+
 def _interval(limits: Mapping[str, Any]) -> str:
     low, high = limits["low"], limits["high"]
     left = "(-inf" if low is None else f"{'(' if limits['open_low'] else '['}{low}"
@@ -173,7 +187,7 @@ class TrainOptions:
     weight_decay: float = option(5e-4, low=0)
     warmup_epochs: float = option(1.0, low=0)
     schedule: str = option("cosine", choices=("cosine", "linear", "step", "constant"))
-    decay_epochs: float | None = option(None, low=0, open_low=True)
+    decay_epochs: float | None = option(None, low=0, open_low=True, unset="a third of the training")
     decay_rate: float = option(0.1, low=0, high=1, open_low=True)
     min_lr: float = option(1e-3, low=0, high=1)
     round_lr: float = option(1.0, low=0, high=10, open_low=True)
@@ -182,7 +196,7 @@ class TrainOptions:
     label_smoothing: float = option(0.0, low=0, high=1, open_high=True)
     mixup: float = option(0.0, low=0)
     cutmix: float = option(0.0, low=0)
-    clip_grad: float | None = option(None, low=0, open_low=True)
+    clip_grad: float | None = option(None, low=0, open_low=True, unset="none")
     accumulate: int = option(1, low=1)
     amp: str = option("none", choices=("none", "bf16", "fp16"))
     channels_last: bool = False
@@ -227,13 +241,13 @@ class DataOptions:
     """
 
     batch_size: int = option(128, low=1)
-    img_size: int | None = option(None, low=1)
+    img_size: int | None = option(None, low=1, unset="fits data and model")
     workers: int = option(0, low=0, high=1024)
     augment: str = option("auto", choices=("auto", "crop", "none"))
     crop_scale: float = option(0.5, low=0, high=1, open_low=True)
     hflip: float = option(0.5, low=0, high=1)
     color_jitter: float = option(0.0, low=0, high=1)
-    auto_augment: str | None = None
+    auto_augment: str | None = option(None, unset="none")
     random_erase: float = option(0.0, low=0, high=1)
     val_fraction: float = option(0.1, low=0, high=0.5, open_low=True)
     split_seed: int = option(0, low=0, high=2**63 - 1)

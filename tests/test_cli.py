@@ -231,7 +231,8 @@ def test_inspect_tells_the_same_of_a_run_and_its_artifact(run, capsys, monkeypat
     for name, path in (("run", run), ("artifact", run / "artifact")):
         assert call("inspect", path, "--json") == 0
         facts[name] = json.loads(capsys.readouterr().out)
-        assert facts[name]["kind"] == name
+        assert (facts[name]["kind"], facts[name]["model"]) == (name, "test_resnet")
+    assert facts["artifact"]["recipe"] == {"library": "timm", "name": "test_resnet", "kwargs": {"num_classes": 10}}
     ours = [{k: layer[k] for k in ("name", "shape", "nnz", "alive_out")} for layer in facts["run"]["layers"]]
     theirs = [{k: layer[k] for k in ("name", "shape", "nnz", "alive_out")} for layer in facts["artifact"]["layers"]]
     assert ours == theirs
@@ -244,6 +245,7 @@ def test_inspect_tells_the_same_of_a_run_and_its_artifact(run, capsys, monkeypat
     monkeypatch.setenv("COLUMNS", "160")
     assert call("inspect", run / "artifact") == 0
     table = capsys.readouterr().out
+    assert table.startswith(f"artifact {run / 'artifact'}: test_resnet, density 20.00 %")
     assert "layer4.0.conv1" in table
     assert "alive out" in table
     assert "multiply-adds" in table

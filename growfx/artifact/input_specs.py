@@ -38,6 +38,12 @@ class InputSpec:
             return {"keyword": self.keyword, "value": self.value}
         return {"dtype": self.dtype, "keyword": self.keyword, "shape": list(self.shape)}
 
+    def __str__(self) -> str:
+        name = "" if self.keyword is None else f"{self.keyword}="
+        if self.dtype is None:
+            return f"{name}{self.value!r}"
+        return f"{name}{'x'.join(map(str, self.shape)) or 'scalar'} {self.dtype}"
+
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> InputSpec:
         """Read one in which `input_complaint` found nothing wrong."""

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from growfx.errors import ConfigError
-from growfx.options import DataOptions, TrainOptions, describe_range
+from growfx.options import DataOptions, TrainOptions, describe_default, describe_range
 
 __all__ = ["DATA_ONLY", "OptionCommand", "method_rows", "option_texts"]
 
@@ -155,9 +155,7 @@ def _metavar(hint: Any, limits: Mapping[str, Any]) -> str:
 
 
 def _limits(field: dataclasses.Field[Any]) -> str:
-    default = field.default if field.default is not dataclasses.MISSING else "as the docstring says"
-    if default is None or isinstance(default, bool):
-        default = {None: "none", True: "on", False: "off"}[default]
+    default = describe_default(field)
     allowed = "" if field.metadata.get("choices") else describe_range(field.metadata)  # the flag shows choices
     return f"default: {default}" + (f"; allowed: {allowed}" if allowed else "")
 
@@ -192,11 +190,10 @@ def method_rows(name: str) -> list[dict[str, str]]:
     texts = option_texts(kind)
     rows = []
     for field in _fields(kind):
-        default = "none" if field.default is None else str(field.default)
         rows.append(
             {
                 "flag": f"--{field.name.replace('_', '-')}",
-                "default": default,
+                "default": describe_default(field),
                 "allowed": describe_range(field.metadata) or "any",
                 "meaning": texts.get(field.name, ""),
             }

@@ -37,7 +37,8 @@ def facts_of(path: str, model_kwargs: Mapping[str, Any] | None = None) -> dict[s
         model_kwargs: arguments of the model when `path` is its spec.
 
     Returns:
-        `kind`, `model`, `nnz`, `numel`, `density`, `layers`, and `bytes` of an artifact. A layer has
+        `kind`, `model` (its name), `nnz`, `numel`, `density`, `layers`, and of an artifact `bytes` and `recipe`
+        (library, name and arguments that build its model again, None where it has none). A layer has
         `alive_in` and `alive_out` as [alive, all]; `alive_note` says why when units could not be followed.
 
     Raises:
@@ -132,7 +133,7 @@ def _facts_of_artifact(path: Path) -> dict[str, Any]:
 
     info = reader.inspect(path)
     name = info.model["name"] if info.model else "own model"
-    facts = {"kind": "artifact", "model": name, **info.to_dict()}
+    facts = {**info.to_dict(), "kind": "artifact", "model": name, "recipe": info.model}
     reader.load_state(path)  # damage is an error; that the model cannot be built here is not
     try:
         model = reader.load(path)

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from growfx.errors import DataError
+from growfx.errors import DataError, did_you_mean
 from growfx.options import DataOptions
 
 __all__ = ["DataSource", "Split", "open_data"]
@@ -86,10 +86,11 @@ def open_data(spec: str, options: DataOptions | None = None) -> DataSource:
         return _open_torchvision(spec, name.lower(), options)
     if Path(spec).is_dir():
         return _open_folder(spec, options)
-    specs = ", ".join(f"`torch/{name}`" for name in (*_TORCH_TEST, *_TORCH_VAL))
+    specs = [f"torch/{name}" for name in (*_TORCH_TEST, *_TORCH_VAL)]
+    listed = ", ".join(f"`{name}`" for name in specs)
     raise DataError(
         f"data `{spec}` was not found; expected `digits`, a folder with `train/` and `val/` or `test/` of "
-        f"class folders, or a timm spec among {specs}"
+        f"class folders, or a timm spec among {listed}{did_you_mean(spec, ['digits', *specs])}"
     )
 
 
@@ -218,8 +219,9 @@ def _open_torchvision(spec: str, name: str, options: DataOptions) -> DataSource:
     from timm.data.dataset_factory import create_dataset
 
     if name not in (*_TORCH_TEST, *_TORCH_VAL):
-        allowed = ", ".join(f"`torch/{n}`" for n in (*_TORCH_TEST, *_TORCH_VAL))
-        raise DataError(f"data `{spec}` is unknown; allowed: {allowed}")
+        specs = [f"torch/{known}" for known in (*_TORCH_TEST, *_TORCH_VAL)]
+        allowed = ", ".join(f"`{known}`" for known in specs)
+        raise DataError(f"data `{spec}` is unknown; allowed: {allowed}{did_you_mean(spec.lower(), specs)}")
     splits: dict[str, Split] = {}
     for mine, theirs in (("train", "train"), ("test" if name in _TORCH_TEST else "val", "validation")):
         try:

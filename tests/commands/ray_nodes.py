@@ -1,4 +1,4 @@
-"""Start a Ray cluster, run a comparison on it, and kill a node on the way: `ray_nodes.py FOLDER compare ...`.
+"""Start a Ray cluster, run a command on it, and kill a node on the way: `ray_nodes.py FOLDER compare|zoo ...`.
 
 To be run in a network namespace, as Ray listens on all addresses of a machine: a head without processors at 127.0.0.2,
 and two nodes of one processor each. Prints one line of JSON.
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 HEAD = "127.0.0.2:6379"
@@ -55,13 +56,31 @@ def started(folder: Path, address: str, *more: str) -> Node:
     sys.exit(f"a node did not start: {(folder / f'{address}.log').read_text()[-2000:]}")
 
 
-def compared(folder: Path, arguments: list[str], victim: Node) -> dict[str, object]:
-    """Run the comparison, and kill the node once a run has written a checkpoint."""
+def trains(folder: Path) -> bool:
+    """Whether a run of a comparison has written a checkpoint."""
+    return any((folder / "out" / "runs").glob("*/checkpoint/latest.pt"))
+
+
+def checks(node: Node) -> bool:
+    """Whether a node checks a model, for which it starts processes forked from one that has imported everything."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if b"multiprocessing.forkserver" in (process / "cmdline").read_bytes():
+                parent = int(process.name)
+                while parent > 1 and parent != node.process.pid:
+                    parent = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
+                if parent == node.process.pid:
+                    return True
+    return False
+
+
+def executed(folder: Path, arguments: list[str], victim: Node) -> dict[str, object]:
+    """Execute the command, and kill the node once it has work to lose."""
     command = [sys.executable, "-m", "growfx", *arguments, "--launcher", "ray", "--address", HEAD]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     killed = False
     while process.poll() is None:
-        if not killed and any((folder / "out" / "runs").glob("*/checkpoint/latest.pt")):
+        if not killed and (checks(victim) if arguments[0] == "zoo" else trains(folder)):
             victim.kill()
             killed = True
         time.sleep(0.2)
@@ -82,7 +101,7 @@ def main() -> None:
         nodes.append(started(folder, "127.0.0.2", *head))
         for address in ("127.0.0.3", "127.0.0.4"):
             nodes.append(started(folder, address, f"--address={HEAD}", "--num-cpus=1"))
-        print(json.dumps(compared(folder, sys.argv[2:], nodes[-1])))
+        print(json.dumps(executed(folder, sys.argv[2:], nodes[-1])))
     finally:
         for node in nodes[::-1]:
             node.kill()

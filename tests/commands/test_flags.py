@@ -52,6 +52,34 @@ def test_every_option_says_what_it_means(name):
         assert set(option_texts(kind)) >= {field.name for field in dataclasses.fields(kind)}
 
 
+@pytest.mark.parametrize("kind", [TrainOptions, DataOptions, *map(methods.kind_of, methods.names())])
+def test_a_default_of_nothing_says_what_it_stands_for(kind):
+    """Help and tables would say "none" of options that take a value by themselves."""
+    empty = [field for field in dataclasses.fields(kind) if field.init and field.default in (None, "")]
+    assert [field.name for field in empty if not field.metadata.get("unset")] == []
+
+
+def test_help_and_the_table_of_a_method_show_the_default_that_counts(capsys):
+    defaults = {row["flag"]: row["default"] for row in method_rows("channel-prune")}
+    assert defaults["--budget"].startswith("flops=0.5")
+    shown = ("--plan", "--exclude", "--floor", "--start", "--round-to")
+    assert [defaults[flag] for flag in shown] == ["none", "none", "0.1", "0.0", "1"]
+    assert call("methods", "channel-prune") == 0
+    assert "flops=0.5" in capsys.readouterr().out
+    context = click.Context(commands.commands["train"])
+    with context:
+        context.command.parse_args(context, ["m", "--data", "digits", "--out", "x", "--method", "channel-prune"])
+        words = {
+            flag: str(p.help)
+            for p in context.command.get_params(context)
+            for flag in p.opts
+            if isinstance(p, click.Option)
+        }
+    assert "default: flops=0.5" in words["--budget"]
+    assert "default: fits data and model" in words["--img-size"]
+    assert "default: off" in words["--download"]
+
+
 @pytest.mark.parametrize("command", ["grow", "train", "compare", "methods"])
 def test_help_fits_a_hundred_columns(command, capsys):
     assert call(command, "--help") == 0

@@ -444,3 +444,19 @@ def test_ctrl_c_keeps_what_was_done_and_says_how_to_go_on(tmp_path):
     assert f"the same command continues from `{file}`" in said
     assert "Traceback" not in said
     assert json.loads(file.read_text())["models"] == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_hanging_check_ends_with_a_command_that_is_killed(tmp_path):
+    told = tmp_path / "process"
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "HANGING_NET": str(told)}
+    command = [sys.executable, "-m", "growfx", "zoo", "zoo_nets:hanging", "--quiet"]
+    with subprocess.Popen(command, env=environment) as process:
+        while not (told.exists() and told.read_text()):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.kill()
+    deadline = time.monotonic() + 30
+    while os.path.exists(f"/proc/{told.read_text()}"):
+        assert time.monotonic() < deadline, "the check goes on"
+        time.sleep(0.1)

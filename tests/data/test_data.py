@@ -256,8 +256,16 @@ def test_a_timm_spec_without_its_files_says_how_to_get_them(tmp_path):
 
 
 def test_an_unknown_timm_spec_names_the_known_ones():
-    with pytest.raises(DataError, match=facts("`torch/cifar12`", "`torch/cifar10`")):
+    with pytest.raises(DataError, match=facts("`torch/cifar12`", "`torch/cifar10`", "did you mean `torch/cifar10`")):
         open_data("torch/cifar12")
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("digitz", "digits"), ("torch/minst", "torch/mnist"), ("Torch/CIFAR-10", "torch/cifar10")]
+)
+def test_the_nearest_data_set_is_named(given, meant):
+    with pytest.raises(DataError, match=facts(f"`{given}`", f"did you mean `{meant}`")):
+        open_data(given)
 
 
 def test_a_split_knows_its_length():

@@ -1,6 +1,7 @@
 """What the pages show is what happens: every block of code runs, or says why not."""
 
 import ast
+import re
 from pathlib import Path
 
 import click
@@ -55,6 +56,20 @@ def test_every_command_line_is_taken_and_every_block_of_python_is_python(page: P
                     command.make_context(words[0], list(words[1:]))
                 except click.UsageError as error:
                     pytest.fail(f"growfx {' '.join(words)}: {error.message}")
+
+
+def test_pages_write_to_different_places_so_that_all_can_be_followed_in_one_folder() -> None:
+    pattern = re.compile(
+        r"(?:--(?:out|native|web) |\bout=\"|\b(?:save|export_native|export_web)\([^,()]+, \")([\w./-]+)"
+    )
+    writers: dict[str, set[str]] = {}
+    for page in WITH_CODE:
+        for block in blocks(page):
+            if block.reason is None:
+                for place in pattern.findall(block.code):
+                    writers.setdefault(place, set()).add(named(page))
+    assert len(writers) > 10
+    assert {place: pages for place, pages in writers.items() if len(pages) > 1} == {}
 
 
 def test_what_is_not_run_says_why() -> None:

@@ -238,6 +238,8 @@ def test_a_run_of_a_named_model_has_path_mass_and_alive_units(tmp_path: Path) ->
     assert any(re.fullmatch(r"conv1\.0\npath mass \d+\.\d\d %", tip) for tip in page.tips)
     facts = json.loads((out / "config.json").read_text())
     assert facts["data"]["fingerprint"] in page.text
+    assert "test_resnet(num_classes=10), of timm" in page.text
+    assert "1x3x16x16 F32" in page.text
 
 
 def test_several_runs_are_in_one_table_with_every_figure(runs: dict[str, Path], tmp_path: Path) -> None:

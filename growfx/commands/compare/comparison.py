@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from growfx import methods
+from growfx.commands.compare.cluster import run_all_on
 from growfx.commands.compare.pool import DENSE, Report, RunSpec, field_names, processes, run_all
 from growfx.commands.compare.progress import Meter, finished
-from growfx.commands.compare.ray_cluster import Cluster
 from growfx.commands.compare.report import FORMAT, run_facts, write_comparison
+from growfx.commands.ray_cluster import Cluster
 from growfx.commands.starting_weights import file_digest
 from growfx.errors import CheckpointError, ConfigError, did_you_mean
 from growfx.machine import versions
@@ -326,7 +327,7 @@ def _launcher(cluster: Cluster | None, jobs: int | None, device: str, logs: Path
     if jobs is not None and jobs < 1:
         raise ConfigError(f"`--jobs` is {jobs}; allowed are whole numbers from 1 up")
     cluster.connect()
-    return (lambda runs: cluster.run_all(runs, jobs=jobs)), jobs
+    return (lambda runs: run_all_on(cluster, runs, jobs=jobs)), jobs
 
 
 def _train_and_control(

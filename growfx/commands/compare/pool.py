@@ -5,21 +5,19 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import multiprocessing
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from growfx import methods
+from growfx.commands.children import end_with_parent, fork_context
 from growfx.commands.compare.progress import LogTail
 from growfx.commands.starting_weights import StartingWeights, split_arguments
 from growfx.errors import ConfigError, GrowfxError, one_line
@@ -31,12 +29,12 @@ from growfx.training.recipe import pick_device
 if TYPE_CHECKING:
     from growfx.runs.result import Result
 
-__all__ = ["DENSE", "POLL", "PRELOAD", "Report", "RunSpec", "field_names", "processes", "run_all"]
+__all__ = ["DENSE", "PRELOAD", "Report", "RunSpec", "field_names", "processes", "run_all"]
 
 DENSE = "dense"  # no method: all weights are trained
 _ACCELERATOR_JOBS = 8  # small networks leave most of an accelerator idle
 _PATIENCE = 10.0  # seconds
-POLL = 0.5  # seconds between looks at what the runs have logged
+_POLL = 0.5  # seconds between looks at what the runs have logged
 PRELOAD = [
     "torch",
     "timm",
@@ -178,12 +176,12 @@ def run_all(runs: Sequence[tuple[str, RunSpec, Path]], logs: Path, *, jobs: int,
         jobs: processes. threads: of each.
     """
     waiting, running = list(runs)[::-1], list[_Child]()
-    context = _context()
+    context = fork_context(PRELOAD)
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 running.append(_Child(context, *waiting.pop(), logs, threads))
-            connection.wait([child.results for child in running], POLL)
+            connection.wait([child.results for child in running], _POLL)
             for child in list(running):
                 report = child.look()
                 if report is not None:
@@ -208,15 +206,6 @@ def processes(jobs: int | None, device: str) -> tuple[int, int]:
         return jobs or cores, 1
     jobs = jobs or _ACCELERATOR_JOBS
     return jobs, max(1, cores // jobs)
-
-
-def _context() -> BaseContext:
-    """Processes forked from one that has imported everything, so that a fresh one takes a moment."""
-    if "forkserver" in multiprocessing.get_all_start_methods():
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
-        return context
-    return multiprocessing.get_context("spawn")
 
 
 class _Child:
@@ -277,7 +266,7 @@ def _run_in_child(spec: RunSpec, out: Path, log: Path, results: Any, lifeline: A
     """What a process does: one run, and send its error (None when there is none)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C, for all
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
+    end_with_parent(lifeline)
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
@@ -295,11 +284,3 @@ def _run_in_child(spec: RunSpec, out: Path, log: Path, results: Any, lifeline: A
         error = f"{one_line(problem)[:300]}; see `{log}`"
     sys.stderr.flush()
     results.send_bytes(json.dumps(error).encode())
-
-
-def _end_with_parent(lifeline: Any) -> None:
-    """Wait until the parent's end is closed, which happens however it ends."""
-    try:
-        lifeline.recv_bytes()
-    except (EOFError, OSError):
-        os._exit(1)

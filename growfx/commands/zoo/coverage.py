@@ -15,6 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from growfx.commands.ray_cluster import Cluster
+from growfx.commands.zoo.cluster import check_all_on
 from growfx.commands.zoo.facts import CUT_SHORT, REAL_BELOW, Facts
 from growfx.commands.zoo.pool import Limits, check_all
 from growfx.commands.zoo.table import census
@@ -96,17 +98,26 @@ def check_zoo(
     real_below: float = REAL_BELOW,
     again: bool = False,
     progress: bool = True,
+    cluster: Cluster | None = None,
 ) -> list[Facts]:
     """Check the models that `results` lacks (`again`: all of them) and return the facts of all.
 
     Interrupted (Ctrl-C), what was done by then is in `results` and its file.
+
+    Args:
+        cluster: check them there, each within `limits` on its node; None: on this machine.
     """
     todo = list(specs) if again else results.missing(specs, real_below)
     # Families come in blocks of like size; mixed, the remaining time can be told from the time spent.
     random.Random(0).shuffle(todo)
-    failed = 0
+    failed, limits = 0, limits or Limits()
+    if cluster is None or not todo:
+        rows = check_all(todo, limits, real_below)
+    else:
+        cluster.connect()
+        rows = check_all_on(cluster, todo, limits, results.versions, real_below)
     bar = tqdm(total=len(specs), initial=len(specs) - len(todo), desc="zoo", unit="model", disable=not progress)
-    with contextlib.closing(check_all(todo, limits or Limits(), real_below)) as checked, bar:
+    with contextlib.closing(rows) as checked, bar:
         try:
             for facts in checked:
                 results.add(facts)

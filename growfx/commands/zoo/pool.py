@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -13,10 +12,10 @@ import tempfile
 import time
 from collections.abc import Generator, Iterable
 from multiprocessing import connection
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
+from growfx.commands.children import end_with_parent, fork_context
 from growfx.commands.zoo.facts import REAL_BELOW, Facts, scrubbed
 from growfx.errors import ConfigError
 
@@ -41,15 +40,17 @@ class Limits:
     Attributes:
         seconds: wall time.
         memory: GiB of resident memory, looked at ten times a second; None: no limit.
-        jobs: models checked at the same time, one thread each; None: one per core.
+        jobs: models checked at the same time; None: one per core.
+        threads: of each.
     """
 
     seconds: float = 300.0
     memory: float | None = None
     jobs: int | None = None
+    threads: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("seconds", "memory", "jobs"):
+        for name in ("seconds", "memory", "jobs", "threads"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"the limit of {name} is {value}; allowed are numbers above 0")
@@ -73,12 +74,12 @@ def check_all(specs: Iterable[str], limits: Limits, real_below: float = REAL_BEL
     """
     waiting = list(specs)[::-1]
     running: list[_Job] = []
-    context = _context()
+    context = fork_context(_PRELOAD)
     with tempfile.TemporaryDirectory(prefix="growfx-zoo-") as folder:
         try:
             while waiting or running:
                 while waiting and len(running) < limits.processes:
-                    running.append(_Job(context, waiting.pop(), Path(folder), real_below))
+                    running.append(_Job(context, waiting.pop(), Path(folder), limits.threads, real_below))
                 connection.wait([job.results for job in running], _POLL)
                 for job in list(running):
                     facts = job.look(limits)
@@ -99,27 +100,20 @@ def resident_bytes(pid: int) -> int | None:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _context() -> BaseContext:
-    """Processes forked from one that has imported everything, so that a fresh one takes a moment."""
-    if "forkserver" in multiprocessing.get_all_start_methods():
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOAD)
-        return context
-    return multiprocessing.get_context("spawn")
-
-
 class _Job:
     """One model being checked."""
 
-    def __init__(self, context: Any, spec: str, folder: Path, real_below: float):
+    def __init__(self, context: Any, spec: str, folder: Path, threads: int, real_below: float):
         self.facts = Facts(spec, stage="start")
         self.begun = time.monotonic()
         self.results, sender = context.Pipe(duplex=False)
+        listener, self._lifeline = context.Pipe(duplex=False)
         self.log = folder / f"{id(self)}.log"
-        args = (spec, sender, str(self.log), real_below)
+        args = (spec, sender, listener, str(self.log), threads, real_below)
         self.process = context.Process(target=_check_in_child, args=args, daemon=True)
         self.process.start()
         sender.close()
+        listener.close()
 
     def look(self, limits: Limits) -> Facts | None:
         """Take in what the process sent; the facts when it has ended or must end."""
@@ -147,6 +141,7 @@ class _Job:
         self.process.kill()
         self.process.join()
         self.results.close()
+        self._lifeline.close()
         self.process.close()
         self.log.unlink(missing_ok=True)
 
@@ -169,9 +164,10 @@ class _Job:
         return f"{cause}; its last words: {last}" if last else cause
 
 
-def _check_in_child(spec: str, results: Any, log: str, real_below: float) -> None:
+def _check_in_child(spec: str, results: Any, lifeline: Any, log: str, threads: int, real_below: float) -> None:
     """What a process does: check one model and send the facts, after each stage and at the end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C, for all
+    end_with_parent(lifeline)
     # Models print, and so do crashing libraries; neither belongs between the lines of a progress bar.
     try:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -184,7 +180,7 @@ def _check_in_child(spec: str, results: Any, log: str, real_below: float) -> Non
     from growfx.commands.zoo.check import check_model
 
     gc.freeze()  # the libraries stay: no collection need look at them, or copy their pages
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
 
     def tell(facts: Facts) -> None:
         results.send_bytes(json.dumps(dataclasses.asdict(facts)).encode())

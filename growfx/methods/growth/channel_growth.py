@@ -23,6 +23,7 @@ from growfx.methods.growth.rounds import Growing
 from growfx.methods.growth.snapshots import Origin, counted_where_zero
 from growfx.methods.growth.state import Growth
 from growfx.methods.scope import listed
+from growfx.options import option
 from growfx.passes.path_products.products import path_gradients
 from growfx.passes.plan_channels.gain import magnitudes, path_masses, path_scores
 from growfx.passes.plan_channels.options import PlanOptions, read_patterns
@@ -62,7 +63,7 @@ class ChannelGrowth(Growing):
     needs_whole: ClassVar[str] = "it scores whole units"
     reads_gradient: ClassVar[bool] = False
 
-    exclude: str = ""
+    exclude: str = option("", unset="none")
 
     def __post_init__(self) -> None:
         given: Any = self.exclude

@@ -44,6 +44,7 @@ __all__ = ["Growing", "Growth"]
 
 FINAL_WEIGHTS = ("current", "initial")
 ROUNDS = ("adaptive", "published")
+_SEED = "the smallest of 0.01, 0.02, 0.05, 0.1 where every unit is alive"
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,12 @@ class Growing(Method):
     reads_gradient: ClassVar[bool]  # whether `_grown` reads `Growth.gradients`
 
     masks: str = option("drawn", choices=MASKS)
-    seed_density: float | None = option(None, low=0, high=1, open_low=True)
+    seed_density: float | None = option(None, low=0, high=1, open_low=True, unset=_SEED)
     growth_ratio: float = option(1.3, low=1, high=10, open_low=True)
     price: str = option("weights", choices=PRICES)
     epochs_per_round: int = option(2, low=1)
-    growth_rounds: str | None = option(None, choices=ROUNDS)
-    seed_epochs: int | None = option(None, low=1)
+    growth_rounds: str | None = option(None, choices=ROUNDS, unset="adaptive; published in your own loop")
+    seed_epochs: int | None = option(None, low=1, unset="by growth_rounds")
     max_density: float = option(1.0, low=0, high=1, open_low=True)
     tolerance: float = option(0.003, low=0, high=1, open_low=True, open_high=True)
     final_weights: str = option("current", choices=FINAL_WEIGHTS)

@@ -145,12 +145,12 @@ class Continuous(Staged):
     penalty: float = option(1e-8, low=0)
     final_temperature: float = option(200.0, low=1)
     mask_lr: float = option(0.1, low=0, open_low=True)
-    rounds: int | None = option(None, low=1)
-    search_epochs: int | None = option(None, low=1)
+    rounds: int | None = option(None, low=1, unset="3 for a ticket, 1 for pruning")
+    search_epochs: int | None = option(None, low=1, unset="epochs of the run")
     mode: str = option("ticket", choices=MODES)
     rewind_epochs: float = option(2.0, low=0)
     finetune_lr: float = option(0.1, low=0, high=1, open_low=True)
-    density: float | None = option(None, low=0, high=1, open_low=True)
+    density: float | None = option(None, low=0, high=1, open_low=True, unset="an outcome")
     seed: int = option(0, low=0, high=2**63 - 1)
 
     def _check(self) -> None:

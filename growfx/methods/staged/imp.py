@@ -69,7 +69,7 @@ class IMP(Staged):
     density: float | None = option(0.1, low=0, high=1, open_low=True)
     masks: str = option("drawn", choices=MASKS_OF_PRUNING)
     prune_fraction: float = option(0.2, low=0.01, high=1, open_high=True)
-    levels: int | None = option(None, low=1, high=1000)
+    levels: int | None = option(None, low=1, high=1000, unset="as many as prune_fraction needs")
     rewind: str = option("weights", choices=REWINDS)
     rewind_epochs: float = option(1.0, low=0)
     seed: int = option(0, low=0, high=2**63 - 1)

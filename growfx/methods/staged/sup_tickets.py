@@ -77,15 +77,15 @@ class SupTickets(Staged):
 
     base: str = "rigl"
     density: float | None = option(DefaultFloat(0.1), low=0, high=1, open_low=True)
-    masks: str | None = option(None, choices=MASKS)
+    masks: str | None = option(None, choices=MASKS, unset="that of the base")
     tickets: int = option(3, low=1)
-    cycle_epochs: int | None = option(None, low=1)
+    cycle_epochs: int | None = option(None, low=1, unset="a tenth of the run for all cycles together")
     cycle_low: float = option(0.01, low=0, high=1)
     cycle_peak: float = option(0.05, low=0, high=1, open_low=True)
-    explore_fraction: float | None = option(None, low=0, high=1)
-    distribution: str | None = None
-    update_every: int | None = option(None, low=1)
-    drop_fraction: float | None = option(None, low=0, high=1)
+    explore_fraction: float | None = option(None, low=0, high=1, unset="0.5; 0 for a base without drop_fraction")
+    distribution: str | None = option(None, unset="that of the base")
+    update_every: int | None = option(None, low=1, unset="that of the base")
+    drop_fraction: float | None = option(None, low=0, high=1, unset="that of the base")
     seed: int = option(0, low=0, high=2**63 - 1)
 
     def __post_init__(self) -> None:

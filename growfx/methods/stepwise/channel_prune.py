@@ -63,7 +63,7 @@ class ChannelPrune(Stepwise):
     needs_whole: ClassVar[str] = "it scores whole units"
     off_path: ClassVar[str] = "left"
 
-    budget: str | None = None
+    budget: str | None = option(None, unset=f"{_DEFAULT}, or the budget of `plan`")
     score: str = option("paths", choices=SCORES)
     schedule: str = option("cubic", choices=_SCHEDULES)
     start: float = option(0.0, low=0, high=1, open_high=True)
@@ -71,10 +71,10 @@ class ChannelPrune(Stepwise):
     update_every: int = option(100, low=1)
     masks: str = option("drawn", choices=MASKS_OF_PRUNING)
     floor: float = option(0.1, low=0, high=1)
-    floors: str = ""
+    floors: str = option("", unset="none")
     round_to: int = option(1, low=1)
-    exclude: str = ""
-    plan: str | None = None
+    exclude: str = option("", unset="none")
+    plan: str | None = option(None, unset="none")
 
     def __post_init__(self) -> None:
         given: Any = self.exclude

@@ -54,7 +54,7 @@ class Ticket(Stepwise):
     name: ClassVar[str] = "ticket"
     off_path: ClassVar[str] = "changed"
     warns_of_loss: ClassVar[bool] = False
-    source: str = ""
+    source: str = option("", unset="none: it must be given")
     shuffle: bool = False
     sign_in: int = option(0, low=0)
     seed: int = option(0, low=0, high=2**63 - 1)

@@ -235,9 +235,9 @@ def _artifact(info: ArtifactInfo | None) -> list[Markup]:
         ("all tensors when dense", size(info.dense_bytes)),
         ("active weights", f"{info.nnz:,} of {info.numel:,} ({percent(info.density)})"),
         ("format", info.version),
-        ("model", json.dumps(info.model) if info.model else "not recorded; `growfx.load` needs an instance"),
+        ("model", _recipe(info.model) if info.model else "not recorded; `growfx.load` needs an instance"),
         ("model checked against the outputs", "yes" if info.identity_checked else "no"),
-        ("inputs", "-" if info.inputs is None else "; ".join(json.dumps(spec.to_json()) for spec in info.inputs)),
+        ("inputs", "-" if info.inputs is None else ", ".join(map(str, info.inputs))),
     ]
     if info.cost is not None:
         cost = info.cost.to_dict()
@@ -250,6 +250,11 @@ def _artifact(info: ArtifactInfo | None) -> list[Markup]:
             ("of them outside the masked layers", f"{cost['rest']:,.0f}"),
         ]
     return [tag("h2", "Artifact"), facts_table(facts), *notes_box("Notes of the artifact", info.notes)]
+
+
+def _recipe(model: Mapping[str, Any]) -> str:
+    arguments = ", ".join(f"{name}={value!r}" for name, value in model["kwargs"].items())
+    return f"{model['name']}({arguments}), of {model['library']}"
 
 
 def _options(run: RunRecord) -> list[Markup]:
