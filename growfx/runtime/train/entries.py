@@ -195,4 +195,5 @@ def product(
         out = out if inner else ops.batch_outer(out, x.dtype)
     else:
         out = ops.sparse_layer(rows, weight, bias, entries.index, *tables, *steps, out_size, inner, panels)
-    return out if geometry.kernel else out.view(*x.shape[:-1], out.shape[-1])
+    # As of torch's linear layers, no view of another tensor.
+    return out if geometry.kernel or x.dim() == 2 else torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from growfx.errors import TraceError
 from growfx.runtime.train.chains import ADDITIONS, RECTIFICATIONS, Chain
-from growfx.runtime.train.rows import LeftRows, become
+from growfx.runtime.train.rows import LeftRows
 
 __all__ = ["Flow", "is_flowing", "is_inner", "keeps_rows", "leave_rows"]
 
@@ -43,10 +43,11 @@ _OUTER: set[Any] = {
 _IN_PLACE: set[Any] = {torch.relu_, torch.Tensor.relu_, torch.Tensor.add_, torch.Tensor.__iadd__, operator.iadd}
 _MOST_TAPS = 255  # that a byte can tell apart
 _MAX_POOLS: set[Any] = {F.max_pool2d, torch.max_pool2d}
+_LAYOUTS: set[Any] = {torch.Tensor.stride, torch.Tensor.is_contiguous}
 # What a tensor tells without its values.
 _SHAPES: set[Any] = {
     *(torch.Tensor.size, torch.Tensor.dim, torch.Tensor.ndimension, torch.Tensor.numel, torch.Tensor.nelement),
-    *(torch.Tensor.stride, torch.Tensor.is_contiguous, torch.Tensor.is_floating_point, torch.Tensor.__len__),
+    *(*_LAYOUTS, torch.Tensor.is_floating_point, torch.Tensor.__len__),
     *(getattr(torch.Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "is_cuda")),
 }
 
@@ -135,15 +136,19 @@ class Flow(TorchFunctionMode):
             _LOCAL.flow = before
         self._finish()
         self.rows.finish(found)
+        if not self.images:
+            return found
         return pytree.tree_map_only(Tensor, _outer, found) if not isinstance(found, Tensor) else _outer(found)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _SHAPES:
+            if func in _LAYOUTS and self.rows:
+                self.rows.before(func, args, kwargs)
             return func(*args, **kwargs)
         if self.rows and self.rows.before(func, args, kwargs):
             found = func(*args, **kwargs)
-            self.rows.after(found)
+            self.rows.after(found, args, kwargs)
             return found
         if func is F.batch_norm and is_flowing():
             found = self._norm(*args, **kwargs)
@@ -159,7 +164,7 @@ class Flow(TorchFunctionMode):
             found = self._pool(*args, **kwargs)
             if found is not None:
                 return found
-        if func in _OUTER:
+        if self.images and func in _OUTER:
             args, kwargs = pytree.tree_map_only(Tensor, _outer, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -190,7 +195,7 @@ class Flow(TorchFunctionMode):
                 _refuse_functions()
             del self.waiting[id(value)]
             with torch.set_grad_enabled(state.gradient):
-                become(value, state.compute(None, relu=False))
+                _become(value, state.compute(None, relu=False))
 
     def _fill_readers_of(self, values: Any) -> None:
         """Compute what reads the memory of tensors among `values`, which is about to be written to."""
@@ -237,7 +242,7 @@ class Flow(TorchFunctionMode):
         if not in_place:
             return result  # whoever reads the norm itself later finds its own values in `own`
         del self.waiting[id(own)]
-        become(own, result)
+        _become(own, result)
         return own
 
     def _added(self, own: Tensor, other: Any, state: _Waiting, in_place: bool) -> Tensor | None:
@@ -253,7 +258,7 @@ class Flow(TorchFunctionMode):
             del self.waiting[id(own)]
         if not rectifies:
             if in_place:
-                become(own, out)
+                _become(own, out)
             return own if in_place else out
 
         def again(_: Tensor | None, *, relu: bool) -> Tensor:
@@ -328,6 +333,11 @@ class Flow(TorchFunctionMode):
         reads = tuple(t for t in (x, weight, bias) if t is not None)
         tensor = weakref.ref(place)
         return self._wait(place, _Waiting(tensor, compute, chain, out, reads, torch.is_grad_enabled(), moved))
+
+
+def _become(value: Tensor, found: Tensor) -> None:
+    """Make the object `value`, which the model holds, the tensor `found`."""
+    torch._C._swap_tensor_impl(value, found)
 
 
 def _refuse_functions() -> None:

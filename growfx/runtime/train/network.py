@@ -28,6 +28,7 @@ _GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
     torch_module._global_forward_hooks,
     torch_module._global_forward_pre_hooks,
     torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
 )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-__all__ = ["LeftRows", "become", "rows_are_inner", "rows_kept"]
+__all__ = ["LeftRows", "rows_are_inner", "rows_kept"]
 
 # What computes each value from values at the same place alone.
 _MODULES = {
@@ -88,53 +88,76 @@ class LeftRows:
     """The tensors of one call of a network that lie with all rows of a feature one after another."""
 
     def __init__(self) -> None:
-        self._left: dict[int, tuple[weakref.ref[Tensor], bool]] = {}
+        self._left: dict[int, weakref.ref[Tensor]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._left)
 
     def leave(self, value: Tensor) -> None:
-        """Remember an output that stays as it lies."""
-        self._left[id(value)] = weakref.ref(value), torch.is_grad_enabled()
+        """Remember an output that stays as it lies; it is no view, so that `_turn` can lay it out anew."""
+        self._left[id(value)] = weakref.ref(value)
 
     def before(self, func: Any, args: Any, kwargs: Any) -> bool:
         """Lay out what `func` is given as torch does, unless it is pointwise and may take it as it lies: then True."""
-        taken = self._among((args, kwargs))
-        if taken and _takes_any_layout(func, args, kwargs):
+        tensors = _tensors(args, kwargs)
+        taken = self._among(tensors)
+        if taken and _takes_any_layout(func, args, kwargs) and self._lie_alike(tensors, taken):
             return True
         for value in taken:
             self._turn(value)
         return False
 
-    def after(self, found: Any) -> None:
-        """Remember the result of a pointwise function where it lies so, too."""
-        if isinstance(found, Tensor) and rows_are_inner(found):
+    def after(self, found: Any, *given: Any) -> None:
+        """Remember the result of a pointwise function, where it is a tensor of its own, too."""
+        if isinstance(found, Tensor) and not any(found is value for value in _tensors(*given)):
             self.leave(found)
 
     def finish(self, outputs: Any) -> None:
         """Lay out what the network returns as torch does."""
-        for value in self._among(outputs):
+        for value in self._among(list(_held(outputs, set()))):
             self._turn(value)
         self._left.clear()
 
-    def _among(self, values: Any) -> list[Tensor]:
-        """Those of `values`, nested as they may be, that lie so."""
-        known = [value for value in pytree.tree_leaves(values) if id(value) in self._left]
-        return [value for value in dict.fromkeys(known) if self._left[id(value)][0]() is value]
+    def _among(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Those that lie so."""
+        known = [value for value in tensors if id(value) in self._left]
+        return [value for value in dict.fromkeys(known) if self._left[id(value)]() is value]
+
+    def _lie_alike(self, tensors: list[Tensor], taken: list[Tensor]) -> bool:
+        """Whether the result will lie as what is given, and nobody finds that later who would not ask for it.
+
+        Beside another layout the result's is a mixture. Where gradients are off for a tensor that has one, the forward
+        of an autograd function may keep it for its backward pass, which runs when nobody asks any more.
+        """
+        if not all(value.dim() == 0 or any(value is left for left in taken) for value in tensors):
+            return False
+        return torch.is_grad_enabled() or not any(value.requires_grad for value in taken)
 
     def _turn(self, value: Tensor) -> None:
-        _, gradient = self._left.pop(id(value))
-        with torch.set_grad_enabled(gradient):
-            become(value, value.contiguous())
+        """Lay out a tensor anew, which stays the same tensor to autograd, whatever has read it already."""
+        del self._left[id(value)]
+        with torch.inference_mode(value.is_inference()):
+            value.data = value.detach().contiguous()
+
+
+def _tensors(*values: Any) -> list[Tensor]:
+    return [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def _held(values: Any, seen: set[int]) -> Iterator[Tensor]:
+    """The tensors that an output holds, also where it is an object of a class of its own, such as a dataclass."""
+    for value in pytree.tree_leaves(values):
+        if isinstance(value, Tensor):
+            yield value
+        elif id(value) not in seen and not isinstance(value, (nn.Module, type)) and hasattr(value, "__dict__"):
+            seen.add(id(value))
+            yield from _held(list(vars(value).values()), seen)
 
 
 def _takes_any_layout(func: Any, args: Any, kwargs: Any) -> bool:
+    if kwargs.get("out") is not None:
+        return False
     if func is F.dropout:  # where it draws, what is drawn would lie otherwise
         probability = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
         return probability == 0
     return func in _CALLED
-
-
-def become(value: Tensor, found: Tensor) -> None:
-    """Make the object `value`, which the model holds, the tensor `found`."""
-    torch._C._swap_tensor_impl(value, found)

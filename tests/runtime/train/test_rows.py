@@ -1,7 +1,9 @@
 """Linear layers that leave their outputs as the kernels lay them out: the same results under any forward."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +29,33 @@ class Double(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad * 2
+
+
+class Rectify(torch.autograd.Function):
+    """A rectification that counts on the layout of what it keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.relu()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,) = ctx.saved_tensors
+        return grad * (x.view(-1) > 0).view(x.shape)
+
+
+class DoubleInPlace(torch.autograd.Function):
+    """Twice its input, written into it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return grad * 2
 
 
@@ -194,6 +223,65 @@ def by_a_function(m: Mlp, x: Tensor, hidden: Tensor) -> Tensor:
     return Double.apply(m.act(hidden))
 
 
+def by_a_function_that_keeps_it(m: Mlp, x: Tensor, hidden: Tensor) -> Tensor:
+    return Rectify.apply(hidden)
+
+
+def by_a_function_in_place(m: Mlp, x: Tensor, hidden: Tensor) -> Tensor:
+    return DoubleInPlace.apply(hidden)
+
+
+def moved_without_gradient(m: Mlp, x: Tensor, hidden: Tensor) -> Tensor:
+    with torch.no_grad():
+        hidden.mul_(2)
+    return hidden.cos()
+
+
+def read_in_inference_mode(m: Mlp, x: Tensor, hidden: Tensor) -> Tensor:
+    with torch.inference_mode():
+        scale = float(hidden.softmax(-1).max())
+    return m.act(hidden) * scale
+
+
+def with_a_hook_on_what_was_read(m: Mlp, x: Tensor, hidden: Tensor) -> Tensor:
+    read = m.act(hidden)
+    hidden.register_hook(lambda grad: grad * 3)
+    return read
+
+
+def with_a_gradient_of_what_was_read(m: Mlp, x: Tensor, hidden: Tensor) -> Tensor:
+    read = m.act(hidden)
+    (slope,) = torch.autograd.grad(m.last(read).sum(), hidden, create_graph=True)
+    return read + slope
+
+
+def read_by_its_strides(m: Mlp, x: Tensor, hidden: Tensor) -> Tensor:
+    return torch.as_strided(hidden, hidden.shape, hidden.stride()).cos()
+
+
+def asked_how_it_lies(m: Mlp, x: Tensor, hidden: Tensor) -> Tensor:
+    return m.act(hidden if hidden.is_contiguous() else -hidden)
+
+
+def mixed_with_another_layout(m: Mlp, x: Tensor, hidden: Tensor) -> Tensor:
+    other = torch.arange(40.0).expand(len(x), 1, 40).contiguous()
+    return (other * hidden).view(-1).view(hidden.shape)
+
+
+def added_to_a_view(m: Mlp, x: Tensor, hidden: Tensor) -> Tensor:
+    whole = torch.zeros(40, *x.shape[:-1])
+    view = whole.movedim(0, -1)
+    view.add_(hidden)
+    view.clamp_(max=0.1)
+    return m.act(hidden) + whole.sum()
+
+
+def checkpointed_by_a_function(m: Mlp, x: Tensor, hidden: Tensor) -> Tensor:
+    again = checkpoint(lambda given: m.act(m.first(given)), x, use_reentrant=True)
+    assert isinstance(again, Tensor)
+    return again.cos() + m.act(hidden)
+
+
 def checkpointed(m: Mlp, x: Tensor, hidden: Tensor) -> Tensor:
     again = checkpoint(lambda given: m.act(m.first(given)), x, use_reentrant=False)
     assert isinstance(again, Tensor)
@@ -208,7 +296,18 @@ def checkpointed(m: Mlp, x: Tensor, hidden: Tensor) -> Tensor:
         written_to_without_gradient,
         read_without_gradient,
         by_a_function,
+        by_a_function_that_keeps_it,
+        by_a_function_in_place,
+        moved_without_gradient,
+        read_in_inference_mode,
+        with_a_hook_on_what_was_read,
+        with_a_gradient_of_what_was_read,
+        read_by_its_strides,
+        asked_how_it_lies,
+        mixed_with_another_layout,
+        added_to_a_view,
         checkpointed,
+        checkpointed_by_a_function,
     ],
 )
 def test_a_forward_that_does_something_else_than_was_recorded_gives_what_it_gives(
@@ -248,6 +347,58 @@ def test_outputs_are_laid_out_as_torch_lays_them_out() -> None:
         expected, found = net(x), sparse(x)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         assert all(value.is_contiguous() for value in found)
+
+
+@dataclasses.dataclass
+class Features:
+    """What a model returns that torch's trees know nothing of."""
+
+    out: Tensor
+    hidden: Tensor
+
+
+def test_features_that_are_returned_in_evaluation_alone_are_torchs_and_have_gradients(left: list[torch.Size]) -> None:
+    class Explains(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(10, 40), nn.Linear(40, 6)
+
+        def forward(self, x: Tensor) -> Tensor | Features:
+            hidden = self.first(x)
+            out = self.last(F.gelu(hidden))
+            return out if self.training else Features(out, hidden)
+
+    torch.manual_seed(0)
+    net = growfx.wrap(Explains(), torch.randn(2, 3, 10), density=0.3)
+    sparse, x = growfx.use_kernels(copy.deepcopy(net), "sparse"), torch.randn(8, 3, 10)
+    found = []
+    for one in (net.eval(), sparse.eval()):
+        made = one(x)
+        assert made.hidden.is_contiguous()
+        found.append(torch.autograd.grad(made.out.square().sum(), made.hidden)[0])
+    assert left
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_other_tensors_keep_their_layout_and_memory_where_linear_layers_alone_are_left(left: list[torch.Size]) -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(10, 40), nn.Linear(40, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.last(F.gelu(self.first(x)))
+            turned = torch.zeros(6, *x.shape[:-1]).permute(2, 0, 1)  # images would lie so
+            turned.reshape(turned.shape).add_(1)
+            return out.permute(1, 2, 0).contiguous().permute(2, 0, 1) + turned.sum()
+
+    torch.manual_seed(0)
+    net = growfx.wrap(Writes(), torch.randn(2, 3, 10), density=0.3)
+    sparse, x = growfx.use_kernels(copy.deepcopy(net), "sparse"), torch.randn(8, 3, 10)
+    expected, found = net(x), sparse(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert found.stride() == expected.stride()
+    assert left
 
 
 def test_a_model_that_keeps_what_lies_between_layers_finds_it_as_torch_lays_it_out(left: list[torch.Size]) -> None:
