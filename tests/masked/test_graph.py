@@ -359,6 +359,18 @@ def test_attributes_and_methods_of_the_model_are_those_of_the_net() -> None:
         net.missing  # noqa: B018
 
 
+def test_a_method_of_the_model_is_refused_after_a_masked_layer_was_replaced() -> None:
+    class Extra(Named):
+        def features(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x)
+
+    net = growfx.wrap(Extra(model().layers), EXAMPLE, density=0.5)
+    name = next(name for name in net.layers if name.startswith("layers."))
+    net.shell.layers[int(name.removeprefix("layers."))] = nn.Identity()
+    with pytest.raises(growfx.MaskError, match=f"`{name}` was replaced"):
+        net.features(EXAMPLE)
+
+
 def test_a_size_kept_by_the_model_is_a_plain_number_in_a_copy() -> None:
     class Keeps(nn.Module):
         def __init__(self) -> None:

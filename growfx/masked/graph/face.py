@@ -47,6 +47,10 @@ class ModelFace(fx.GraphModule):
         """A block in which code of the model that is not its forward may read any weight without calling the layer."""
         raise NotImplementedError
 
+    def _check_parts(self) -> None:
+        """Check that the model still has the parts that it had, before a method of it runs."""
+        raise NotImplementedError
+
     @property
     def shell(self) -> nn.Module:
         """The model's own class over the same masked modules and parameters."""
@@ -97,6 +101,7 @@ class ModelFace(fx.GraphModule):
         def call(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 return method(*args, **kwargs)
+            self._check_parts()
             # A method may read what the forward calls.
             with self._reading_any_weight():
                 return method(*args, **kwargs)

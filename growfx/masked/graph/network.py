@@ -375,6 +375,9 @@ class MaskedGraph(ModelFace):
     def _reading_any_weight(self) -> AbstractContextManager[Any]:
         return self._masked_reads(self._table.layers.values())
 
+    def _check_parts(self) -> None:
+        self._table.check()
+
     # -- what an nn.Module does, with masks in mind -------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> MaskedGraph:
