@@ -14,7 +14,20 @@ from growfx.recorded.inputs import Inputs
 
 __all__ = ["kept_state"]
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.device,
+    torch.dtype,
+    torch.memory_format,
+    slice,
+    range,
+)
 _DEEPEST = 4  # containers and objects within each other that are looked into
 
 
@@ -56,20 +69,31 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
 def _facts(value: Any, alive: list[Any], depth: int) -> Iterator[Any]:
+    """What tells a value from others; a container by what it holds, so that equal ones are the same.
+
+    A model that keeps the size of its input keeps another tuple in every call.
+    """
     if isinstance(value, _PLAIN):
         yield repr(value)  # a NaN is equal to itself so
         return
     alive.append(value)
-    yield id(value)
-    if isinstance(value, Tensor):
-        yield None if value.is_inference() else value._version
-    if depth == _DEEPEST or isinstance(value, (Tensor, nn.Module, type)):
-        return
-    if isinstance(value, dict):
-        parts = [part for item in value.items() for part in item]
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        parts = list(value)
-    else:
-        parts = list(vars(value).values()) if hasattr(value, "__dict__") else []
-    for part in parts:
+    held = None if depth == _DEEPEST else _held(value)
+    if held is None:
+        yield id(value)
+        if isinstance(value, Tensor):
+            yield None if value.is_inference() else value._version
+        if depth == _DEEPEST or isinstance(value, (Tensor, nn.Module, type)) or not hasattr(value, "__dict__"):
+            return
+        held = _held(vars(value)) or []
+    yield type(value), len(held)
+    for part in held:
         yield from _facts(part, alive, depth + 1)
+
+
+def _held(value: Any) -> list[Any] | None:
+    """What a container holds; None for what is none."""
+    if isinstance(value, dict):
+        return [part for item in value.items() for part in item]
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=repr)
+    return list(value) if isinstance(value, (list, tuple)) else None

@@ -249,6 +249,19 @@ def table(model: Any, x: Tensor) -> Tensor:
     return x + model.last
 
 
+def test_equal_values_that_are_kept_in_every_call_are_no_state(tmp_path: Path) -> None:
+    def notes(model: Any, x: Tensor) -> Tensor:
+        model.calls = x.dim(), x.shape[1:], [x.device, x.dtype], {"sizes": {*x.shape}}
+        return x * 2
+
+    model = Stepped(notes).eval()
+    assert kept_state(model, Inputs((X,), {})) == []
+    growfx.export_native(model, tmp_path / "made", example_inputs=X)
+    fast, plain = both(model, tmp_path / "out")
+    assert fast.lowering.taken == "native"
+    torch.testing.assert_close(fast(X), plain(X).detach())
+
+
 def test_what_is_kept_for_speed_alone_is_no_state(tmp_path: Path) -> None:
     assert kept_state(Stepped(table).eval(), Inputs((X,), {})) == []
     fast, plain = both(Stepped(table), tmp_path / "out")
