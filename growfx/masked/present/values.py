@@ -193,7 +193,8 @@ class PresentValues:
         backward_pass = torch._C._current_graph_task_id()
         if self._collected is not None and backward_pass != self._collected_in:
             waiting = self.values.grad
-            if waiting is None or not bool(waiting.any()):
+            # Of no edges at all, zeros and what was never discarded look alike.
+            if waiting is None or (waiting.numel() > 0 and not bool(waiting.any())):
                 self._collected = None
         self._collected_in = backward_pass
         self._collected = gradient.detach().clone() if self._collected is None else self._collected.add_(gradient)

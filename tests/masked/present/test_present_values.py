@@ -95,6 +95,21 @@ def test_a_graph_of_an_earlier_step_that_is_still_alive_does_not_disturb_the_nex
     assert gradients(net)["0"].count_nonzero() == net.layers["0"].numel
 
 
+def test_a_layer_without_edges_collects_the_gradients_of_all_backward_passes():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    collected = []
+    for parts in (1, 2):
+        net = growfx.wrap(copy.deepcopy(model), torch.randn(1, 4))
+        net.set_masks({"1": torch.zeros(2, 4, dtype=torch.bool)})
+        layer = growfx.use_kernels(net, "dense", storage="present").layers["1"]
+        layer.collects_gradient = True
+        for part in torch.ones(4, 4).cumsum(0).chunk(parts):
+            net(part).sum().backward()
+        collected.append(layer.present.take_collected())
+    torch.testing.assert_close(collected[1], collected[0])
+    assert collected[0].any()
+
+
 @pytest.mark.parametrize("kernels", ["dense", "sparse"])
 def test_a_mask_that_changes_between_forward_and_backward_is_an_error_that_says_so(kernels):
     net = growfx.use_kernels(net_of("present"), kernels)
