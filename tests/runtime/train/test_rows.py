@@ -349,6 +349,29 @@ def test_outputs_are_laid_out_as_torch_lays_them_out() -> None:
         assert all(value.is_contiguous() for value in found)
 
 
+def test_a_norm_that_waits_gets_its_values_where_it_meets_what_a_layer_left(left: list[torch.Size]) -> None:
+    changed: list[bool] = []
+
+    class Meets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv1d(6, 6, 3, padding=1, bias=False), nn.BatchNorm1d(6)
+            self.first, self.last = nn.Linear(10, 10), nn.Linear(10, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            normed, hidden = self.norm(self.conv(x)), self.first(x)
+            if changed:
+                return self.last((hidden + normed).relu())
+            return F.relu(normed + x) + self.last(hidden.relu())
+
+    torch.manual_seed(0)
+    net = growfx.wrap(Meets(), torch.randn(2, 6, 10), density=0.4)
+    sparse = growfx.use_kernels(copy.deepcopy(net), "sparse")
+    changed.append(True)
+    assert_same(net, sparse, torch.randn(8, 6, 10))
+    assert left
+
+
 @dataclasses.dataclass
 class Features:
     """What a model returns that torch's trees know nothing of."""
