@@ -96,7 +96,10 @@ def forget_state(optimizer: Optimizer, layers: Iterable[MaskedLayer]) -> None:
     for each in optimizers_together(optimizer, layers):
         each.state.clear()
         for group in each.param_groups:
-            group.pop(GROUP_STEP, None)
+            if GROUP_STEP in each.defaults:
+                group[GROUP_STEP] = each.defaults[GROUP_STEP]
+            else:
+                group.pop(GROUP_STEP, None)
 
 
 def hold(optimizer: Optimizer, layer: MaskedLayer) -> None:
