@@ -446,6 +446,7 @@ def test_ctrl_c_keeps_what_was_done_and_says_how_to_go_on(tmp_path):
     assert json.loads(file.read_text())["models"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_hanging_check_ends_with_a_command_that_is_killed(tmp_path):
     told = tmp_path / "process"

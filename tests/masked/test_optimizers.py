@@ -147,7 +147,8 @@ def test_absent_edges_are_plus_zero_and_without_state_under_steps_decay_clipping
 
 
 def test_every_optimizer_that_is_trusted_to_keep_zeros_is_among_the_tested():
-    tested = {type(innermost(make(small_net()))) for make in OPTIMIZERS.values()}
+    net = small_net()
+    tested = {type(innermost(make(net))) for make in OPTIMIZERS.values()}
     assert {f"{kind.__module__}.{kind.__qualname__}" for kind in tested} >= _KEEPS_ZEROS
 
 

@@ -68,6 +68,7 @@ def test_growth_by_the_clock_also_reaches_full_density(name, options):
     assert method.stop_reason == "max_density"
 
 
+@pytest.mark.slow
 def test_growth_at_random_gives_every_absent_edge_the_same_chance():
     hits: dict[str, np.ndarray] = {}
     added = 0

@@ -140,9 +140,9 @@ def test_inputs_and_outputs_stay_whole():
 
 def test_more_density_only_adds_edges_unit_by_unit():
     before: dict[str, torch.Tensor] = {}
-    net = None
+    net = whole = growfx.wrap(plain(8, 12, 10), torch.randn(1, 3, 8, 8, dtype=torch.float64))
     for density in torch.linspace(0.05, 1.0, 25).tolist():
-        net = attached(growfx.wrap(plain(8, 12, 10), torch.randn(1, 3, 8, 8, dtype=torch.float64)), density)
+        net = attached(copy.deepcopy(whole), density)
         assert net.nnz == round(density * net.numel)
         # a unit that is partly there is in the layer that makes it and in the one that it feeds
         assert len(is_dense_between_kept_units(net)) <= 2

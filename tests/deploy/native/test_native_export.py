@@ -43,6 +43,7 @@ def test_an_artifact_a_masked_graph_and_a_plain_module_give_the_same_outputs(tmp
     assert relative_error(NativeNetwork(network_bytes(native_plan(plain, x[:1])))(x)[0], expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_network_file_is_as_small_as_the_artifact(tmp_path: Path) -> None:
     model = growfx.create_model("resnet18", num_classes=10)
     for norm in model.modules():

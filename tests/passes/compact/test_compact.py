@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from breadth import some
 from compact_nets import RandomNet, agree, awake, sparse_net
 from connect_nets import NETS, build
 from torch import Tensor, nn
@@ -340,15 +341,18 @@ def test_where_nothing_can_be_removed_it_says_so() -> None:
 
 @pytest.mark.parametrize(
     ("name", "size", "least"),
-    [
-        ("test_resnet", 48, 0.05),
-        ("test_efficientnet", 48, 0.05),
-        ("test_byobnet", 48, 0.02),
-        ("test_convnext", 48, 0.02),
-        ("test_vit", 160, 0.02),
-        ("mobilenetv3_small_050", 48, 0.02),
-        ("torchvision/squeezenet1_1", 48, 0.05),
-    ],
+    some(
+        [
+            ("test_resnet", 48, 0.05),
+            ("test_efficientnet", 48, 0.05),
+            ("test_byobnet", 48, 0.02),
+            ("test_convnext", 48, 0.02),
+            ("test_vit", 160, 0.02),
+            ("mobilenetv3_small_050", 48, 0.02),
+            ("torchvision/squeezenet1_1", 48, 0.05),
+        ],
+        lambda case: case[0] in ("test_resnet", "test_vit"),
+    ),
 )
 def test_models_of_the_zoo_get_smaller_and_compute_the_same(name: str, size: int, least: float) -> None:
     model: Any = awake(growfx.create_model(name, num_classes=5))

@@ -66,12 +66,12 @@ ACROSS_ROWS: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize("kind", BY_ROWS)
 def test_rows_that_are_computed_one_after_the_other_are_those_of_the_batch(kind: str) -> None:
     for batch, threads in ((BATCH, 1), (BATCH, 3), (1, 2)):
-        assert run(BY_ROWS[kind], batch, threads) < 1e-5
+        assert run(BY_ROWS[kind], batch, threads) < 1e-4
 
 
 @pytest.mark.parametrize("kind", ACROSS_ROWS)
 def test_rows_that_depend_on_each_other_are_computed_together(kind: str) -> None:
-    assert run(ACROSS_ROWS[kind], BATCH) < 1e-5
+    assert run(ACROSS_ROWS[kind], BATCH) < 1e-4
 
 
 def test_a_network_takes_batches_of_any_size_one_after_the_other() -> None:
@@ -81,4 +81,4 @@ def test_a_network_takes_batches_of_any_size_one_after_the_other() -> None:
     for batch in (5, 1, 8, 3, 17):
         x = torch.randn(batch, 1, SIDE, SIDE)
         with torch.no_grad():
-            assert relative_error(network(x)[0], model(x)) < 1e-5
+            assert relative_error(network(x)[0], model(x)) < 1e-4
