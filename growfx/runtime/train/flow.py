@@ -25,9 +25,9 @@ from torch.utils import _pytree as pytree
 
 from growfx.errors import TraceError
 from growfx.runtime.train.chains import ADDITIONS, RECTIFICATIONS, Chain
-from growfx.runtime.train.rows import LeftRows
+from growfx.runtime.train.rows import InnerRows
 
-__all__ = ["Flow", "is_flowing", "is_inner", "keeps_rows", "leave_rows"]
+__all__ = ["Flow", "is_flowing", "is_inner", "note_rows", "rows_may_stay"]
 
 _LOCAL = threading.local()
 
@@ -63,16 +63,16 @@ def is_flowing() -> bool:
     return flow is not None and flow.images
 
 
-def keeps_rows() -> bool:
+def rows_may_stay() -> bool:
     """Whether this thread runs a network in a flow, so that linear layers may leave their outputs as they lie."""
     return _flow() is not None
 
 
-def leave_rows(out: Tensor) -> None:
-    """Remember an output of a linear layer that stays as its kernel left it, where `keeps_rows`."""
+def note_rows(out: Tensor) -> None:
+    """Remember an output of a linear layer whose rows stay innermost, where `rows_may_stay`."""
     flow = _flow()
     assert flow is not None
-    flow.rows.leave(out)
+    flow.rows.add(out)
 
 
 def _flow() -> Flow | None:
@@ -119,7 +119,7 @@ class Flow(TorchFunctionMode):
     def __init__(self, chains: Mapping[int, Chain], *, images: bool = True) -> None:
         super().__init__()
         self.chains, self.images = chains, images
-        self.rows = LeftRows()
+        self.rows = InnerRows()
         self.waiting: dict[int, _Waiting] = {}
 
     def run(self, model: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from growfx.masked.layers import MaskedLayer
 from growfx.runtime.train.choice import Chooser
 from growfx.runtime.train.entries import LIMIT, Entries, Geometry, geometry_of, product
-from growfx.runtime.train.flow import is_flowing, keeps_rows, leave_rows
+from growfx.runtime.train.flow import is_flowing, note_rows, rows_may_stay
 
 __all__ = ["LayerKernel"]
 
@@ -25,14 +25,14 @@ class LayerKernel:
 
     Attributes:
         name: of the layer.
-        leaves_rows: whether, within a flow, the output of a linear layer stays as the kernel lays it out.
+        keeps_rows: whether, within a flow, the output of a linear layer stays as the kernel lays it out.
         never: why the layer never has a sparse kernel; "" where it can.
         reason: why the last call took the kernel that it took.
         took_sparse: whether the last call took the sparse kernel.
     """
 
-    def __init__(self, name: str, layer: MaskedLayer, chooser: Chooser, *, leaves_rows: bool = False) -> None:
-        self.name, self.chooser, self.leaves_rows = name, chooser, leaves_rows
+    def __init__(self, name: str, layer: MaskedLayer, chooser: Chooser, *, keeps_rows: bool = False) -> None:
+        self.name, self.chooser, self.keeps_rows = name, chooser, keeps_rows
         found = geometry_of(layer)
         self.geometry = found if isinstance(found, Geometry) else Geometry((), (), (), (), ())
         self.never = found if isinstance(found, str) else _refusal(layer)
@@ -82,7 +82,7 @@ class LayerKernel:
             panels = kernel == "panels"
             out = product(images, weight, bias, entries, self.geometry, out_size, inner=inner, panels=panels)
             if rows:
-                leave_rows(out)
+                note_rows(out)
             return out
 
     def _situation(self, layer: MaskedLayer, x: Tensor) -> tuple[Any, ...]:
@@ -95,7 +95,7 @@ class LayerKernel:
         """Whether the output is to stay as the kernel lays it out: with the batch, or all rows, innermost."""
         if x.dtype != torch.float32:
             return False
-        return is_flowing() if self.geometry.kernel else self.leaves_rows and keeps_rows()
+        return is_flowing() if self.geometry.kernel else self.keeps_rows and rows_may_stay()
 
     def _entries_for(self, layer: MaskedLayer, out_size: list[int]) -> Entries:
         """The entries of the current mask, for outputs of `out_size`: checked or made anew."""

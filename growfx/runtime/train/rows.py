@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-__all__ = ["LeftRows", "rows_are_inner", "rows_kept"]
+__all__ = ["InnerRows", "rows_are_inner", "rows_kept"]
 
 # What computes each value from values at the same place alone.
 _MODULES = {
@@ -84,21 +84,24 @@ def _is_pointwise(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return node.op in ("call_function", "call_method") and node.target in _IN_GRAPHS
 
 
-class LeftRows:
-    """The tensors of one call of a network that lie with all rows of a feature one after another."""
+class InnerRows:
+    """The tensors of one call of a network that have their rows innermost: all rows of a feature one after another.
+
+    To turn one is to lay it out in memory as torch does, all features of a row one after another.
+    """
 
     def __init__(self) -> None:
-        self._left: dict[int, weakref.ref[Tensor]] = {}
+        self._known: dict[int, weakref.ref[Tensor]] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._left)
+        return bool(self._known)
 
-    def leave(self, value: Tensor) -> None:
-        """Remember an output that stays as it lies; it is no view, so that `_turn` can lay it out anew."""
-        self._left[id(value)] = weakref.ref(value)
+    def add(self, value: Tensor) -> None:
+        """Remember a tensor with its rows innermost; it is no view, so that it can be turned."""
+        self._known[id(value)] = weakref.ref(value)
 
     def before(self, func: Any, args: Any, kwargs: Any) -> bool:
-        """Lay out what `func` is given as torch does, unless it is pointwise and may take it as it lies: then True."""
+        """Turn what `func` is given, unless it is pointwise and takes it with its rows innermost: then True."""
         tensors = _tensors(args, kwargs)
         taken = self._among(tensors)
         if taken and _takes_any_layout(func, args, kwargs) and self._lie_alike(tensors, taken):
@@ -108,34 +111,34 @@ class LeftRows:
         return False
 
     def after(self, found: Any, *given: Any) -> None:
-        """Remember the result of a pointwise function, where it is a tensor of its own, too."""
+        """Remember the result of a pointwise function too, where it is a tensor of its own."""
         if isinstance(found, Tensor) and not any(found is value for value in _tensors(*given)):
-            self.leave(found)
+            self.add(found)
 
     def finish(self, outputs: Any) -> None:
-        """Lay out what the network returns as torch does."""
+        """Turn what the network returns."""
         for value in self._among(list(_held(outputs, set()))):
             self._turn(value)
-        self._left.clear()
+        self._known.clear()
 
     def _among(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Those that lie so."""
-        known = [value for value in tensors if id(value) in self._left]
-        return [value for value in dict.fromkeys(known) if self._left[id(value)]() is value]
+        """Those with their rows innermost."""
+        known = [value for value in tensors if id(value) in self._known]
+        return [value for value in dict.fromkeys(known) if self._known[id(value)]() is value]
 
     def _lie_alike(self, tensors: list[Tensor], taken: list[Tensor]) -> bool:
-        """Whether the result will lie as what is given, and nobody finds that later who would not ask for it.
+        """Whether the result will have its rows innermost as what is given, and nobody will read it unseen.
 
         Beside another layout the result's is a mixture. Where gradients are off for a tensor that has one, the forward
         of an autograd function may keep it for its backward pass, which runs when nobody asks any more.
         """
-        if not all(value.dim() == 0 or any(value is left for left in taken) for value in tensors):
+        if not all(value.dim() == 0 or any(value is inner for inner in taken) for value in tensors):
             return False
         return torch.is_grad_enabled() or not any(value.requires_grad for value in taken)
 
     def _turn(self, value: Tensor) -> None:
-        """Lay out a tensor anew, which stays the same tensor to autograd, whatever has read it already."""
-        del self._left[id(value)]
+        """Turn a tensor, which stays the same tensor to autograd, whatever has read it already."""
+        del self._known[id(value)]
         with torch.inference_mode(value.is_inference()):
             value.data = value.detach().contiguous()
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import growfx
 from growfx.runtime.train.library import training_status
-from growfx.runtime.train.rows import LeftRows, rows_are_inner
+from growfx.runtime.train.rows import InnerRows, rows_are_inner
 
 pytestmark = pytest.mark.skipif(bool(training_status()), reason=training_status() or "the kernels are there")
 
@@ -147,13 +147,13 @@ def assert_same(net: nn.Module, sparse: nn.Module, x: Tensor) -> None:
 def turned(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """Shapes of what was left as it lay and had to be turned after all."""
     seen: list[torch.Size] = []
-    before = LeftRows._turn
+    before = InnerRows._turn
 
-    def counted(self: LeftRows, value: Tensor) -> None:
+    def counted(self: InnerRows, value: Tensor) -> None:
         seen.append(value.shape)
         before(self, value)
 
-    monkeypatch.setattr(LeftRows, "_turn", counted)
+    monkeypatch.setattr(InnerRows, "_turn", counted)
     return seen
 
 
@@ -161,14 +161,14 @@ def turned(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 def left(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """Shapes of what was left as it lay."""
     seen: list[torch.Size] = []
-    before = LeftRows.leave
+    before = InnerRows.add
 
-    def counted(self: LeftRows, value: Tensor) -> None:
+    def counted(self: InnerRows, value: Tensor) -> None:
         assert rows_are_inner(value)
         seen.append(value.shape)
         before(self, value)
 
-    monkeypatch.setattr(LeftRows, "leave", counted)
+    monkeypatch.setattr(InnerRows, "add", counted)
     return seen
 
 
