@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import growfx
 from growfx import methods
 from growfx.masked import layers as masked_layers
-from growfx.masked.optimizers import _KEEPS_ZEROS
+from growfx.masked.optimizers import _KEEPS_ZEROS, forget_state
 from growfx.methods.masks import change_masks
 
 
@@ -144,6 +144,27 @@ def test_absent_edges_are_plus_zero_and_without_state_under_steps_decay_clipping
     assert exchanges == 4
     for k, layer in net.layers.items():
         assert not torch.equal(start[k], layer.parameter)
+
+
+def test_an_optimizer_whose_groups_begin_with_a_step_count_begins_with_it_again():
+    class CountsByGroup(optim.SGD):
+        def __init__(self, parameters):
+            super().__init__(parameters, lr=0.1)
+            self.defaults["step"] = 0
+            for group in self.param_groups:
+                group["step"] = 0
+
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["step"] += 1
+            return super().step(closure)
+
+    net = small_net()
+    optimizer = CountsByGroup(net.parameters())
+    for number in range(2):
+        step(net, optimizer, number)
+        forget_state(optimizer, net.layers.values())
+        assert [group["step"] for group in optimizer.param_groups] == [0]
 
 
 def test_every_optimizer_that_is_trusted_to_keep_zeros_is_among_the_tested():
