@@ -152,9 +152,16 @@ def _held(values: Any, seen: set[int]) -> Iterator[Tensor]:
     for value in pytree.tree_leaves(values):
         if isinstance(value, Tensor):
             yield value
-        elif id(value) not in seen and not isinstance(value, (nn.Module, type)) and hasattr(value, "__dict__"):
+        elif id(value) not in seen and not isinstance(value, (nn.Module, type)):
             seen.add(id(value))
-            yield from _held(list(vars(value).values()), seen)
+            yield from _held(_attributes(value), seen)
+
+
+def _attributes(value: Any) -> list[Any]:
+    """What an object holds in its dict and in slots."""
+    slots = [getattr(kind, "__slots__", ()) for kind in type(value).__mro__]
+    names = [name for own in slots for name in ((own,) if isinstance(own, str) else own)]
+    return [*getattr(value, "__dict__", {}).values(), *(getattr(value, name) for name in names if hasattr(value, name))]
 
 
 def _takes_any_layout(func: Any, args: Any, kwargs: Any) -> bool:

@@ -380,16 +380,27 @@ class Features:
     hidden: Tensor
 
 
-def test_features_that_are_returned_in_evaluation_alone_are_torchs_and_have_gradients(left: list[torch.Size]) -> None:
+@dataclasses.dataclass(slots=True)
+class SlottedFeatures:
+    """The same without a dict."""
+
+    out: Tensor
+    hidden: Tensor
+
+
+@pytest.mark.parametrize("kind", [Features, SlottedFeatures])
+def test_features_that_are_returned_in_evaluation_alone_are_torchs_and_have_gradients(
+    kind: Callable[[Tensor, Tensor], Any], left: list[torch.Size]
+) -> None:
     class Explains(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.first, self.last = nn.Linear(10, 40), nn.Linear(40, 6)
 
-        def forward(self, x: Tensor) -> Tensor | Features:
+        def forward(self, x: Tensor) -> Any:
             hidden = self.first(x)
             out = self.last(F.gelu(hidden))
-            return out if self.training else Features(out, hidden)
+            return out if self.training else kind(out, hidden)
 
     torch.manual_seed(0)
     net = growfx.wrap(Explains(), torch.randn(2, 3, 10), density=0.3)
