@@ -21,6 +21,7 @@ __all__ = [
     "average",
     "average_float",
     "everyone",
+    "exchange",
     "finite",
     "from_first",
     "gather",
@@ -44,6 +45,15 @@ def world_size() -> int:
 def rank() -> int:
     """Return the index of this rank, from 0; 0 without a process group."""
     return dist.get_rank() if world_size() > 1 else 0
+
+
+def exchange() -> bool | None:
+    """Whether `DistributedDataParallel`, in whose forward this is, will average the gradients of the backward pass.
+
+    False within `no_sync()`; None in the forward of a network that it does not hold.
+    """
+    replica = DistributedDataParallel._active_ddp_module
+    return None if replica is None else bool(replica.require_backward_grad_sync)
 
 
 def within_ddp() -> bool:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from growfx.distributed.sharded import check_cut, is_sharded, local_shard, part_of, require_whole, with_local_shard
 from growfx.errors import MaskError
+from growfx.masked.absent_gradient import AbsentGradient
 from growfx.masked.gradients import (
     MarkGradient,
     MaskGradient,
@@ -60,8 +61,8 @@ class MaskedLayer(nn.Module):
             ``net.set_masks``.
         twin_of: the class the twin stands for.
         weight_name: the parameter the mask belongs to (`in_proj_weight` for multi-head attention).
-        collects_gradient: while True, backward passes in training leave the gradient of absent edges too; the
-            optimizer's step finds it masked, and `dense_gradient` keeps the whole.
+        collects_gradient: while True, backward passes in training make the gradient of absent edges too. It is kept
+            apart from that of the parameter, and `dense_gradient` has the whole from the optimizer's step on.
         dense_gradient: what a step collected since this was set to None (shape and dtype of the weight).
         present: None, or what the layer has in the place of its weight: the values of its present edges.
         sharded: whether the parameter was seen to be spread over ranks (`fully_shard`).
@@ -98,6 +99,9 @@ class MaskedLayer(nn.Module):
         if wanted != self._collecting:
             self._collecting = wanted
             self._collects.fill_(wanted)
+            if not wanted and self._stored.absent is not None:
+                self._stored.absent.close()
+                self._stored.absent = None
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -258,9 +262,20 @@ class MaskedLayer(nn.Module):
             return compiled_weight(weight, mask, self._collects) if self._collecting else torch.where(mask, weight, 0)
         if not self._store_obeys(weight, mask):
             return torch.where(mask, weight, 0)
-        if not (torch.is_grad_enabled() and weight.requires_grad) or self._collecting:
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return weight
+        if self._collecting:
+            self._keep_absent_apart(weight)
             return weight
         return self._with_masked_gradient(weight, mask, own)
+
+    def _keep_absent_apart(self, weight: nn.Parameter) -> None:
+        """Let backward passes leave a masked gradient, and the rest of it with `Stored.absent`."""
+        if self.sharded:
+            return  # its gradient comes from those of all ranks, not from a backward pass
+        if self._stored.absent is None:
+            self._stored.absent = AbsentGradient(weight, _mask_while_collecting(self))
+        self._stored.absent.forward_runs()
 
     def _store_obeys(self, weight: Tensor, mask: Tensor) -> bool:
         """Whether the parameter can be used as stored; in training it is made so, elsewhere nothing is written."""
@@ -296,6 +311,8 @@ class MaskedLayer(nn.Module):
         if self.read_directly:
             if stored.hook is None:
                 stored.hook = weight.register_hook(_gradient_hook(self))
+            if self._collecting:
+                self._keep_absent_apart(weight)
             return weight
         if not own:
             return cast(Tensor, MaskGradient.apply(weight, mask, stored.mark))
@@ -421,12 +438,14 @@ class MaskedLayer(nn.Module):
             if found is not None and self.dense_gradient is None:
                 self.dense_gradient = found if scale is None else found / scale
             return
-        grad = self.parameter.grad
+        grad, absent = self.parameter.grad, self._stored.absent
         if grad is None:
             return
         if self.dense_gradient is None:
-            part = local_shard(grad)
-            part = part.clone() if scale is None else part / scale
+            kept = None if absent is None else absent.take()
+            part = local_shard(grad.detach())
+            part = part.clone() if kept is None else kept.add_(part)
+            part = part if scale is None else part / scale
             self.dense_gradient = with_local_shard(part, grad) if is_sharded(grad) else part
         if is_sharded(grad):
             mask_in_place(local_shard(grad), part_of(self.mask, grad))
@@ -439,6 +458,8 @@ class MaskedLayer(nn.Module):
         self.dense_gradient = None
         if self.present is not None:
             self.present.take_collected()
+        elif self._stored.absent is not None:
+            self._stored.absent.take()
 
     def mask_marker(self) -> tuple[int, int]:
         """What is another one whenever the mask is another one."""
@@ -563,6 +584,17 @@ class MaskedLayer(nn.Module):
 def _is_watched() -> bool:
     """Whether transforms or dispatch modes run, which work on other values than the stored ones."""
     return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _mask_while_collecting(layer: MaskedLayer) -> Callable[[], Tensor | None]:
+    """What gives the mask, or None once the layer is gone or collects no more gradients."""
+    reference = weakref.ref(layer)
+
+    def mask() -> Tensor | None:
+        layer = reference()
+        return layer.mask if layer is not None and layer._collecting else None
+
+    return mask
 
 
 def _gradient_hook(layer: MaskedLayer) -> Callable[[Tensor], Tensor | None]:

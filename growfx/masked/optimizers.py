@@ -298,7 +298,7 @@ def _with_closure_masked(layers: list[MaskedLayer], args: tuple[Any, ...], kwarg
     def masked(closure: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
             for layer in layers:
-                layer.forget_dense_gradient()  # the last call counts, as for the optimizer
+                layer.dense_gradient = None  # the last call counts, as for the optimizer
             loss = closure()
             for layer in layers:
                 layer.optimizer_will_step(None)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from growfx.masked.absent_gradient import AbsentGradient
 from growfx.masked.gradients import GradientMark
 
 __all__ = ["Stored"]
@@ -19,7 +20,7 @@ class Stored:
     step costs as much as a small convolution. `mask`, `address`: what it was made of. `seen`: mask and version that the
     parameter was last made to obey. `entries`, `entries_of`: the weight for kernels that read active entries alone,
     and what it was made of. `mark`: the gradient that was masked last. `hook`: masks the gradient of a weight
-    that the model reads without calling the layer.
+    that the model reads without calling the layer. `absent`: the gradient of absent edges, while a method reads it.
     """
 
     def __init__(self, parameter: nn.Parameter, own_mask: Tensor) -> None:
@@ -32,6 +33,7 @@ class Stored:
         self.seen: tuple[int, int] = (0, -1)
         self.mark = GradientMark()
         self.hook: Any = None
+        self.absent: AbsentGradient | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stored:
         return Stored(copy.deepcopy(self.parameter, memo), copy.deepcopy(self.own_mask, memo))

@@ -92,11 +92,12 @@ def collect_gradients(layers: Iterable[MaskedLayer], wanted: bool) -> None:
         layer.forget_dense_gradient()
 
 
-def dense_gradients(layers: Mapping[str, MaskedLayer]) -> dict[str, Tensor]:
-    """Return the gradient of every weight, present or absent, of the step just made; shapes of the weights.
+def dense_gradients(net: MaskedGraph, layers: Mapping[str, MaskedLayer]) -> dict[str, Tensor]:
+    """Return the gradient of every weight of some `layers` of `net`, present or absent, of the step just made; shapes
+    of the weights.
 
     Collected since `collect_gradients(..., True)`: of the whole accumulation window, as the optimizer saw it. Zero
-    for a layer that took no part in the step.
+    for a layer that took no part in the step. Ranks that train the network together all ask, and all get the mean.
     """
     found = {}
     for name, layer in layers.items():
@@ -107,7 +108,7 @@ def dense_gradients(layers: Mapping[str, MaskedLayer]) -> dict[str, Tensor]:
             gradient = torch.zeros_like(
                 layer.mask if layer.present is not None else layer.parameter.detach(), dtype=layer.trained.dtype
             )
-        if layer.present is not None and layer.present.shared:
-            ranks.average([gradient])
         found[name] = gradient
+    if is_shared(net):
+        ranks.average([gradient for name, gradient in found.items() if layers[name].present is not None])
     return found

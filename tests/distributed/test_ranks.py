@@ -2,6 +2,8 @@
 
 import copy
 import tempfile
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from training_nets import Tiny, loaders
 import growfx
 from growfx.distributed import ranks
 from growfx.errors import ConfigError, DataError, GrowfxError, MaskError
+from growfx.methods.masks import dense_gradients
 from growfx.runs.checkpoint import content_digest
 from growfx.training.evaluation import evaluate
 from growfx.training.recipe import steps_of
@@ -111,7 +114,7 @@ def mean_gradients() -> float:
 
     def note(step):
         if step == 0:
-            read.update({name: layer.dense_gradient.clone() for name, layer in net.layers.items()})
+            read.update({name: gradient.clone() for name, gradient in dense_gradients(net, net.layers).items()})
 
     train(net, DistributedDataParallel(net), method, own_part(images), own_part(targets), after=note)
     growfx.methods.create("static").attach(local, torch.optim.SGD(local.parameters()), total_steps=1, steps_per_epoch=1)
@@ -125,6 +128,31 @@ def mean_gradients() -> float:
         assert not torch.equal(parts[0], parts[1])
         assert bool((read[name][~layer.mask] != 0).any())
     return worst
+
+
+def clipped_windows(storage: str) -> tuple[str, list[float]]:
+    """Masks and norms of a loop that adds up two batches and clips, of one process or of all ranks on their parts."""
+    alone = ranks.world_size() == 1
+    images, targets = data()
+    net = plain_net().double()
+    growfx.use_kernels(net, "dense", storage=storage)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    method = growfx.methods.create("rigl", density=0.3, update_every=1, update_until=1.0)
+    method.attach(net, optimizer, total_steps=3, steps_per_epoch=1)
+    norms = []
+    x, y = own_part(images.double()), own_part(targets)
+    for first in range(0, len(x), 2):
+        model: Any = None  # its hooks go before there are others
+        model = net if alone else DistributedDataParallel(net)
+        with nullcontext() if alone else model.no_sync():
+            nn.functional.cross_entropy(model(x[first]), y[first]).backward()
+        nn.functional.cross_entropy(model(x[first + 1]), y[first + 1]).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(net.parameters(), 0.1)))
+        optimizer.step()
+        method.step()
+        optimizer.zero_grad()
+    net.verify()
+    return net.mask_digest(), norms
 
 
 def start_after_training() -> str:
@@ -278,6 +306,7 @@ def all_jobs():
     return {
         "methods": shared_against_alone(*METHODS),
         "gradients": mean_gradients(),
+        "clipped": {storage: clipped_windows(storage) for storage in ("dense", "present")},
         "growth": growth_by_paths(),
         "late start": start_after_training(),
         "differing": {what: differing(what) for what in DIFFERENCES},
@@ -309,6 +338,14 @@ def test_masks_do_not_depend_on_the_number_of_ranks(results):
 
 def test_methods_read_the_mean_gradient_of_the_ranks(results):
     assert same([r["gradients"] for r in results]) < 1e-6
+
+
+def test_clipping_by_several_ranks_counts_present_edges_alone(results):
+    digest, norms = clipped_windows("dense")
+    for storage in ("dense", "present"):
+        found, theirs = same([result["clipped"][storage] for result in results])
+        assert found == digest
+        assert theirs == pytest.approx(norms)
 
 
 def test_growth_counts_norms_of_rank_0_and_the_mean_accuracy(results):

@@ -48,7 +48,7 @@ def test_a_window_gives_the_weights_gradients_and_masks_of_one_large_batch(monke
     for window in (parts(12), parts(*sizes)):
         net, optimizer, method, options = begin(clip_grad=clip)
         seen: list[dict[str, torch.Tensor]] = []
-        monkeypatch.setattr(dynamic, "dense_gradients", lambda layers, seen=seen: seen.append(read(layers)) or seen[-1])
+        monkeypatch.setattr(dynamic, "dense_gradients", lambda *args, seen=seen: seen.append(read(*args)) or seen[-1])
         loss, changed = TrainStep(net, optimizer, method, nn.CrossEntropyLoss(), options)(*window)
         assert changed
         found.append((loss, seen[0], net.state_dict()))

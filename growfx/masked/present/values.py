@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from growfx.distributed import ranks
 from growfx.errors import MaskError
+from growfx.masked.absent_gradient import factor_between
 from growfx.masked.mask_bits import pack, unpack
 from growfx.masked.present.read_only import ReadOnlyWeight
 
@@ -54,7 +55,7 @@ class PresentValues:
         name: of the layer, for errors.
         values: the parameter, (nnz).
         bits: the mask that the values belong to, packed; another object whenever that is another mask.
-        shared: whether the last backward pass that collected gradients was one of several ranks together.
+        averaged: whether the gradient of the values becomes the mean over ranks; that of all edges is this rank's own.
     """
 
     def __init__(self, name: str, weight: nn.Parameter, mask: Tensor) -> None:
@@ -63,7 +64,7 @@ class PresentValues:
         if weight.grad is not None:
             self.values.grad = weight.grad.detach()[mask]
         self.bits = pack(mask)
-        self.shared = False
+        self.averaged = False
         self._marker = _marker(mask)
         self._collected: Tensor | None = None
         self._collected_in = -1  # the backward pass that was last to add to it
@@ -186,23 +187,32 @@ class PresentValues:
     # -- gradients of absent edges ------------------------------------------------------------------------------------
 
     def collect(self, gradient: Tensor) -> None:
-        """Add the gradient of all edges to what this and earlier backward passes gave.
-
-        Where the gradient of the values was discarded in the meantime (`zero_grad`), what was collected went with it.
-        """
+        """Add the gradient of all edges to what this and earlier backward passes gave."""
         backward_pass = torch._C._current_graph_task_id()
-        if self._collected is not None and backward_pass != self._collected_in:
-            waiting = self.values.grad
-            # Of no edges at all, zeros and what was never discarded look alike.
-            if waiting is None or (waiting.numel() > 0 and not bool(waiting.any())):
-                self._collected = None
+        if backward_pass != self._collected_in:
+            self._follow_gradient()
         self._collected_in = backward_pass
         self._collected = gradient.detach().clone() if self._collected is None else self._collected.add_(gradient)
 
     def take_collected(self) -> Tensor | None:
         """The gradient of all edges since this was last called, None without one."""
+        if self.values.grad is not None:  # else a loop may have discarded it after its step
+            self._follow_gradient()
         found, self._collected = self._collected, None
         return found
+
+    def _follow_gradient(self) -> None:
+        """Do to what was collected what was done to the gradient of the values since: division by the scale of a loss,
+        clipping, discarding (`zero_grad`).
+        """
+        found, now = self._collected, self.values.grad
+        if found is None:
+            return
+        before = found[unpack(self.bits, found)]
+        if now is None or now.shape != before.shape or (bool(before.any()) and not bool(now.any())):
+            self._collected = None
+        elif not self.averaged:
+            found.mul_(factor_between(before, now.detach()))
 
 
 class _Whole(torch.autograd.Function):
@@ -212,7 +222,7 @@ class _Whole(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, present: PresentValues, mask: Tensor, collects: bool) -> Tensor:
         ctx.present, ctx.mask, ctx.collects, ctx.bits = present, mask, collects, present.bits
         if collects:
-            present.shared = ranks.within_ddp()
+            present.averaged = ranks.within_ddp()
         return scattered(values.detach(), mask)
 
     @staticmethod

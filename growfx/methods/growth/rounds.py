@@ -173,7 +173,7 @@ class Growing(Method):
         if not growth.watch.stepped():
             self._look_ahead()
             return False
-        gradients = dense_gradients(growth.unfilled) if self.needs_dense_gradient else {}
+        gradients = dense_gradients(growth.net, growth.unfilled) if self.needs_dense_gradient else {}
         changed = False
         if growth.steps >= self._round_steps:
             changed = self._finish_round(None, None)

@@ -75,7 +75,7 @@ class SNIP(SparseInit):
     def _update(self, course: Course) -> Mapping[str, Tensor] | None:
         if _BEFORE not in course.memory:
             return None
-        gradients = dense_gradients(course.layers)
+        gradients = dense_gradients(course.net, course.layers)
         with course.net.whole_weights():
             return self._chosen_before(course, gradients)
 

@@ -168,7 +168,7 @@ class RigL(Dynamic):
     gradient: ClassVar[str] = "updates"
 
     def _rewire(self, course: Course) -> Mapping[str, Tensor] | None:
-        grow = finite_magnitudes(dense_gradients(course.layers))
+        grow = finite_magnitudes(dense_gradients(course.net, course.layers))
         return None if grow is None else self._exchanged(course, grow)
 
 
@@ -186,7 +186,7 @@ class RigLSG(Dynamic):
     gradient: ClassVar[str] = "updates"
 
     def _rewire(self, course: Course) -> Mapping[str, Tensor] | None:
-        grow = finite_magnitudes(dense_gradients(course.layers))
+        grow = finite_magnitudes(dense_gradients(course.net, course.layers))
         return None if grow is None else self._exchanged(course, grow, mean_of_active(grow, course.masks))
 
 
@@ -212,7 +212,7 @@ class RigLSM(Dynamic):
         _average(course, _active_gradients(course.layers), self.averaging)
 
     def _rewire(self, course: Course) -> Mapping[str, Tensor] | None:
-        grow = finite_magnitudes(dense_gradients(course.layers))
+        grow = finite_magnitudes(dense_gradients(course.net, course.layers))
         if grow is None:
             return None
         masks = self._exchanged(course, grow, mean_of_active(course.memory, course.masks))
@@ -242,7 +242,7 @@ class SNFS(Dynamic):
     averaging: float = option(0.9, low=0, high=1, open_high=True)
 
     def _remember(self, course: Course) -> None:
-        _average(course, dense_gradients(course.layers), self.averaging)
+        _average(course, dense_gradients(course.net, course.layers), self.averaging)
 
     def _rewire(self, course: Course) -> Mapping[str, Tensor]:
         grow = {name: value.abs() for name, value in course.memory.items()}

@@ -189,7 +189,7 @@ class GraNet(SparseStart):
         return due and step < course.total_steps and self.drop_fraction > 0
 
     def _regenerated(self, course: Course, masks: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        grow = finite_magnitudes(dense_gradients(course.layers))
+        grow = finite_magnitudes(dense_gradients(course.net, course.layers))
         if grow is None:
             return None
         rate = anneal("cosine", self.drop_fraction, course.done, self.last_drop_fraction)
