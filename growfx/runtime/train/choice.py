@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any, Final
 
@@ -108,6 +108,7 @@ class Chooser:
     known: dict[tuple[str, Any], _Known] = field(default_factory=dict)
     last: dict[str, _Known] = field(default_factory=dict)
     _flow_pays: bool | None = None  # what `flow_pays` found for `last`
+    _rows_pay: bool | None = None  # what `rows_pay` found for `last`
 
     def choose(
         self,
@@ -130,7 +131,8 @@ class Chooser:
             known = self._choose(name, layer, geometry, entries, x, out_size)
             self.known[name, situation] = known
         if self.last.get(name) is not known:
-            self.last[name], self._flow_pays = known, None
+            self.last[name] = known
+            self._flow_pays = self._rows_pay = None
         kernel = known.kernel(inner)
         return kernel, known.reason(kernel)
 
@@ -139,6 +141,15 @@ class Chooser:
         if self._flow_pays is None:
             self._flow_pays = self._compare_flow()
         return self._flow_pays
+
+    def rows_pay(self, names: Collection[str]) -> bool:
+        """Whether any of the linear layers `names` took its sparse kernel last, which alone leaves rows to be kept."""
+        if self.kernels == "sparse":
+            return True
+        if self._rows_pay is None:
+            found = (self.last.get(name) for name in names)
+            self._rows_pay = any(known is not None and known.kernel(False) == "sparse" for known in found)
+        return self._rows_pay
 
     def _compare_flow(self) -> bool:
         if not self.timed:
@@ -169,7 +180,7 @@ class Chooser:
             for name, at, *values in state["known"]
         }
         self.last = {name: _known(values) for name, values in state["last"].items()}
-        self._flow_pays = None
+        self._flow_pays = self._rows_pay = None
 
     def _choose(
         self, name: str, layer: MaskedLayer, geometry: Geometry, entries: Entries, x: Tensor, out_size: list[int]

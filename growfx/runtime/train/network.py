@@ -91,7 +91,8 @@ class NetworkKernels:
         if chooser is None or not (plan.images or plan.rows):
             return model(*args, **kwargs)
         images = plan.images and (chooser.kernels != "auto" or chooser.flow_pays())
-        if not (images or plan.rows) or self._reason_of_call(model):
+        # A flow costs each call of torch a few microseconds: none without a layer that gains by it.
+        if not (images or (plan.rows and chooser.rows_pay(plan.rows))) or self._reason_of_call(model):
             return model(*args, **kwargs)
         # The chains were recorded in training; a forward may do something else in evaluation.
         return Flow(plan.chains if model.training else {}, images=images).run(model, args, kwargs)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import growfx
 from growfx.errors import ConfigError
 from growfx.methods.masks import collect_gradients
-from growfx.runtime.train import choice, switch
+from growfx.runtime.train import choice, network, switch
 from growfx.runtime.train.library import training_status
 
 built = pytest.mark.skipif(bool(training_status()), reason=training_status() or "the kernels are there")
@@ -165,6 +165,23 @@ def test_kernels_for_the_inner_layout_are_taken_within_a_flow_alone() -> None:
     times = choice.Times(dense=10.0, sparse=9.8, dense_inner=30.0, sparse_inner=25.0, panels=20.0)
     assert (times.best(inner=False), times.best(inner=True)) == ("dense", "panels")
     assert choice.Times(10.0, 9.0, 30.0, 25.0).best(inner=True) == "sparse"
+
+
+@built
+@pytest.mark.parametrize("density", [0.05, 0.5])
+def test_linear_layers_flow_only_where_one_of_them_is_sparse(monkeypatch: pytest.MonkeyPatch, density: float) -> None:
+    """What watches each call of torch would take longer than a small dense network."""
+    flows: list[object] = []
+    run = network.Flow.run
+    monkeypatch.setattr(network.Flow, "run", lambda self, *args: flows.append(self) or run(self, *args))
+    torch.manual_seed(0)
+    layers = (nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
+    net, x = growfx.wrap(nn.Sequential(*layers), torch.randn(2, 6), density=density), torch.randn(32, 6)
+    expected = net(x)
+    growfx.use_kernels(net, "auto", deterministic=True)  # by density alone
+    for _ in range(3):
+        torch.testing.assert_close(net(x), expected)
+    assert len(flows) == (2 if density < 0.15 else 0)
 
 
 @built
