@@ -67,15 +67,16 @@ class AbsentGradient:
 
     def _follow(self) -> None:
         """Do to what is kept what was done to the parameter's gradient since."""
-        gradient = self.parameter.grad
+        gradient, mask = self.parameter.grad, self.mask()
         if self._kept is None:
             return
-        if gradient is None or gradient.is_sparse or gradient.shape != self._kept.shape:
+        if gradient is None or mask is None or gradient.is_sparse or gradient.shape != self._kept.shape:
             self._kept = None
             return
-        value = gradient.detach().flatten()[self._place]
+        value = gradient.detach().take(self._place)
         factor = value / self._value
-        known = factor.isfinite()  # else the step will be left out, and the gradient discarded
+        # Else the step will be left out and the gradient discarded, or the edge is gone, and its gradient with it.
+        known = factor.isfinite() & mask.take(self._place)
         self._kept.mul_(torch.where(known, factor, 1))  # by zero where all gradients were set to zero
         self._value = torch.where(known, _not_zero(value), self._value)
 
@@ -99,8 +100,8 @@ class AbsentGradient:
         gradient = gradient.detach()
         absent = gradient.masked_fill(mask, 0)
         place = (gradient - absent).abs().flatten().argmax()
-        value = gradient.flatten()[place]
-        moves = (value != 0) & mask.flatten()[place] & absent.isfinite().all()
+        value = gradient.take(place)
+        moves = (value != 0) & mask.take(place) & absent.isfinite().all()
         if moves.is_cpu and not bool(moves):
             return
         gradient.masked_fill_(~mask & moves, 0)

@@ -99,7 +99,9 @@ class MaskedLayer(nn.Module):
         if wanted != self._collecting:
             self._collecting = wanted
             self._collects.fill_(wanted)
-            if not wanted and self._stored.absent is not None:
+            if wanted:
+                self._watch_gradient()
+            elif self._stored.absent is not None:
                 self._stored.absent.close()
                 self._stored.absent = None
 
@@ -265,17 +267,20 @@ class MaskedLayer(nn.Module):
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return weight
         if self._collecting:
-            self._keep_absent_apart(weight)
+            self._watch_gradient()
             return weight
         return self._with_masked_gradient(weight, mask, own)
 
-    def _keep_absent_apart(self, weight: nn.Parameter) -> None:
+    def _watch_gradient(self) -> None:
         """Let backward passes leave a masked gradient, and the rest of it with `Stored.absent`."""
-        if self.sharded:
-            return  # its gradient comes from those of all ranks, not from a backward pass
-        if self._stored.absent is None:
-            self._stored.absent = AbsentGradient(weight, _mask_while_collecting(self))
-        self._stored.absent.forward_runs()
+        weight = None if self.present is not None or self.sharded else self._parameters.get(self.weight_name)
+        if weight is None or not weight.requires_grad or not weight.is_leaf or is_sharded(weight):
+            return  # there are values of present edges, no gradient, or one that comes from several ranks
+        stored = self._stored
+        if stored.absent is None or stored.absent.parameter is not weight:
+            stored.absent = AbsentGradient(weight, _mask_while_collecting(self))
+        if not torch.compiler.is_compiling():
+            stored.absent.forward_runs()
 
     def _store_obeys(self, weight: Tensor, mask: Tensor) -> bool:
         """Whether the parameter can be used as stored; in training it is made so, elsewhere nothing is written."""
@@ -312,7 +317,7 @@ class MaskedLayer(nn.Module):
             if stored.hook is None:
                 stored.hook = weight.register_hook(_gradient_hook(self))
             if self._collecting:
-                self._keep_absent_apart(weight)
+                self._watch_gradient()
             return weight
         if not own:
             return cast(Tensor, MaskGradient.apply(weight, mask, stored.mark))

@@ -14,6 +14,7 @@ from training_nets import QUICK, final_state, fresh_net, interrupt_at, loaders
 
 import growfx
 from growfx import methods
+from growfx.methods.masks import collect_gradients, dense_gradients
 from growfx.training.start import train
 
 pytestmark = pytest.mark.slow
@@ -72,15 +73,18 @@ def test_gradients_of_compiled_code_are_masked_and_collected_as_others():
     net.set_masks({k: torch.rand(layer.mask.shape) < 0.4 for k, layer in net.layers.items()})
     compiled, images = torch.compile(net, backend="aot_eager"), torch.randn(4, 3, 8, 8)
     for collects in (False, True, False):
-        found = []
+        found, wholes = [], []
         for forward in (net, compiled):
-            for layer in net.layers.values():
-                layer.collects_gradient = collects
+            collect_gradients(net.layers.values(), collects)
             net.zero_grad()
             forward(images).square().mean().backward()
             found.append({k: p.grad.clone() for k, p in net.named_parameters()})
+            wholes.append(dense_gradients(net, net.layers)["wide"].clone())
         torch.testing.assert_close(found[0], found[1])
-        assert bool(found[1]["wide.weight"][~net.layers["wide"].mask].any()) == collects
+        torch.testing.assert_close(*wholes)
+        absent = ~net.layers["wide"].mask
+        assert not found[1]["wide.weight"][absent].any()
+        assert bool(wholes[1][absent].any()) == collects
 
 
 def test_a_copy_of_a_collecting_network_collects_nothing_in_compiled_code_either():

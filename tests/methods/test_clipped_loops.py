@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
 import growfx
-from growfx.methods.masks import collect_gradients, dense_gradients
+from growfx.methods.masks import change_masks, collect_gradients, dense_gradients
 
 STORAGES = ["dense", "present"]
 
@@ -156,6 +156,19 @@ def test_a_gradient_of_absent_edges_that_is_not_finite_is_seen_by_the_loss_scale
     scaler.update()
     assert scaler.get_scale() == 2.0
     assert all(map(torch.equal, before, net.parameters()))
+
+
+def test_masks_that_change_before_the_step_lose_no_gradient_of_absent_edges():
+    net, optimizer = collecting()
+    expected = whole_gradients(net, 0)
+    x, y = batch(0)
+    F.cross_entropy(net(x), y).backward()
+    masks = {name: torch.zeros_like(layer.mask) for name, layer in net.layers.items()}
+    absent = {name: ~layer.mask for name, layer in net.layers.items()}
+    change_masks(net, optimizer, masks)
+    for name, gradient in dense_gradients(net, net.layers).items():
+        wanted = expected.get_submodule(name).weight.grad[absent[name]]
+        torch.testing.assert_close(gradient[absent[name]], wanted)
 
 
 @pytest.mark.parametrize("empty", ["no edges", "no gradient"])
