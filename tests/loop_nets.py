@@ -48,7 +48,14 @@ def accuracy(model: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> f
     return float(right.float().mean())
 
 
-def plain_loop(method, epochs: int = EPOCHS, accumulate: int = 1) -> growfx.MaskedGraph:
+def clip_present(model: growfx.MaskedGraph, largest: float) -> None:
+    """Clip by the norm of the gradients of present edges, whatever else `.grad` holds."""
+    masks = {id(layer.parameter): layer.mask for layer in model.layers.values()}
+    present = [p.grad if id(p) not in masks else torch.where(masks[id(p)], p.grad, 0) for p in model.parameters()]
+    nn.utils.clip_grads_with_norm_(model.parameters(), largest, nn.utils.get_total_norm(present))
+
+
+def plain_loop(method, epochs: int = EPOCHS, accumulate: int = 1, clip: float | None = None) -> growfx.MaskedGraph:
     """The reference: a loop of plain torch, in the order of the data."""
     images, targets = data()
     model = net()
@@ -61,6 +68,8 @@ def plain_loop(method, epochs: int = EPOCHS, accumulate: int = 1) -> growfx.Mask
             loss = nn.functional.cross_entropy(model(images[rows]), targets[rows])
             (loss / accumulate).backward()
             if (batch + 1) % accumulate == 0:
+                if clip is not None:
+                    clip_present(model, clip)
                 optimizer.step()
                 method.step()
                 optimizer.zero_grad()

@@ -46,7 +46,7 @@ def fit(model, callback, folder, *, epochs=EPOCHS, resume=None, accumulate=1, **
         per_device_train_batch_size=BATCH,
         per_device_eval_batch_size=STEPS * BATCH,
         gradient_accumulation_steps=accumulate,
-        max_grad_norm=0,
+        **{"max_grad_norm": 0} | options,
         train_sampling_strategy="sequential",
         eval_strategy="epoch",
         save_strategy="epoch",
@@ -54,7 +54,6 @@ def fit(model, callback, folder, *, epochs=EPOCHS, resume=None, accumulate=1, **
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
-        **options,
     )
     optimizer = optimizer_of(model)
     trainer = transformers.Trainer(
@@ -86,6 +85,12 @@ def test_a_method_in_the_trainer_ends_as_in_a_loop_of_plain_torch(tmp_path, make
     model, callback, method = Classifier(), sparse(make), make()
     fit(model, callback, tmp_path, accumulate=accumulate)
     assert same(model, callback, plain_loop(method, accumulate=accumulate), method)
+
+
+def test_clipping_in_the_trainer_counts_present_edges_alone(tmp_path):
+    model, callback, method = Classifier(), sparse(rigl), rigl()
+    fit(model, callback, tmp_path, max_grad_norm=0.1)
+    assert same(model, callback, plain_loop(method, clip=0.1), method)
 
 
 @pytest.mark.parametrize("make", [rigl, pwmpr])

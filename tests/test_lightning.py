@@ -75,6 +75,12 @@ def test_a_method_in_lightning_ends_as_in_a_loop_of_plain_torch(tmp_path, make, 
     assert same(module, callback, plain_loop(method, accumulate=accumulate), method)
 
 
+def test_clipping_in_lightning_counts_present_edges_alone(tmp_path):
+    module, callback, method = Module(), SparseTraining(rigl(), monitor="val_acc"), rigl()
+    fit(module, callback, tmp_path, gradient_clip_val=0.1)
+    assert same(module, callback, plain_loop(method, clip=0.1), method)
+
+
 @pytest.mark.parametrize("make", [rigl, pwmpr])
 def test_training_continues_exactly_from_a_checkpoint(tmp_path, make):
     method = make()
