@@ -6,7 +6,7 @@
 #           was computed when the layer was pruned stays: after load_state_dict, and after a mask of zeros, the output is the same
 #           as before, without a word, until prune.remove switches to the loaded weight. In training the first step works and
 #           moves weight_orig but not the projection in use, and the second backward raises a RuntimeError, as the graph of the one
-#           product is used up. A mask as a parametrization works: it is computed where the weight is read.
+#           product is used up.
 # Seen with torch 2.15.0 and numpy 2.4.6, CPU, Python 3.11.
 set -euo pipefail
 folder=$(mktemp -d)
