@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
-from growfx.passes.lower.plan.builder import Arguments, Builder, NoKernelError, Rule, numbers
+from growfx.passes.lower.plan.builder import Arguments, Builder, NoKernelError, Rule, numbers, view_ops
 from growfx.passes.lower.plan.calls import Reference
 from growfx.passes.lower.plan.graph import Chained, Node, Operand
 from growfx.passes.lower.plan.rules.windows import computed_convolution
@@ -86,15 +86,23 @@ def _baddbmm(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
 
 
 def _attention(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Sequence[Operand | None]:
-    query, key, value = (b.operand(a[name]) for name in ("query", "key", "value"))
+    heads, queries = shapes[0][:-2], b.shape(a["query"])[-2]
     depth = b.shape(a["query"])[-1].fixed
+    operands = [_repeated(b, a[name], (*heads, *b.shape(a[name])[-2:])) for name in ("query", "key", "value")]
     given = a.get("attn_mask", a.get("attn_bias"))
+    if given is not None:
+        own = b.shape(given)
+        keys = b.shape(a["key"])[-2]
+        operands.append(_repeated(b, given, (*own[:-2], queries, keys)))
     scale = 1 / math.sqrt(depth) if a["scale"] is None else float(a["scale"])
-    mask = None if given is None else b.operand(given)
-    if given is not None and len(b.shape(given)) == 4 and b.shape(given)[-2] != b.shape(a["query"])[-2]:
-        raise NoKernelError("with a mask that broadcasts over the queries")
-    node = b.add("attention", [query, key, value, mask], shapes[0], [int(a["is_causal"])], [scale])
+    node = b.add("attention", operands, shapes[0], [int(a["is_causal"])], [scale])
     return [node, *[None] * (len(shapes) - 1)]
+
+
+def _repeated(b: Builder, given: Any, shape: Shape) -> Operand:
+    """An operand of attention in the shape that the kernel takes: torch repeats axes of size 1."""
+    ops = view_ops.broadcast(b.shape(given), shape)
+    return b.view(b.operand(given), ops, shape) if ops else b.operand(given)
 
 
 RULES: Final[dict[str, Rule]] = {
