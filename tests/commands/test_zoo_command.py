@@ -422,6 +422,13 @@ def test_the_command_checks_real_models_and_continues(tmp_path, capsys):
     assert shown.err == ""
 
 
+@pytest.mark.slow
+def test_a_command_that_is_done_leaves_nothing_behind_to_be_warned_of(tmp_path):
+    command = [sys.executable, "-m", "growfx", "zoo", "test_resnet", "--json", str(tmp_path / "zoo.json"), "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_no_model_of_that_name_is_an_error(capsys):
     assert call("zoo", "restnet*") == 1
     assert "no model of timm or torchvision is named like `restnet*`" in capsys.readouterr().err

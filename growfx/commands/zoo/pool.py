@@ -22,6 +22,7 @@ from growfx.errors import ConfigError
 __all__ = ["Limits", "check_all", "resident_bytes"]
 
 _POLL = 0.1  # seconds between looks at time and memory
+_GOODBYE = 5.0  # seconds for a process to end that has sent its facts
 _PRELOAD = [
     "torch",
     "timm",
@@ -124,6 +125,7 @@ class _Job:
         except (EOFError, OSError):
             gone = True
         if self.facts.ended:
+            self.process.join(_GOODBYE)  # what it holds of the system it gives back itself
             return self._over()
         if gone:
             self.process.join()
