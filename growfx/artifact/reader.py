@@ -24,7 +24,7 @@ from growfx.artifact.remembered_inputs import remember_inputs
 from growfx.artifact.rollback import unchanged_on_error
 from growfx.compaction.apply import apply_plan, hollow
 from growfx.compaction.plan import CompactionPlan
-from growfx.errors import ArtifactError, ConfigError
+from growfx.errors import ArtifactError, ConfigError, one_line
 from growfx.masked.doors import is_masked_graph
 from growfx.models.budget import build_budget
 from growfx.models.build import WEIGHT_SOURCES, ModelIdentity, blueprint, build_unfilled
@@ -103,6 +103,7 @@ def load(
             places = _places(plan, state)
             plan.eval()  # before its weights are there: an `eval` of the model's own may write into them
             _fill(places)
+            _set_other_state(plan, places, state)
             remember_inputs(plan, manifest.inputs)
             return plan.to(device=device, dtype=dtype)
 
@@ -310,6 +311,17 @@ def _places(model: nn.Module, state: Mapping[str, Tensor]) -> list[tuple[Tensor,
             plan.append((target, tensor.clone() if id(tensor) in placed else tensor))
             placed.add(id(tensor))
     return plan
+
+
+def _set_other_state(model: nn.Module, places: Iterable[tuple[Tensor, Tensor]], state: Mapping[str, Tensor]) -> None:
+    """Let modules take entries of the state dict that are not parameters or buffers (`set_extra_state`, own hooks)."""
+    held = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    if all(id(target) in held for target, _ in places):
+        return
+    try:
+        model.load_state_dict(dict(state), strict=False)
+    except Exception as error:  # the model's own code
+        raise ArtifactError(f"`{type(model).__name__}` does not take its state dict back: {one_line(error)}") from error
 
 
 def _fill(places: Iterable[tuple[Tensor, Tensor]]) -> None:
