@@ -20,7 +20,7 @@ from growfx.artifact.file import DEFAULT_MAX_BYTES, ArtifactFile, check_size, li
 from growfx.artifact.folder import CONFIG
 from growfx.artifact.info import ArtifactInfo, describe
 from growfx.artifact.manifest import Manifest
-from growfx.artifact.remembered_inputs import remember_inputs
+from growfx.artifact.remembered_inputs import output_difference, remember_inputs
 from growfx.artifact.rollback import unchanged_on_error
 from growfx.compaction.apply import apply_plan, hollow
 from growfx.compaction.plan import CompactionPlan
@@ -28,6 +28,7 @@ from growfx.errors import ArtifactError, ConfigError, one_line
 from growfx.masked.doors import is_masked_graph
 from growfx.models.budget import build_budget
 from growfx.models.build import WEIGHT_SOURCES, ModelIdentity, blueprint, build_unfilled
+from growfx.notices import warn_once
 
 __all__ = ["CONFIG", "DEFAULT_MAX_BYTES", "check_target", "inspect", "load", "load_masks", "load_state"]
 
@@ -105,6 +106,8 @@ def load(
             _fill(places)
             _set_other_state(plan, places, state)
             remember_inputs(plan, manifest.inputs)
+            if identity is None:
+                _compare_outputs(plan, manifest)
             return plan.to(device=device, dtype=dtype)
 
 
@@ -322,6 +325,20 @@ def _set_other_state(model: nn.Module, places: Iterable[tuple[Tensor, Tensor]], 
         model.load_state_dict(dict(state), strict=False)
     except Exception as error:  # the model's own code
         raise ArtifactError(f"`{type(model).__name__}` does not take its state dict back: {one_line(error)}") from error
+
+
+def _compare_outputs(model: nn.Module, manifest: Manifest) -> None:
+    """Warn of an instance that has the tensors of the network, and computes something else with them."""
+    if manifest.inputs is None or manifest.outputs is None:
+        return
+    different = output_difference(model, manifest.inputs, manifest.outputs)
+    if different:
+        shown = ", ".join(map(str, manifest.inputs))
+        warn_once(
+            f"`model=` is not the network that was saved: on the inputs noted with it ({shown}) it gives {different}; "
+            "look for another setting, activation or version of its code, and for what is not in its state dict",
+            [],
+        )
 
 
 def _fill(places: Iterable[tuple[Tensor, Tensor]]) -> None:

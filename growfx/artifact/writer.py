@@ -213,6 +213,7 @@ def _encode(
         identity_checked=found.checked,
         notes=found.notes,
         cost=_stored_cost(net),
+        outputs=found.outputs,
     )
     return _Content(manifest, streams, state), found
 
