@@ -59,6 +59,8 @@ class Connectivity:
         signals: how the values between layers are made of units.
         heads: for every head of an attention the groups of its queries, keys and values, each ascending; groups that
             a product of two activations sums over are in one of them.
+        scaled: groups that an attention sums over and whose number it divides by a root of, one head each: all of them
+            stay, or none.
         products: multiply-accumulates of products of two activations at batch 1 -> the groups that share each, one for
             every part of equal size (0: a part of no unit).
     """
@@ -72,6 +74,7 @@ class Connectivity:
     frames: tuple[Tensor, ...]
     signals: SignalGraph = field(repr=False)
     heads: tuple[Tensor, ...] = ()
+    scaled: tuple[Tensor, ...] = ()
     products: tuple[tuple[float, Tensor], ...] = ()
 
     def coupled(self, layer: str) -> Tensor:

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from growfx.analysis.flop_formulas import flop_formulas
 from growfx.errors import CheckpointError
 from growfx.masked.layers import MaskedLayer
+from growfx.masked.twins import is_maskable, weight_name_of
 from growfx.recorded.inputs import Inputs
 
 if TYPE_CHECKING:
@@ -180,7 +182,7 @@ def _counting(net: MaskedGraph) -> Generator[FlopCounterMode]:
         torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder operators are not counted
         net.shell.eval()
         try:
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
                 yield counter
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
@@ -206,7 +208,8 @@ class _GraphCounter(fx.Interpreter):
         owner = self._owner(n)
         if n.op == "get_attr" or (owner is not None and macs == 0):
             if owner is not None:
-                self._weight_of[n] = owner  # a view, a transposition or a standardisation is still the weight
+                if n.op != "call_module":  # what a layer returns is no weight, though nothing is counted of it
+                    self._weight_of[n] = owner  # a view, a transposition or a standardisation is still the weight
                 if n.op != "get_attr":
                     self.users[owner] = self._operator(n)
         elif n.op == "call_module" and isinstance(module := self.fetch_attr(str(n.target)), nn.MultiheadAttention):
@@ -227,9 +230,16 @@ class _GraphCounter(fx.Interpreter):
                 return self._names.get(id(self.fetch_attr(target.removesuffix(_WEIGHT_SUFFIX))))
             return self._parameters.get(id(self.fetch_attr(target)))
         if n.op == "call_module":
-            return self._names.get(id(self.fetch_attr(str(n.target))))
+            return self._layer_of(self.fetch_attr(str(n.target)))
         owners = [self._weight_of[arg] for arg in n.all_input_nodes if arg in self._weight_of]
         return owners[0] if owners else None
+
+    def _layer_of(self, module: nn.Module) -> str | None:
+        """The masked layer that a module is, or whose weight it holds, too."""
+        name = self._names.get(id(module))
+        if name is not None or not is_maskable(module):
+            return name
+        return self._parameters.get(id(module._parameters.get(weight_name_of(module))))
 
     def _add_attention(self, module: nn.MultiheadAttention, n: fx.Node) -> None:
         """Book the two projections of an attention layer; its products of activations stay in the rest."""
@@ -240,8 +250,8 @@ class _GraphCounter(fx.Interpreter):
             (module, width * width * sum(tokens)),
             (module.out_proj, width * width * tokens[0]),
         ):
-            if id(part) in self._names:
-                self._macs[self._names[id(part)]] += macs
+            if (owner := self._layer_of(part)) is not None:
+                self._macs[owner] += macs
 
 
 def _run_modules(net: MaskedGraph, inputs: Inputs, counter: FlopCounterMode, macs: dict[str, float]) -> None:

@@ -1,7 +1,8 @@
 """What one forward pass of a masked network costs, layer by layer, dense and under its masks.
 
-Costs are multiply-accumulates of one sample in evaluation mode. Counted are convolutions, linear layers and the
-products of attention; biases, norms, activations and pooling are not (`growfx.analysis.cost` has the conventions).
+Costs are multiply-accumulates of one sample in evaluation mode. Counted are convolutions, linear layers, recurrences,
+bilinear forms and the products of attention; biases, norms, activations and pooling are not (`growfx.analysis.cost`
+has the conventions).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ columns grow with the square of the depth where residual sums carry every unit t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -31,6 +31,7 @@ class SignalGraph:
         right: its second part, or 0.
         members: further parts of signals that have more.
         columns: layer name -> pairs of column and signal.
+        ends: signals that something else than a layer reads as they are: outputs, selections, statistics.
     """
 
     unit: Ints
@@ -38,6 +39,7 @@ class SignalGraph:
     right: Ints
     members: Mapping[int, Ints]
     columns: Mapping[str, tuple[Ints, Ints]]
+    ends: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @cached_property
     def of_unit(self) -> Ints:
@@ -149,7 +151,14 @@ class Origin:
         if layer not in self._graph.columns:
             return torch.zeros(0, dtype=torch.int64)
         at, signals = self._graph.columns[layer]
-        fresh = list(_spread(self._marks, self._graph.parts, signals[columns.numpy()[at]]))
+        return self._add(signals[columns.numpy()[at]])
+
+    def add_ends(self) -> Tensor:
+        """Add what is read by something else than a layer; returns the units that are new, by number."""
+        return self._add(self._graph.ends)
+
+    def _add(self, signals: Ints) -> Tensor:
+        fresh = list(_spread(self._marks, self._graph.parts, signals))
         units = self._graph.unit[np.concatenate([np.zeros(0, np.int64), *fresh])]
         return torch.from_numpy(units[units > 0])
 

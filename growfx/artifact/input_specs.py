@@ -1,15 +1,21 @@
-"""Shapes and dtypes of a network's example inputs, as stored in an artifact; independent of torch."""
+"""Shapes and dtypes of a network's example inputs, and what it gave on such, as an artifact stores both.
+
+Independent of torch.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-__all__ = ["MOST_INPUTS", "InputSpec", "input_complaint"]
+__all__ = ["MOST_INPUTS", "MOST_SAMPLES", "GivenOutputs", "InputSpec", "input_complaint", "outputs_complaint"]
 
 MOST_INPUTS = 64
+# Outputs, and numbers kept of each.
+_MOST_OUTPUTS, MOST_SAMPLES = 64, 16
 # Elements of one input; larger ones are not remembered.
 _MAX_NUMEL = 1 << 28
 _MAX_RANK = 64
@@ -78,3 +84,68 @@ def input_complaint(entry: object, dtypes: Any) -> str | None:
     if not sizes or len(shape) > _MAX_RANK or prod(max(n, 1) for n in shape) > _MAX_NUMEL:
         return "its shape is none that an input can have"
     return None
+
+
+@dataclass(frozen=True)
+class GivenOutputs:
+    """What a network gave on its example inputs when it was saved, so that another network is not taken for it.
+
+    Attributes:
+        outputs: of each tensor: its shape, its largest magnitude, and some of its numbers, spread evenly.
+        tolerance: as a fraction of that magnitude, how far another machine may be off.
+    """
+
+    outputs: tuple[tuple[tuple[int, ...], float, tuple[float, ...]], ...]
+    tolerance: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As in the manifest."""
+        listed = [{"largest": top, "samples": list(some), "shape": list(shape)} for shape, top, some in self.outputs]
+        return {"tolerance": self.tolerance, "values": listed}
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> GivenOutputs:
+        """Read one in which `outputs_complaint` found nothing wrong."""
+        values = [(tuple(v["shape"]), float(v["largest"]), tuple(map(float, v["samples"]))) for v in entry["values"]]
+        return cls(tuple(values), float(entry["tolerance"]))
+
+    def difference(self, other: Sequence[tuple[tuple[int, ...], float, tuple[float, ...]]], tolerance: float) -> str:
+        """How the outputs of another network differ; "" where they do not.
+
+        Args:
+            other: its outputs, as `outputs`.
+            tolerance: of the place where they were computed.
+        """
+        shapes, found = [shape for shape, _, _ in self.outputs], [shape for shape, _, _ in other]
+        if shapes != found:
+            return f"outputs of shape {found}, not {shapes}"
+        allowed, most = max(tolerance, self.tolerance), 0.0
+        for (_, top, some), (_, _, others) in zip(self.outputs, other, strict=True):
+            if len(some) != len(others):
+                return "outputs that are not finite where they were, or are where they were not"
+            scale = top or 1.0
+            most = max([most, *(abs(a - b) / scale for a, b in zip(some, others, strict=True))])
+        return f"outputs that are up to {most:.1e} of the largest off" if most > allowed else ""
+
+
+def outputs_complaint(entry: object) -> str | None:
+    """Return what is wrong with outputs in JSON form, or None."""
+    if not isinstance(entry, dict) or entry.keys() != {"tolerance", "values"} or not _is_number(entry["tolerance"]):
+        return "it has not a tolerance and values"
+    values = entry["values"]
+    if not isinstance(values, list) or not 0 < len(values) <= _MOST_OUTPUTS:
+        return f"it is not a list of up to {_MOST_OUTPUTS} outputs"
+    for value in values:
+        if not isinstance(value, dict) or value.keys() != {"largest", "samples", "shape"}:
+            return "an output has not a shape, a largest magnitude and samples"
+        shape, samples = value["shape"], value["samples"]
+        sizes = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
+        if not sizes or len(shape) > _MAX_RANK or not _is_number(value["largest"]):
+            return "an output has a shape or a magnitude that none can have"
+        if not isinstance(samples, list) or len(samples) > MOST_SAMPLES or not all(map(_is_number, samples)):
+            return f"the samples of an output are not up to {MOST_SAMPLES} numbers"
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

@@ -15,7 +15,7 @@ from typing import Any
 
 from growfx.artifact.codec import INDEX_CODECS, VALUE_CODECS, index_complaint, values_complaint
 from growfx.artifact.entries import COMPLEX_PARTS, ITEMSIZES, DenseEntry, SparseEntry
-from growfx.artifact.input_specs import MOST_INPUTS, InputSpec, input_complaint
+from growfx.artifact.input_specs import MOST_INPUTS, GivenOutputs, InputSpec, input_complaint, outputs_complaint
 from growfx.artifact.stored_cost import StoredCost, cost_complaint
 from growfx.compaction.plan import CompactionPlan
 from growfx.errors import ArtifactError
@@ -34,7 +34,8 @@ __all__ = [
 ]
 
 FORMAT = "growfx.sparse"
-# 1.1: `compaction` and `requires`. 1.2: `inputs`, `identity_checked`, `notes`, `multiply_accumulates`, complex tensors.
+# 1.1: `compaction` and `requires`. 1.2: `inputs`, `outputs`, `identity_checked`, `notes`, `multiply_accumulates`,
+# complex tensors.
 VERSION = "1.2"
 # What a reader must know beyond version 1.0 to load an artifact that lists it in `requires`.
 FEATURES = (
@@ -77,6 +78,7 @@ class Manifest:
         identity_checked: whether what `model` builds gave the network's outputs when it was saved.
         notes: why `model` is None.
         cost: of a forward pass, None where it is not known.
+        outputs: on `inputs`, None where that is not known.
     """
 
     tensors: Mapping[str, DenseEntry | SparseEntry]
@@ -91,6 +93,7 @@ class Manifest:
     identity_checked: bool = False
     notes: tuple[str, ...] = ()
     cost: StoredCost | None = None
+    outputs: GivenOutputs | None = None
 
     @property
     def names(self) -> set[str]:
@@ -124,6 +127,7 @@ class Manifest:
             "model": None if self.model is None else dict(self.model),
             "multiply_accumulates": None if self.cost is None else self.cost.to_json(),
             "notes": list(self.notes),
+            "outputs": None if self.outputs is None else self.outputs.to_json(),
             "provenance": dict(self.provenance),
             "tensors": {name: entry.to_json() for name, entry in self.tensors.items()},
             "version": self.version,
@@ -280,6 +284,7 @@ class _Reader:
             identity_checked=self._flag("identity_checked"),
             notes=self._notes(),
             cost=self._cost([entry.layer for entry in layers]),
+            outputs=self._outputs(),
         )
 
     def _flag(self, key: str) -> bool:
@@ -319,6 +324,15 @@ class _Reader:
         if len({*keywords}) != len(keywords) or any(s.keyword is None for s in specs[len(specs) - len(keywords) :]):
             raise self.fail("field `inputs` names a keyword twice, or has a positional input after it")
         return specs
+
+    def _outputs(self) -> GivenOutputs | None:
+        entry = self.body.get("outputs")  # older versions have none
+        if entry is None:
+            return None
+        complaint = outputs_complaint(entry)
+        if complaint:
+            raise self.fail(f"field `outputs`: {complaint}")
+        return GivenOutputs.from_json(entry)
 
     def _required(self) -> set[str]:
         required = self.body.get("requires", [])

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import json
 import random
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from growfx.artifact.input_specs import GivenOutputs
 from growfx.artifact.manifest import canonical
 from growfx.artifact.model_settings import setting_differences
+from growfx.artifact.remembered_inputs import outputs_of, specs_of, tensors_and_numbers
 from growfx.errors import ArtifactError, ConfigError, one_line
 from growfx.masked.graph import MaskedGraph
 from growfx.masked.isolation import generators_restored
@@ -50,12 +52,14 @@ class FoundRecipe:
         checked: whether what the recipe builds gave the network's outputs.
         notes: why there is no recipe, for people.
         unexpected: whether the model has a name, so that the user must be told that it is not used.
+        outputs: what the network gives on the example inputs that are stored, None where that cannot be told.
     """
 
     recipe: dict[str, Any] | None = None
     checked: bool = False
     notes: tuple[str, ...] = ()
     unexpected: bool = False
+    outputs: GivenOutputs | None = None
 
 
 def find_recipe(net: MaskedGraph) -> FoundRecipe:
@@ -69,17 +73,20 @@ def find_recipe(net: MaskedGraph) -> FoundRecipe:
             ours = _plain_copy(net)
         except Exception as error:  # whatever copying an attribute of the user's raises
             return FoundRecipe(notes=(f"the network cannot be copied to be compared: {one_line(error)}",))
-        identity = net.identity if isinstance(net.identity, ModelIdentity) else likely_identity(ours)
-        if identity is None:
-            note = f"no name is known that builds this `{type(net.shell).__name__}`"
-            return FoundRecipe(notes=(note,), unexpected=has_builder(ours))
-        try:
-            identity = dataclasses.replace(identity, kwargs=json.loads(canonical(identity.kwargs)))
-        except ArtifactError as error:
-            return FoundRecipe(
-                notes=(f"the arguments of `{identity.spec}` cannot be stored: {error}",), unexpected=True
-            )
-        differences, checked = _compared(identity, ours, net)
+        outputs = outputs_of(ours, specs_of(net.example()))
+        return dataclasses.replace(_recipe(net, ours), outputs=outputs)
+
+
+def _recipe(net: MaskedGraph, ours: nn.Module) -> FoundRecipe:
+    identity = net.identity if isinstance(net.identity, ModelIdentity) else likely_identity(ours)
+    if identity is None:
+        note = f"no name is known that builds this `{type(net.shell).__name__}`"
+        return FoundRecipe(notes=(note,), unexpected=has_builder(ours))
+    try:
+        identity = dataclasses.replace(identity, kwargs=json.loads(canonical(identity.kwargs)))
+    except ArtifactError as error:
+        return FoundRecipe(notes=(f"the arguments of `{identity.spec}` cannot be stored: {error}",), unexpected=True)
+    differences, checked = _compared(identity, ours, net)
     if differences:
         more = len(differences) - _SHOWN
         shown = "; ".join(differences[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
@@ -192,22 +199,8 @@ def _outputs(model: nn.Module, inputs: Inputs, training: bool) -> list[Any]:
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
-    result = list(_leaves(model(*inputs.args, **inputs.kwargs)))
+    result = list(tensors_and_numbers(model(*inputs.args, **inputs.kwargs)))
     return [*result, *(model.buffers() if training else ())]
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """Tensors and numbers in a nest of containers and dataclasses."""
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = vars(value).values()
-    elif not isinstance(value, (list, tuple)):
-        if isinstance(value, (Tensor, int, float, str, bool)):
-            yield value
-        return
-    for item in value:
-        yield from _leaves(item)
 
 
 def _equal(found: Any, expected: Any) -> bool:

@@ -20,14 +20,15 @@ from growfx.artifact.file import DEFAULT_MAX_BYTES, ArtifactFile, check_size, li
 from growfx.artifact.folder import CONFIG
 from growfx.artifact.info import ArtifactInfo, describe
 from growfx.artifact.manifest import Manifest
-from growfx.artifact.remembered_inputs import remember_inputs
+from growfx.artifact.remembered_inputs import output_difference, remember_inputs
 from growfx.artifact.rollback import unchanged_on_error
 from growfx.compaction.apply import apply_plan, hollow
 from growfx.compaction.plan import CompactionPlan
-from growfx.errors import ArtifactError, ConfigError
+from growfx.errors import ArtifactError, ConfigError, one_line
 from growfx.masked.doors import is_masked_graph
 from growfx.models.budget import build_budget
 from growfx.models.build import WEIGHT_SOURCES, ModelIdentity, blueprint, build_unfilled
+from growfx.notices import warn_once
 
 __all__ = ["CONFIG", "DEFAULT_MAX_BYTES", "check_target", "inspect", "load", "load_masks", "load_state"]
 
@@ -68,7 +69,8 @@ def load(
     Args:
         path: the folder, its weights file alone, or `hf-hub:USER/NAME[@REVISION]`.
         model: an instance of the network's own class, to load into; needed where the artifact does not name a
-            timm or torchvision model. Its tensors take the dtype of the stored ones.
+            timm or torchvision model. Its tensors take the dtype of the stored ones. A `growfx.GrowfxWarning` tells
+            where it gives other outputs than the network that was saved.
         dtype: cast to after exact decoding, as `model.to(dtype)` does: floating parameters and buffers only.
         device: of the network; default: where it is built, or where `model` is.
         max_bytes: refuse an artifact whose tensors would take more bytes than this. Decoding the largest tensor
@@ -103,7 +105,10 @@ def load(
             places = _places(plan, state)
             plan.eval()  # before its weights are there: an `eval` of the model's own may write into them
             _fill(places)
+            _set_other_state(plan, places, state)
             remember_inputs(plan, manifest.inputs)
+            if identity is None:
+                _compare_outputs(plan, manifest)
             return plan.to(device=device, dtype=dtype)
 
 
@@ -310,6 +315,31 @@ def _places(model: nn.Module, state: Mapping[str, Tensor]) -> list[tuple[Tensor,
             plan.append((target, tensor.clone() if id(tensor) in placed else tensor))
             placed.add(id(tensor))
     return plan
+
+
+def _set_other_state(model: nn.Module, places: Iterable[tuple[Tensor, Tensor]], state: Mapping[str, Tensor]) -> None:
+    """Let modules take entries of the state dict that are not parameters or buffers (`set_extra_state`, own hooks)."""
+    held = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    if all(id(target) in held for target, _ in places):
+        return
+    try:
+        model.load_state_dict(dict(state), strict=False)
+    except Exception as error:  # the model's own code
+        raise ArtifactError(f"`{type(model).__name__}` does not take its state dict back: {one_line(error)}") from error
+
+
+def _compare_outputs(model: nn.Module, manifest: Manifest) -> None:
+    """Warn of an instance that has the tensors of the network, and computes something else with them."""
+    if manifest.inputs is None or manifest.outputs is None:
+        return
+    different = output_difference(model, manifest.inputs, manifest.outputs)
+    if different:
+        shown = ", ".join(map(str, manifest.inputs))
+        warn_once(
+            f"`model=` is not the network that was saved: on the inputs noted with it ({shown}) it gives {different}; "
+            "look for another setting, activation or version of its code, and for what is not in its state dict",
+            [],
+        )
 
 
 def _fill(places: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -1,19 +1,47 @@
-"""Example inputs of a network: stored when it is saved, remembered on the model that is loaded."""
+"""Example inputs of a network: stored when it is saved, remembered on the model that is loaded.
+
+So are some numbers of what it gave on them, by which a model that is handed over is recognised.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from growfx.artifact.dtypes import DTYPE_NAMES, TORCH_DTYPES
-from growfx.artifact.input_specs import MOST_INPUTS, InputSpec, input_complaint
+from growfx.artifact.input_specs import (
+    MOST_INPUTS,
+    MOST_SAMPLES,
+    GivenOutputs,
+    InputSpec,
+    input_complaint,
+    outputs_complaint,
+)
+from growfx.errors import TraceError, one_line
+from growfx.masked.isolation import generators_restored
+from growfx.masked.module_copy import copy_modules, separate_hooks
 from growfx.models.build import INPUTS_ATTRIBUTE
 from growfx.recorded.inputs import Inputs
 
-__all__ = ["as_example", "default_inputs", "inputs_from", "remember_inputs", "specs_of"]
+__all__ = [
+    "as_example",
+    "default_inputs",
+    "inputs_from",
+    "output_difference",
+    "outputs_of",
+    "remember_inputs",
+    "specs_of",
+    "tensors_and_numbers",
+]
+
+# How far two machines may be apart, as a fraction of the largest output. On accelerators products may be rounded.
+_APART = {torch.float64: 1e-6, torch.float32: 2e-4, torch.float16: 3e-2}
+_ROUNDED, _ELSEWHERE = 1e-1, 1e-2
 
 
 def specs_of(inputs: Inputs) -> tuple[InputSpec, ...] | None:
@@ -77,3 +105,90 @@ def default_inputs(model: nn.Module) -> Inputs | None:
 
     inputs = inputs_from(specs)
     return Inputs(tuple(map(placed, inputs.args)), {key: placed(value) for key, value in inputs.kwargs.items()})
+
+
+def outputs_of(model: nn.Module, specs: Sequence[InputSpec] | None) -> GivenOutputs | None:
+    """What a plain model gives on the inputs that `specs` tell, in eval mode; the model is not changed.
+
+    None where it does not run on them, gives no numbers, or gives others when it is called again.
+    """
+    if specs is None:
+        return None
+    try:
+        copied = _to_run(model, specs)
+        with _alone(model):
+            first, again = _run(copied), _run(copied)
+    except Exception:  # the model's own code: it may raise anything
+        return None
+    given = GivenOutputs(first, _tolerance(model))
+    sampled = any(samples for _, _, samples in first)
+    return given if first == again and sampled and outputs_complaint(given.to_json()) is None else None
+
+
+def output_difference(model: nn.Module, specs: Sequence[InputSpec], given: GivenOutputs) -> str:
+    """How what a plain model gives on its example inputs differs from what was stored; "" where it does not."""
+    try:
+        with _alone(model):
+            found = _run(_to_run(model, specs))
+    except Exception as error:  # the model's own code
+        return f"an error on them ({one_line(error)[:200]})"
+    return given.difference(found, _tolerance(model))
+
+
+def _to_run(model: nn.Module, specs: Sequence[InputSpec]) -> nn.Module:
+    """A copy whose runs leave nothing behind; parameters are the model's."""
+    copied = copy_modules(model, {id(parameter): parameter for parameter in model.parameters()})
+    separate_hooks(copied)
+    for module in copied.modules():
+        module.training = False  # some models do more than that in their `eval()`
+    return remember_inputs(copied, specs)
+
+
+@contextmanager
+def _alone(model: nn.Module) -> Generator[None]:
+    """Whatever block the caller is in, run without gradients and autocast; random generators are put back."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    cuda = [device.index or 0] if device.type == "cuda" else []
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), generators_restored(cuda, model):
+        yield
+
+
+def _run(model: nn.Module) -> tuple[tuple[tuple[int, ...], float, tuple[float, ...]], ...]:
+    inputs = default_inputs(model)
+    if inputs is None:
+        raise TraceError("the model has no example inputs")
+    outputs = model(*inputs.args, **inputs.kwargs)
+    return tuple(_sampled(leaf) for leaf in tensors_and_numbers(outputs) if isinstance(leaf, Tensor))
+
+
+def _sampled(output: Tensor) -> tuple[tuple[int, ...], float, tuple[float, ...]]:
+    """Shape, largest magnitude and some numbers of an output; no numbers where some are not finite, or whole."""
+    shape, flat = tuple(output.shape), output.detach().reshape(-1)
+    flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
+    if not flat.numel() or not flat.is_floating_point() or not bool(flat.isfinite().all()):
+        return shape, 0.0, ()
+    places = torch.linspace(0, flat.numel() - 1, min(flat.numel(), MOST_SAMPLES), dtype=torch.float64)
+    samples = flat[places.long().to(flat.device)].double().tolist()
+    # digits beyond are not the same on two machines
+    rounded = lambda number: float(f"{number:.6g}")  # noqa: E731
+    return shape, rounded(float(flat.abs().max())), tuple(map(rounded, samples))
+
+
+def _tolerance(model: nn.Module) -> float:
+    floats = [p for p in model.parameters() if p.is_floating_point() or p.is_complex()]
+    apart = [_APART.get(p.dtype.to_real() if p.is_complex() else p.dtype, _ROUNDED) for p in floats]
+    return max([_APART[torch.float32], *apart, *(_ELSEWHERE for p in floats if p.device.type != "cpu")])
+
+
+def tensors_and_numbers(value: Any) -> Iterator[Any]:
+    """Tensors, numbers and texts in a nest of containers and dataclasses, as models return them."""
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = vars(value).values()
+    elif not isinstance(value, (list, tuple)):
+        if isinstance(value, (Tensor, int, float, str, bool)):
+            yield value
+        return
+    for item in value:
+        yield from tensors_and_numbers(item)

@@ -172,11 +172,16 @@ def _encode(
     for name, tensor in state.items():
         # Tied tensors: the same memory under another name.
         place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        layer = layers.get(name)
         if tensor.numel() and place in first:
+            if layers.get(first[place]) is not layer:
+                raise ArtifactError(
+                    f"`{first[place]}` and `{name}` have come into the same memory since the model was wrapped, under "
+                    "two masks; tie them by one parameter before, or give each its own memory (`.clone()`)"
+                )
             aliases[name] = first[place]
             continue
         first[place] = name
-        layer = layers.get(name)
         if layer is None or bool(layer.mask.all()):
             entry, parts = _encode_dense(name, tensor)
         else:
@@ -187,6 +192,12 @@ def _encode(
         streams.update(parts)
     names = {id(layer): name for name, layer in net.layers.items()}
     listed = {id(layer): tensor for tensor, layer in layers.items() if tensor in entries}
+    for key, name in names.items():
+        if key not in listed:
+            raise ArtifactError(
+                f"the model's state dict leaves out the weight of `{name}`, which is masked; leave it out of the "
+                "masks (`growfx.wrap(..., exclude=...)`) if it is not to be stored"
+            )
     order = tuple(LayerEntry(names[key], listed[key]) for key in names)
     described, plan = origin or (net, None)
     found = find_recipe(described)
@@ -202,6 +213,7 @@ def _encode(
         identity_checked=found.checked,
         notes=found.notes,
         cost=_stored_cost(net),
+        outputs=found.outputs,
     )
     return _Content(manifest, streams, state), found
 

@@ -42,7 +42,8 @@ def load(
         path: the folder, its weights file alone, `hf-hub:USER/NAME[@REVISION]`, or `growfx:NAME`, a small network that
             comes with growfx (an unknown name lists them).
         model: an instance of the network's own class, to load into; needed where the artifact does not name a
-            timm or torchvision model. Its tensors take the dtype of the stored ones.
+            timm or torchvision model. Its tensors take the dtype of the stored ones. A `growfx.GrowfxWarning` tells
+            where it gives other outputs than the network that was saved.
         dtype: cast to after exact decoding, as `model.to(dtype)` does: floating parameters and buffers only.
         device: of the network; default: where it is built, or where `model` is.
         max_bytes: refuse an artifact whose tensors would take more bytes than this. Decoding the largest tensor

@@ -157,6 +157,11 @@ class Chooser:
                 yield int(coupled[0]), f"a unit of `{name}` has to stay"
             if removed[self.leads[name]].all():
                 yield int(self.leads[name][0]), f"an input of `{name}` has to stay"
+        for head in self.found.scaled:
+            gone = removed[head]
+            if gone.any() and not gone.all():
+                for group in head[gone].tolist():
+                    yield group, "an attention divides by the root of how many there are"
         for frame in self.found.frames:
             kept = ~self._of(removed, frame)
             box = torch.ones_like(kept)

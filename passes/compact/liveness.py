@@ -151,6 +151,8 @@ def _follow_outputs(known: Liveness, found: Connectivity, always: Tensor, silenc
     for units in found.inputs.values():
         known.needed[units] = True
     by_any, by_constants = Origin(found.signals), Origin(found.signals)
+    read = by_any.add_ends()  # a mix of units has none that must stay, and all of them are needed
+    known.needed[read[~silenced[read]]] = True
     changed = True
     while changed:
         changed = False

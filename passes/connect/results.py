@@ -64,7 +64,8 @@ def found(
     columns = {
         name: (np.concatenate(layer.at), np.concatenate(layer.signals)) for name, layer in layers.items() if layer.at
     }
-    dag = SignalGraph(number, signals.left.copy(), signals.right.copy(), dict(signals.members), columns)
+    ends = np.unique(np.concatenate([np.zeros(0, np.int64), *signals.ends]))
+    dag = SignalGraph(number, signals.left.copy(), signals.right.copy(), dict(signals.members), columns, ends[ends > 0])
     return Connectivity(
         layers=known,
         inputs={name: torch.from_numpy(number[units]) for name, units in inputs.items()},
@@ -75,8 +76,15 @@ def found(
         frames=tuple(torch.from_numpy(of_group[frame.numpy()]) for frame in frames),
         signals=dag,
         heads=tuple(torch.from_numpy(head) for head in find_heads(signals, of_group)),
+        scaled=tuple(torch.from_numpy(row) for row in _scaled(signals, of_group)),
         products=tuple((cost, torch.from_numpy(of_group[ids])) for cost, ids in signals.products),
     )
+
+
+def _scaled(signals: Signals, of_group: Ints) -> list[Ints]:
+    """The groups in each row of signals whose number scales a product."""
+    rows = [np.unique(of_group[signals.plain(row)]) for block in signals.scaled for row in block]
+    return [row[row > 0] for row in rows if (row > 0).any()]
 
 
 def _sliced(signals: Signals, parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, Ints]]:

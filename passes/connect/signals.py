@@ -84,7 +84,9 @@ class Signals:
         members: signal -> the signals in a mix.
         pins: signals and the reason why no unit in them may be removed.
         counts: signals and what counts them: removing one changes the others (a mean, a norm, a softmax over them).
+        ends: all signals that were pinned or counted, mixes of units included, which have no unit of their own to keep.
         summed: rows of signals that a product of two activations sums over: the dims of one head's queries or keys.
+        scaled: those of them whose number divides the product.
         products: multiply-accumulates of products of activations, and the signals that share each equally.
     """
 
@@ -94,7 +96,9 @@ class Signals:
         self.members: dict[int, Ints] = {}
         self.pins: list[tuple[Ints, str]] = []
         self.counts: list[tuple[Ints, str]] = []
+        self.ends: list[Ints] = []
         self.summed: list[Ints] = []
+        self.scaled: list[Ints] = []
         self.products: list[tuple[float, Ints]] = []
         self._new(np.zeros(1, np.int64), NOTHING)
 
@@ -164,13 +168,15 @@ class Signals:
         return top
 
     def pin(self, ids: Ints, reason: str) -> None:
-        """Forbid the removal of all units in these signals."""
+        """Forbid the removal of all units in these signals, and note that what they are made of is needed."""
+        self.ends.append(np.unique(ids))
         found = self.leading(ids)
         if len(found):
             self.pins.append((found, reason))
 
     def count(self, ids: Ints, reason: str) -> None:
-        """Note what depends on how many of these signals there are."""
+        """Note what depends on how many of these signals there are, and on all of them."""
+        self.ends.append(np.unique(ids))
         found = self.leading(ids)
         if len(found):
             self.counts.append((found, reason))

@@ -37,6 +37,7 @@ from growfx.models.build import default_input_shape, identity_of, remember
 from growfx.notices import warn_once
 from growfx.passes.check_recording import record_checked
 from growfx.passes.mask.shadowed_names import shadowed_names
+from growfx.passes.mask.shared_memory import refuse_shared_memory
 from growfx.recorded.inputs import Inputs, as_inputs
 from growfx.recorded.recording import RECORDED_CONSTANT, RecordedGraph
 from growfx.recorded.trace_report import TraceReport
@@ -77,8 +78,8 @@ def wrap(
         TraceError: the model fails on the example inputs, or has masked parts already.
         ConfigError: density outside (0, 1], or so small that no weight is active; density below 1 where no layer can be
             masked, or on the meta device; an `exclude`, `masked` or `opaque` pattern that matches nothing; weights
-            spread over processes (`fully_shard`), without a shape yet (lazy modules), or made inside
-            `torch.inference_mode`.
+            spread over processes (`fully_shard`), without a shape yet (lazy modules), made inside
+            `torch.inference_mode`, or in one another's memory as separate parameters.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -123,6 +124,8 @@ def _wrapped(
     report = TraceReport(notes=notes)
     pruned = take_over(shell)
     handles = {**_swap_in(shell, exclude, report), **_masked_parameters(shell, masked)}
+    twins = [part for part in shell.modules() if isinstance(part, MaskedLayer)]
+    refuse_shared_memory(shell, [*twins, *handles.values()])
     _declare_opaque(shell, opaque, report)
     with enrolled(model, shell):
         table = LayerTable(shell, handles)

@@ -127,3 +127,105 @@ def test_epochs_are_weighted_by_the_cost_of_their_masks():
     assert again.state_dict() == meter.state_dict()
     with pytest.raises(CheckpointError, match="cost meter"):
         again.load_state_dict({"epochs": 1.0})
+
+
+def counted(model, *inputs, **options):
+    return forward_cost(growfx.wrap(model, inputs, **options))
+
+
+class Over(nn.Module):
+    """A layer, an operator over what it returns, and another layer."""
+
+    def __init__(self, width, operator, **parts):
+        super().__init__()
+        self.first, self.last, self.operator = nn.Linear(4, 6), nn.Linear(width, 2), operator
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.last(self.operator(self, self.first(x)))
+
+
+@pytest.mark.parametrize(
+    ("recurrence", "macs"),
+    [
+        (nn.LSTM(6, 5, 2, bidirectional=True, batch_first=True), 2 * 4 * 5 * (6 + 5) + 2 * 4 * 5 * (10 + 5)),
+        (nn.LSTM(6, 5, proj_size=3), 4 * 5 * (6 + 3) + 5 * 3),
+        (nn.GRU(6, 5, bias=False), 3 * 5 * (6 + 5)),
+        (nn.RNN(6, 5), 5 * (6 + 5)),
+    ],
+    ids=["lstm", "projected", "gru", "rnn"],
+)
+def test_recurrences_count_their_matrices_at_every_step(recurrence, macs):
+    width = recurrence.proj_size or recurrence.hidden_size * (1 + recurrence.bidirectional)
+    model = Over(width, lambda self, x: self.part(x)[0], part=recurrence)
+    steps = 7
+    # sequences of one sample, whichever dimension is the batch
+    x = torch.randn((1, steps, 4) if recurrence.batch_first else (steps, 1, 4))
+    found = counted(model, x)
+    samples = 1 if recurrence.batch_first else steps
+    assert found.rest * samples == macs * steps
+    assert found.dense * samples == (4 * 6 + width * 2 + macs) * steps
+
+
+MATRIX = nn.Parameter(torch.randn(5, 6))
+
+
+@pytest.mark.parametrize(
+    ("operator", "part", "macs"),
+    [
+        (lambda self, x: torch.stack([torch.mv(self.part, row) for row in x.unbind()]), MATRIX, 30),
+        (lambda self, x: torch.addmv(torch.ones(5), self.part, x[0])[None], MATRIX, 30),
+        (lambda self, x: torch.dot(self.part[0], x[0])[None, None].expand(1, 5), MATRIX, 6),
+        (lambda self, x: self.part(x, x), nn.Bilinear(6, 6, 5), 5 * 6 * 6),
+        (lambda self, x: torch.addbmm(torch.ones(1, 5), x[None], self.part.T[None]), MATRIX, 30),
+        (lambda self, x: torch.conv_tbc(x[:, None], self.part.T[None], torch.zeros(5), 0)[:, 0], MATRIX, 30),
+    ],
+    ids=["mv", "addmv", "dot", "bilinear", "addbmm", "conv_tbc"],
+)
+def test_products_that_torch_does_not_count_are_counted(operator, part, macs):
+    found = counted(Over(5, operator, part=part), torch.randn(1, 4))
+    assert found.rest == macs
+
+
+def test_a_deformable_convolution_counts_as_a_convolution():
+    ops = pytest.importorskip("torchvision.ops")
+
+    class Deformed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.offsets, self.conv = nn.Conv2d(3, 18, 3), ops.DeformConv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(x, self.offsets(x))
+
+    assert counted(Deformed(), torch.randn(1, 3, 8, 8)).rest == 4 * 3 * 9 * 6 * 6
+
+
+def test_a_layer_that_holds_the_weight_of_a_masked_one_costs_under_its_mask():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            return self.last(self.second(self.first(x)))
+
+    found = counted(Tied(), torch.randn(1, 4), density=0.5)
+    assert (found.layers["first"], found.rest) == (2 * 4 * 4, 0)
+
+
+def test_an_embedding_that_shares_a_masked_weight_costs_nothing():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.middle, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids):
+            return self.head(self.middle(self.table(ids)))
+
+    found = counted(Model(), torch.zeros(1, 5, dtype=torch.long))
+    assert found.layers == {"middle": 5 * 4 * 4, "head": 5 * 4 * 9}
+    assert found.rest == 0

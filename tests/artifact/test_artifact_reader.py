@@ -121,6 +121,7 @@ def set_at(value: Any, path: tuple[Any, ...], new: Any) -> None:
     value[path[-1]] = new
 
 
+@pytest.mark.filterwarnings("ignore:`model=` is not the network")  # outputs may be forged, too
 def test_a_forged_manifest_is_refused_or_changes_nothing(folder: Path):
     expected, rng = plain(make_net(0.3)), random.Random(4)
     content, alone = (folder / WEIGHTS).read_bytes(), folder / "alone.safetensors"

@@ -388,3 +388,35 @@ def test_a_size_kept_by_the_model_is_a_plain_number_in_a_copy() -> None:
     net(torch.randn(3, 4))
     assert type(net.rows) is int
     assert net.rows == 6
+
+
+@pytest.mark.parametrize("view", [lambda w: w, lambda w: w.t(), lambda w: w[2:]], ids=["whole", "turned", "part"])
+def test_separate_parameters_in_the_same_memory_are_refused(view):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4, bias=False))
+    model[2].weight = nn.Parameter(view(model[0].weight.data))
+    with pytest.raises(growfx.ConfigError, match=r"`0.weight` and `2.weight`.*same memory"):
+        growfx.wrap(model, torch.randn(2, 4))
+    assert growfx.wrap(model, torch.randn(2, 4), exclude=["*"]).numel == 0
+
+
+def test_an_unmasked_parameter_in_the_memory_of_a_masked_one_is_refused():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
+            self.head.weight.data = self.table.weight.data
+
+        def forward(self, ids):
+            return self.head(self.table(ids))
+
+    with pytest.raises(growfx.ConfigError, match=r"`head.weight` and `table.weight`"):
+        growfx.wrap(Model(), torch.zeros(2, 3, dtype=torch.long))
+
+
+def test_parameters_side_by_side_in_one_buffer_are_masked():
+    flat = torch.randn(32)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[0].weight.data, model[1].weight.data = flat[:16].view(4, 4), flat[16:].view(4, 4)
+    net = growfx.wrap(model, torch.randn(2, 4), density=0.5).eval()
+    x = torch.randn(3, 4)
+    assert torch.equal(growfx.unwrap(net)(x), net(x))

@@ -134,16 +134,23 @@ def dot_product_attention(
     parts = [known(item) for item in (query, key, value)]
     if any(part is None for part in parts):
         return run.unknown(op, (query, key, value), {})
-    return Ids(_attended(run, *parts, enable_gqa))  # type: ignore[arg-type]
+    return Ids(_attended(run, *parts, repeat=enable_gqa, scaled=scale is None))  # type: ignore[arg-type]
 
 
-def _attended(run: UnitRun, query: Tensor, key: Tensor, value: Tensor, repeat: bool = False) -> Tensor:
+def _attended(
+    run: UnitRun, query: Tensor, key: Tensor, value: Tensor, *, repeat: bool = False, scaled: bool = False
+) -> Tensor:
+    """`repeat`: of keys and values for several queries each. `scaled`: by the number of dims of the queries."""
     if repeat and key.shape[-3] != query.shape[-3]:
         times = query.shape[-3] // key.shape[-3]
         key, value = (tidy(side.repeat_interleave(times, -3)) for side in (key, value))
     for part in (query, key, value):
         run.frame(part)
-    return contracted(run, contracted(run, query, tidy(key.mT)), value)
+    before = len(run.signals.summed)
+    weights = contracted(run, query, tidy(key.mT))
+    if scaled:
+        run.signals.scaled += run.signals.summed[before:]
+    return contracted(run, weights, value)
 
 
 def multihead_attention(
