@@ -156,6 +156,7 @@ def test_a_run_its_artifact_and_its_export_have_the_accuracy_of_the_result(run, 
     assert "val accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_artifact_is_evaluated_alike_in_a_new_process(run):
     command = [sys.executable, "-m", "growfx", "eval", str(run / "artifact"), "--data", "digits", "--json"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -103,6 +103,7 @@ def test_training_continues_exactly_from_a_checkpoint(tmp_path, make):
     assert same(model, callback, expected, method)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_elsewhere_is_given_by_hand_and_a_wrong_one_is_refused(tmp_path):
     fit(Classifier(), sparse(rigl), tmp_path / "old")
     moved = tmp_path / "moved"

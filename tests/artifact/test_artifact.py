@@ -85,6 +85,7 @@ def test_the_weights_file_alone_is_enough(tmp_path: Path, zoo_net: growfx.Masked
     assert growfx.inspect(alone).nnz == zoo_net.nnz
 
 
+@pytest.mark.slow
 def test_a_fresh_process_gives_equal_outputs_without_the_training_code(tmp_path: Path, zoo_net: growfx.MaskedGraph):
     growfx.save(zoo_net, tmp_path / "out")
     x = torch.rand(3, 1, 32, 32)

@@ -274,6 +274,7 @@ BUILDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kwargs"), BUILDS, ids=[f"{name} {i}" for i, (name, _) in enumerate(BUILDS)])
 def test_a_recipe_that_asks_for_a_giant_is_stopped(tmp_path: Path, name: str, kwargs: dict[str, Any]):
     model = growfx.create_model("test_resnet", num_classes=4)

@@ -155,7 +155,11 @@ def keep_features(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("library", "change"), [("timm", keep_features), ("torchvision", set_inplace), ("growfx timm", count_calls)]
+    ("library", "change"),
+    some(
+        [("timm", keep_features), ("torchvision", set_inplace), ("growfx timm", count_calls)],
+        lambda case: case[0] != "torchvision",
+    ),
 )
 def test_what_changes_no_value_refuses_nothing(tmp_path: Path, library: str, change: Callable[[Any], None]) -> None:
     model = LIBRARIES[library]()

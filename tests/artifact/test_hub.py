@@ -185,6 +185,7 @@ def test_a_config_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path, sa
         growfx.load(folder)
 
 
+@pytest.mark.slow
 def test_a_name_on_the_hub_loads_from_the_cache_when_offline(tmp_path: Path, saved: Path, zoo_net: growfx.MaskedGraph):
     cache(tmp_path / "cache", saved)
     code = (

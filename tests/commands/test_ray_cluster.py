@@ -100,6 +100,7 @@ class HereAndNow(Cluster):
             yield Progress(frozenset(), {name: done})
 
 
+@pytest.mark.slow
 def test_rows_of_the_zoo_come_from_nodes_and_a_lost_one_is_checked_again(tmp_path):
     results = Results(tmp_path / "zoo.json")
     limits = Limits(jobs=3)

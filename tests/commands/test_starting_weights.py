@@ -184,6 +184,7 @@ def test_a_damaged_safetensors_file_is_refused_by_name(state, tmp_path):
         StartingWeights(tmp_path / "mine.safetensors").build("test_resnet", {"num_classes": 10}, 0)
 
 
+@pytest.mark.slow
 def test_a_run_its_artifact_and_its_card_say_which_weights_it_started_from(file, tmp_path, capsys):
     out = tmp_path / "run"
     assert call(*TRAIN, "--out", out, "--checkpoint", file) == 0

@@ -434,6 +434,7 @@ def test_no_model_of_that_name_is_an_error(capsys):
     assert "no model of timm or torchvision is named like `restnet*`" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_done_and_says_how_to_go_on(tmp_path):
     file = tmp_path / "zoo.json"
     command = [sys.executable, "-m", "growfx", "zoo", "zoo_nets:hanging", "--json", str(file)]

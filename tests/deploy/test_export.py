@@ -80,6 +80,7 @@ def test_norms_leave_with_the_units_and_the_artifact_loads_without_them(tmp_path
     assert not small_network(again).folded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(["test_resnet", "test_efficientnet"], lambda name: name == "test_resnet"))
 def test_folded_models_of_the_zoo_load_by_name(tmp_path: Path, name: str) -> None:
     model: Any = awake(growfx.create_model(name, num_classes=5))

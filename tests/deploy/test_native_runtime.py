@@ -309,6 +309,7 @@ def test_bfloat16_is_computed_by_other_kernels(tmp_path: Path) -> None:
         same(net(X.bfloat16()).float(), dense(X), tolerance=0.05)
 
 
+@pytest.mark.slow
 def test_a_network_that_is_not_clearly_faster_is_timed_against_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

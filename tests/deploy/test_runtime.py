@@ -282,6 +282,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_is_timed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefer(monkeypatch, "csr")
     folder, dense = saved("residual", tmp_path / "net")

@@ -78,7 +78,7 @@ class Writes(nn.Module):
         return self.fc(x)
 
 
-@pytest.mark.parametrize("opaque", [True, False])
+@pytest.mark.parametrize("opaque", some([True, False], lambda opaque: opaque))
 @pytest.mark.parametrize("write", WRITES)
 def test_a_forward_that_writes_to_weights_buffers_or_its_class_writes_nothing_at_wrap(write: Any, opaque: bool) -> None:
     Writes.calls = 0

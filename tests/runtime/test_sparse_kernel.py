@@ -307,6 +307,7 @@ def test_the_environment_switches_the_kernel_off(monkeypatch: pytest.MonkeyPatch
         linear(torch.ones(1, 2), SparseWeight.pack(*full(3, 2)))
 
 
+@pytest.mark.slow
 def test_a_process_without_a_compiler_says_so_and_goes_on(tmp_path: Path) -> None:
     code = (
         "import torch; from growfx.errors import ConfigError; from growfx.runtime.sparse_kernel import *\n"

@@ -78,6 +78,7 @@ def test_a_run_whose_process_is_killed_at_random_moments_and_within_saves_ends_t
     assert not unfinished.exists()
 
 
+@pytest.mark.slow
 def test_a_run_in_use_is_refused_by_its_process_until_that_is_killed(tmp_path):
     out = tmp_path / "run"
     with process_of(run, out) as process:

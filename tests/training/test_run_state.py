@@ -202,7 +202,10 @@ class Seeded(SampleSeeded):
         return torch.randn(1, 8, 8), position % 4
 
 
-@pytest.mark.parametrize(("kind", "workers"), [(Drawn, 0), (Seeded, 0), (Seeded, 2), (Drawn, 1)])
+@pytest.mark.parametrize(
+    ("kind", "workers"),
+    some([(Drawn, 0), (Seeded, 0), (Seeded, 2), (Drawn, 1)], lambda case: case in ((Drawn, 0), (Seeded, 2))),
+)
 def test_an_epoch_is_continued_in_its_order_and_augmentation(kind, workers, tmp_path, monkeypatch):
     def go(out: Path, **flags: Any) -> None:
         train_loader = DataLoader(kind(), 16, shuffle=True, drop_last=True, num_workers=workers)

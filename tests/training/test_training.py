@@ -418,6 +418,7 @@ def test_what_gives_no_batches_at_all_and_classes_without_an_output_are_refused(
         train(fresh_net(), wrong, val_loader, options=QUICK, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb", "rmsprop"])
 def test_optimizers_of_timm_train_and_resume(tmp_path, monkeypatch, optimizer):
     def run(path, **flags):

@@ -24,7 +24,7 @@ def units(result: Compacted) -> dict[str, tuple[int, int]]:
     return {change.layer: (change.before, change.after) for change in result.report.layers}
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", some(range(3), lambda seed: seed == 0))
 @pytest.mark.parametrize("name", NETS)
 def test_outputs_stay_and_a_second_compaction_finds_nothing(name: str, seed: int) -> None:
     model, x = build(name)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from breadth import some
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -76,7 +77,7 @@ def assert_equal(net: Any, small: nn.Module, x: Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-9])
+@pytest.mark.parametrize("scale", some([1.0, 1e-4, 1e-9], lambda scale: scale == 1e-4))
 @pytest.mark.parametrize("name", [*FOLLOWED, *HELD])
 def test_units_that_are_alive_stay(name: str, scale: float) -> None:
     net, x = build({**FOLLOWED, **HELD}[name], scale)
