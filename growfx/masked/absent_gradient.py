@@ -140,6 +140,10 @@ def _not_zero(value: Tensor) -> Tensor:
 
 def factor_between(before: Tensor, after: Tensor) -> float:
     """Return what `before` was multiplied by to become `after`; 1 where that cannot be told."""
+    if not before.numel():
+        return 1.0
+    top = before.abs().max()  # a square of what a loss scaler multiplied may be too large, of others too small
+    before, after = before / top, after / top
     square = float((before.conj() * before).sum().real)
     factor = float((before.conj() * after).sum().real) / square if square > 0 else 1.0
     known = abs(factor) < float("inf") and abs(factor - 1.0) > _NO_FACTOR

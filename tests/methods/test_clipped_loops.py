@@ -125,7 +125,7 @@ def test_gradients_of_absent_edges_follow_what_is_done_to_those_of_present_ones(
 def test_a_loss_scaler_that_is_not_fused_unscales_what_methods_read(storage):
     """With clipping, as recipes have it: after `unscale_`."""
     seen = []
-    for scale in (1.0, 1024.0):
+    for scale in (1.0, 1024.0, 2.0**100, 2.0**-100):
         net, optimizer = collecting(storage)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         x, y = batch(0)
@@ -136,7 +136,8 @@ def test_a_loss_scaler_that_is_not_fused_unscales_what_methods_read(storage):
         seen.append({k: layer.dense_gradient for k, layer in net.layers.items()})
     for k, gradient in seen[0].items():
         assert gradient.any()
-        torch.testing.assert_close(gradient, seen[1][k])
+        for other in seen[1:]:
+            torch.testing.assert_close(gradient, other[k])
 
 
 def test_a_gradient_of_absent_edges_that_is_not_finite_is_seen_by_the_loss_scaler():
