@@ -60,17 +60,18 @@ def specs_of(inputs: Inputs) -> tuple[InputSpec, ...] | None:
 def inputs_from(specs: Sequence[InputSpec]) -> Inputs:
     """Inputs of these shapes, the same in every process: noise, or zeros where the dtype is an integer's.
 
-    Truth values are all true: nothing is masked away.
+    Truth values are all true: nothing is masked away. On the CPU, whatever torch's default dtype and device are.
     """
-    generator = torch.Generator().manual_seed(0)
+    cpu = torch.device("cpu")
+    generator = torch.Generator(cpu).manual_seed(0)
 
     def made(spec: InputSpec) -> Any:
         if spec.dtype is None:
             return spec.value
         dtype = TORCH_DTYPES[spec.dtype]
         if dtype.is_floating_point or dtype.is_complex:
-            return torch.randn(spec.shape, generator=generator).to(dtype)
-        return torch.full(spec.shape, dtype is torch.bool, dtype=dtype)
+            return torch.randn(spec.shape, generator=generator, dtype=torch.float32, device=cpu).to(dtype)
+        return torch.full(spec.shape, dtype is torch.bool, dtype=dtype, device=cpu)
 
     values = [(spec.keyword, made(spec)) for spec in specs]
     return Inputs(tuple(v for k, v in values if k is None), {k: v for k, v in values if k is not None})

@@ -96,6 +96,8 @@ def save(
 ) -> ArtifactInfo:
     """Write `net` to the folder `path`, whole or not at all; the same net gives the same bytes.
 
+    But for what it gives on example inputs, which is noted where it can be told: other hardware rounds it differently.
+
     The model that would be built by name is built, and compared with the network. Where it is another one, or gives
     other outputs, the artifact does not name it, a `growfx.GrowfxWarning` says why, and `load` needs an instance.
 

@@ -128,6 +128,8 @@ def save(
 ) -> ArtifactInfo:
     """Write `net` to the folder `path`, whole or not at all; the same net gives the same bytes.
 
+    But for what it gives on example inputs, which is noted where it can be told: other hardware rounds it differently.
+
     Args:
         net: a masked network; weights outside its masks are stored as nothing and load as +0.0.
         path: a new folder, or one to whose other files nothing happens; an artifact in it is replaced.

@@ -181,10 +181,15 @@ def _masked(gradient: Tensor, ctx: Any) -> Tensor:
 
 
 class _CompiledWeight(torch.autograd.Function):
+    generate_vmap_rule = True  # within `torch.func.grad` and `vmap`, too
+
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, collects: Tensor) -> Tensor:
-        ctx.save_for_backward(mask, collects)
+    def forward(weight: Tensor, mask: Tensor, collects: Tensor) -> Tensor:
         return torch.where(mask, weight, 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

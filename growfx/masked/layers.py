@@ -167,6 +167,8 @@ class MaskedLayer(nn.Module):
             LAYER_OF[id(values)] = self
             return
         if self._stored.parameter is not self.parameter:
+            if self._stored.absent is not None:
+                self._stored.absent.close()  # the mask is not that parameter's any more
             self._stored = Stored(self.parameter, self.mask)
         self._stored.own_mask = self.mask
         LAYER_OF[id(self.parameter)] = self
@@ -277,7 +279,7 @@ class MaskedLayer(nn.Module):
         if weight is None or not weight.requires_grad or not weight.is_leaf or is_sharded(weight):
             return  # there are values of present edges, no gradient, or one that comes from several ranks
         stored = self._stored
-        if stored.absent is None or stored.absent.parameter is not weight:
+        if stored.absent is None or not stored.absent.watches(weight):
             stored.absent = AbsentGradient(weight, _mask_while_collecting(self))
         if not torch.compiler.is_compiling():
             stored.absent.forward_runs()
@@ -447,7 +449,7 @@ class MaskedLayer(nn.Module):
         if grad is None:
             return
         if self.dense_gradient is None:
-            kept = None if absent is None else absent.take()
+            kept = absent.take() if absent is not None and absent.watches(self.parameter) else None
             part = local_shard(grad.detach())
             part = part.clone() if kept is None else kept.add_(part)
             part = part if scale is None else part / scale

@@ -152,3 +152,12 @@ def test_damaged_outputs_are_refused(tmp_path: Path, forged: Any):
     forge(path / WEIGHTS, change)
     with pytest.raises(ArtifactError, match="field `outputs`"):
         growfx.inspect(path / WEIGHTS)
+
+
+def test_torchs_default_dtype_is_none_of_the_inputs(tmp_path: Path):
+    path, model = saved(tmp_path, Body()), Body()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert notices(lambda: growfx.load(path, model=model)) == []
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -1,6 +1,8 @@
 """What a loop does to gradients between backward and the optimizer's step: absent edges do not count, and follow."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -123,7 +125,7 @@ def test_gradients_of_absent_edges_follow_what_is_done_to_those_of_present_ones(
 def test_a_loss_scaler_that_is_not_fused_unscales_what_methods_read(storage):
     """With clipping, as recipes have it: after `unscale_`."""
     seen = []
-    for scale in (1.0, 1024.0):
+    for scale in (1.0, 1024.0, 2.0**100, 2.0**-100):
         net, optimizer = collecting(storage)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         x, y = batch(0)
@@ -134,7 +136,8 @@ def test_a_loss_scaler_that_is_not_fused_unscales_what_methods_read(storage):
         seen.append({k: layer.dense_gradient for k, layer in net.layers.items()})
     for k, gradient in seen[0].items():
         assert gradient.any()
-        torch.testing.assert_close(gradient, seen[1][k])
+        for other in seen[1:]:
+            torch.testing.assert_close(gradient, other[k])
 
 
 def test_a_gradient_of_absent_edges_that_is_not_finite_is_seen_by_the_loss_scaler():
@@ -274,3 +277,91 @@ def test_backward_passes_of_recomputed_forwards_add_up():
     sgd(net.parameters()).step()
     for name, gradient in dense_gradients(net, net.layers).items():
         torch.testing.assert_close(gradient, expected.get_submodule(name).weight.grad)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_batch_without_a_finite_loss_that_is_left_out_leaves_nothing_behind(set_to_none):
+    net, optimizer = collecting()
+    layer = net.layers["b"]
+    spot = tuple(layer.mask.nonzero()[0])
+
+    def fail(gradient):
+        gradient = gradient.clone()
+        gradient[spot] = torch.nan
+        return gradient
+
+    hook = layer.parameter.register_hook(fail)
+    F.cross_entropy(net(batch(0)[0]), batch(0)[1]).backward()
+    hook.remove()
+    optimizer.zero_grad(set_to_none=set_to_none)
+    expected = whole_gradients(net, 1)
+    F.cross_entropy(net(batch(1)[0]), batch(1)[1]).backward()
+    optimizer.step()
+    for name, gradient in dense_gradients(net, net.layers).items():
+        torch.testing.assert_close(gradient, expected.get_submodule(name).weight.grad)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_a_window_may_end_with_a_backward_pass_that_keeps_a_graph():
+    net, optimizer = collecting()
+    expected = whole_gradients(net, 0, 1)
+    for number in (0, 1):
+        x, y = batch(number)
+        F.cross_entropy(net(x), y).backward(create_graph=number == 1)
+    optimizer.step()
+    for name, gradient in dense_gradients(net, net.layers).items():
+        torch.testing.assert_close(gradient, expected.get_submodule(name).weight.grad)
+    for parameter in net.parameters():
+        parameter.grad = None  # a graph of its own
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_a_layer_of_no_weights_has_no_gradient_to_watch():
+    net = growfx.wrap(nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 3), nn.Linear(3, 2)), torch.randn(2, 4), density=0.5)
+    collect_gradients(net.train().layers.values(), True)
+    net(torch.randn(2, 4)).sum().backward()
+    sgd(net.parameters()).step()
+    assert {name: g.shape for name, g in dense_gradients(net, net.layers).items()} == {
+        name: layer.mask.shape for name, layer in net.layers.items()
+    }
+
+
+def test_a_parameter_that_another_one_replaced_is_watched_no_longer():
+    net, _ = collecting()
+    layer = net.layers["b"]
+    old = layer.parameter
+    F.cross_entropy(net(batch(1)[0]), batch(1)[1]).backward()
+    layer.weight = nn.Parameter(old.detach().clone())
+    net.zero_grad()
+    expected = whole_gradients(net, 0)
+    F.cross_entropy(net(batch(0)[0]), batch(0)[1]).backward()
+    sgd(net.parameters()).step()
+    torch.testing.assert_close(dense_gradients(net, net.layers)["b"], expected.b.weight.grad)
+    old.grad = None
+    old.sum().backward()
+    assert old.grad.all()
+
+
+def test_weights_of_a_network_that_is_gone_are_freed_while_they_were_watched():
+    net, _ = collecting()
+    F.cross_entropy(net(batch(0)[0]), batch(0)[1]).backward()
+    weight = weakref.ref(net.layers["b"].parameter)
+    del net, _
+    gc.collect()
+    assert weight() is None
+
+
+def test_gradients_by_function_transforms_are_whole_as_those_of_backward():
+    net, _ = collecting()
+    expected = whole_gradients(net, 0)
+    x, y = batch(0)
+    values = {name: parameter.detach() for name, parameter in net.named_parameters()}
+
+    def loss(values, x, y):
+        return F.cross_entropy(torch.func.functional_call(net, values, (x,)), y)
+
+    rows = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(values, x.unsqueeze(1), y.unsqueeze(1))
+    whole = torch.func.grad(loss)(values, x, y)
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(whole[name], parameter.grad)
+        torch.testing.assert_close(rows[name].mean(0), parameter.grad)

@@ -225,6 +225,12 @@ def test_operators_equal_torch_at_other_batch_sizes_than_planned_for(name: str) 
     assert largest_error(Function(function, *parameters), *(torch.randn(shape) for shape in shapes)) < TOLERANCE
 
 
+def test_attention_of_grouped_heads_is_refused_when_it_is_planned() -> None:
+    grouped = Function(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+    with pytest.raises(growfx.UnsupportedOperatorError, match="groups of heads"):
+        native(grouped, torch.randn(1, 4, 5, 8), *torch.randn(2, 1, 2, 7, 8))
+
+
 def test_a_nan_reaches_the_outputs_that_active_weights_connect_it_to_and_no_others() -> None:
     net = growfx.wrap(nn.Sequential(nn.Linear(40, 30)), torch.randn(1, 40), density=0.2).eval()
     made = native(net, torch.randn(1, 40))

@@ -10,7 +10,7 @@ from growfx.passes.lower.plan.builder import Arguments, Builder, NoKernelError, 
 from growfx.passes.lower.plan.calls import Reference
 from growfx.passes.lower.plan.graph import Chained, Node, Operand
 from growfx.passes.lower.plan.rules.windows import computed_convolution
-from growfx.runtime.native.plan import Constant, Shape
+from growfx.runtime.native.plan import Constant, Shape, Size
 
 __all__ = ["RULES"]
 
@@ -101,7 +101,10 @@ def _attention(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Sequence[Op
 
 def _repeated(b: Builder, given: Any, shape: Shape) -> Operand:
     """An operand of attention in the shape that the kernel takes: torch repeats axes of size 1."""
-    ops = view_ops.broadcast(b.shape(given), shape)
+    own = b.shape(given)
+    if any(have not in (want, Size(0, 1)) for have, want in zip(own[::-1], shape[::-1], strict=False)):
+        raise NoKernelError("with groups of heads that share keys and values")
+    ops = view_ops.broadcast(own, shape)
     return b.view(b.operand(given), ops, shape) if ops else b.operand(given)
 
 
