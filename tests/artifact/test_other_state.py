@@ -36,9 +36,9 @@ class Own(Scaled):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}scale"] = torch.tensor(self.scale)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self.scale = float(state_dict.pop(f"{prefix}scale"))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 @pytest.mark.parametrize("kind", [Extra, Own])

@@ -66,7 +66,7 @@ def test_what_is_dead_before_them_leaves(end: str) -> None:
     net.set_masks({"first": mask})
     result = compact(net)
     same(net, result.net)
-    assert (net.layers["first"].out_features, result.net.first.out_features) == (16, 12)  # type: ignore[union-attr]
+    assert (net.layers["first"].out_features, result.net.first.out_features) == (16, 12)
 
 
 def test_dims_of_an_attention_that_divides_by_their_number_stay_together() -> None:
