@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ __all__ = [
 # How far two machines may be apart, as a fraction of the largest output. On accelerators products may be rounded.
 _APART = {torch.float64: 1e-6, torch.float32: 2e-4, torch.float16: 3e-2}
 _ROUNDED, _ELSEWHERE = 1e-1, 1e-2
+# Elements of all inputs together that a network is run on for this: a file that is not trusted names them.
+_MOST_TO_RUN = 1 << 22
 
 
 def specs_of(inputs: Inputs) -> tuple[InputSpec, ...] | None:
@@ -113,7 +116,7 @@ def outputs_of(model: nn.Module, specs: Sequence[InputSpec] | None) -> GivenOutp
 
     None where it does not run on them, gives no numbers, or gives others when it is called again.
     """
-    if specs is None:
+    if specs is None or _too_many(specs):
         return None
     try:
         copied = _to_run(model, specs)
@@ -127,13 +130,21 @@ def outputs_of(model: nn.Module, specs: Sequence[InputSpec] | None) -> GivenOutp
 
 
 def output_difference(model: nn.Module, specs: Sequence[InputSpec], given: GivenOutputs) -> str:
-    """How what a plain model gives on its example inputs differs from what was stored; "" where it does not."""
+    """How what a plain model gives on its example inputs differs from what was stored; "" where it does not, or where
+    these inputs are too large to run it on.
+    """
+    if _too_many(specs):
+        return ""
     try:
         with _alone(model):
             found = _run(_to_run(model, specs))
     except Exception as error:  # the model's own code
         return f"an error on them ({one_line(error)[:200]})"
     return given.difference(found, _tolerance(model))
+
+
+def _too_many(specs: Sequence[InputSpec]) -> bool:
+    return sum(prod(spec.shape) for spec in specs) > _MOST_TO_RUN
 
 
 def _to_run(model: nn.Module, specs: Sequence[InputSpec]) -> nn.Module:

@@ -12,6 +12,8 @@ from artifact_nets import forge
 from torch import Tensor, nn
 
 import growfx
+from growfx.artifact.input_specs import InputSpec
+from growfx.artifact.remembered_inputs import output_difference, outputs_of
 from growfx.artifact.writer import WEIGHTS
 from growfx.errors import ArtifactError
 
@@ -161,3 +163,17 @@ def test_torchs_default_dtype_is_none_of_the_inputs(tmp_path: Path):
         assert notices(lambda: growfx.load(path, model=model)) == []
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_no_network_is_run_on_inputs_of_a_size_that_only_a_file_names() -> None:
+    """Their shapes are read from the file, and what comes of them in a network may be a hundred times as large."""
+    calls: list[Tensor] = []
+    specs = [InputSpec(None, "F32", (1 << 14, 3, 8, 16))]
+    model = Body()
+    model.register_forward_pre_hook(lambda _, args: calls.append(args[0]))
+    assert outputs_of(model, specs) is None
+    given = outputs_of(model, [InputSpec(None, "F32", (2, 3, 8, 8))])
+    assert given is not None
+    ran = len(calls)
+    assert output_difference(model, specs, given) == ""
+    assert len(calls) == ran > 0
