@@ -35,8 +35,10 @@ def test_functions_of_one_number_equal_torch_at_ordinary_and_extreme_numbers(
 
 
 @pytest.mark.parametrize("function", [F.relu, F.silu, F.gelu, torch.tanh, torch.sigmoid, torch.exp, F.hardswish])
-def test_nan_and_infinity_go_through_functions_as_in_torch(function: Callable[[Tensor], Tensor]) -> None:
-    x = torch.tensor([[torch.nan, torch.inf, -torch.inf, 1.0, 2.0]])
+def test_nan_infinity_and_huge_numbers_go_through_functions_as_in_torch(function: Callable[[Tensor], Tensor]) -> None:
+    x = torch.tensor(
+        [[torch.nan, torch.inf, -torch.inf, 1.0, 2.0, *(s * n for n in (40, 87.5, 89, 3e37) for s in (1, -1))]]
+    )
     got, expected = native(Function(function), x)(x)[0], function(x)
     # torch's own gelu makes a NaN of infinity.
     assert torch.equal(got.isfinite(), expected.isfinite())
