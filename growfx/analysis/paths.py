@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["PathProducts"]
+__all__ = ["PathProducts", "PathVisits"]
 
 
 @dataclass(frozen=True)
@@ -37,3 +37,16 @@ class PathProducts:
     alive_in: Mapping[str, Tensor]
     alive_out: Mapping[str, Tensor]
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PathVisits:
+    """How often a path, drawn in proportion to its product, visits each unit.
+
+    Attributes:
+        visits: layer name -> float64 per output unit; a path that comes back to a stream visits it again.
+        off_path: layer name -> why no path can cross it.
+    """
+
+    visits: Mapping[str, Tensor]
+    off_path: Mapping[str, str]

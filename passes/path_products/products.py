@@ -11,13 +11,13 @@ import math
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx
 
-from growfx.analysis.paths import PathProducts
-from growfx.analysis.weight_layout import joined_units
+from growfx.analysis.paths import PathProducts, PathVisits
+from growfx.analysis.weight_layout import by_unit, joined_units
 from growfx.distributed.sharded import require_whole
 from growfx.errors import ConfigError, MaskError, TraceError
 from growfx.masked.doors import as_masked_graph
@@ -30,7 +30,7 @@ from growfx.recorded.inputs import Inputs, tensors_in
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph
 
-__all__ = ["check_path_rules", "path_gradients", "path_products"]
+__all__ = ["check_path_rules", "path_gradients", "path_products", "path_visits"]
 
 # Layers that no path can cross whatever the weights, per recorded graph: found once, when a score is zero throughout.
 _UNREACHED: weakref.WeakKeyDictionary[fx.Graph, frozenset[str]] = weakref.WeakKeyDictionary()
@@ -126,6 +126,29 @@ def path_gradients(
 
 
 @on_whole_weights
+def path_visits(net: MaskedGraph, *, zeros_as_one: bool = False) -> PathVisits:
+    """Count how often paths visit each output unit of each masked layer, without scores of edges.
+
+    Args:
+        net: a masked graph.
+        zeros_as_one: as in `path_gradients`.
+
+    Raises:
+        UnsupportedOperatorError: an operator between input and output has no path rule.
+        TraceError: as in `path_products`.
+    """
+    net = as_masked_graph(net, "growfx.path_products")
+    _check_network(net)
+    _check_values(net)
+    given = _inputs(net, None)
+    run = PathGraph(net, net.graph_for(given, look_inside=True), zeros_as_one=zeros_as_one, visits=True)
+    found, off_path = _layers(run, given.values)
+    assert run.total is not None
+    total = float(run.total.detach()) or 1.0
+    return PathVisits({name: masses / total for name, masses in found.items()}, off_path)
+
+
+@on_whole_weights
 def check_path_rules(net: MaskedGraph, example_inputs: Tensor | Sequence[Any] | None = None) -> dict[str, str]:
     """Check that every operator on a path has a rule; returns layer name -> why no path crosses it.
 
@@ -214,7 +237,8 @@ def _inputs(net: MaskedGraph, example_inputs: Any) -> Inputs:
 def _scored(run: PathGraph, inputs: Sequence[Any]) -> tuple[dict[str, Tensor], frozenset[str]]:
     """Run the path graph forward and backward.
 
-    Returns layer name -> score, for layers that a gradient reached, and which of these scores are zero throughout.
+    Returns layer name -> score (or paths through each unit), for layers that a gradient reached, and which of these are
+    zero throughout.
     """
     cudnn = torch.backends.cudnn.flags(torch.backends.cudnn.enabled, benchmark=False, deterministic=True)
     precise = nullcontext() if run.device.type == "meta" else torch.autocast(run.device.type, enabled=False)
@@ -226,7 +250,7 @@ def _scored(run: PathGraph, inputs: Sequence[Any]) -> tuple[dict[str, Tensor], f
     scores: dict[str, Tensor] = {}
     empty: set[str] = set()
     for name in run.layers:
-        gradients = [part.grad for part in run.leaves.get(name, ()) if part.grad is not None]
+        gradients = _unit_gradients(run, name) if run.visits else _edge_gradients(run, name)
         if not gradients:
             continue
         scores[name] = gradients[0] if len(gradients) == 1 else torch.stack(gradients).sum(0)
@@ -236,6 +260,21 @@ def _scored(run: PathGraph, inputs: Sequence[Any]) -> tuple[dict[str, Tensor], f
         if mass == 0:
             empty.add(name)
     return scores, frozenset(empty)
+
+
+def _edge_gradients(run: PathGraph, name: str) -> list[Tensor]:
+    return [leaf.grad for leaf in run.leaves.get(name, ()) if leaf.grad is not None]
+
+
+def _unit_gradients(run: PathGraph, name: str) -> list[Tensor]:
+    """Paths through each output unit: by its own factor, or all that cross its edges."""
+    layer, crossed = run.layers[name], [leaf for leaf in run.leaves.get(name, ()) if leaf.grad is not None]
+    own = run.unit_leaves.get(name)
+    gradients = [] if own is None or own.grad is None else [own.grad]
+    for leaf in crossed:
+        rows = (by_unit(layer, values.detach(), by_output=True) for values in (leaf, cast(Tensor, leaf.grad)))
+        gradients.append(torch.linalg.vecdot(*rows))
+    return gradients
 
 
 def _off_path(run: PathGraph, scores: Mapping[str, Tensor], unreached: frozenset[str]) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,9 +42,11 @@ class PathRun(ABC):
         magnitudes: layer name -> edge magnitudes to use in place of the layer's own (the weight's shape).
         unit_scales: count learned scales and unmasked weights as one.
         zeros_as_one: count layers' weights and learned scales that are zero throughout as one.
+        visits: count the paths through output units rather than those through edges, where a layer's rule can.
 
     Attributes:
         leaves: layer name -> magnitude leaves in use; their gradients add up to the score.
+        unit_leaves: layer name -> a factor of one for each output unit, whose gradient is the paths through it.
         alive_in: layer name -> bool per input unit, filled by the backward pass.
         constant_fed: layers that were run on constants only.
         unfed: layers that were run on empty tensors only: in the recording, nothing was selected for them.
@@ -59,14 +61,16 @@ class PathRun(ABC):
         magnitudes: Mapping[str, Tensor] | None = None,
         unit_scales: bool = False,
         zeros_as_one: bool = False,
+        visits: bool = False,
     ) -> None:
         self.net, self.norm, self.power, self.unit_scales = net, norm, power, unit_scales
-        self.zeros_as_one = zeros_as_one
+        self.zeros_as_one, self.visits = zeros_as_one, visits
         self.magnitudes = magnitudes or {}
         self.layers: Mapping[str, MaskedLayer] = net.layers
         first = next(iter(self.layers.values())).parameter
         self.device, self.model_dtype = first.device, first.dtype
         self.leaves: dict[str, list[Tensor]] = {}
+        self.unit_leaves: dict[str, Tensor] = {}
         self.alive_in: dict[str, Tensor] = {}
         self.constant_fed: set[str] = set()
         self.unfed: set[str] = set()
@@ -145,6 +149,25 @@ class PathRun(ABC):
             return self._leaf(behind, weight if applied is None else applied(module, weight.to(torch.float64)))
         return self.learned(weight if applied is None else applied(module, weight.to(torch.float64)))
 
+    def produced(self, module: nn.Module, axis: int, apply: Callable[[Tensor], Tensor]) -> Tensor:
+        """What a layer makes of its magnitudes, given as a function of these; its output units stand along `axis`.
+
+        Where visits are counted, the magnitudes are constants: one gradient for each unit costs less than one for each
+        edge.
+        """
+        name = self.layer_of(module)
+        if name is None or not self.visits:
+            return apply(self.weight(module))
+        assert isinstance(module, MaskedLayer)
+        with torch.no_grad():
+            sizes = self._sizes(name)
+        output = apply(sizes)
+        if name not in self.unit_leaves:
+            ones = torch.ones(output.shape[axis], dtype=torch.float64, device=self.device)
+            self.leaves.setdefault(name, [])
+            self.unit_leaves[name] = ones.requires_grad_()
+        return output * self.unit_leaves[name].reshape(-1, *(1,) * (-axis - 1))
+
     def _behind(self, module: nn.Module, weight: Tensor) -> str | None:
         """The masked parameter that a module computes its weight from, element by element (weight norm)."""
         if "weight" in module._parameters:
@@ -161,6 +184,8 @@ class PathRun(ABC):
             return
         if not tensor.numel():
             self.unfed.add(layer)
+        if self.visits:
+            return
         known = self._watched.get(id(tensor))
         if known is not None and known[0]() is tensor:
             known[1].append((layer, dim % tensor.ndim, units))
@@ -211,15 +236,17 @@ class PathRun(ABC):
         known = self.leaves.setdefault(name, [])
         if known and applied is None:
             return known[0]
-        layer = self.layers[name]
         with torch.no_grad():
-            if name in self.magnitudes:
-                leaf = self.magnitudes[name].detach().to(self.device, torch.float64, copy=True)
-            else:
-                leaf = self._own_magnitudes(layer, applied)
+            leaf = self._sizes(name, applied)
         leaf.requires_grad_()
         known.append(leaf) if applied is not None else known.insert(0, leaf)
         return leaf
+
+    def _sizes(self, name: str, applied: Tensor | None = None) -> Tensor:
+        """A new tensor of a layer's magnitudes."""
+        if name in self.magnitudes:
+            return self.magnitudes[name].detach().to(self.device, torch.float64, copy=True)
+        return self._own_magnitudes(self.layers[name], applied)
 
     def _own_magnitudes(self, layer: MaskedLayer, applied: Tensor | None) -> Tensor:
         transform = row_of(APPLIED, layer.twin_of)

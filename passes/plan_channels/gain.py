@@ -2,48 +2,38 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
 
-from growfx.analysis.paths import PathProducts
+from growfx.analysis.paths import PathVisits
 from growfx.analysis.weight_layout import by_unit
-from growfx.passes.path_products.products import path_gradients
+from growfx.passes.path_products.products import path_visits
 from growfx.passes.plan_channels.units import WholeUnits
 
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph
     from growfx.masked.layers import MaskedLayer
 
-__all__ = ["SCORES", "magnitudes", "path_masses", "path_scores", "taylor"]
+__all__ = ["SCORES", "magnitudes", "path_masses", "taylor", "unit_visits"]
 
 SCORES: Final = ("paths", "magnitude", "taylor")
 
 
-def path_scores(net: MaskedGraph) -> PathProducts:
-    """Path products; a weight, norm or scale that is zero throughout counts as one, as a gain that starts at zero."""
-    return path_gradients(net, zeros_as_one=True)
+def unit_visits(net: MaskedGraph) -> PathVisits:
+    """Visits of paths; a weight, norm or scale that is zero throughout counts as one, as a gain that starts at zero."""
+    return path_visits(net, zeros_as_one=True)
 
 
-def path_masses(net: MaskedGraph, units: WholeUnits, paths: PathProducts) -> Tensor:
-    """Return how often a path visits each whole unit, drawn in proportion to its product.
-
-    A path that comes back to a stream visits it again. Shape (whole units,), float64.
-    """
-    total = math.exp(paths.log_total - paths.log_scale) if paths.log_total > -math.inf else 1.0
-    mass, layers = torch.zeros(units.count, dtype=torch.float64), net.layers
-    for name, score in paths.scores.items():
-        layer = layers[name]
+def path_masses(units: WholeUnits, paths: PathVisits) -> Tensor:
+    """Return how often a path visits each whole unit, in any of its layers. Shape (whole units,), float64."""
+    mass = torch.zeros(units.count, dtype=torch.float64)
+    for name, visits in paths.visits.items():
         if name in units.outputs:
-            weight = _present(layer, layer.parameter.detach().abs())
-            if not bool(weight.amax() > 0):  # counted as one throughout
-                weight = layer.mask
-            rows, scores = (by_unit(layer, values, by_output=True) for values in (weight, score))
-            _add(mass, units.outputs[name], torch.linalg.vecdot(rows.double(), scores))
-    return mass / (total or 1.0)
+            _add(mass, units.outputs[name], visits)
+    return mass
 
 
 def magnitudes(net: MaskedGraph, units: WholeUnits) -> Tensor:

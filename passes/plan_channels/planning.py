@@ -12,7 +12,7 @@ from growfx.analysis.channel_plan import Budget, ChannelPlan
 from growfx.errors import ConfigError
 from growfx.masked.doors import as_masked_graph
 from growfx.masked.present.storage import on_whole_weights
-from growfx.passes.plan_channels.gain import SCORES, magnitudes, path_masses, path_scores, taylor
+from growfx.passes.plan_channels.gain import SCORES, magnitudes, path_masses, taylor, unit_visits
 from growfx.passes.plan_channels.options import PlanOptions
 from growfx.passes.plan_channels.planner import ChannelPlanner
 
@@ -79,11 +79,11 @@ def plan_channels(
         raise ConfigError(f"`exclude` is {exclude!r} and `floors` {floors!r}; allowed: names, and a mapping of names")
     options = PlanOptions(floor, dict(floors or {}), round_to, tuple(names))
     gradients = _gradients(net) if score == "taylor" else {}
-    paths = path_scores(net) if score == "paths" else None
+    paths = unit_visits(net) if score == "paths" else None
     stays = {} if paths is None else {name: f"`{name}` is on no path" for name in paths.off_path}
     planner = ChannelPlanner(net, options, example_inputs=example_inputs, stays=stays, timed=wanted.kind == "time")
     if paths is not None:
-        gains = path_masses(net, planner.units, paths)
+        gains = path_masses(planner.units, paths)
     else:
         gains = magnitudes(net, planner.units) if score == "magnitude" else taylor(net, planner.units, gradients)
     return planner.plan(wanted, gains, score, planner.absent())

@@ -25,7 +25,7 @@ from growfx.methods.growth.state import Growth
 from growfx.methods.scope import listed
 from growfx.options import option
 from growfx.passes.path_products.products import path_gradients
-from growfx.passes.plan_channels.gain import magnitudes, path_masses, path_scores
+from growfx.passes.plan_channels.gain import magnitudes, path_masses, unit_visits
 from growfx.passes.plan_channels.options import PlanOptions, read_patterns
 from growfx.passes.plan_channels.planner import ChannelPlanner
 from growfx.selection.budget import largest_within
@@ -83,7 +83,7 @@ class ChannelGrowth(Growing):
         planner.forget_values()
         if self.masks == "given":
             return super()._seed_masks(growth)
-        gains = path_masses(net, planner.units, path_scores(net))
+        gains = path_masses(planner.units, unit_visits(net))
         if self.masks == "magnitude":
             order = _within_families(planner, -magnitudes(net, planner.units).numpy())
         else:

@@ -20,7 +20,7 @@ from growfx.methods.stepwise.course import Course, Stepwise
 from growfx.methods.stepwise.schedules import Ramp, step_at
 from growfx.notices import warn_once
 from growfx.options import option
-from growfx.passes.plan_channels.gain import SCORES, magnitudes, path_masses, path_scores, taylor
+from growfx.passes.plan_channels.gain import SCORES, magnitudes, path_masses, taylor, unit_visits
 from growfx.passes.plan_channels.options import PlanOptions, read_floors, read_patterns
 from growfx.passes.plan_channels.planner import ChannelPlanner
 
@@ -221,7 +221,7 @@ class ChannelPrune(Stepwise):
 
     def _scored(self, course: Course, planner: ChannelPlanner) -> Tensor:
         if self.score == "paths":
-            return path_masses(course.net, planner.units, path_scores(course.net))
+            return path_masses(planner.units, unit_visits(course.net))
         return magnitudes(course.net, planner.units)
 
     def _sum_gains(self, course: Course) -> None:

@@ -119,7 +119,7 @@ def multihead_attention(
     ]
     joined = _mixed(run, parts, module.batch_first)
     run.watch(run.layer_of(module.out_proj), joined, -1)
-    return PathValue(F.linear(joined, run.weight(module.out_proj))), None
+    return PathValue(run.produced(module.out_proj, -1, lambda weight: F.linear(joined, weight))), None
 
 
 def multihead_function(

@@ -39,7 +39,7 @@ def linear(run: PathRun, module: Any, value: Any) -> Any:
     """Magnitude of the weight, no bias."""
     tensor = carrying(value)
     run.watch(run.layer_of(module), tensor, -1)
-    return PathValue(F.linear(tensor, run.weight(module)))
+    return PathValue(run.produced(module, -1, lambda weight: F.linear(tensor, weight)))
 
 
 def convolution(run: PathRun, module: Any, value: Any, around: list[int] | None = None) -> Any:
@@ -51,8 +51,11 @@ def convolution(run: PathRun, module: Any, value: Any, around: list[int] | None 
         tensor, padding = F.pad(tensor, around), 0
     elif module.padding_mode != "zeros":
         tensor, padding = F.pad(tensor, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
-    weight = run.weight(module)
-    return PathValue(_CONVOLVE[spatial](tensor, weight, None, module.stride, padding, module.dilation, module.groups))
+
+    def convolve(weight: Tensor) -> Tensor:
+        return _CONVOLVE[spatial](tensor, weight, None, module.stride, padding, module.dilation, module.groups)
+
+    return PathValue(run.produced(module, -spatial - 1, convolve))
 
 
 def same_convolution(run: PathRun, module: Any, value: Any) -> Any:
@@ -90,11 +93,12 @@ def transposed_convolution(run: PathRun, module: Any, value: Any, output_size: A
     extra = module._output_padding(
         tensor, output_size, module.stride, module.padding, module.kernel_size, spatial, module.dilation
     )
-    weight = run.weight(module)
-    scattered = _SCATTER[spatial](
-        tensor, weight, None, module.stride, module.padding, extra, module.groups, module.dilation
-    )
-    return PathValue(scattered)
+
+    def scatter(weight: Tensor) -> Tensor:
+        sizes = module.stride, module.padding, extra, module.groups, module.dilation
+        return _SCATTER[spatial](tensor, weight, None, *sizes)
+
+    return PathValue(run.produced(module, -spatial - 1, scatter))
 
 
 def _identity(run: PathRun, module: Any, value: Any, *args: Any) -> Any:
