@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from growfx.artifact.info import ArtifactInfo
 from growfx.artifact.remembered_inputs import as_example, inputs_from
 from growfx.artifact.writer import inspect, load_masks
-from growfx.commands.inspection import kind_of, nothing_there, place_of, recorded_format
+from growfx.commands.inspection import kind_of, nothing_there, place_of, recorded_format, require_builder
 from growfx.commands.job import reopen
 from growfx.deploy.loading import load
 from growfx.deploy.saving import save
@@ -118,6 +118,8 @@ def opened_subject(
     given = None if example_inputs is None else _as_tuple(example_inputs)
     if kind == "artifact":
         info = inspect(place)
+        if model is None:
+            require_builder(info, place)
         example = Inputs(given, {}) if given else _stored_example(info, model, place, img_size)
         yield Subject(str(path), kind, place, info, example, model)
         return

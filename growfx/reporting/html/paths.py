@@ -46,6 +46,8 @@ def artifact_paths(folder: Path, info: ArtifactInfo) -> tuple[dict[str, LayerPat
     """
     from growfx.artifact import reader
 
+    if why := reader.why_no_builder(info.model, info.notes):
+        return {}, f"{why}; `growfx inspect` of the run follows them"
     try:
         model = reader.load(folder)
         net = wrap(model, _example(model, info))
