@@ -19,6 +19,7 @@ from growfx.errors import ConfigError, DataError, did_you_mean
 from growfx.methods.session import Stage
 from growfx.options import TrainOptions
 from growfx.runs.checkpoint import content_digest
+from growfx.training.evaluation import explaining_class_numbers
 
 __all__ = [
     "make_average",
@@ -122,7 +123,8 @@ def make_mixup(options: TrainOptions, classes: int) -> Callable[[Tensor, Tensor]
     """timm's mixup and cutmix of images (B, C, H, W) and class numbers (B) into targets (B, classes), drawn from
     numpy's global generator; None where the options ask for neither.
 
-    What it returns raises `ConfigError` for a batch of an odd number of images, and where cutmix is not allowed.
+    What it returns raises `ConfigError` for a batch of an odd number of images, and where cutmix is not allowed, and
+    `DataError` for targets that are mixed already, or class numbers that are not there.
     """
     from timm.data.mixup import Mixup
 
@@ -141,8 +143,14 @@ def make_mixup(options: TrainOptions, classes: int) -> Callable[[Tensor, Tensor]
                 f"`cutmix` cuts rectangles out of images (B, C, H, W), and a batch has shape {tuple(images.shape)}; "
                 "`mixup` alone takes any shape"
             )
-        # timm mixes in place, and the images may be the caller's own.
-        return mix(images.clone(), targets)
+        if targets.ndim != 1:
+            raise DataError(
+                f"`mixup` and `cutmix` mix class numbers (batch,), and the training loader gives targets of shape "
+                f"{tuple(targets.shape)}; mix in the loader or by these options, not both"
+            )
+        with explaining_class_numbers(targets, classes):
+            # timm mixes in place, and the images may be the caller's own.
+            return mix(images.clone(), targets)
 
     return mixed
 
