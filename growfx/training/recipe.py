@@ -79,9 +79,15 @@ def _shares_out(loader: Any) -> bool:
 
 
 def make_optimizer(net: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
-    """By timm's name; tensors of one dimension are not decayed. ConfigError when timm does not have it."""
+    """By timm's name; tensors of one dimension are not decayed.
+
+    Raises:
+        ConfigError: timm does not have it, or no parameter is trained.
+    """
     from timm import optim
 
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        raise ConfigError("no parameter of the network is trained; set `requires_grad` of those that are to be")
     try:
         return optim.create_optimizer_v2(  # pyright: ignore[reportPrivateImportUsage]
             net,

@@ -1,4 +1,4 @@
-"""What loaders may give as targets: class numbers of the network's outputs, or mixed targets to train on."""
+"""What loaders may be, and what they may give as targets: class numbers of the network's outputs, or mixed targets."""
 
 from __future__ import annotations
 
@@ -98,3 +98,19 @@ def test_images_of_no_class_count_neither_as_right_nor_as_wrong_but_are_refused(
 def test_a_network_of_one_output_is_refused_for_its_loss_would_be_zero(options):
     with pytest.raises(ConfigError, match=facts(1, "output", "own loop")):
         trained(torch.zeros(20, dtype=torch.long), outputs=1, **options)
+
+
+@pytest.mark.parametrize("once", [iter, lambda batches: (b for b in batches), lambda batches: map(tuple, batches)])
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+def test_what_can_be_iterated_over_once_is_refused_for_its_first_batch_would_be_lost(part, once):
+    loaders: dict[str, Any] = {name: loader(NUMBERS) for name in ("train", "val", "test")}
+    loaders[part] = once(loaders[part])
+    net = growfx.wrap(nn.Linear(8, 10), torch.randn(2, 8))
+    with pytest.raises(DataError, match="once"):
+        growfx.train(net, loaders["train"], loaders["val"], test_loader=loaders["test"], **PLAIN)
+
+
+def test_a_network_that_is_frozen_whole_says_so():
+    net = growfx.wrap(nn.Linear(8, 10).requires_grad_(False), torch.randn(2, 8))
+    with pytest.raises(ConfigError, match="`requires_grad`"):
+        growfx.train(net, loader(NUMBERS), loader(NUMBERS), **PLAIN)
