@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -20,6 +21,21 @@ COMMANDS = {"eval": ("--data", "digits"), "bench": ("--quiet", "--no-compile")}
 
 def small(num_classes: int = 10) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 49, num_classes))
+
+
+class Grey(nn.Module):
+    """Takes images of one channel and one size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(144, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.reshape(len(x), 144))
+
+
+class StatedGrey(Grey):
+    pretrained_cfg: ClassVar[dict[str, object]] = {"input_size": (1, 12, 12)}
 
 
 def call(*arguments: object) -> int:
@@ -70,3 +86,20 @@ def test_a_report_names_the_command_that_follows_the_paths(run, tmp_path, capsys
     capsys.readouterr()
     assert call("inspect", run, "--json") == 0
     assert all("alive_out" in layer for layer in json.loads(capsys.readouterr().out)["layers"])
+
+
+GREY = {
+    "train": ("--data", "digits", "--method", "dense", "--epochs", 1, "--kernels", "dense", "--quiet", "--out", "made"),
+    "inspect": (),
+    "bench": ("--quiet", "--no-compile", "--repeats", 1),
+}
+
+
+@pytest.mark.parametrize("command", GREY)
+def test_a_command_says_how_a_model_states_the_images_it_takes(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    assert call(command, f"{__name__}:Grey", *GREY[command]) == 1
+    said = capsys.readouterr().err
+    assert re.search(facts("`Grey`", "pretrained_cfg", "input_size"), said)
+    assert "example_inputs" not in said
+    assert call(command, f"{__name__}:StatedGrey", *GREY[command]) == 0
