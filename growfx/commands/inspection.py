@@ -131,8 +131,14 @@ def require_builder(info: ArtifactInfo, path: Path) -> None:
     if why := why_no_builder(info.model, info.notes):
         run = next((folder for folder in path.absolute().parents[:2] if kind_of(folder) == "run"), None)
         instead = "the folder of the run that it was made of" if run is None else f"its run, `{run}`"
+        # a run that was made from a spec can be built from it again, one of an instance cannot
+        give = (
+            f"give {instead}, or in Python "
+            if info.model is not None and info.model["library"] == "python"
+            else "in Python "
+        )
         with located(f"`{path}`"):
-            raise ArtifactError(f"{why}: give {instead}, or in Python load it with `growfx.load(path, model=instance)`")
+            raise ArtifactError(f"{why}: {give}load it with `growfx.load(path, model=instance)`")
 
 
 def kind_of(path: Path) -> str:

@@ -77,7 +77,8 @@ def test_the_run_that_is_named_is_evaluated(run, capsys):
 def test_an_artifact_without_the_name_of_a_model_says_what_to_give(tmp_path, capsys, command):
     growfx.save(growfx.wrap(nn.Sequential(nn.Linear(4, 2)), torch.randn(1, 4)), tmp_path / "own")
     assert call(command, tmp_path / "own", *COMMANDS[command]) == 1
-    assert re.search(facts("how its model is built", "folder of the run"), capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert re.search(facts("how its model is built", "in Python", "growfx.load(path, model=instance)"), said)
 
 
 def test_a_report_names_the_command_that_follows_the_paths(run, tmp_path, capsys):
