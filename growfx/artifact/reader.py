@@ -6,7 +6,7 @@ builders are called, by their registered names, with arguments that bring no wei
 stored.
 """
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,16 @@ from growfx.models.budget import build_budget
 from growfx.models.build import WEIGHT_SOURCES, ModelIdentity, blueprint, build_unfilled
 from growfx.notices import warn_once
 
-__all__ = ["CONFIG", "DEFAULT_MAX_BYTES", "check_target", "inspect", "load", "load_masks", "load_state"]
+__all__ = [
+    "CONFIG",
+    "DEFAULT_MAX_BYTES",
+    "check_target",
+    "inspect",
+    "load",
+    "load_masks",
+    "load_state",
+    "why_no_builder",
+]
 
 _SHOWN_COMPLAINTS = 4
 _SIGNED = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
@@ -211,18 +220,29 @@ def check_instance(model: object) -> None:
         )
 
 
-def _identity(manifest: Manifest) -> ModelIdentity:
-    recipe = manifest.model
+def why_no_builder(recipe: Mapping[str, Any] | None, notes: Sequence[str]) -> str:
+    """Why an artifact cannot be loaded without an instance of its model; "" where it can, as far as its recipe tells.
+
+    Args:
+        recipe, notes: `model` and `notes` of its `ArtifactInfo`.
+    """
     if recipe is None:
-        why = f" ({'; '.join(manifest.notes)})" if manifest.notes else ""
-        raise ArtifactError(f"it does not say how its model is built{why}; pass an instance as `model=`")
+        why = f" ({'; '.join(notes)})" if notes else ""
+        return f"it does not say how its model is built{why}"
     library, name, kwargs = (recipe.get(key) for key in ("library", "name", "kwargs"))
     if library == "python":
-        raise ArtifactError(
-            f"its model is made by `{name}`; load runs no code named by a file: pass an instance as `model=`"
-        )
+        return f"its model is made by `{name}`; load runs no code named by a file"
     if library not in ("timm", "torchvision") or not isinstance(name, str) or not isinstance(kwargs, dict):
-        raise ArtifactError(f"it names a model of `{library}`; allowed: timm, torchvision; or pass `model=`")
+        return f"it names a model of `{library}`; allowed: timm, torchvision"
+    return ""
+
+
+def _identity(manifest: Manifest) -> ModelIdentity:
+    recipe = manifest.model
+    if why := why_no_builder(recipe, manifest.notes):
+        raise ArtifactError(f"{why}; pass an instance as `model=`")
+    assert recipe is not None
+    library, name, kwargs = (recipe[key] for key in ("library", "name", "kwargs"))
     foreign = sorted(WEIGHT_SOURCES[library] & kwargs.keys())
     if foreign:
         raise ArtifactError(f"its model argument `{foreign[0]}` would fetch weights from elsewhere; refused")

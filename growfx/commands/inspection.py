@@ -10,6 +10,7 @@ from torch import nn
 from growfx.analysis.network_cost import cost
 from growfx.artifact.file import located
 from growfx.artifact.hub import local_path
+from growfx.artifact.info import ArtifactInfo
 from growfx.artifact.remembered_inputs import as_example, default_inputs
 from growfx.commands.job import reopen, wrap_for
 from growfx.data.loaders import InputFormat, fit_input, make_loader
@@ -22,7 +23,7 @@ from growfx.passes.mask.swap import wrap
 from growfx.training.evaluation import evaluate
 from growfx.training.recipe import pick_device
 
-__all__ = ["accuracy_of", "facts_of", "kind_of", "nothing_there", "place_of", "recorded_format"]
+__all__ = ["accuracy_of", "facts_of", "kind_of", "nothing_there", "place_of", "recorded_format", "require_builder"]
 
 _WEIGHTS_FILE = "sparse.safetensors"
 # What is recorded of a data set beside the options it was opened with.
@@ -75,8 +76,10 @@ def accuracy_of(path: Path, data: str, split: str, assignments: Sequence[str] = 
     given, path = path, place_of(path)
     kind = kind_of(path)
     if kind == "artifact":
+        info = reader.inspect(path)
+        require_builder(info, path)
         net: nn.Module = reader.load(path)
-        known: Mapping[str, Any] = reader.inspect(path).provenance
+        known: Mapping[str, Any] = info.provenance
     elif kind == "run":
         net, folder = reopen(path)
         known = folder.config
@@ -121,6 +124,23 @@ def nothing_there(path: str | Path) -> ArtifactError:
     return ArtifactError(f"`{path}` is neither an artifact (no `{_WEIGHTS_FILE}`) nor a run (no `config.json`)")
 
 
+def require_builder(info: ArtifactInfo, path: Path) -> None:
+    """Raise `ArtifactError` where a command cannot build the network of an artifact, and say what to give instead."""
+    from growfx.artifact.reader import why_no_builder
+
+    if why := why_no_builder(info.model, info.notes):
+        run = next((folder for folder in path.absolute().parents[:2] if kind_of(folder) == "run"), None)
+        instead = "the folder of the run that it was made of" if run is None else f"its run, `{run}`"
+        # a run that was made from a spec can be built from it again, one of an instance cannot
+        give = (
+            f"give {instead}, or in Python "
+            if info.model is not None and info.model["library"] == "python"
+            else "in Python "
+        )
+        with located(f"`{path}`"):
+            raise ArtifactError(f"{why}: {give}load it with `growfx.load(path, model=instance)`")
+
+
 def kind_of(path: Path) -> str:
     """`artifact`, `run` or `other`."""
     if (path / _WEIGHTS_FILE).is_file() or (path.is_file() and path.suffix == ".safetensors"):
@@ -136,6 +156,7 @@ def _facts_of_artifact(path: Path) -> dict[str, Any]:
     facts = {**info.to_dict(), "kind": "artifact", "model": name, "recipe": info.model}
     reader.load_state(path)  # damage is an error; that the model cannot be built here is not
     try:
+        require_builder(info, path)
         model = reader.load(path)
         known = default_inputs(model)
         net = (

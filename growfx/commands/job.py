@@ -5,7 +5,8 @@ What the commands share; `growfx.training` knows nothing of specs.
 
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,16 @@ from growfx.commands.starting_weights import StartingWeights
 from growfx.data.loaders import InputFormat, fit_input, make_loader
 from growfx.data.sources import DataSource, open_data
 from growfx.distributed import ranks
-from growfx.errors import CheckpointError, ConfigError
+from growfx.errors import CheckpointError, ConfigError, TraceError
 from growfx.masked.graph import MaskedGraph
 from growfx.models.build import create_model
 from growfx.options import DataOptions, as_json
 from growfx.passes.mask.swap import wrap
+from growfx.passes.record.data import RefusedInputsError
 from growfx.runs.checkpoint import read
 from growfx.runs.folder import RunFolder
 
-__all__ = ["Job", "assemble", "reopen", "wrap_for"]
+__all__ = ["Job", "assemble", "reopen", "saying_how_inputs_are_stated", "wrap_for"]
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,27 @@ def assemble(
 
 
 def wrap_for(model: nn.Module, form: InputFormat, exclude: Sequence[str] = ()) -> MaskedGraph:
-    """Wrap a model for images of this format, without masks for the layers that `exclude` matches."""
+    """Wrap a model for images of this format, without masks for the layers that `exclude` matches.
+
+    Raises:
+        TraceError: as `growfx.wrap`; it says how a model states what images it takes.
+    """
     generator = torch.Generator().manual_seed(0)
-    return wrap(model, torch.randn(1, *form.input_size, generator=generator), exclude=exclude)
+    with saying_how_inputs_are_stated():
+        return wrap(model, torch.randn(1, *form.input_size, generator=generator), exclude=exclude)
+
+
+@contextmanager
+def saying_how_inputs_are_stated() -> Generator[None]:
+    """Put what a model's author can do in the place of `example_inputs`, which the command line does not have."""
+    try:
+        yield
+    except RefusedInputsError as error:
+        raise TraceError(
+            f"{error.fact}. A model says what images it takes by an attribute, as timm's do: "
+            "`pretrained_cfg = {'input_size': (1, 28, 28)}` is one channel of 28x28 pixels; for other inputs than "
+            "images use growfx in Python"
+        ) from error.__cause__
 
 
 def reopen(path: Path, *, best: bool = False) -> tuple[MaskedGraph, RunFolder]:

@@ -39,7 +39,7 @@ class SampleSeeded(Dataset[Any], ABC):
 
 
 def pair_of(batch: Any) -> tuple[Tensor, Tensor]:
-    """Images (B, ...) and class numbers (B) of what a loader gave.
+    """Images (B, ...) and class numbers (B, int64) of what a loader gave, or mixed targets (B, classes) as they are.
 
     Raises:
         DataError: it is something else.
@@ -47,13 +47,27 @@ def pair_of(batch: Any) -> tuple[Tensor, Tensor]:
     parts: Any = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
     if len(parts) == 2 and all(isinstance(part, Tensor) and part.ndim for part in parts):
         if len(parts[0]) == len(parts[1]):
-            return parts
+            return parts[0], _class_numbers(parts[1])
         found = f"{len(parts[0])} images with {len(parts[1])} class numbers"
     else:
         found = f"a {type(batch).__name__} of {', '.join(type(part).__name__ for part in parts) or 'nothing'}"
     raise DataError(
         f"a loader expects batches that are pairs of tensors (images, class numbers), equally many, got {found}; give "
         "one that makes such pairs (its `collate_fn`), or write your own loop with `method.attach` and `method.step`"
+    )
+
+
+def _class_numbers(targets: Tensor) -> Tensor:
+    """Targets as losses take them: what has another shape or type would be broadcast, or fail with torch's words."""
+    floating = targets.is_floating_point() or targets.is_complex()
+    if targets.ndim == 1 and not floating:
+        return targets.long()
+    if targets.ndim == 2 and targets.is_floating_point():
+        return targets
+    raise DataError(
+        f"a loader expects class numbers, whole numbers of shape (batch,), got {targets.dtype} of shape "
+        f"{tuple(targets.shape)}; give those, or train on other targets in your own loop with `method.attach` and "
+        "`method.step`"
     )
 
 

@@ -7,7 +7,8 @@ of data that would train silently wrong. `growfx.data.loaders` makes loaders of 
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 
 from growfx.errors import DataError, did_you_mean
+from growfx.notices import warn_once
 from growfx.options import DataOptions
 
 __all__ = ["DataSource", "Split", "open_data"]
@@ -23,6 +25,8 @@ __all__ = ["DataSource", "Split", "open_data"]
 # training by the authors under that name, else val.
 _TORCH_TEST = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 _TORCH_VAL = ("imagenet", "places365", "inaturalist", "inat")
+# Names of files that are images; torchvision's `ImageFolder` has the same.
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -94,29 +98,51 @@ def open_data(spec: str, options: DataOptions | None = None) -> DataSource:
     )
 
 
-class _ReaderImages:
-    """Images of a timm reader. timm's own data set replaces an unreadable image by its neighbour; this
-    one names it.
+@dataclass(frozen=True)
+class _FileImages:
+    """Images in files.
+
+    timm's own data set replaces an unreadable image by its neighbour; this one names it.
+
+    Attributes:
+        samples: (path, class number) of every image.
     """
 
-    def __init__(self, reader: Any) -> None:
-        self.reader = reader
+    samples: Sequence[tuple[str, int]] = field(repr=False)
 
     def __len__(self) -> int:
-        return len(self.reader)
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         from PIL import Image
 
-        stream, target = self.reader[index]
-        with stream:
+        path, target = self.samples[index]
+        with Path(path).open("rb") as stream:
             try:
                 image = Image.open(stream)
                 image.load()
             except (OSError, SyntaxError, ValueError) as error:
-                name = self.reader.filename(index, absolute=True)
-                raise DataError(f"image `{name}` cannot be decoded ({error}); remove or replace it") from error
-        return image, target
+                raise DataError(f"image `{path}` cannot be decoded ({error}); remove or replace it") from error
+        return _eight_bits(image), target
+
+
+def _depth(image: Any) -> int | None:
+    """Bits of a value of an image (PIL), from its header; None where the range of its values is not known."""
+    if image.mode.startswith("I;16"):
+        return 16
+    if image.mode == "I":  # how PIL reads 16 bits from some formats, and signed or 32 bits from others
+        return 16 if image.format in ("PNG", "PPM") else None
+    return None if image.mode == "F" else 8
+
+
+def _eight_bits(image: Any) -> Any:
+    """An image with 8 bits a value; PIL's own conversion cuts deeper ones off at 255, which leaves them white."""
+    from PIL import Image
+
+    if _depth(image) != 16:
+        return image
+    values = np.asarray(image).astype(np.float64) / (65535 / 255)
+    return Image.fromarray(np.rint(values).astype(np.uint8))
 
 
 class _DigitImages:
@@ -169,7 +195,7 @@ def _open_folder(spec: str, options: DataOptions) -> DataSource:
                 f"`train/` has {len(classes)}"
             )
     splits = {name: _read_folder(folder, classes) for name, folder in folders.items()}
-    targets = [target for _, target in splits["train"].images.reader.samples]
+    targets = [target for _, target in splits["train"].images.samples]
     return _finish(spec, tuple(classes), splits, targets, options)
 
 
@@ -181,37 +207,80 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 def _read_folder(folder: Path, classes: Sequence[str]) -> Split:
-    from timm.data.dataset_factory import create_dataset
-
-    numbers = {name: number for number, name in enumerate(classes)}
-    try:
-        reader = cast(Any, create_dataset("", root=str(folder), search_split=False, class_map=numbers)).reader
-    except RuntimeError as error:
-        raise DataError(f"`{folder}` has no images in its class folders ({error})") from error
+    samples = _find_images(folder, classes)
+    if not samples:
+        raise DataError(
+            f"`{folder}` has no images in its class folders; they are files whose names end in {_listed(_SUFFIXES)}"
+        )
     if folder.name == "train":
-        empty = sorted(set(range(len(classes))) - {target for _, target in reader.samples})
+        empty = sorted(set(range(len(classes))) - {target for _, target in samples})
         if empty:
             names = ", ".join(f"`{classes[i]}`" for i in empty[:5])
             raise DataError(f"`{folder}` has class folders without images: {names}; fill or remove them")
-    _check_headers([path for path, _ in reader.samples], folder)
-    images = _ReaderImages(reader)
+    _check_headers([path for path, _ in samples], folder)
+    images = _FileImages(samples)
     return Split(images, tuple(range(len(images))))
+
+
+def _find_images(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
+    """The image files of a split and their class numbers, in the order of their names.
+
+    An image belongs to the class folder it lies in, however deep; the folders between them mean nothing. Images
+    that are left out are warned of.
+    """
+    from PIL import Image
+    from timm.utils.misc import natural_key
+
+    Image.init()
+    samples: list[tuple[str, int]] = []
+    left = [path for path in folder.iterdir() if path.is_file() and _suffix(path.name) in _SUFFIXES]
+    for number, name in enumerate(classes):
+        for place, below, files in os.walk(folder / name, followlinks=True):
+            below[:] = [inner for inner in below if not inner.startswith(".")]
+            for file in files:
+                if _suffix(file) in _SUFFIXES:
+                    samples.append((os.path.join(place, file), number))
+                elif _suffix(file) in Image.EXTENSION:
+                    left.append(Path(place, file))
+    if left:
+        names = ", ".join(f"`{path}`" for path in sorted(left)[:3])
+        warn_once(
+            f"{len(left)} images under `{folder}` are left out: {names}; images lie in class folders, in files whose "
+            f"names end in {_listed(_SUFFIXES)}",
+            [],
+        )
+    return sorted(samples, key=lambda sample: natural_key(sample[0]))
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _check_headers(paths: Sequence[str], folder: Path) -> None:
     """Open every file before training starts: a bad one would otherwise end a run hours later."""
     from PIL import Image
 
-    bad = []
+    bad, unbounded = list[str](), list[str]()
     for path in paths:
         try:
-            Image.open(path).close()
+            with Image.open(path) as image:
+                if _depth(image) is None:
+                    unbounded.append(path)
         except (OSError, SyntaxError, ValueError):
             bad.append(path)
     if bad:
-        names = ", ".join(f"`{path}`" for path in bad[:3])
         raise DataError(
-            f"{len(bad)} of {len(paths)} images under `{folder}` cannot be read: {names}; remove or replace them"
+            f"{len(bad)} of {len(paths)} images under `{folder}` cannot be read: {_listed(bad[:3])}; remove or replace "
+            "them"
+        )
+    if unbounded:
+        raise DataError(
+            f"{len(unbounded)} of {len(paths)} images under `{folder}` have values of 32 bits, whose range is not "
+            f"known: {_listed(unbounded[:3])}; convert them to 8 or 16 bits"
         )
 
 

@@ -1,7 +1,8 @@
 """Accuracy of a network, and how far a measured accuracy can be trusted."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from growfx.masked.agreement import share_buffers
 from growfx.masked.graph import MaskedGraph
 from growfx.masked.shared import is_shared
 
-__all__ = ["Score", "count_classes", "evaluate", "logits_of", "paired_noise"]
+__all__ = ["Score", "count_classes", "evaluate", "explaining_class_numbers", "logits_of", "paired_noise"]
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,15 @@ def evaluate(net: nn.Module, loader: Iterable[Any], device: torch.device | str) 
         with torch.no_grad():
             for images, targets in map(pair_of, loader):
                 logits = logits_of(net(images.to(device, non_blocking=True)))
-                if int(targets.max()) >= logits.shape[1]:
+                if targets.ndim != 1:
                     raise DataError(
-                        f"the data has class number {int(targets.max())}, but the network has {logits.shape[1]} outputs"
+                        f"accuracy is of class numbers (batch,), and the loader gives mixed targets of shape "
+                        f"{tuple(targets.shape)}; mix training batches alone"
+                    )
+                outside = targets[(targets < 0) | (targets >= logits.shape[1])]
+                if len(outside):
+                    raise DataError(
+                        f"the data has class number {int(outside[0])}, but the network has {logits.shape[1]} outputs"
                     )
                 found.append(logits.argmax(1).cpu() == targets.cpu())
     finally:
@@ -91,13 +98,35 @@ def _of_all_ranks(correct: Tensor, loader: Any) -> Tensor:
 
 
 def count_classes(net: nn.Module, images: Tensor) -> int:
-    """How many classes `net` scores; its mode is restored. ConfigError where it gives no class scores."""
+    """How many classes `net` scores; its mode is restored. ConfigError where it gives no scores of two or more."""
     training = net.training
     try:
         with torch.no_grad():
-            return logits_of(net.eval()(images)).shape[1]
+            classes = logits_of(net.eval()(images)).shape[1]
     finally:
         net.train(training)
+    if classes < 2:
+        raise ConfigError(
+            f"the network has {classes} output, and training here needs a score for each of two or more classes; "
+            "give it one output for each class, or train it in your own loop with `method.attach` and `method.step`"
+        )
+    return classes
+
+
+@contextmanager
+def explaining_class_numbers(targets: Tensor, classes: int) -> Generator[None]:
+    """Raise `DataError` where what is done with class numbers fails for there is no such class, as torch notices on a
+    CPU.
+    """
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        least, most = int(targets.min()), int(targets.max())
+        if targets.ndim != 1 or (least >= 0 and most < classes):
+            raise
+        raise DataError(
+            f"the training data has class numbers from {least} to {most}, but the network has {classes} outputs"
+        ) from error
 
 
 def logits_of(output: Any) -> Tensor:

@@ -19,6 +19,7 @@ from growfx.errors import ConfigError, DataError, did_you_mean
 from growfx.methods.session import Stage
 from growfx.options import TrainOptions
 from growfx.runs.checkpoint import content_digest
+from growfx.training.evaluation import explaining_class_numbers
 
 __all__ = [
     "make_average",
@@ -78,9 +79,15 @@ def _shares_out(loader: Any) -> bool:
 
 
 def make_optimizer(net: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
-    """By timm's name; tensors of one dimension are not decayed. ConfigError when timm does not have it."""
+    """By timm's name; tensors of one dimension are not decayed.
+
+    Raises:
+        ConfigError: timm does not have it, or no parameter is trained.
+    """
     from timm import optim
 
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        raise ConfigError("no parameter of the network is trained; set `requires_grad` of those that are to be")
     try:
         return optim.create_optimizer_v2(  # pyright: ignore[reportPrivateImportUsage]
             net,
@@ -122,7 +129,8 @@ def make_mixup(options: TrainOptions, classes: int) -> Callable[[Tensor, Tensor]
     """timm's mixup and cutmix of images (B, C, H, W) and class numbers (B) into targets (B, classes), drawn from
     numpy's global generator; None where the options ask for neither.
 
-    What it returns raises `ConfigError` for a batch of an odd number of images, and where cutmix is not allowed.
+    What it returns raises `ConfigError` for a batch of an odd number of images, and where cutmix is not allowed, and
+    `DataError` for targets that are mixed already, or class numbers that are not there.
     """
     from timm.data.mixup import Mixup
 
@@ -141,8 +149,14 @@ def make_mixup(options: TrainOptions, classes: int) -> Callable[[Tensor, Tensor]
                 f"`cutmix` cuts rectangles out of images (B, C, H, W), and a batch has shape {tuple(images.shape)}; "
                 "`mixup` alone takes any shape"
             )
-        # timm mixes in place, and the images may be the caller's own.
-        return mix(images.clone(), targets)
+        if targets.ndim != 1:
+            raise DataError(
+                f"`mixup` and `cutmix` mix class numbers (batch,), and the training loader gives targets of shape "
+                f"{tuple(targets.shape)}; mix in the loader or by these options, not both"
+            )
+        with explaining_class_numbers(targets, classes):
+            # timm mixes in place, and the images may be the caller's own.
+            return mix(images.clone(), targets)
 
     return mixed
 

@@ -6,7 +6,7 @@ The order of everything random is that of `growfx.training`'s docstring.
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from typing import Any
 
@@ -67,6 +67,11 @@ class Run:
                 raise DataError(
                     f"the {part} loader expects batches (images, class numbers), got {type(loader).__name__}; give a "
                     "torch.utils.data.DataLoader, or anything that can be iterated over"
+                )
+            if isinstance(loader, Iterator):  # a look at its first batch would be the last
+                raise DataError(
+                    f"the {part} loader can be iterated over once only ({type(loader).__name__}); give a "
+                    "torch.utils.data.DataLoader, or a list of batches"
                 )
         self.folder: RunFolder | None = None
         self.scalars: Scalars | None = None

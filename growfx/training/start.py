@@ -61,8 +61,9 @@ def train(
 
     Args:
         net: from `growfx.wrap`. It is moved to `options.device`.
-        train_loader: gives (images (B, ...), class numbers (B)); its length must be known. Its order follows
-            torch's global generator, or the loader's `generator`, which is then seeded every epoch.
+        train_loader: gives (images (B, ...), class numbers (B)), or targets (B, classes) that it has mixed itself; its
+            length must be known. Its order follows torch's global generator, or the loader's `generator`, which is then
+            seeded every epoch.
         val_loader: scores growth rounds and epochs, always in the same order.
         method: from `growfx.methods.create`, not yet attached; None trains under the current masks.
         test_loader: scored once, at the end.
@@ -74,7 +75,7 @@ def train(
         ConfigError: an option out of its range, an unknown optimizer, a network without class scores, or one whose
             weights are spread over processes (`fully_shard`).
         CheckpointError: the run folder exists, is of another run, is damaged, or cannot be written.
-        DataError: an empty loader.
+        DataError: an empty loader, or targets that are not class numbers of the network's outputs.
         GrowfxError: the loss is not finite.
 
     Example:

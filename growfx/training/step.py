@@ -17,7 +17,7 @@ from growfx.masked.graph import MaskedGraph
 from growfx.masked.isolation import undisturbed
 from growfx.masked.modules import chain_tensors
 from growfx.options import TrainOptions
-from growfx.training.evaluation import logits_of
+from growfx.training.evaluation import explaining_class_numbers, logits_of
 from growfx.training.randomness import randomness_of, set_randomness
 
 if TYPE_CHECKING:
@@ -119,17 +119,17 @@ class TrainStep:
     def loss(self, output: Any, targets: Tensor) -> Tensor:
         """Return the loss of what the network gave for one batch.
 
-        Raises `DataError` for class numbers that the network has no output for, where torch notices (on a CPU).
+        Raises `DataError` for class numbers that the network has no output for, where torch notices (on a CPU), and for
+        mixed targets of other classes.
         """
         logits = logits_of(output)
-        try:
-            return self.criterion(logits, targets)
-        except IndexError as error:
-            least, most = int(targets.min()), int(targets.max())
+        if targets.ndim == 2 and targets.shape != logits.shape:
             raise DataError(
-                f"the training data has class numbers from {least} to {most}, but the network has {logits.shape[1]} "
-                "outputs"
-            ) from error
+                f"the training data has targets of shape {tuple(targets.shape)}, but the network gives scores of shape "
+                f"{tuple(logits.shape)}; give class numbers (batch,), or a target for each class"
+            )
+        with explaining_class_numbers(targets, logits.shape[1]):
+            return self.criterion(logits, targets)
 
     def __call__(self, *window: Batch) -> tuple[Tensor, bool]:
         """Train on batches (images, class numbers) on the network's device; return the mean loss over all images, and

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from growfx.errors import TraceError
+
 __all__ = ["DataDependentError", "DataSizes", "NeedsValuesError", "has_input"]
 
 # How many rows their results have depends on values; `where` and indexing only in the forms that select by a mask.
@@ -36,6 +38,21 @@ class DataDependentError(BaseException):
     def __init__(self, module: str, reason: str):
         super().__init__(module, reason)
         self.module, self.reason = module, reason
+
+
+class RefusedInputsError(TraceError):
+    """A model fails on the inputs that it is recorded on.
+
+    Attributes:
+        fact: what happened, without what to do: whoever chose the inputs knows that better.
+    """
+
+    def __init__(self, fact: str, advice: str) -> None:
+        super().__init__(fact, advice)
+        self.fact, self.advice = fact, advice
+
+    def __str__(self) -> str:
+        return f"{self.fact}. {self.advice}"
 
 
 class NeedsValuesError(RuntimeError):

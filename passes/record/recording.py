@@ -24,13 +24,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from growfx.errors import TraceError
 from growfx.masked.isolation import caches_bypassed, generators_restored, tables_restored
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.module_copy import copy_modules, separate_hooks
 from growfx.masked.weight_reads import ModelCode
 from growfx.passes.record.call import all_can_be_written, is_own_or_torch
-from growfx.passes.record.data import DataDependentError, NeedsValuesError
+from growfx.passes.record.data import DataDependentError, NeedsValuesError, RefusedInputsError
 from growfx.passes.record.hooks import HookChangesValuesError
 from growfx.passes.record.recorder import Recorder
 from growfx.recorded import graph_ops
@@ -130,9 +129,10 @@ def _recorded(recorder: Recorder, given: Inputs) -> Recording:
         where = f" in module `{recorder.failed_in}`" if recorder.failed_in else ""
         source = _source_of_error(error)
         shapes = [tuple(a.shape) for a in given.values if isinstance(a, Tensor)]
-        raise TraceError(
+        raise RefusedInputsError(
             f"`{type(recorder.home).__name__}` fails on inputs of shape {shapes}{where} ({source}): "
-            f"{type(error).__name__}: {error}. Pass inputs that the model accepts (`example_inputs` of `growfx.wrap`)."
+            f"{type(error).__name__}: {error}",
+            "Pass inputs that the model accepts (`example_inputs` of `growfx.wrap`).",
         ) from error
     recorder.graph.output(recorder.as_argument(output, build=True))
     _drop_unused_numbers(recorder.graph)

@@ -104,7 +104,7 @@ def test_a_folder_with_val_and_test_is_taken_as_it_is(folder):
     assert {name: len(split) for name, split in source.splits.items()} == {"train": 60, "val": 6, "test": 12}
     # A class that evaluation lacks keeps its number.
     write_images(folder / "val" / "owl", 1)
-    assert [t for _, t in open_data(str(folder)).splits["val"].images.reader.samples] == [0, 0, 0, 1, 1, 1, 2]
+    assert [t for _, t in open_data(str(folder)).splits["val"].images.samples] == [0, 0, 0, 1, 1, 1, 2]
 
 
 def test_batches_of_a_folder_are_augmented_in_training_only(folder):

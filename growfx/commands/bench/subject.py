@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 from growfx.artifact.info import ArtifactInfo
 from growfx.artifact.remembered_inputs import as_example, inputs_from
 from growfx.artifact.writer import inspect, load_masks
-from growfx.commands.inspection import kind_of, nothing_there, place_of, recorded_format
-from growfx.commands.job import reopen
+from growfx.commands.inspection import kind_of, nothing_there, place_of, recorded_format, require_builder
+from growfx.commands.job import reopen, saying_how_inputs_are_stated
 from growfx.deploy.loading import load
 from growfx.deploy.saving import save
 from growfx.errors import ConfigError
@@ -118,6 +118,8 @@ def opened_subject(
     given = None if example_inputs is None else _as_tuple(example_inputs)
     if kind == "artifact":
         info = inspect(place)
+        if model is None:
+            require_builder(info, place)
         example = Inputs(given, {}) if given else _stored_example(info, model, place, img_size)
         yield Subject(str(path), kind, place, info, example, model)
         return
@@ -128,7 +130,8 @@ def opened_subject(
     else:
         built = create_model(str(path), **(model_kwargs or {})).eval()
         example = Inputs(given or _resized((torch.zeros(default_input_shape(built)),), img_size), {})
-        net = wrap(built, example, density=1.0 if density is None else density)
+        with saying_how_inputs_are_stated() if given is None else nullcontext():
+            net = wrap(built, example, density=1.0 if density is None else density)
     with tempfile.TemporaryDirectory() as folder:
         info = save(net, Path(folder) / "artifact")
         # A model of the caller's own module is not built by reading an artifact.

@@ -316,7 +316,8 @@ def compare(
     work.mkdir(exist_ok=True)
     planned, errors = _train_and_control(comparison, planned, work, launch, progress=progress)
     runs = [_facts_of(run, work, errors.get(run.name)) for run in planned]
-    return write_comparison(folder, {**folder.config, "data": data, "jobs": jobs}, runs)
+    fingerprint = folder.config["data"]["fingerprint"]
+    return write_comparison(folder, {**folder.config, "data": data, "fingerprint": fingerprint, "jobs": jobs}, runs)
 
 
 def _launcher(cluster: Cluster | None, jobs: int | None, device: str, logs: Path) -> tuple[Launch, int | None]:
@@ -385,14 +386,16 @@ def _open(out: Path, comparison: Comparison, *, resume: bool, overwrite: bool) -
     """Open the folder of a comparison once all is sure that can be known before training."""
     refuse_existing(out, resume=resume, overwrite=overwrite)
     config = {"format": FORMAT, "versions": versions(), **comparison.config()}
-    folder = RunFolder(out, config)
-    before = folder.read_json("config.json")
+    before = RunFolder(out, config).read_json("config.json")
     if before is not None:
         if before.get("format") != FORMAT:
             raise CheckpointError(f"`{out}` is not the folder of a comparison; choose another folder")
         if resume:
             _require_same(out, before, config)
-    _try_out(comparison)
+    config["data"] = _try_out(comparison)
+    if before is not None and resume:
+        _require_same_data(out, before, config)
+    folder = RunFolder(out, config)
     out.mkdir(parents=True, exist_ok=True)
     if overwrite:
         for name in ("runs", "logs"):
@@ -403,19 +406,31 @@ def _open(out: Path, comparison: Comparison, *, resume: bool, overwrite: bool) -
     return folder
 
 
-def _try_out(comparison: Comparison) -> None:
-    """Build what all runs share: where that fails none of them could start."""
+def _try_out(comparison: Comparison) -> dict[str, Any]:
+    """Build what all runs share, and return what tells their data from others; where it fails no run could start."""
     from growfx.commands.job import assemble
 
     spec = comparison.runs()[0].spec
     with private_randomness():
-        assemble(
+        source = assemble(
             spec.model,
             spec.data,
             spec.data_options,
             model_kwargs=spec.model_kwargs,
             exclude=spec.exclude,
             weights=spec.weights,
+        ).source
+    return {"spec": source.spec, "fingerprint": source.fingerprint}
+
+
+def _require_same_data(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` where the runs of a comparison were made of other data; their folder may have moved."""
+    old = before.get("data")  # a comparison that began before it was noted has none
+    if isinstance(old, Mapping) and old.get("fingerprint") != now["data"]["fingerprint"]:
+        raise CheckpointError(
+            f"comparison `{out}` was started on `{old.get('spec')}` ({old.get('fingerprint')}), now `--data` is "
+            f"`{now['data']['spec']}` ({now['data']['fingerprint']}); continue with the same data, or start a new one "
+            "in another folder"
         )
 
 

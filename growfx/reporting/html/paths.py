@@ -14,7 +14,7 @@ from growfx.analysis.paths import PathProducts
 from growfx.artifact.info import ArtifactInfo
 from growfx.artifact.remembered_inputs import as_example, default_inputs
 from growfx.data.loaders import InputFormat
-from growfx.errors import GrowfxError, one_line
+from growfx.errors import ArtifactError, GrowfxError, one_line
 from growfx.masked.graph import MaskedGraph
 from growfx.models.build import default_image_shape
 from growfx.passes.mask.swap import wrap
@@ -47,6 +47,9 @@ def artifact_paths(folder: Path, info: ArtifactInfo) -> tuple[dict[str, LayerPat
     from growfx.artifact import reader
 
     try:
+        if why := reader.why_no_builder(info.model, info.notes):
+            named = info.model is not None and info.model["library"] == "python"  # commands build it for a run
+            raise ArtifactError(f"{why}; `growfx inspect` of the run follows them" if named else why)
         model = reader.load(folder)
         net = wrap(model, _example(model, info))
         # The plain model has no masks; a weight that is active and zero carries no path either.

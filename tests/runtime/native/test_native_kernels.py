@@ -34,6 +34,13 @@ def test_functions_of_one_number_equal_torch_at_ordinary_and_extreme_numbers(
     assert torch.allclose(made(x[None])[0], function(x[None]), rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("decimals", [-1, 0, 1, 3])
+def test_numbers_are_rounded_to_as_many_decimals_as_torch_does(decimals: int) -> None:
+    x = torch.cat([torch.linspace(-12, 12, 797), torch.tensor([0.25, -0.75, 15.0, 25.0])])[None]
+    function = Function(lambda x: torch.round(x, decimals=decimals))
+    assert torch.allclose(native(function, x)(x)[0], function(x), rtol=1e-6)
+
+
 @pytest.mark.parametrize("function", [F.relu, F.silu, F.gelu, torch.tanh, torch.sigmoid, torch.exp, F.hardswish])
 def test_nan_infinity_and_huge_numbers_go_through_functions_as_in_torch(function: Callable[[Tensor], Tensor]) -> None:
     x = torch.tensor(

@@ -15,10 +15,12 @@ __all__ = ["RULES"]
 
 
 def _one(*operations: str) -> Rule:
-    """Operations without numbers of the call."""
+    """Operations of a tensor and nothing else; an overload with more arguments is another operation."""
 
     def rule(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
-        x = next(iter(a.values()))
+        x, *more = a.values()
+        if more:
+            raise NoKernelError(f"with `{list(a)[1]}`")
         return b.pointwise(b.operand(x), shapes[0], *(Chained(name) for name in operations))
 
     return rule
@@ -65,6 +67,15 @@ def _softplus(a: Arguments) -> list[Chained]:
     if beta == 1:
         return [Chained("softplus")]
     return [Chained("scale", a=beta), Chained("softplus"), Chained("scale", a=1 / beta)]
+
+
+def _round(a: Arguments) -> list[Chained]:
+    decimals = int(a.get("decimals") or 0)
+    if not decimals:
+        return [Chained("round")]
+    power = 10.0 ** abs(decimals)
+    there, back = (power, 1 / power) if decimals > 0 else (1 / power, power)
+    return [Chained("scale", a=there), Chained("round"), Chained("scale", a=back)]
 
 
 def _elu(a: Arguments) -> list[Chained]:
@@ -243,7 +254,7 @@ RULES: Final[dict[str, Rule]] = {
     "aten.reciprocal": _one("reciprocal"),
     "aten.relu": _one("relu"),
     "aten.relu6": _with(lambda a: [Chained("clamp", a=0.0, b=6.0)]),
-    "aten.round": _one("round"),
+    "aten.round": _with(_round),
     "aten.rsqrt": _one("rsqrt"),
     "aten.rsub": _rsub,
     "aten.sigmoid": _one("sigmoid"),

@@ -1,0 +1,92 @@
+"""What files of an image folder are taken as images, of which class, and with which values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from error_facts import facts
+from PIL import Image
+
+from growfx.data.loaders import InputFormat, make_loader
+from growfx.data.sources import open_data
+from growfx.errors import DataError, GrowfxWarning
+from growfx.options import DataOptions
+
+GREY = np.linspace(0, 255, 64).reshape(8, 8).astype(np.uint8)
+PLAIN = InputFormat((1, 8, 8), (0.0,), (1.0,))
+
+
+def put(path: Path, pixels: np.ndarray = GREY) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            for i in range(2):
+                put(tmp_path / split / name / f"{i}.png")
+    return tmp_path
+
+
+def classes_of(folder: Path, split: str = "train") -> dict[str, str]:
+    """The class of each file, by its path below the split."""
+    source = open_data(str(folder))
+    root = folder / split
+    samples = source.splits[split].images.samples
+    return {Path(path).relative_to(root).as_posix(): source.classes[target] for path, target in samples}
+
+
+@pytest.mark.parametrize("inner", ["monday/2.png", "dog/2.png", "a/b/2.png", "cat/2.png"])
+def test_an_image_belongs_to_the_class_folder_it_lies_in_however_deep(folder, inner):
+    put(folder / "train" / "cat" / inner)
+    assert classes_of(folder) == {
+        "cat/0.png": "cat",
+        "cat/1.png": "cat",
+        f"cat/{inner}": "cat",
+        "dog/0.png": "dog",
+        "dog/1.png": "dog",
+    }
+
+
+@pytest.mark.parametrize("suffix", ["webp", "bmp", "tif", "TIFF", "ppm", "pgm", "PNG", "JPEG"])
+def test_images_of_every_usual_format_are_taken(folder, suffix):
+    put(folder / "val" / "dog" / f"2.{suffix}")
+    assert classes_of(folder, "val")[f"dog/2.{suffix}"] == "dog"
+
+
+def test_hidden_folders_and_files_that_are_not_images_are_passed_over_in_silence(folder):
+    put(folder / "train" / "cat" / ".thumbs" / "0.png")
+    (folder / "train" / "cat" / "labels.txt").write_text("cat")
+    (folder / "train" / "readme.md").write_text("two classes")
+    assert len(classes_of(folder)) == 4
+
+
+@pytest.mark.parametrize("place", ["train/loose.png", "train/cat/moving.gif"])
+def test_images_that_are_left_out_are_counted_and_named(folder, place):
+    put(folder / place)
+    with pytest.warns(GrowfxWarning, match=facts(1, str(folder / place))):
+        assert len(classes_of(folder)) == 4
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_an_image_of_16_bits_is_the_one_of_8_bits_at_its_brightness(folder, suffix):
+    put(folder / "val" / "cat" / f"0.{suffix}", GREY.astype(np.uint16) * 257)
+    put(folder / "val" / "cat" / "1.png")
+    for name in ("dog/0.png", "dog/1.png", "cat/0.png"):
+        if name != f"cat/0.{suffix}":
+            (folder / "val" / name).unlink()
+    images, _ = next(iter(make_loader(open_data(str(folder)), "val", PLAIN, DataOptions())))
+    assert torch.equal(images[0], images[1])
+    assert torch.allclose(images[0, 0], torch.from_numpy(GREY) / 255)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_images_whose_range_is_not_known_are_refused_by_name(folder, kind):
+    put(folder / "train" / "cat" / "2.tif", GREY.astype(kind))
+    with pytest.raises(DataError, match=facts(1, 5, "2.tif", "16 bits")):
+        open_data(str(folder))
