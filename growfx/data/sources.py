@@ -60,10 +60,13 @@ class DataSource:
 
     @property
     def fingerprint(self) -> str:
-        """Sizes of the splits and a digest of class names and hold-out: the same for the same data."""
+        """Sizes of the splits and a digest of class names, hold-out, and names and sizes of files: the same for the
+        same data, wherever it lies.
+        """
         text = hashlib.sha256("\n".join(self.classes).encode())
         for name, split in sorted(self.splits.items()):
             text.update(name.encode() + np.asarray(split.indices, dtype="<i8").tobytes())
+            text.update(getattr(split.images, "digest", "").encode())
         sizes = " ".join(f"{name}:{len(split)}" for name, split in sorted(self.splits.items()))
         return f"{sizes} {text.hexdigest()[:16]}"
 
@@ -106,9 +109,11 @@ class _FileImages:
 
     Attributes:
         samples: (path, class number) of every image.
+        digest: of the names and sizes of the files.
     """
 
     samples: Sequence[tuple[str, int]] = field(repr=False)
+    digest: str
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -217,16 +222,20 @@ def _read_folder(folder: Path, classes: Sequence[str]) -> Split:
         if empty:
             names = ", ".join(f"`{classes[i]}`" for i in empty[:5])
             raise DataError(f"`{folder}` has class folders without images: {names}; fill or remove them")
-    _check_headers([path for path, _ in samples], folder)
-    images = _FileImages(samples)
+    paths = [path for path, _ in samples]
+    _check_headers(paths, folder)
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{Path(path).relative_to(folder).as_posix()}\0{os.path.getsize(path)}\n".encode())
+    images = _FileImages(samples, digest.hexdigest())
     return Split(images, tuple(range(len(images))))
 
 
 def _find_images(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
     """The image files of a split and their class numbers, in the order of their names.
 
-    An image belongs to the class folder it lies in, however deep; the folders between them mean nothing. Images
-    that are left out are warned of.
+    An image belongs to the class folder it lies in, however deep; the folders between them mean nothing. Links to
+    folders are followed, but not back to one that contains them. Images that are left out are warned of.
     """
     from PIL import Image
     from timm.utils.misc import natural_key
@@ -236,7 +245,7 @@ def _find_images(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
     left = [path for path in folder.iterdir() if path.is_file() and _suffix(path.name) in _SUFFIXES]
     for number, name in enumerate(classes):
         for place, below, files in os.walk(folder / name, followlinks=True):
-            below[:] = [inner for inner in below if not inner.startswith(".")]
+            below[:] = [inner for inner in below if not inner.startswith(".") and not _leads_up(place, inner)]
             for file in files:
                 if _suffix(file) in _SUFFIXES:
                     samples.append((os.path.join(place, file), number))
@@ -249,7 +258,17 @@ def _find_images(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
             f"names end in {_listed(_SUFFIXES)}",
             [],
         )
-    return sorted(samples, key=lambda sample: natural_key(sample[0]))
+    # Names that differ in case or leading zeros alone are alike to `natural_key`.
+    return sorted(samples, key=lambda sample: (natural_key(sample[0]), sample[0]))
+
+
+def _leads_up(place: str, inner: str) -> bool:
+    """Whether a folder is a link to one that it lies in, or that a link on the way to it leads to."""
+    path = Path(place, inner)
+    if not path.is_symlink():
+        return False
+    target = path.resolve()
+    return any(above.resolve().is_relative_to(target) for above in path.parents)
 
 
 def _suffix(name: str) -> str:

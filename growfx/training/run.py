@@ -68,7 +68,7 @@ class Run:
                     f"the {part} loader expects batches (images, class numbers), got {type(loader).__name__}; give a "
                     "torch.utils.data.DataLoader, or anything that can be iterated over"
                 )
-            if isinstance(loader, Iterator):  # a look at its first batch would be the last
+            if loader is not test_loader and _runs_once(loader):  # a look at its first batch would be the last
                 raise DataError(
                     f"the {part} loader can be iterated over once only ({type(loader).__name__}); give a "
                     "torch.utils.data.DataLoader, or a list of batches"
@@ -409,3 +409,9 @@ class Run:
         if state.get("config") is not None:
             self.folder.require_same(state["config"], where)
         return state, where
+
+
+def _runs_once(loader: Iterable[Any]) -> bool:
+    """Whether a loader surely gives its batches once only; an iterator of a class of its own may begin again."""
+    kinds = ("builtins", "itertools", "torch.utils.data.dataloader")
+    return isinstance(loader, Iterator) and type(loader).__module__ in kinds

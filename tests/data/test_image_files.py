@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +92,46 @@ def test_images_whose_range_is_not_known_are_refused_by_name(folder, kind):
     put(folder / "train" / "cat" / "2.tif", GREY.astype(kind))
     with pytest.raises(DataError, match=facts(1, 5, "2.tif", "16 bits")):
         open_data(str(folder))
+
+
+def test_data_of_other_files_has_another_fingerprint_wherever_it_lies(folder, tmp_path_factory):
+    before = open_data(str(folder)).fingerprint
+    elsewhere = tmp_path_factory.mktemp("moved") / "data"
+    shutil.copytree(folder, elsewhere)
+    assert open_data(str(elsewhere)).fingerprint == before
+    image = elsewhere / "train" / "cat" / "0.png"
+    put(image, np.zeros_like(GREY))
+    other = open_data(str(elsewhere)).fingerprint
+    image.rename(image.with_name("9.png"))
+    assert len({before, other, open_data(str(elsewhere)).fingerprint}) == 3
+
+
+def test_the_order_of_files_is_that_of_their_names_whatever_the_folder_lists(folder, monkeypatch):
+    for name in ("01.png", "1.PNG", "001.png"):
+        put(folder / "train" / "cat" / name)
+    there, walk = list(classes_of(folder)), os.walk
+
+    def backwards(*args, **options):
+        for place, below, files in walk(*args, **options):
+            below.reverse()
+            yield place, below, files[::-1]
+
+    monkeypatch.setattr(os, "walk", backwards)
+    assert list(classes_of(folder)) == there
+
+
+@pytest.mark.parametrize("links", [{"cat/loop": ".."}, {"cat/a/b": "../c", "cat/c/d": "../a"}])
+def test_links_in_a_circle_add_no_image(folder, links):
+    for name, target in links.items():
+        link = folder / "train" / name
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(target, target_is_directory=True)
+    expected = {f"{name}/{i}.png": name for name in ("cat", "dog") for i in range(2)}
+    assert classes_of(folder) == expected
+
+
+def test_a_link_to_a_folder_of_images_is_followed(folder, tmp_path_factory):
+    store = tmp_path_factory.mktemp("store")
+    put(store / "5.png")
+    (folder / "train" / "dog" / "more").symlink_to(store, target_is_directory=True)
+    assert classes_of(folder)["dog/more/5.png"] == "dog"
