@@ -381,8 +381,9 @@ def test_a_plain_model_and_an_empty_loader_are_refused():
     empty = DataLoader(train_loader.dataset, batch_size=1000, drop_last=True)
     with pytest.raises(DataError, match="training loader gives no batches"):
         train(fresh_net(), empty, val_loader, progress=False)
+    unsized: Any = type("Unsized", (), {"__iter__": lambda self: iter(train_loader)})()
     with pytest.raises(DataError, match="has no length"):
-        train(fresh_net(), iter([]), val_loader, progress=False)
+        train(fresh_net(), unsized, val_loader, progress=False)
     with pytest.raises(DataError, match="validation loader gives no images"):
         train(fresh_net(), train_loader, [], progress=False)
 
