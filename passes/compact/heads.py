@@ -14,8 +14,8 @@ __all__ = ["count_heads"]
 def count_heads(model: nn.Module, found: Connectivity, removed: Tensor) -> dict[str, dict[str, int]]:
     """The numbers of heads, and the widths of all heads together, that modules must state anew.
 
-    A number is looked for in the modules right around the layers whose units are in the heads. An attention counts
-    when some of its heads are gone whole.
+    A number is looked for in the modules around the layers whose units are in the heads, in the nearest that states
+    one. An attention counts when some of its heads are gone whole.
 
     Args:
         model: the model before the removal.
@@ -42,11 +42,22 @@ def count_heads(model: nn.Module, found: Connectivity, removed: Tensor) -> dict[
         if not gone[inside].any():
             continue
         before, after = len(inside), int((~gone[inside]).sum())
-        parent = name.rpartition(".")[0]
-        for times in _parts(counts[heads > 0]):
-            stated = stated_heads(model.get_submodule(parent), before, before * times)
-            result.setdefault(parent, {}).update({key: after * features for key, features in stated.items()})
-    return {name: numbers for name, numbers in result.items() if numbers}
+        around, stated = _nearest(model, name, before, _parts(counts[heads > 0]))
+        if stated:
+            result.setdefault(around, {}).update({key: after * features for key, features in stated.items()})
+    return result
+
+
+def _nearest(model: nn.Module, name: str, heads: int, parts: list[int]) -> tuple[str, dict[str, int]]:
+    """The module nearest around a layer that states how many heads there are, and what `stated_heads` says of it."""
+    while name:
+        name = name.rpartition(".")[0]
+        module, stated = model.get_submodule(name), {}
+        for features in parts:
+            stated |= stated_heads(module, heads, heads * features)
+        if stated:
+            return name, stated
+    return "", {}
 
 
 def _parts(counts: Tensor) -> list[int]:
