@@ -265,7 +265,7 @@ class ChannelPlan:
                     f"the plan is of version {read['version']}, which this growfx cannot read; plan anew with "
                     "`growfx.plan_channels`"
                 )
-            return cls(
+            plan = cls(
                 budget=Budget.parse(read["budget"]),
                 score=str(read["score"]),
                 families=tuple(map(_family, read["families"])),
@@ -276,9 +276,11 @@ class ChannelPlan:
                 planned={kind: float(cost) for kind, cost in read["planned"].items()},
                 notes=tuple(map(str, read["notes"])),
             )
+            _require_agreement(plan)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise ConfigError(f"expected a channel plan as `ChannelPlan.to_json` gives it; {reason}") from error
+        return plan
 
     def __str__(self) -> str:
         from tabulate import tabulate
@@ -304,6 +306,22 @@ class ChannelPlan:
 def _lost(family: UnitFamily) -> float:
     total = sum(family.gains)
     return sum(family.gains[i] for i in family.removed) / total if total else 0.0
+
+
+def _require_agreement(plan: ChannelPlan) -> None:
+    """Raise `ValueError` where parts of a plan contradict each other: one is carried out, the others are shown."""
+    gone: dict[str, set[int]] = {}
+    for family in plan.families:
+        if family.gains and len(family.gains) != family.size:
+            raise ValueError(f"the family `{family.name}` has {len(family.gains)} gains for {family.size} groups")
+        for name, groups in family.outputs.items():
+            for i in family.removed:
+                gone.setdefault(name, set()).update(groups[i])
+    for name in sorted({*plan.outputs, *gone} & {*plan.shapes}):
+        if {*plan.outputs.get(name, ())} != gone.get(name, set()):
+            raise ValueError(f"`outputs` of `{name}` are not those that its families remove; plan anew")
+    if plan.planned.keys() != plan.dense.keys():
+        raise ValueError("`planned` and `dense` count other kinds of cost")
 
 
 def _family(value: Any) -> UnitFamily:

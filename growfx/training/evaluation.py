@@ -16,6 +16,7 @@ from growfx.errors import ConfigError, DataError
 from growfx.masked.agreement import share_buffers
 from growfx.masked.graph import MaskedGraph
 from growfx.masked.shared import is_shared
+from growfx.training.images import explaining_images
 
 __all__ = ["Score", "count_classes", "evaluate", "explaining_class_numbers", "logits_of", "paired_noise"]
 
@@ -56,7 +57,8 @@ def evaluate(net: nn.Module, loader: Iterable[Any], device: torch.device | str) 
         loader: gives (images (B, ...), class numbers (B)).
 
     Raises:
-        DataError: the loader is empty, gives something else, or has class numbers the network has no output for.
+        DataError: the loader is empty, gives something else, images that a masked network cannot compute, or class
+            numbers that the network has no output for.
     """
     training = net.training
     together = isinstance(net, MaskedGraph) and is_shared(net)
@@ -67,7 +69,10 @@ def evaluate(net: nn.Module, loader: Iterable[Any], device: torch.device | str) 
     try:
         with torch.no_grad():
             for images, targets in map(pair_of, loader):
-                logits = logits_of(net(images.to(device, non_blocking=True)))
+                images = images.to(device, non_blocking=True)
+                with explaining_images(net, images):
+                    output = net(images)
+                logits = logits_of(output)
                 if targets.ndim != 1:
                     raise DataError(
                         f"accuracy is of class numbers (batch,), and the loader gives mixed targets of shape "
@@ -98,11 +103,13 @@ def _of_all_ranks(correct: Tensor, loader: Any) -> Tensor:
 
 
 def count_classes(net: nn.Module, images: Tensor) -> int:
-    """How many classes `net` scores; its mode is restored. ConfigError where it gives no scores of two or more."""
+    """How many classes `net` scores; its mode is restored. ConfigError where it gives no scores of two or more,
+    DataError where it cannot compute the images.
+    """
     training = net.training
     try:
-        with torch.no_grad():
-            classes = logits_of(net.eval()(images)).shape[1]
+        with torch.no_grad(), explaining_images(net.eval(), images):
+            classes = logits_of(net(images)).shape[1]
     finally:
         net.train(training)
     if classes < 2:

@@ -28,6 +28,7 @@ from growfx.runs.result import Result
 from growfx.runtime.train import dense_meanwhile, kernels_taken, use_kernels
 from growfx.training.config import model_name
 from growfx.training.evaluation import Score, count_classes, evaluate, paired_noise
+from growfx.training.images import check_last_batch
 from growfx.training.interrupts import Interrupts, Stopped
 from growfx.training.progress import Progress
 from growfx.training.recipe import (
@@ -134,6 +135,7 @@ class Run:
         if first is None:
             raise DataError("the validation loader gives no images")
         example = pair_of(first)[0][:1].to(self.device)
+        check_last_batch(self.net, self.train_loader, example)
         step.mix = make_mixup(self.options, count_classes(self.net, example))
         meter = CostMeter(self.net, example)
         if self.options.storage == "present":

@@ -75,7 +75,8 @@ def train(
         ConfigError: an option out of its range, an unknown optimizer, a network without class scores, or one whose
             weights are spread over processes (`fully_shard`).
         CheckpointError: the run folder exists, is of another run, is damaged, or cannot be written.
-        DataError: an empty loader, or targets that are not class numbers of the network's outputs.
+        DataError: an empty loader, targets that are not class numbers of the network's outputs, or images that it
+            cannot compute: of another type or shape, or one alone where its norms need two.
         GrowfxError: the loss is not finite.
 
     Example:

@@ -18,6 +18,7 @@ from growfx.masked.isolation import undisturbed
 from growfx.masked.modules import chain_tensors
 from growfx.options import TrainOptions
 from growfx.training.evaluation import explaining_class_numbers, logits_of
+from growfx.training.images import explaining_images
 from growfx.training.randomness import randomness_of, set_randomness
 
 if TYPE_CHECKING:
@@ -135,7 +136,8 @@ class TrainStep:
         """Train on batches (images, class numbers) on the network's device; return the mean loss over all images, and
         whether masks changed.
 
-        Raises `GrowfxError` for gradients that overflow in fp16 at every scale of a finite loss.
+        Raises `GrowfxError` for gradients that overflow in fp16 at every scale of a finite loss, and `DataError` for
+        images that the network cannot compute.
         """
         self._replicate_anew()
         batches = list(window) if self.mix is None else [self.mix(*batch) for batch in window]
@@ -157,7 +159,9 @@ class TrainStep:
         for number, (images, targets) in enumerate(batches, 1):
             with self._alone(number < len(batches)):
                 with self._autocast():
-                    loss = self.loss(self._forward(images), targets) * (len(images) / count)
+                    with explaining_images(self.net, images):
+                        output = self._forward(images)
+                    loss = self.loss(output, targets) * (len(images) / count)
                 (loss if self._scaler is None else self._scaler.scale(loss)).backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None

@@ -4,6 +4,7 @@ import copy
 import json
 from typing import Any
 
+import error_facts
 import pytest
 import torch
 from breadth import some
@@ -103,6 +104,17 @@ def test_plans_and_budgets_that_do_not_fit_are_refused_before_anything_changes(t
         with pytest.raises(ConfigError, match=facts):
             begun(net, **options)
         assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "option", [{"score": "taylor"}, {"floor": 0.9}, {"floors": "stem=1"}, {"round_to": 4}, {"exclude": "stem"}], ids=str
+)
+def test_options_of_planning_are_refused_beside_a_plan(option: dict[str, Any]) -> None:
+    plan = growfx.plan_channels(net_of("mobile"), "flops=0.5")
+    with pytest.raises(
+        ConfigError, match=error_facts.facts(*(f"`{name}` = {value!r}" for name, value in option.items()), "`plan`")
+    ):
+        methods.create("channel-prune", plan=plan, **option)
 
 
 def test_given_masks_are_pruned_on_and_their_absent_units_leave_first() -> None:

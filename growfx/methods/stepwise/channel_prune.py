@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ __all__ = ["ChannelPrune"]
 
 _DEFAULT = "flops=0.5"
 _SCHEDULES = ("cubic", "once")
+_PLANNING = ("score", "floor", "floors", "round_to", "exclude")  # what a plan that is given was made with, or without
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class ChannelPrune(Stepwise):
         round_to: layers that lose units keep a multiple of this many.
         exclude: glob patterns, between commas, of layers that keep all of their units.
         plan: a plan to carry out exactly, instead of one of its own: what `growfx.plan_channels` returned, its JSON, or
-            the name of a file with that.
+            the name of a file with that. `score`, floors, `round_to` and `exclude` are then those it was made with.
 
     Deviations: 1. costs and gains are of groups of coupled units, in the order of gain over cost. 2. a budget of time
     follows the multiply-accumulates of a measured plan until the last update, which is measured itself.
@@ -97,6 +99,13 @@ class ChannelPrune(Stepwise):
             planned = _read_plan(self.plan)
             if wanted is not None and wanted != planned.budget:
                 raise ConfigError(f"`budget` is {wanted}, but `plan` is one for {planned.budget}; give the plan alone")
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            for name in _PLANNING:
+                if (value := getattr(self, name)) != defaults[name]:
+                    raise ConfigError(
+                        f"`{name}` = {value!r} decides which units leave, and `plan` has decided that; give it to "
+                        f"`growfx.plan_channels`, or leave `{name}` or `plan` out"
+                    )
 
     # -- starting -------------------------------------------------------------------------------------------
 

@@ -287,3 +287,20 @@ def test_cuts_are_tried_with_values_where_shapes_alone_do_not_run() -> None:
     small = small_of(net, plan)
     with torch.no_grad():
         torch.testing.assert_close(small(x), net(x))
+
+
+def test_a_plan_whose_parts_contradict_each_other_is_refused() -> None:
+    plan = growfx.plan_channels(net_of("mobile"), "flops=0.6")
+    place = next(i for i, family in enumerate(plan.families) if family.removed)
+    values = plan.to_json()
+    spared = json.loads(json.dumps(values))
+    spared["families"][place]["removed"].pop()  # a unit that is to stay, though `outputs` still has it
+    assert ChannelPlan.from_json(values) == plan
+    for changed, fact in (
+        (spared, "`outputs` of `(" + "|".join(plan.families[place].outputs) + ")`"),
+        ({**values, "outputs": {}}, "`outputs`"),
+        ({**values, "planned": {}}, "`planned`"),
+        ({**values, "families": [{**family, "gains": [1.0]} for family in values["families"]]}, "gains"),
+    ):
+        with pytest.raises(ConfigError, match=fact):
+            ChannelPlan.from_json(changed)
