@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -44,7 +46,7 @@ class Network(nn.Module):
         return self.head(self.narrow(self.wide(x).relu()).mean((2, 3)))
 
 
-def _planned(net: growfx.MaskedGraph, budget: str) -> tuple[growfx.ChannelPlan, nn.Module]:
+def _planned(net: growfx.MaskedGraph, budget: str) -> tuple[growfx.ChannelPlan, Any]:
     plan = growfx.plan_channels(net, budget)
     net.set_masks(plan.masks(net))
     return plan, growfx.unwrap(net, compact=True)
