@@ -69,7 +69,7 @@ class Run:
                     f"the {part} loader expects batches (images, class numbers), got {type(loader).__name__}; give a "
                     "torch.utils.data.DataLoader, or anything that can be iterated over"
                 )
-            if loader is not test_loader and _runs_once(loader):  # a look at its first batch would be the last
+            if part != "test" and _runs_once(loader):  # a look at its first batch would be the last
                 raise DataError(
                     f"the {part} loader can be iterated over once only ({type(loader).__name__}); give a "
                     "torch.utils.data.DataLoader, or a list of batches"

@@ -110,6 +110,12 @@ def test_what_can_be_iterated_over_once_is_refused_for_its_first_batch_would_be_
         growfx.train(net, loaders["train"], loaders["val"], test_loader=loaders["test"], **PLAIN)
 
 
+def test_one_pass_is_refused_for_validation_that_is_the_test_too():
+    once = iter(loader(NUMBERS))
+    with pytest.raises(DataError, match="validation loader can be iterated over once"):
+        growfx.train(growfx.wrap(nn.Linear(8, 10), torch.randn(2, 8)), loader(NUMBERS), once, test_loader=once, **PLAIN)
+
+
 class Restarting:
     """An iterator that begins again, as those of NVIDIA's DALI do."""
 
