@@ -4,7 +4,8 @@
     python benchmarks/native_zoo.py --scan [--stride 9]
 
 Each is masked at random to a density of 0.1 and exported; its outputs at a batch of 2 are compared with the masked
-network's, and its file with the artifact. A model counts where the outputs agree within 1e-4 of the largest.
+network's, and its file with the artifact. A model counts where the outputs agree within 1e-4 of the largest. What the
+file holds is not checked again, so that a run that was stopped goes on: remove the file to begin anew.
 
 `--scan` records the operators of the models on the meta device, where nothing is computed: it lists those that no rule
 knows, by the number of models that need them, under `scan` in the same file.
@@ -116,6 +117,20 @@ def missing(found: list[dict[str, Any]]) -> dict[str, int]:
     return {name: n for name, n in counts.most_common() if name.startswith("aten") or "." in name}
 
 
+def run_summary(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """What was found of the models that ran, and of each of them."""
+    ratios = [facts["bytes"] / facts["artifact"] for facts in found if facts.get("artifact")]
+    return {
+        "machine": describe(),
+        "models": len(found),
+        "native": sum(facts["verdict"] == "yes" for facts in found),
+        "largest_error": max((facts.get("error", 0.0) for facts in found if facts["verdict"] == "yes"), default=0.0),
+        "bytes_over_artifact": {"median": statistics.median(ratios), "largest": max(ratios)} if ratios else {},
+        "missing": missing(found),
+        "found": found,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stride", type=int, default=10)
@@ -128,37 +143,30 @@ def main() -> None:
     warnings.simplefilter("ignore")
     names = model_names("*")[options.first :: options.stride]
     random.Random(0).shuffle(names)  # where time ends, what was checked is still a fair sample
-    found: list[dict[str, Any]] = []
+    kept = json.loads(options.out.read_text()) if options.out.exists() else {}
+    found: list[dict[str, Any]] = [] if options.scan else kept.get("found", [])
+    known = {facts["model"] for facts in found}
     begun = time.monotonic()
     tried = 0
     for name in names:
         if time.monotonic() - begun > options.seconds:
             break
         tried += 1
+        if name in known:
+            continue
         facts = scanned(name) if options.scan else measured(name)
-        if facts is not None:
-            found.append(facts)
-            if facts.get("verdict") != "yes" and facts.get("missing") != {}:
-                print(json.dumps(facts), flush=True)
-    kept = json.loads(options.out.read_text()) if options.out.exists() else {}
+        if facts is None:
+            continue
+        found.append(facts)
+        if facts.get("verdict") != "yes" and facts.get("missing") != {}:
+            print(json.dumps(facts), flush=True)
+        if not options.scan:
+            options.out.write_text(json.dumps(kept | run_summary(found), indent=1) + "\n")
     if options.scan:
         kept["scan"] = {"machine": describe(), "stride": options.stride, "tried": tried, **scan_summary(found)}
-        print(json.dumps(kept["scan"], indent=1))
         options.out.write_text(json.dumps(kept, indent=1) + "\n")
-        return
-    ratios = [facts["bytes"] / facts["artifact"] for facts in found if facts.get("artifact")]
-    summary = {
-        "models": len(found),
-        "native": sum(facts["verdict"] == "yes" for facts in found),
-        "largest_error": max(facts.get("error", 0.0) for facts in found if facts["verdict"] == "yes"),
-        "bytes_over_artifact": {"median": statistics.median(ratios), "largest": max(ratios)} if ratios else {},
-        "missing": missing(found),
-    }
-    print(json.dumps(summary, indent=1))
-    made = {"machine": describe(), **summary, "found": found}
-    if "scan" in kept:
-        made["scan"] = kept["scan"]
-    options.out.write_text(json.dumps(made, indent=1) + "\n")
+    summary = kept["scan"] if options.scan else run_summary(found)
+    print(json.dumps({key: value for key, value in summary.items() if key != "found"}, indent=1))
 
 
 if __name__ == "__main__":
