@@ -134,7 +134,25 @@ def clock_shifted() -> Generator[None]:
 def _model_code(root: nn.Module) -> list[ModuleType]:
     """The loaded Python modules of the packages that the classes of a model come from."""
     packages = {type(part).__module__.partition(".")[0] for part in root.modules()} - set(_LIBRARIES)
-    return [m for name, m in list(sys.modules.items()) if name.partition(".")[0] in packages and hasattr(m, "__dict__")]
+    loaded = _loaded_names()
+    modules = [sys.modules.get(name) for package in packages for name in loaded.get(package, ())]
+    return [module for module in modules if isinstance(module, ModuleType)]
+
+
+_LOADED: tuple[tuple[str, ...], dict[str, list[str]]] = ((), {})
+
+
+def _loaded_names() -> dict[str, list[str]]:
+    """Names of the loaded modules by their package; sorted anew where others are loaded: thousands are, by then."""
+    global _LOADED  # noqa: PLW0603 - one value, replaced as a whole: threads may read the one before
+    known, packages = _LOADED
+    names = tuple(sys.modules)
+    if names != known:
+        packages = {}
+        for name in names:
+            packages.setdefault(name.partition(".")[0], []).append(name)
+        _LOADED = names, packages
+    return packages
 
 
 @contextmanager
@@ -262,8 +280,10 @@ _CACHED_IN: dict[str, tuple[int, list[tuple[Any, str, Any]]]] = {}
 def _all_cached_functions() -> list[tuple[Any, str, Any]]:
     """`_cached_functions` of all loaded modules but libraries'; of those known, where they have no more names."""
     found: list[tuple[Any, str, Any]] = []
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] in _NOT_MODELS or not isinstance(module, ModuleType):
+    loaded = _loaded_names()
+    for name in (name for package, names in loaded.items() if package not in _NOT_MODELS for name in names):
+        module = sys.modules.get(name)
+        if not isinstance(module, ModuleType):
             continue
         known = _CACHED_IN.get(name)
         if known is None or known[0] != len(vars(module)):
