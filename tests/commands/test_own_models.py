@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from breadth import some
 from error_facts import facts
 from torch import nn
 
@@ -96,7 +97,7 @@ GREY = {
 }
 
 
-@pytest.mark.parametrize("command", GREY)
+@pytest.mark.parametrize("command", some(GREY, lambda name: name == "inspect"))
 def test_a_command_says_how_a_model_states_the_images_it_takes(tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(tmp_path)
     assert call(command, f"{__name__}:Grey", *GREY[command]) == 1

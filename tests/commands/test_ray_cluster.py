@@ -112,6 +112,7 @@ def test_rows_of_the_zoo_come_from_nodes_and_a_lost_one_is_checked_again(tmp_pat
     assert Results(tmp_path / "zoo.json").missing(["zoo_nets:good", "zoo_nets:dying"]) == ["zoo_nets:dying"]
 
 
+@pytest.mark.slow
 def test_a_limit_holds_on_a_node():
     found = check_all_on(HereAndNow(), ["zoo_nets:hanging"], Limits(seconds=6, jobs=3), {})
     assert [(facts.ended, facts.cause) for facts in found] == [("timeout", "not done after 6 s")]

@@ -387,6 +387,7 @@ def results():
     return found
 
 
+@pytest.mark.slow
 def test_masks_do_not_depend_on_the_number_of_ranks(results):
     of_two = same([r["methods"] for r in results])
     of_four = same(run_ranks(spread_against_whole, 4, "gmp", "rigl", "random-growth", "gradient-growth", "pwmpr"))

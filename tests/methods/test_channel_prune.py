@@ -144,6 +144,7 @@ def test_taylor_needs_the_gradients_of_the_steps() -> None:
         method.step()
 
 
+@pytest.mark.slow
 def test_a_budget_of_time_ends_with_a_measured_network() -> None:
     torch.manual_seed(0)
     layers = (torch.nn.Linear(256, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 1024), torch.nn.Linear(1024, 4))
