@@ -7,6 +7,8 @@
 
 namespace growfx_native {
 
+// Floats that may be read before the first of a value, and behind the last of any tensor.
+constexpr int BEFORE = 16, BEHIND = 256;
 // Images of a batch that may stand side by side.
 constexpr int MOST_SIDE_BY_SIDE = 512;
 
@@ -64,6 +66,7 @@ struct Frame {
   int64_t band;                  // output rows at a time
   int64_t columns;               // of a row that are read, of one phase
   int64_t phases, phase, pitch;  // columns by phase (column modulo stride); floats from phase to phase, row to row
+  bool whole;                    // whether rows are read in whole registers, past their ends
   const int64_t* bounds;         // [phases][2] columns that come from the plane
 };
 

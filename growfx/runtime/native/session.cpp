@@ -11,8 +11,6 @@ namespace growfx_native {
 
 namespace {
 
-// Floats that may be read behind the end of a tensor.
-constexpr int64_t BEHIND = 256;
 constexpr int64_t POST_TASK = int64_t{16} << 10;
 // Buffers that stay near: in the second cache, or not far behind it.
 constexpr int64_t NEAR_FLOATS = int64_t{1} << 20;
@@ -67,13 +65,14 @@ void Buffer::Free::operator()(char* p) const { std::free(p); }
 bool Buffer::reserve(int64_t floats) {
   if (floats <= size_ && data_) return true;
   constexpr uintptr_t LINE = 64;
+  static_assert(BEFORE * sizeof(float) == LINE);
   // Where addresses have 32 bits, the number of bytes of what a file asks for may have more.
-  constexpr int64_t MOST = PTRDIFF_MAX / static_cast<int64_t>(sizeof(float)) - BEHIND - static_cast<int64_t>(LINE);
+  constexpr int64_t MOST = PTRDIFF_MAX / static_cast<int64_t>(sizeof(float)) - BEHIND - 2 * static_cast<int64_t>(LINE);
   if (floats > MOST) return false;
-  const size_t bytes = (static_cast<size_t>(floats) + BEHIND) * sizeof(float) + LINE;
+  const size_t bytes = (static_cast<size_t>(floats) + BEHIND) * sizeof(float) + 2 * LINE;
   memory_.reset(static_cast<char*>(std::calloc(bytes, 1)));
   size_ = memory_ ? floats : 0;
-  const uintptr_t at = (reinterpret_cast<uintptr_t>(memory_.get()) + LINE - 1) / LINE * LINE;
+  const uintptr_t at = (reinterpret_cast<uintptr_t>(memory_.get()) + 2 * LINE - 1) / LINE * LINE;
   data_ = memory_ ? reinterpret_cast<float*>(at) : nullptr;
   return data_ != nullptr;
 }

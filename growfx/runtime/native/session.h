@@ -12,7 +12,7 @@
 
 namespace growfx_native {
 
-// Memory for floats on a cache line, with room behind the end: registers may read past it.
+// Memory for floats on a cache line, with room before and behind: registers may read past the ends.
 class Buffer {
  public:
   bool reserve(int64_t floats);

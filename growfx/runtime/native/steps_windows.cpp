@@ -16,8 +16,8 @@ constexpr int64_t LARGEST = INT32_MAX / 2;
 // Strides from which on columns are not sorted by phase.
 constexpr int64_t MOST_PHASES = 16;
 
-// Along the last two of three axes; false where a frame would be too large.
-bool build_frame(Frame& f, std::vector<int64_t>& bounds, const Geometry& g, int64_t lanes) {
+// Along the last two of three axes of `x`; false where a frame would be too large.
+bool build_frame(Frame& f, std::vector<int64_t>& bounds, const Geometry& g, const Tensor& x, int64_t lanes) {
   f.height = g.in[1], f.width = g.in[2], f.out_height = g.out[1], f.out_width = g.out[2];
   f.window_h = g.window[1], f.window_w = g.window[2], f.stride_h = g.stride[1], f.stride_w = g.stride[2];
   f.padding_h = g.padding[1], f.padding_w = g.padding[2], f.dilation_h = g.dilation[1], f.dilation_w = g.dilation[2];
@@ -41,6 +41,8 @@ bool build_frame(Frame& f, std::vector<int64_t>& bounds, const Geometry& g, int6
     bounds.push_back(first_from(f.width));
   }
   f.bounds = bounds.data();
+  const int64_t past = (f.columns + 2 * lanes) * f.stride_w - f.padding_w - f.width;
+  f.whole = !x.constant && f.stride_w <= 2 && f.padding_w <= BEFORE && past <= BEHIND && f.width <= LARGEST;
   return true;
 }
 
@@ -87,7 +89,7 @@ Made make_depthwise(const Arguments& a, const Geometry& g, std::string& complain
   const Tensor &x = a.inputs[0], &w = a.inputs[1];
   auto step = std::make_unique<DepthwiseStep>();
   Depthwise& c = step->c;
-  if (!build_frame(c.frame, step->bounds, g, a.kernels->lanes)) return refused(complaint, "an image that is too large");
+  if (!build_frame(c.frame, step->bounds, g, a.inputs[0], a.kernels->lanes)) return refused(complaint, "an image that is too large");
   c.channels = x.sizes[1], c.outputs = w.sizes[0], c.planes = x.sizes[0] * c.outputs;
   c.per_task = planes_a_task(c.frame);
   step->find_entries(*w.constant);
@@ -135,7 +137,7 @@ std::vector<float> counts_of(const Geometry& g, size_t axis, bool padding, int64
 Made make_plane_pool(const Arguments& a, const Geometry& g, const PoolKind& kind, std::string& complaint) {
   auto step = std::make_unique<PlanePoolStep>();
   PlanePool& c = step->c;
-  if (!build_frame(c.frame, step->bounds, g, a.kernels->lanes)) return refused(complaint, "an image that is too large");
+  if (!build_frame(c.frame, step->bounds, g, a.inputs[0], a.kernels->lanes)) return refused(complaint, "an image that is too large");
   c.planes = a.inputs[0].elements / (g.in[1] * g.in[2]);
   c.per_task = planes_a_task(c.frame);
   c.maximum = kind.maximum, c.divisor = kind.divisor;
