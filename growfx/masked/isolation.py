@@ -139,19 +139,19 @@ def _model_code(root: nn.Module) -> list[ModuleType]:
     return [module for module in modules if isinstance(module, ModuleType)]
 
 
-_LOADED: tuple[tuple[str, ...], dict[str, list[str]]] = ((), {})
+_loaded: tuple[tuple[str, ...], dict[str, list[str]]] = ((), {})
 
 
 def _loaded_names() -> dict[str, list[str]]:
     """Names of the loaded modules by their package; sorted anew where others are loaded: thousands are, by then."""
-    global _LOADED  # noqa: PLW0603 - one value, replaced as a whole: threads may read the one before
-    known, packages = _LOADED
+    global _loaded  # one value, replaced as a whole: threads may read the one before
+    known, packages = _loaded
     names = tuple(sys.modules)
     if names != known:
         packages = {}
         for name in names:
             packages.setdefault(name.partition(".")[0], []).append(name)
-        _LOADED = names, packages
+        _loaded = names, packages
     return packages
 
 

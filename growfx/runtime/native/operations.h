@@ -46,10 +46,15 @@ enum class Op : uint8_t {
   EQUAL,
   ROUND,
   FLOOR,
+  GREATER_THAN,  // X > operand ? 1 : 0; no comparison with a NaN is true
+  LESS_THAN,
+  AT_LEAST,
+  AT_MOST,
+  EQUAL_TO,
   COUNT
 };
 
-// Operations up to this one have an operand.
-constexpr Op LAST_BINARY = Op::MINIMUM;
+// Of internal linkage: files that share it are compiled for other instructions.
+static inline bool has_operand(Op op) { return op <= Op::MINIMUM || (op >= Op::GREATER_THAN && op < Op::COUNT); }
 
 }  // namespace growfx_native

@@ -8,14 +8,20 @@ from typing import Final, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["OPERATIONS", "Constant", "Plan", "Post", "Shape", "Size", "Step", "Value"]
+__all__ = ["OPERATIONS", "WITH_OPERAND", "Constant", "Plan", "Post", "Shape", "Size", "Step", "Value"]
 
-# By their number in the file: the order of `enum class Op` in `operations.h`. Those up to `minimum` have an operand.
+# By their number in the file: the order of `enum class Op` in `operations.h`.
 OPERATIONS: Final = (
     *("add", "mul", "sub", "rsub", "div", "rdiv", "maximum", "minimum", "scale", "clamp", "relu", "hard_sigmoid"),
     *("hard_swish", "sigmoid", "silu", "tanh", "gelu", "gelu_tanh", "leaky", "elu", "exp", "log", "sqrt", "rsqrt"),
     *("reciprocal", "abs", "square", "softplus", "mish", "power", "sin", "cos", "erf", "greater", "less", "equal"),
-    *("round", "floor"),
+    *("round", "floor", "greater_than", "less_than", "at_least", "at_most", "equal_to"),
+)
+WITH_OPERAND: Final = frozenset(
+    {
+        *("add", "mul", "sub", "rsub", "div", "rdiv", "maximum", "minimum"),
+        *("greater_than", "less_than", "at_least", "at_most", "equal_to"),
+    }
 )
 
 

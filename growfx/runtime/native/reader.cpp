@@ -87,7 +87,7 @@ void read_post(Bytes& in, uint64_t ids, std::vector<Post>& posts) {
   posts.resize(in.below(MOST_OPERANDS, "too many operations in a step"));
   for (Post& post : posts) {
     post.op = static_cast<Op>(in.below(static_cast<uint64_t>(Op::COUNT), "an unknown operation"));
-    if (post.op <= LAST_BINARY) post.operand = static_cast<uint32_t>(in.below(ids, "an operand that is not there"));
+    if (has_operand(post.op)) post.operand = static_cast<uint32_t>(in.below(ids, "an operand that is not there"));
     post.a = in.real();
     post.b = in.real();
   }

@@ -156,10 +156,11 @@ class SelectStep final : public RunsStep {
 }  // namespace
 
 Made make_binary(const Arguments& a, std::string& complaint) {
-  if (!a.has(2, 2, 1) || a.step->ints[0] < 0 || a.step->ints[0] > static_cast<int64_t>(LAST_BINARY))
+  const int64_t op = a.has(2, 2, 1) ? a.step->ints[0] : -1;
+  if (op < 0 || op >= static_cast<int64_t>(Op::COUNT) || !has_operand(static_cast<Op>(op)))
     return refused(complaint, "expected two inputs and an operation");
   auto step = std::make_unique<BinaryStep>();
-  step->op = static_cast<uint8_t>(a.step->ints[0]);
+  step->op = static_cast<uint8_t>(op);
   if (!step->prepare(a)) return refused(complaint, "operands that do not broadcast to the output");
   return step;
 }

@@ -57,6 +57,12 @@ class Builder:
         """Its number of axes."""
         return len(self.shape(reference))
 
+    def is_bool(self, value: Any) -> bool:
+        """Whether an argument is true or false, or a tensor of such: numbers 1 and 0 in kernels."""
+        if not isinstance(value, Reference):
+            return isinstance(value, bool)
+        return self._calls.dtypes[value.number] == torch.bool
+
     def is_constant(self, value: Any) -> bool:
         """Whether an argument is a tensor that is the same in every run."""
         return isinstance(value, Reference) and value.number in self._calls.constants
@@ -198,6 +204,13 @@ class Builder:
             raise NoKernelError("of a constant with a size that grows with the batch")
         sizes = [size.fixed for size in shape]
         return Constant(x.tensor.reshape(sizes), None if x.mask is None else x.mask.reshape(sizes))
+
+    def truth(self, reference: Reference) -> Operand:
+        """Whether each number of a tensor is another than 0, which a NaN is."""
+        x = self.operand(reference)
+        if self.is_bool(reference):
+            return x
+        return self.pointwise(x, self.shape(reference), Chained("equal", a=0.0), Chained("scale", a=-1.0, b=1.0))
 
     def view(self, x: Operand, ops: Sequence[int], shape: Shape) -> Node:
         """Other numbers of a tensor in another order; `ops` of `view_ops`."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from growfx.artifact.codec import encode_index, encode_values
 from growfx.errors import ConfigError
-from growfx.runtime.native.plan import OPERATIONS, Constant, Plan, Shape, Step
+from growfx.runtime.native.plan import OPERATIONS, WITH_OPERAND, Constant, Plan, Shape, Step
 
 __all__ = ["MAGIC", "VERSION", "network_bytes"]
 
@@ -168,7 +168,7 @@ def _write_step(writer: _Writer, step: Step, kernels: Sequence[str]) -> None:
     for post in step.post:
         operation = OPERATIONS.index(post.operation)
         writer.number(operation)
-        if operation <= OPERATIONS.index("minimum"):
+        if post.operation in WITH_OPERAND:
             assert post.operand is not None
             writer.number(post.operand)
         writer.real(post.a)

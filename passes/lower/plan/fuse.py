@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from growfx.passes.lower.plan.graph import RESHAPE, Chained, Graph, Node
-from growfx.runtime.native.plan import OPERATIONS, Constant
+from growfx.runtime.native.plan import OPERATIONS, WITH_OPERAND, Constant
 
 __all__ = ["fold_factors", "fuse_chains", "merge_views"]
 
 _ADD, _MUL, _SUB = (OPERATIONS.index(name) for name in ("add", "mul", "sub"))
-_BINARY = {OPERATIONS.index(name): name for name in OPERATIONS[: OPERATIONS.index("minimum") + 1]}
+_BINARY = {OPERATIONS.index(name): name for name in WITH_OPERAND}
 # With the operands exchanged.
-_TURNED = {"sub": "rsub", "rsub": "sub", "div": "rdiv", "rdiv": "div"}
+_PAIRS = (("sub", "rsub"), ("div", "rdiv"), ("greater_than", "less_than"), ("at_least", "at_most"))
+_TURNED = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])}
 # The axis of the output that the rows of the weight make.
 _CHANNEL_AXIS = {"convolution": 1, "linear": -1}
 

@@ -15,6 +15,7 @@ from growfx.passes.lower.plan.calls import Calls, record_calls, record_operators
 from growfx.passes.lower.plan.fuse import fold_factors, fuse_chains, merge_views
 from growfx.passes.lower.plan.graph import Graph, Node
 from growfx.passes.lower.plan.memory import planned
+from growfx.passes.lower.plan.repeats import look_up_repeats
 from growfx.passes.lower.plan.rules import RULES
 from growfx.passes.lower.state import kept_state
 from growfx.recorded.inputs import Inputs
@@ -46,15 +47,20 @@ def plan_network(model: nn.Module, masks: Mapping[str, Tensor], inputs: Inputs) 
         raise UnsupportedOperatorError(
             f"the native runtime has no kernel for {named}, which the network computes; run it with `growfx.load`"
         )
-    return plan_of(builder.finished())
+    return plan_of(builder.finished(), small=True)
 
 
-def plan_of(graph: Graph) -> Plan:
-    """The plan of a graph, which is changed: norms folded into weights, chains fused, memory planned."""
+def plan_of(graph: Graph, *, small: bool = False) -> Plan:
+    """The plan of a graph, which is changed: norms folded into weights, chains fused, memory planned.
+
+    `small`: constants that repeat themselves become tables, as a file wants it.
+    """
     graph.drop_unused()
     folded = fold_factors(graph)
     merge_views(graph)
     fuse_chains(graph)
+    if small:
+        look_up_repeats(graph)
     graph.drop_unused()
     return planned(graph, folded)
 

@@ -111,6 +111,28 @@ def test_tables_that_are_larger_than_what_they_are_made_of_are_made_when_the_net
     assert plan.steps[0].kernel == "gather"
 
 
+@pytest.mark.parametrize("shape", [(3, 150, 150), (1, 3, 150, 150), (150 * 150, 3)])
+def test_a_constant_that_repeats_itself_is_stored_as_a_table(shape: tuple[int, ...]) -> None:
+    """A model may have computed it before it was recorded: nobody says then what it was made of."""
+    generator = torch.Generator().manual_seed(0)
+    table, places = torch.randn(3, 50, generator=generator), torch.randint(50, (150 * 150,), generator=generator)
+    table[0, 3], table[1, 4] = torch.inf, -0.0
+    bias = table[:, places].T.contiguous() if shape[-1] == 3 else table[:, places].reshape(shape)
+    model = Function(lambda x: x[(..., *[None] * (len(shape) - 1))] * 0.5 + bias)
+    plan = native_plan(model, (torch.randn(1, 1),))
+    data = network_bytes(plan)
+    assert len(data) < 0.75 * 4 * bias.numel()
+    x = torch.randn(2, 1)
+    assert torch.equal(NativeNetwork(data)(x)[0], model(x))
+
+
+def test_weights_that_repeat_themselves_stay_weights() -> None:
+    model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(64, 512))
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    assert [step.kernel for step in plan_of(model, 1, 64, 3, 3).steps] == ["convolution", "linear"]
+
+
 def test_missing_kernels_are_counted_and_what_follows_them_is_not_blamed() -> None:
     model = Function(lambda x: F.relu(torch.cumprod(x, 1)) + torch.cumprod(x * 2, 1))
     assert missing_kernels(model, Inputs((torch.randn(1, 4),), {})) == {"aten.cumprod": 2}

@@ -123,6 +123,26 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> T
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+def _odd(x: Tensor) -> Tensor:
+    """With a NaN, infinities and equal numbers."""
+    return torch.where(x > 1, x * torch.inf, torch.where(x < -1, x.log(), x.round()))
+
+
+def _comparisons(x: Tensor) -> Tensor:
+    a, b = _odd(x), _odd(-x.flip(1))
+    found = [a > b, a >= b, a < b, a <= b, a == b, a != b, a >= 0, a <= 0, a > 0, a < 0, a == 0, a != 0, a == a]
+    found += [a >= -torch.inf, a <= torch.inf, a * 0 + 1 >= b]
+    return torch.stack([truth.float() for truth in found], 1)
+
+
+def _truths(x: Tensor) -> Tensor:
+    a, b, number = x > 0, x.flip(1) > 0.5, _odd(x)
+    found = [a + b, a * b, a & b, a | b, a ^ b, ~a, a == b, number.bool(), torch.logical_not(number), a | True]
+    found += [torch.logical_and(number, b), torch.logical_or(number, b), torch.logical_xor(number, b)]
+    found += [number.any(1, keepdim=True).expand(a.shape), (x != 9).all(1, keepdim=True).expand(a.shape)]
+    return torch.stack([truth.float() for truth in found], 1) + (a + b).sum(1)[:, None, None]
+
+
 OPERATORS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], list[Tensor]]] = {
     "add": (lambda x, y: x + 2 * y, [(3, 4, 5), (3, 4, 5)], []),
     "broadcast": (lambda x, y: x * y[:, :, None] - 1, [(3, 4, 5), (3, 4)], []),
@@ -130,6 +150,8 @@ OPERATORS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], list[Tenso
     "extremes": (lambda x, y: torch.maximum(x, y) + torch.minimum(x, y * 2) + x.clamp(-1, 0.5), [(3, 4), (3, 4)], []),
     "powers": (lambda x: (x.abs() + 1) ** 1.7 + x**2 + (x.abs() + 1).rsqrt() + (x.abs() + 1).log(), [(3, 4)], []),
     "comparisons": (lambda x: (x > 0).float() * 2 + torch.where(x < 1, x, -x), [(3, 40)], []),
+    "comparisons of odd numbers": (_comparisons, [(3, 40)], []),
+    "truth values": (_truths, [(3, 40)], []),
     "masked": (lambda x, m: x.masked_fill(m > 0, -3.0), [(3, 7)], [torch.randn(7)]),
     "prelu": (lambda x, w: F.prelu(x, w), [(2, 3, 5)], [torch.rand(3)]),
     "window sums": (lambda x: x.cumsum(1) + x.cumsum(-1), [(2, 6, 9)], []),

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+import torch
+
 from growfx.passes.lower.plan.builder import Arguments, Builder, NoKernelError, Rule, view_ops
 from growfx.passes.lower.plan.calls import Reference
 from growfx.passes.lower.plan.graph import Chained, Node, Operand
@@ -95,21 +97,56 @@ def _power(a: Arguments) -> list[Chained]:
     return [Chained(known[exponent])] if exponent in known else [Chained("power", a=exponent)]
 
 
-def _compare(operation: str, swapped: bool = False) -> Rule:
+def _compare(operation: str, of_numbers: str | None = None) -> Rule:
+    """A comparison; `of_numbers` is what compares with a number at the end of a step, where there is one."""
+
     def rule(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
-        other = a["other"]
-        x = b.operand(a["self"])
-        if not isinstance(other, Reference):
-            return b.pointwise(x, shapes[0], *_compared(operation, float(other), swapped))
-        difference = b.add("binary", [x, b.operand(other)], shapes[0], [OPERATIONS.index("sub")])
-        return b.pointwise(difference, shapes[0], *_compared(operation, 0.0, swapped))
+        x, other = b.operand(a["self"]), a["other"]
+        if isinstance(other, Size):
+            raise NoKernelError("with a number that grows with the batch")
+        if isinstance(other, Reference):
+            return b.add("binary", [x, b.operand(other)], shapes[0], [OPERATIONS.index(operation)])
+        if of_numbers:
+            return b.pointwise(x, shapes[0], Chained(of_numbers, a=float(other)))
+        return b.add("binary", [x, b.constant(torch.tensor(float(other)))], shapes[0], [OPERATIONS.index(operation)])
 
     return rule
 
 
-def _compared(operation: str, value: float, negated: bool) -> list[Chained]:
-    found = [Chained(operation, a=value)]
-    return [*found, Chained("scale", a=-1.0, b=1.0)] if negated else found
+# Of a truth value.
+_NOT: Final = Chained("scale", a=-1.0, b=1.0)
+
+
+def _unequal(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
+    equal = _compare("equal_to", "equal")(b, a, shapes)
+    assert isinstance(equal, Node)
+    return b.pointwise(equal, shapes[0], _NOT)
+
+
+def _logical_not(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
+    return b.pointwise(b.operand(a["self"]), shapes[0], Chained("equal", a=0.0))
+
+
+def _logical(operation: str, *, bitwise: bool = False) -> Callable[[Builder, Arguments, Sequence[Shape]], Node]:
+    """An operation of two truth values; bits of numbers are not to be had from their values."""
+
+    def rule(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
+        sides = a["self"], a["other"]
+        if bitwise and not all(map(b.is_bool, sides)):
+            raise NoKernelError("of integers")
+        found = [
+            b.truth(side) if isinstance(side, Reference) else b.constant(torch.tensor(bool(side))) for side in sides
+        ]
+        made = b.add("binary", found, shapes[0], [OPERATIONS.index(operation)])
+        return b.pointwise(made, shapes[0], _NOT) if operation == "equal_to" else made
+
+    return rule
+
+
+def _bitwise_not(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
+    if not b.is_bool(a["self"]):
+        raise NoKernelError("of integers")
+    return _logical_not(b, a, shapes)
 
 
 def _binary(operation: str, turned: str) -> Rule:
@@ -122,6 +159,8 @@ def _binary(operation: str, turned: str) -> Rule:
             raise NoKernelError("with a `rounding_mode`")
         if isinstance(second, Size):
             raise NoKernelError("with a number that grows with the batch")
+        if operation == "add" and b.is_bool(first) and b.is_bool(second):
+            return _logical("maximum")(b, a, shapes)  # a sum of truth values is one
         if not isinstance(second, Reference):
             return b.pointwise(b.operand(first), shapes[0], _scalar(operation, float(second) * alpha))
         if _is_number(b, second) and not _is_number(b, first):
@@ -176,8 +215,6 @@ def _select(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
 
 
 def _masked_fill(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
-    import torch
-
     value = a["value"]
     filled = b.operand(value) if isinstance(value, Reference) else b.constant(torch.tensor(float(value)))
     return b.add("select", [b.operand(a["mask"]), filled, b.operand(a["self"])], shapes[0])
@@ -224,31 +261,39 @@ RULES: Final[dict[str, Rule]] = {
     "aten.add": _binary("add", "add"),
     "aten.addcmul": _addcmul,
     **dict.fromkeys(("aten.clamp", "aten.clamp_min", "aten.clamp_max", "aten.hardtanh"), _clamped),
+    "aten.bitwise_and": _logical("mul", bitwise=True),
+    "aten.bitwise_not": _bitwise_not,
+    "aten.bitwise_or": _logical("maximum", bitwise=True),
+    "aten.bitwise_xor": _logical("equal_to", bitwise=True),
     "aten.celu": _with(_celu),
     "aten.cos": _one("cos"),
     "aten.div": _binary("div", "rdiv"),
     "aten.elu": _with(_elu),
-    "aten.eq": _compare("equal"),
+    "aten.eq": _compare("equal_to", "equal"),
     "aten.erf": _one("erf"),
     "aten.exp": _one("exp"),
     "aten.floor": _one("floor"),
-    "aten.ge": _compare("less", True),
+    "aten.ge": _compare("at_least"),
     "aten.gelu": _with(_gelu),
     "aten.glu": _glu,
-    "aten.gt": _compare("greater"),
+    "aten.gt": _compare("greater_than", "greater"),
     "aten.hardsigmoid": _one("hard_sigmoid"),
     "aten.hardswish": _one("hard_swish"),
-    "aten.le": _compare("greater", True),
+    "aten.le": _compare("at_most"),
     "aten.leaky_relu": _with(lambda a: [Chained("leaky", a=float(a["negative_slope"]))]),
     "aten.lerp": _lerp,
     "aten.log": _one("log"),
-    "aten.lt": _compare("less"),
+    "aten.logical_and": _logical("mul"),
+    "aten.logical_not": _logical_not,
+    "aten.logical_or": _logical("maximum"),
+    "aten.logical_xor": _logical("equal_to"),
+    "aten.lt": _compare("less_than", "less"),
     "aten.masked_fill": _masked_fill,
     "aten.maximum": _binary("maximum", "maximum"),
     "aten.minimum": _binary("minimum", "minimum"),
     "aten.mish": _one("mish"),
     "aten.mul": _binary("mul", "mul"),
-    "aten.ne": _compare("equal", True),
+    "aten.ne": _unequal,
     "aten.neg": _with(lambda a: [Chained("scale", a=-1.0)]),
     "aten.pow": _power_of_tensors,
     "aten.reciprocal": _one("reciprocal"),

@@ -31,6 +31,8 @@ def _restrided(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Operand:
 
 
 def _converted(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Operand:
+    if a.get("dtype") == torch.bool:
+        return b.truth(a["self"])
     if a.get("dtype") not in (None, torch.float32, torch.float64):
         raise NoKernelError(f"to {a['dtype']}")
     return _same(b, a, shapes)

@@ -114,6 +114,16 @@ def _reduction(kind: str) -> Rule:
     return rule
 
 
+def _truth_of(kind: str) -> Rule:
+    """Whether any number along some axes is another than 0, or all are."""
+
+    def rule(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
+        shape = b.shape(a["self"])
+        return _reduced(b, b.truth(a["self"]), shape, _axes(a, len(shape)), shapes[0], kind, 0.0)
+
+    return rule
+
+
 def _variance_and_mean(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> list[Operand | None]:
     variance = _reduction("var")(b, a, shapes[:1])
     mean = _reduction("mean")(b, a, shapes[1:])
@@ -227,8 +237,10 @@ RULES: Final[dict[str, Rule]] = {
     "aten.adaptive_avg_pool1d": _adaptive_pool(1, False),
     "aten.adaptive_max_pool2d": _adaptive_pool(2, True),
     "aten.adaptive_max_pool3d": _adaptive_pool(3, True),
+    "aten.all": _truth_of("min"),
     "aten.amax": _reduction("max"),
     "aten.amin": _reduction("min"),
+    "aten.any": _truth_of("max"),
     "aten.avg_pool1d": _pool(1, False),
     "aten.avg_pool2d": _pool(2, False),
     "aten.avg_pool3d": _pool(3, False),
