@@ -106,7 +106,7 @@ struct Product {
   float* out;
 };
 
-// softmax(scale * q @ k^T + mask) @ v for each of `batch` heads.
+// softmax(scale * q @ k^T + mask) @ v for each of `batch` heads; zeros for a query that may see no key.
 struct Attention {
   int64_t batch, queries, keys, depth, value_depth;
   float scale;
@@ -168,6 +168,7 @@ struct Reduce {
 struct Softmax {
   int64_t outer, size, inner;
   bool logarithm;
+  bool safe;  // zeros where all numbers are minus infinity
   const float* x;
   float* y;
 };

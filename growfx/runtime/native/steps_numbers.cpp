@@ -343,7 +343,7 @@ Made make_softmax(const Arguments& a, std::string& complaint) {
   const Sizes& x = a.output.sizes;
   const size_t at = static_cast<size_t>(axis);
   c.outer = product_of(x, 0, at), c.size = x[at], c.inner = product_of(x, at + 1, x.size());
-  c.logarithm = a.step->ints[1] != 0;
+  c.logarithm = a.step->ints[1] != 0, c.safe = a.step->ints.size() > 2 && a.step->ints[2] != 0;
   step->spread(c.outer, c.size * c.inner);
   return step;
 }

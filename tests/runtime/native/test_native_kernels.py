@@ -143,6 +143,15 @@ def _truths(x: Tensor) -> Tensor:
     return torch.stack([truth.float() for truth in found], 1) + (a + b).sum(1)[:, None, None]
 
 
+def _nothing_to_see(x: Tensor) -> Tensor:
+    """Shares are zero along an axis where all is masked; elsewhere, NaN as softmax gives them, made plain numbers."""
+    masked = torch.where(torch.arange(7)[:, None] < 4, x, -torch.inf) + torch.where(
+        torch.arange(33) < 30, 0, -torch.inf
+    )
+    safe = [torch.ops.aten._safe_softmax(masked, axis) for axis in (1, 2)]
+    return torch.stack([*safe, (masked.softmax(2) == masked.softmax(2)).float()], 1)
+
+
 OPERATORS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], list[Tensor]]] = {
     "add": (lambda x, y: x + 2 * y, [(3, 4, 5), (3, 4, 5)], []),
     "broadcast": (lambda x, y: x * y[:, :, None] - 1, [(3, 4, 5), (3, 4)], []),
@@ -174,6 +183,12 @@ OPERATORS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], list[Tenso
     "attention with a mask of keys": (_attention, [(2, 3, 9, 8)] * 3, [torch.randn(3, 1, 9)]),
     "attention with a bias of queries": (_attention, [(2, 3, 9, 8)] * 3, [torch.randn(1, 9, 1)]),
     "causal": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), [(2, 2, 9, 8)] * 3, []),
+    "queries that see no key": (
+        lambda q, k, v: _attention(q, k, v, torch.ones(9, 50).tril(-3).bool()),
+        [(2, 3, 9, 8), (2, 3, 50, 8), (2, 3, 50, 12)],
+        [],
+    ),
+    "scores of nothing": (_nothing_to_see, [(2, 7, 33)], []),
     "softmax": (lambda x: x.softmax(-1) + x.softmax(1) + F.log_softmax(x, 2), [(2, 7, 33)], []),
     "layer norm": (lambda x, w, b: F.layer_norm(x, (33,), w, b), [(2, 7, 33)], [torch.rand(33), torch.randn(33)]),
     "layer norm of two axes": (lambda x: F.layer_norm(x, (7, 33)), [(2, 7, 33)], []),

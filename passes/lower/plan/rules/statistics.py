@@ -161,12 +161,14 @@ def _cumsum(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Operand:
     return b.permute(made, turned, [order.index(i) for i in range(len(shape))])
 
 
-def _softmax(logarithm: int) -> Rule:
+def _softmax(*, logarithm: bool = False, safe: bool = False) -> Rule:
+    """`safe`: where all numbers are minus infinity it gives zeros, as attention does for a query that sees no key."""
+
     def rule(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
         axis = axis_of(a["dim"], len(shapes[0]))
         if shapes[0][axis].per_batch:
             raise NoKernelError("over the batch")
-        return b.add("softmax", [b.operand(a["self"])], shapes[0], [axis, logarithm])
+        return b.add("softmax", [b.operand(a["self"])], shapes[0], [axis, int(logarithm), int(safe)])
 
     return rule
 
@@ -230,10 +232,10 @@ RULES: Final[dict[str, Rule]] = {
     "aten._adaptive_avg_pool2d": _adaptive_pool(2, False),
     "aten._adaptive_avg_pool3d": _adaptive_pool(3, False),
     "aten._fused_rms_norm": _rms_norm,
-    "aten._log_softmax": _softmax(1),
+    "aten._log_softmax": _softmax(logarithm=True),
     "aten._native_batch_norm_legit_no_training": _batch_norm,
-    "aten._safe_softmax": _softmax(0),
-    "aten._softmax": _softmax(0),
+    "aten._safe_softmax": _softmax(safe=True),
+    "aten._softmax": _softmax(),
     "aten.adaptive_avg_pool1d": _adaptive_pool(1, False),
     "aten.adaptive_max_pool2d": _adaptive_pool(2, True),
     "aten.adaptive_max_pool3d": _adaptive_pool(3, True),
