@@ -31,6 +31,7 @@ from growfx.training.config import default_options, describe_run
 from growfx.training.recipe import private_randomness
 from growfx.training.run import Run
 from growfx.training.scalars import Scalars
+from growfx.training.unused import warn_of_unused
 
 if TYPE_CHECKING:
     from growfx.methods.base import Method
@@ -99,6 +100,9 @@ def train(
     _check_storage(options, chosen)
     run = Run(net, train_loader, val_loader, test_loader, chosen, options, progress)
     _check_folder(out, resume, options)
+    beside = {"overwrite": overwrite, "about": about}
+    given = {name: value for name, value in beside.items() if value}
+    warn_of_unused(net, chosen, options, run.device.type, saved=out is not None, beside=given)
     config = {**describe_run(net, method, options), **(about or {})}
     with private_randomness():
         if out is not None:
