@@ -6,9 +6,9 @@ The order of everything random is that of `growfx.training`'s docstring.
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -44,6 +44,7 @@ from growfx.training.recipe import (
 from growfx.training.scalars import Scalars
 from growfx.training.state import EpochPart, RunState
 from growfx.training.step import TrainStep, windows
+from growfx.training.training_data import warn_of_batches_left
 
 __all__ = ["Run"]
 
@@ -81,6 +82,7 @@ class Run:
         self.epoch_steps = math.ceil(steps_of(train_loader) / options.accumulate)
         self.interrupts, self._saved_at = Interrupts(), time.monotonic()
         self._kernels: dict[str, Any] = {}  # of the last training step
+        self._looked_beyond = False  # whether the loader has more than its length says
 
     def all(self) -> Result:
         """The whole run, or what is left of it."""
@@ -300,6 +302,7 @@ class Run:
                     self._count(part, dense_gradient)
                 # A look at the value waits for the device: now and then is enough to stop in time.
                 if part.done % 20 == 0 or part.done == steps:
+                    self.state.step.watch.tell()
                     self._require_finite(part.loss)
                 tick()
                 if part.done == steps:
@@ -311,6 +314,9 @@ class Run:
             )
         self._kernels = kernels_taken(self.net)
         part.mark(self.train_loader)
+        if not self._looked_beyond and self.epoch_steps * length >= len(cast(Sized, self.train_loader)):
+            self._looked_beyond = True
+            warn_of_batches_left(self.train_loader, batches)
         return part.mean_loss()
 
     def _count(self, part: EpochPart, dense_gradient: bool) -> None:

@@ -62,13 +62,16 @@ def train(
 
     Args:
         net: from `growfx.wrap`. It is moved to `options.device`.
-        train_loader: gives (images (B, ...), class numbers (B)), or targets (B, classes) that it has mixed itself; its
-            length must be known. Its order follows torch's global generator, or the loader's `generator`, which is then
+        train_loader: gives (images (B, ...), class numbers (B)), or targets (B, classes) that it has mixed itself, which
+            the loss takes as they are. Its length must be known: batches beyond it are left out (with a warning).
+            Images of class number -100 are left out of the loss, as torch's cross-entropy does (with a warning), and
+            refused in validation. Its order follows torch's global generator, or the loader's `generator`, which is then
             seeded every epoch.
         val_loader: scores growth rounds and epochs, always in the same order.
         method: from `growfx.methods.create`, not yet attached; None trains under the current masks.
         test_loader: scored once, at the end.
-        options: see `TrainOptions`; `changes` are single fields of it (`epochs=10`).
+        options: see `TrainOptions`; `changes` are single fields of it (`epochs=10`). A `GrowfxWarning` names each option
+            that was given and has no effect in this run.
         out: run folder. `resume` continues the run in it (or starts one), `overwrite` replaces it.
         about: further facts for `config.json` and the artifact, which a continued run must share.
 
