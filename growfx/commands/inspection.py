@@ -15,10 +15,11 @@ from growfx.artifact.remembered_inputs import as_example, default_inputs
 from growfx.commands.job import reopen, wrap_for
 from growfx.data.loaders import InputFormat, fit_input, make_loader
 from growfx.data.sources import open_data
+from growfx.data.unused import Reading, warn_of_unused
 from growfx.errors import ArtifactError, ConfigError, DataError, TraceError
 from growfx.masked.graph import MaskedGraph
 from growfx.models.build import create_model, default_image_shape
-from growfx.options import DataOptions, TrainOptions, parse_assignments
+from growfx.options import DataOptions, TrainOptions, as_json, parse_assignments
 from growfx.passes.mask.swap import wrap
 from growfx.training.evaluation import evaluate
 from growfx.training.recipe import pick_device
@@ -94,6 +95,9 @@ def accuracy_of(path: Path, data: str, split: str, assignments: Sequence[str] = 
             f"`{path}` was trained on {_listed(classes)}, `{data}` has {_listed(source.classes)}; "
             "the numbers of the classes would not mean the same"
         )
+    usual = as_json(DataOptions()) | recorded
+    changed = {name: value for name, value in values["data"].items() if value != usual[name]}
+    warn_of_unused(changed, Reading(source, options, split))
     refit = "img_size" in values["data"] or "input" not in known
     form = fit_input(source, net, options) if refit else InputFormat.from_json(known["input"])
     device = pick_device(values["device"].get("device", "auto"))
