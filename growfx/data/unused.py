@@ -34,7 +34,9 @@ def _plain(reading: Reading) -> str:
         return "in an evaluation, which leaves images as they are"
     if is_augmented(reading.source, reading.options):
         return ""
-    return f"with `augment` = `{reading.options.augment}`, which leaves the images of `{reading.source.spec}` as they are"
+    return (
+        f"with `augment` = `{reading.options.augment}`, which leaves the images of `{reading.source.spec}` as they are"
+    )
 
 
 def _own_colours(reading: Reading) -> str:

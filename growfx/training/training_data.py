@@ -32,8 +32,8 @@ class TargetWatch:
         """Take note of the targets of a batch as the loader gave them: class numbers (B) or mixed ones (B, classes)."""
         if targets.ndim == 2 and self.smoothing:
             warn_once(
-                f"`label_smoothing` = {self.smoothing} has no effect on targets of shape (batch, classes), as the training "
-                "loader gives them: the loss takes them as they are; smooth them in the loader, or give class numbers",
+                f"`label_smoothing` = {self.smoothing} has no effect on targets of shape (batch, classes), as the "
+                "training loader gives them: the loss takes them as given; smooth them there, or give class numbers",
                 self._notes,
             )
         if targets.ndim == 1 and not self._told:
@@ -66,7 +66,7 @@ def warn_of_batches_left(loader: Any, batches: Iterator[Any]) -> None:
         except Exception:  # of whatever a loader does beyond its length, which nobody else asks for
             return
     warn_once(
-        f"the training loader says that it has {len(loader)} batches, and gives more: the others are left out of each epoch; "
-        "correct its `__len__` if they are to be trained on",
+        f"the training loader says that it has {len(loader)} batches, and gives more: the others are left out of "
+        "each epoch; correct its `__len__` if they are to be trained on",
         [],
     )

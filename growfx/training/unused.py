@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from growfx.masked.graph import MaskedGraph
 from growfx.notices import warn_once
 from growfx.options import TrainOptions, Unused, given_options, unused_options
+from growfx.training.run import Run
 
-__all__ = ["Training", "stages_of", "unused_in", "warn_of_unused"]
+__all__ = ["Training", "unused_in", "warn_of_unused"]
 
 _COSINES = frozenset({"round", "level", "search"})  # stages with a cosine, whatever the schedule is
 
@@ -77,14 +77,10 @@ TABLE: Final = (
         ),
     ),
     Unused(
-        ("channels_last",), lambda run: "" if run.layouts else "on a network without weights of four dimensions (images)"
+        ("channels_last",),
+        lambda run: "" if run.layouts else "on a network without weights of four dimensions (images)",
     ),
 )
-
-
-def stages_of(method: Any) -> tuple[str, ...] | None:
-    """Return the kinds of the stages of a run with `method`; None where it does not say."""
-    return getattr(method, "stages", None)
 
 
 def unused_in(run: Training, beside: Mapping[str, Any] | None = None) -> dict[str, str]:
@@ -95,13 +91,10 @@ def unused_in(run: Training, beside: Mapping[str, Any] | None = None) -> dict[st
     return unused_options(given_options(run.options) | dict(beside or {}), TABLE, run)
 
 
-def warn_of_unused(
-    net: MaskedGraph, method: Any, options: TrainOptions, device: str, *, saved: bool, beside: Mapping[str, Any]
-) -> None:
-    """Warn of each option of a run of `growfx.train` that was given and has no effect."""
-    layouts = any(parameter.ndim == 4 for parameter in net.parameters()) or any(
-        layer.mask.ndim == 4 for layer in net.layers.values()
-    )
-    run = Training(options, stages_of(method), saved, device, layouts)
-    for message in unused_in(run, beside).values():
+def warn_of_unused(run: Run, *, saved: bool, beside: Mapping[str, Any]) -> None:
+    """Warn of each option of a run that was given and has no effect; `beside`: arguments, those left out among them."""
+    weights = [*run.net.parameters(), *(layer.mask for layer in run.net.layers.values())]
+    layouts = any(tensor.ndim == 4 for tensor in weights)
+    known = Training(run.options, getattr(run.method, "stages", None), saved, run.device.type, layouts)
+    for message in unused_in(known, {name: value for name, value in beside.items() if value}).values():
         warn_once(message, [])
