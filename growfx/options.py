@@ -64,12 +64,12 @@ class Unused:
     Attributes:
         options: their names.
         reason: takes what is known of a run, and returns why they have no effect in it; "" where they have one.
-        says: what is said of them before the reason.
+        says: what is said of one of them, and of several, before the reason.
     """
 
     options: tuple[str, ...]
     reason: Callable[[Any], str]
-    says: str = "has no effect"
+    says: tuple[str, str] = ("has no effect", "have no effect")
 
 
 def given_options(options: Any) -> dict[str, Any]:
@@ -82,13 +82,19 @@ def given_options(options: Any) -> dict[str, Any]:
 
 
 def unused_options(given: Mapping[str, Any], table: Iterable[Unused], run: Any) -> dict[str, str]:
-    """Return a message for each of the options `given` that has no effect in `run`, by the first row that says so."""
-    found: dict[str, str] = {}
+    """Return, for each of the options `given` that has no effect in `run`, a message that names all of one reason."""
+    groups: dict[tuple[str, tuple[str, str]], list[str]] = {}
+    told: set[str] = set()
     for row in table:
-        names = [name for name in row.options if name in given and name not in found]
+        names = [name for name in row.options if name in given and name not in told]
         reason = row.reason(run) if names else ""
         if reason:
-            found |= {name: f"`{name}` = {_shortened(given[name])} {row.says} {reason}" for name in names}
+            groups.setdefault((reason, row.says), []).extend(names)
+            told.update(names)
+    found: dict[str, str] = {}
+    for (reason, (one, several)), names in groups.items():
+        listed = ", ".join(f"`{name}` = {_shortened(given[name])}" for name in names)
+        found |= dict.fromkeys(names, f"{listed} {one if len(names) == 1 else several} {reason}")
     return found
 
 

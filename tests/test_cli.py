@@ -272,6 +272,12 @@ def test_inspect_builds_a_model_by_name(capsys):
     assert last["alive_out"] == [7, 7]
 
 
+def test_arguments_of_a_model_are_refused_for_what_is_stored_with_its_own(run, capsys):
+    for path in (run, run / "artifact"):
+        assert call("inspect", path, "--set", "model.num_classes=7") == 1
+        assert "arguments are for a model by name" in capsys.readouterr().err
+
+
 def test_inspect_and_eval_refuse_what_is_neither(tmp_path, capsys):
     assert call("inspect", tmp_path) == 1
     assert "neither an artifact" in capsys.readouterr().err
@@ -333,6 +339,8 @@ def test_methods_are_listed_with_their_defaults(capsys):
     assert call("methods") == 0
     table = capsys.readouterr().out
     assert all(name in table for name in [*methods.names(), "dense"])
+    assert "budget=(flops=0.5, or" in table
+    assert "=None" not in table
 
 
 def test_a_network_grows_and_stops_and_the_artifact_is_what_was_grown(tmp_path, capsys):

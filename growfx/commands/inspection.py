@@ -36,7 +36,7 @@ def facts_of(path: str, model_kwargs: Mapping[str, Any] | None = None) -> dict[s
 
     Args:
         path: an artifact (also `hf-hub:USER/NAME`), a run folder, or a model spec.
-        model_kwargs: arguments of the model when `path` is its spec.
+        model_kwargs: arguments of the model when `path` is its spec; refused elsewhere.
 
     Returns:
         `kind`, `model` (its name), `nnz`, `numel`, `density`, `layers`, and of an artifact `bytes` and `recipe`
@@ -48,6 +48,8 @@ def facts_of(path: str, model_kwargs: Mapping[str, Any] | None = None) -> dict[s
     """
     place = place_of(path)
     kind = kind_of(place)
+    if kind != "other" and model_kwargs:
+        raise ConfigError(f"`{path}` is stored with its model's arguments; arguments are for a model by name")
     if kind == "artifact":
         return _facts_of_artifact(place)
     if kind == "run":

@@ -3,7 +3,8 @@
 A spec is `digits` (scikit-learn's bundled 8x8 digits), a folder with `train/` and `val/` or `test/` of class
 folders, or one of timm's map-style specs such as `torch/cifar10`. Reading is timm's
 (`timm.data.create_dataset`); what is added is a fixed hold-out where there is no validation split, and refusal
-of data that would train silently wrong. `growfx.data.loaders` makes loaders of it.
+of data that would train silently wrong. Pixels are taken as stored: the orientation that EXIF tells is not applied, as
+it is not by timm and torchvision's `ImageFolder`. `growfx.data.loaders` makes loaders of it.
 """
 
 import hashlib

@@ -81,5 +81,5 @@ def unused_in(given: Mapping[str, Any], reading: Reading) -> dict[str, str]:
 
 def warn_of_unused(given: Mapping[str, Any], reading: Reading) -> None:
     """Warn of each of the options `given` that has no effect."""
-    for message in unused_in(given, reading).values():
+    for message in dict.fromkeys(unused_in(given, reading).values()):
         warn_once(message, [])

@@ -37,5 +37,5 @@ def unused_of(use: Use) -> dict[str, str]:
 
 def warn_of_unused(use: Use) -> None:
     """Warn of each option of the method that was given and has no effect."""
-    for message in unused_of(use).values():
+    for message in dict.fromkeys(unused_of(use).values()):
         warn_once(message, [])

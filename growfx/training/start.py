@@ -68,7 +68,7 @@ def train(
         val_loader: scores growth rounds and epochs, always in the same order.
         method: from `growfx.methods.create`, not yet attached; None trains under the current masks.
         test_loader: scored once, at the end.
-        options: see `TrainOptions`; `changes` are single fields of it (`epochs=10`). Vain ones are warned of.
+        options: see `TrainOptions`; `changes` are single fields of it (`epochs=10`). Options without effect warn.
         out: run folder. `resume` continues the run in it (or starts one), `overwrite` replaces it.
         about: further facts for `config.json` and the artifact, which a continued run must share.
 

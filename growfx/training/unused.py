@@ -96,5 +96,5 @@ def warn_of_unused(run: Run, *, saved: bool, beside: Mapping[str, Any]) -> None:
     weights = [*run.net.parameters(), *(layer.mask for layer in run.net.layers.values())]
     layouts = any(tensor.ndim == 4 for tensor in weights)
     known = Training(run.options, getattr(run.method, "stages", None), saved, run.device.type, layouts)
-    for message in unused_in(known, {name: value for name, value in beside.items() if value}).values():
+    for message in dict.fromkeys(unused_in(known, {name: value for name, value in beside.items() if value}).values()):
         warn_once(message, [])

@@ -41,6 +41,10 @@ def _without_updates(use: Use) -> str:
     )
 
 
+def _of_updates(*options: str) -> Unused:
+    return Unused(options, _without_updates, says=("changes no mask", "change no mask"))
+
+
 @dataclass(frozen=True)
 class Dynamic(SparseStart):
     """What the methods share: clock, counts, and the exchange of edges after an optimizer step.
@@ -68,10 +72,7 @@ class Dynamic(SparseStart):
     """
 
     gradient: ClassVar[str] = "never"  # when gradients of absent edges are read: never, at updates, every step
-    unused: ClassVar[tuple[Unused, ...]] = (
-        Unused(("drop_fraction", "decay"), _without_updates),
-        Unused(("update_every", "update_until"), _without_updates, says="leaves the masks as they start,"),
-    )
+    unused: ClassVar[tuple[Unused, ...]] = (_of_updates("update_every", "drop_fraction", "update_until", "decay"),)
 
     update_every: int = option(100, low=1)
     drop_fraction: float = option(0.3, low=0, high=1, open_low=True)
@@ -221,7 +222,7 @@ class RigLSM(Dynamic):
     name: ClassVar[str] = "rigl-sm"
     needs_whole: ClassVar[str] = _SUMS
     gradient: ClassVar[str] = "updates"
-    unused: ClassVar[tuple[Unused, ...]] = (Unused(("averaging",), _without_updates),)
+    unused: ClassVar[tuple[Unused, ...]] = (_of_updates("averaging"),)
 
     averaging: float = option(0.9, low=0, high=1, open_high=True)
 
@@ -255,7 +256,7 @@ class SNFS(Dynamic):
     name: ClassVar[str] = "snfs"
     needs_whole: ClassVar[str] = _SUMS
     gradient: ClassVar[str] = "steps"
-    unused: ClassVar[tuple[Unused, ...]] = (Unused(("averaging",), _without_updates),)
+    unused: ClassVar[tuple[Unused, ...]] = (_of_updates("averaging"),)
 
     averaging: float = option(0.9, low=0, high=1, open_high=True)
 
@@ -285,7 +286,7 @@ class MEST(Dynamic):
 
     name: ClassVar[str] = "mest"
     needs_whole: ClassVar[str] = ""
-    unused: ClassVar[tuple[Unused, ...]] = (Unused(("gradient_weight", "excess"), _without_updates),)
+    unused: ClassVar[tuple[Unused, ...]] = (_of_updates("gradient_weight", "excess"),)
 
     gradient_weight: float = option(0.01, low=0)
     excess: float = option(0.05, low=0, high=1)
