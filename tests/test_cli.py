@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -207,6 +208,21 @@ def test_the_best_checkpoint_can_be_exported_too(run, tmp_path, capsys):
     state = read(run / "checkpoint" / "best.pt")["net"]
     loaded = growfx.load(tmp_path / "best").state_dict()
     assert torch.equal(loaded["fc.weight"], torch.where(state["fc.mask"], state["fc.weight"], 0))
+
+
+@pytest.mark.slow
+def test_the_onnx_file_of_a_compact_export_is_of_the_compact_network(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("growfx.commands.export.require_onnx", lambda: None)
+    norms = {}
+    for name, options in (("whole", []), ("small", ["--compact"])):
+        count = partial(_note_norms, norms, name)
+        monkeypatch.setattr("growfx.commands.export.export_onnx", count)
+        assert call("export", run, "--out", tmp_path / name, "--onnx", tmp_path / "net.onnx", *options) == 0
+    assert norms == {"whole": 15, "small": 0}
+
+
+def _note_norms(found, name, net, file) -> None:
+    found[name] = sum(isinstance(module, torch.nn.BatchNorm2d) for module in net.shell.modules())
 
 
 @pytest.mark.slow
