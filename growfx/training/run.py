@@ -314,7 +314,7 @@ class Run:
             )
         self._kernels = kernels_taken(self.net)
         part.mark(self.train_loader)
-        if not self._looked_beyond and self.epoch_steps * length >= len(cast(Sized, self.train_loader)):
+        if not self._looked_beyond and steps * length >= len(cast(Sized, self.train_loader)):
             self._looked_beyond = True
             warn_of_batches_left(self.train_loader, batches)
         return part.mean_loss()
