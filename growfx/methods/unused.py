@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from growfx.methods.base import Method
 from growfx.notices import warn_once
 from growfx.options import Unused, given_options, unused_options
 
@@ -29,7 +30,7 @@ class Use:
 
 def unused_of(use: Use) -> dict[str, str]:
     """Return a message for each option of the method that was given and has no effect; none for one of others."""
-    if not dataclasses.is_dataclass(use.method):
+    if not (isinstance(use.method, Method) and dataclasses.is_dataclass(use.method)):
         return {}
     rows: list[Unused] = [row for kind in type(use.method).__mro__ for row in vars(kind).get("unused", ())]
     return unused_options(given_options(use.method), rows, use)

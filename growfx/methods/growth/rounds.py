@@ -84,7 +84,7 @@ class Growing(Method):
     """
 
     off_path: ClassVar[str] = "left"
-    stages: ClassVar[tuple[str, ...]] = ("round", "final")
+    stages: ClassVar[tuple[str, ...] | None] = ("round", "final")
     unused: ClassVar[tuple[Unused, ...]] = (
         Unused(("growth_rounds",), lambda use: "beside `seed_epochs`, which says it" if use.method.seed_epochs else ""),
     )

@@ -10,7 +10,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -125,6 +125,8 @@ class Course(Attached):
 @dataclass(frozen=True)
 class Stepwise(Method):
     """A method with one training and one clock."""
+
+    stages: ClassVar[tuple[str, ...] | None] = ("final",)
 
     _attachment: Attachment[Course] = field(default_factory=Attachment[Course], init=False, repr=False, compare=False)
 
