@@ -21,6 +21,7 @@ from growfx.masked.present.optimizer_state import check_pointwise
 from growfx.masked.present.storage import follow_masks, set_storage, storage_of
 from growfx.methods.base import Method
 from growfx.methods.session import Session, Stage
+from growfx.notices import warn_once
 from growfx.options import TrainOptions
 from growfx.reporting.run import write_report
 from growfx.runs.folder import RunFolder, finite
@@ -82,6 +83,7 @@ class Run:
         self.epoch_steps = math.ceil(steps_of(train_loader) / options.accumulate)
         self.interrupts, self._saved_at = Interrupts(), time.monotonic()
         self._kernels: dict[str, Any] = {}  # of the last training step
+        self._notes: list[str] = []
         self._looked_beyond = False  # whether the loader has more than its length says
 
     def all(self) -> Result:
@@ -313,11 +315,21 @@ class Run:
                 f"the training loader gave batches for {part.done} steps; its length says {self.epoch_steps}"
             )
         self._kernels = kernels_taken(self.net)
+        if not dense_gradient:  # a step of the gradient of absent edges is dense
+            self._warn_of_kernels()
         part.mark(self.train_loader)
         if not self._looked_beyond and steps * length >= len(cast(Sized, self.train_loader)):
             self._looked_beyond = True
             warn_of_batches_left(self.train_loader, batches)
         return part.mean_loss()
+
+    def _warn_of_kernels(self) -> None:
+        """Warn where sparse kernels were asked for and the last step took none."""
+        report = self.net.kernel_report
+        if self.options.kernels != "sparse" or self._kernels["sparse"] or report is None or not report.layers:
+            return
+        reasons = [*report.notes, *(choice.reason for choice in report.layers.values())]
+        warn_once(f"`kernels` = 'sparse' has no effect: all layers take dense kernels ({reasons[0]})", self._notes)
 
     def _count(self, part: EpochPart, dense_gradient: bool) -> None:
         """Book the steps since the last time, all but the last without the gradient of absent edges."""
