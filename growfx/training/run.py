@@ -288,7 +288,7 @@ class Run:
         if part.done == steps:  # only its validation is missing
             part.resume_random(self.train_loader)
             return part.mean_loss()
-        length = self.options.accumulate
+        length, dense_gradient = self.options.accumulate, False
         batches = batches_from(self.train_loader, part.done * length, part.resume_random)
         with self.progress.epoch(stage, first + part.done, self.epoch_steps) as tick:
             for window in windows(batches, length):
