@@ -15,6 +15,7 @@ import click
 from growfx.commands.flags import DATA_ONLY, OptionCommand
 from growfx.distributed.launch import RankError, process_group, speaks
 from growfx.errors import ConfigError, GrowfxError, GrowfxWarning, did_you_mean, one_line
+from growfx.notices import warn_once
 from growfx.version import __version__
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ def train(method: str, density: float | None, **given: Any) -> None:
 @click.option("--web", type=click.Path(path_type=Path), help="folder with a page that runs the network in a browser")
 @click.option("--dense", is_flag=True, help="also write a dense model.safetensors that timm loads")
 @click.option("--compact", is_flag=True, help="leave out units that the outputs do not need, fold norms")
-@click.option("--onnx", type=click.Path(path_type=Path), help="also write the network as one (dense) ONNX file")
+@click.option("--onnx", type=click.Path(path_type=Path), help="also write the network (--compact or not) as ONNX file")
 @click.option("--best", is_flag=True, help="from the checkpoint of the best validation accuracy, not the last")
 @click.option("--json", "as_json", is_flag=True, help="print the facts as JSON")
 def export(run: Path, best: bool, as_json: bool, **targets: Any) -> None:
@@ -429,6 +430,7 @@ def bench_command(
 def methods_command(name: str | None, as_json: bool) -> None:
     """List the methods with the defaults of their options, or the options of the method NAME."""
     from growfx import methods
+    from growfx.commands.flags import method_rows
     from growfx.options import as_json as defaults
     from growfx.reporting.fitted import fitted_table, terminal_columns
 
@@ -440,14 +442,20 @@ def methods_command(name: str | None, as_json: bool) -> None:
     rows = [
         {
             "method": name,
-            "options": ", ".join(f"{k}={v}" for k, v in options.items()),
+            "options": ", ".join(_with_default(row) for row in method_rows(name)),
             "command": "grow" if name == _MAIN else "train",
         }
-        for name, options in facts.items()
+        for name in facts
     ]
     rows.append({"method": _DENSE, "options": "the control: all weights", "command": "train"})
     text = fitted_table(rows, min(terminal_columns() or _COLUMNS, _COLUMNS), wrap=("options",))
     _show({"methods": facts}, as_json, text)
+
+
+def _with_default(row: Mapping[str, str]) -> str:
+    """An option of a method with its default; where that is unset, with what it stands for."""
+    name, default = row["flag"].removeprefix("--").replace("-", "_"), row["default"]
+    return f"{name}={f'({default})' if ' ' in default else default}"
 
 
 def _show_method(name: str, as_json: bool) -> None:
@@ -566,6 +574,8 @@ def zoo_command(
     if not names:
         where = f"the installed packages ({missing})" if missing else library or "timm or torchvision"
         raise ConfigError(f"no model of {where} is named like `{pattern}`")
+    if overwrite and file is None:
+        warn_once("`--overwrite` has no effect without a file of earlier results; give `--json FILE`", [])
     results = Results(file, overwrite=overwrite, packages=guest_versions() if with_guests else None)
     try:
         found = check_zoo(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from growfx.errors import CheckpointError, ConfigError
+from growfx.notices import warn_once
 from growfx.training.foreign_loop import ForeignLoop, find_net, find_optimizer
 
 if TYPE_CHECKING:
@@ -65,6 +66,12 @@ class SparseTraining(_transformers.TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach the method; what a checkpoint holds of weights, masks and optimizer is there by now."""
         net = find_net(kwargs["model"], self.net)
+        if self.resume_from is not None and not state.global_step:
+            warn_once(
+                f"`resume_from` = `{self.resume_from}` has no effect on a training that starts at its first step; give "
+                "the folder to `trainer.train(resume_from_checkpoint=...)` too",
+                [],
+            )
         steps = _steps_of_epoch(kwargs.get("train_dataloader"), args.gradient_accumulation_steps) or state.max_steps
         self.loop.start(
             net,

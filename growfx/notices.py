@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from growfx.errors import GrowfxWarning
 
-__all__ = ["LOGGER", "OWN_FOLDERS", "warn_once"]
+__all__ = ["LOGGER", "OWN_FOLDERS", "hearing", "warn_once"]
 
 # The one logger of the package: a recording fell back, a kernel was not built, a round was refused.
 LOGGER = logging.getLogger("growfx")
@@ -29,6 +32,21 @@ def warn_once(message: str, notes: list[str]) -> None:
     notes.append(message)
     LOGGER.info(message)
     warnings.warn(message, GrowfxWarning, stacklevel=_levels_to_caller())
+
+
+@contextmanager
+def hearing(messages: list[str]) -> Generator[None]:
+    """Within the block, add the text of each `GrowfxWarning` that is shown to `messages`, once each."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+            if issubclass(category, GrowfxWarning) and str(message) not in messages:
+                messages.append(str(message))
+            usual(message, category, *place, **options)
+
+        warnings.showwarning = show
+        yield
 
 
 def _levels_to_caller() -> int:

@@ -10,7 +10,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +20,19 @@ __all__ = [
     "DataOptions",
     "DefaultFloat",
     "TrainOptions",
+    "Unused",
     "as_count",
     "as_json",
     "describe_default",
     "describe_range",
+    "given_options",
     "option",
     "parse_assignments",
+    "unused_options",
 ]
+
+
+_LONGEST = 80  # characters of a value in a message
 
 
 class DefaultFloat(float):
@@ -49,6 +55,52 @@ def option(
     """
     limits = {"low": low, "high": high, "open_low": open_low, "open_high": open_high, "choices": choices}
     return field(default=default, metadata={**limits, "unset": unset})
+
+
+@dataclass(frozen=True)
+class Unused:
+    """A row of a table that says in which runs options have no effect.
+
+    Attributes:
+        options: their names.
+        reason: takes what is known of a run, and returns why they have no effect in it; "" where they have one.
+        says: what is said of one of them, and of several, before the reason.
+    """
+
+    options: tuple[str, ...]
+    reason: Callable[[Any], str]
+    says: tuple[str, str] = ("has no effect", "have no effect")
+
+
+def given_options(options: Any) -> dict[str, Any]:
+    """Return the init fields of a dataclass of options whose values are not the defaults."""
+    return {
+        f.name: getattr(options, f.name)
+        for f in dataclasses.fields(options)
+        if f.init and getattr(options, f.name) != f.default
+    }
+
+
+def unused_options(given: Mapping[str, Any], table: Iterable[Unused], run: Any) -> dict[str, str]:
+    """Return, for each of the options `given` that has no effect in `run`, a message that names all of one reason."""
+    groups: dict[tuple[str, tuple[str, str]], list[str]] = {}
+    told: set[str] = set()
+    for row in table:
+        names = [name for name in row.options if name in given and name not in told]
+        reason = row.reason(run) if names else ""
+        if reason:
+            groups.setdefault((reason, row.says), []).extend(names)
+            told.update(names)
+    found: dict[str, str] = {}
+    for (reason, (one, several)), names in groups.items():
+        listed = ", ".join(f"`{name}` = {_shortened(given[name])}" for name in names)
+        found |= dict.fromkeys(names, f"{listed} {one if len(names) == 1 else several} {reason}")
+    return found
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def as_count(name: str, value: Any) -> int:
@@ -146,7 +198,8 @@ class TrainOptions:
         weight_decay: on tensors of two or more dimensions.
         warmup_epochs: linear warmup of the final training, at most half of it is used.
         schedule: of the final training, by timm: "cosine", "linear", "step" (`lr` times `decay_rate` after every
-            `decay_epochs`) or "constant", each after the warmup. All other stages keep their own.
+            `decay_epochs`) or "constant", each after the warmup. All other stages keep their own, but the base of
+            `sup-tickets`, which has this one.
         decay_epochs: of "step"; None is a third of the training.
         decay_rate: of "step".
         min_lr: learning rate at the end of a cosine or line, as a fraction of its peak.

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -210,6 +211,21 @@ def test_the_best_checkpoint_can_be_exported_too(run, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_the_onnx_file_of_a_compact_export_is_of_the_compact_network(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("growfx.commands.export.require_onnx", lambda: None)
+    norms = {}
+    for name, options in (("whole", []), ("small", ["--compact"])):
+        count = partial(_note_norms, norms, name)
+        monkeypatch.setattr("growfx.commands.export.export_onnx", count)
+        assert call("export", run, "--out", tmp_path / name, "--onnx", tmp_path / "net.onnx", *options) == 0
+    assert norms == {"whole": 15, "small": 0}
+
+
+def _note_norms(found, name, net, file) -> None:
+    found[name] = sum(isinstance(module, torch.nn.BatchNorm2d) for module in net.shell.modules())
+
+
+@pytest.mark.slow
 def test_a_compact_export_says_what_left_and_why_the_rest_stayed(run, tmp_path, capsys):
     assert call("export", run, "--out", tmp_path / "small", "--compact") == 0
     shown = capsys.readouterr().out
@@ -270,6 +286,12 @@ def test_inspect_builds_a_model_by_name(capsys):
     last = facts["layers"][-1]
     assert last["shape"][0] == 7
     assert last["alive_out"] == [7, 7]
+
+
+def test_arguments_of_a_model_are_refused_for_what_is_stored_with_its_own(run, capsys):
+    for path in (run, run / "artifact"):
+        assert call("inspect", path, "--set", "model.num_classes=7") == 1
+        assert "arguments are for a model by name" in capsys.readouterr().err
 
 
 def test_inspect_and_eval_refuse_what_is_neither(tmp_path, capsys):
@@ -333,6 +355,8 @@ def test_methods_are_listed_with_their_defaults(capsys):
     assert call("methods") == 0
     table = capsys.readouterr().out
     assert all(name in table for name in [*methods.names(), "dense"])
+    assert "budget=(flops=0.5, or" in table
+    assert "=None" not in table
 
 
 def test_a_network_grows_and_stops_and_the_artifact_is_what_was_grown(tmp_path, capsys):

@@ -11,6 +11,7 @@ from breadth import some
 from loop_nets import BATCH, EPOCHS, STEPS, data, net, optimizer_of, plain_loop, pwmpr, rigl
 from torch import nn
 
+import growfx
 from growfx.errors import CheckpointError, ConfigError
 from growfx.runs.checkpoint import content_digest
 
@@ -121,11 +122,18 @@ def test_a_checkpoint_elsewhere_is_given_by_hand_and_a_wrong_one_is_refused(tmp_
         fit(Classifier(), sparse(rigl, resume_from=moved), tmp_path / "new", resume=str(moved))
 
 
+def test_a_checkpoint_for_a_training_that_starts_anew_is_told_of(tmp_path):
+    with pytest.warns(growfx.GrowfxWarning, match="`resume_from` = `old` has no effect .* first step"):
+        fit(Classifier(), sparse(rigl, resume_from="old"), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.* steps has no update:growfx.GrowfxWarning")
 def test_a_metric_that_is_not_measured_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"`monitor` = `eval_top1` is not a metric of this .*`eval_accuracy`"):
         fit(Classifier(), SparseTraining(rigl(), monitor="eval_top1"), tmp_path, epochs=1)
 
 
+@pytest.mark.filterwarnings("ignore:.* steps has no update:growfx.GrowfxWarning")
 def test_evaluation_alone_needs_no_method(tmp_path):
     trainer = fit(Classifier(), sparse(rigl), tmp_path, epochs=1)
     assert 0 <= trainer.evaluate()["eval_accuracy"] <= 1

@@ -5,7 +5,7 @@ import warnings
 import pytest
 
 import growfx
-from growfx.notices import warn_once
+from growfx.notices import hearing, warn_once
 
 
 def test_a_message_warns_once_for_an_object_and_stays_on_it():
@@ -17,6 +17,18 @@ def test_a_message_warns_once_for_an_object_and_stays_on_it():
         warn_once("masks were drawn anew", notes)
     assert not seen
     assert notes == ["masks were drawn anew"]
+
+
+def test_warnings_can_be_heard_beside_being_shown():
+    heard: list[str] = []
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with hearing(heard):
+            warnings.warn("of numpy", RuntimeWarning, stacklevel=1)
+            warn_once("pay attention", [])
+            warn_once("pay attention", [])
+    assert heard == ["pay attention"]
+    assert len(seen) == 3
 
 
 def test_a_warning_points_at_the_caller():

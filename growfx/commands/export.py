@@ -10,7 +10,7 @@ from typing import Any
 from growfx.commands.job import reopen
 from growfx.deploy.native.export import export_native, native_target
 from growfx.deploy.onnx import export_onnx, onnx_target, require_onnx
-from growfx.deploy.saving import check_options, save, save_small, small_network
+from growfx.deploy.saving import SmallNetwork, check_options, save, save_small, small_network
 from growfx.deploy.web.export import export_web
 from growfx.errors import ConfigError
 from growfx.masked.graph import MaskedGraph
@@ -78,21 +78,21 @@ def export_run(run: Path, targets: Targets, *, best: bool = False) -> tuple[dict
         native = export_native(net, targets.native)
         facts["native"] = native.to_json()
         lines.append(str(native))
+    small = small_network(net) if targets.compact else None
     if targets.onnx is not None:
-        export_onnx(net, targets.onnx)
+        export_onnx(net if small is None else small.net, targets.onnx)
     if targets.out is not None:
-        written, text = _write_artifact(net, targets.out, origin, dense=targets.dense, compact=targets.compact)
+        written, text = _write_artifact(net, small, targets.out, origin, dense=targets.dense)
         facts |= written
         lines.insert(0, text)
     return facts, "\n".join(lines)
 
 
 def _write_artifact(
-    net: MaskedGraph, out: Path, origin: Mapping[str, Any], *, dense: bool, compact: bool
+    net: MaskedGraph, small: SmallNetwork | None, out: Path, origin: Mapping[str, Any], *, dense: bool
 ) -> tuple[dict[str, Any], str]:
-    small = small_network(net) if compact else None
     if small is None:
-        info = save(net, out, dense=dense, compact=compact, provenance=origin)
+        info = save(net, out, dense=dense, provenance=origin)
     else:
         info = save_small(net, small, out, provenance=origin)
     facts = {

@@ -15,10 +15,11 @@ from growfx.artifact.remembered_inputs import as_example, default_inputs
 from growfx.commands.job import reopen, wrap_for
 from growfx.data.loaders import InputFormat, fit_input, make_loader
 from growfx.data.sources import open_data
+from growfx.data.unused import Reading, warn_of_unused
 from growfx.errors import ArtifactError, ConfigError, DataError, TraceError
 from growfx.masked.graph import MaskedGraph
 from growfx.models.build import create_model, default_image_shape
-from growfx.options import DataOptions, TrainOptions, parse_assignments
+from growfx.options import DataOptions, TrainOptions, as_json, parse_assignments
 from growfx.passes.mask.swap import wrap
 from growfx.training.evaluation import evaluate
 from growfx.training.recipe import pick_device
@@ -35,7 +36,7 @@ def facts_of(path: str, model_kwargs: Mapping[str, Any] | None = None) -> dict[s
 
     Args:
         path: an artifact (also `hf-hub:USER/NAME`), a run folder, or a model spec.
-        model_kwargs: arguments of the model when `path` is its spec.
+        model_kwargs: arguments of the model when `path` is its spec; refused elsewhere.
 
     Returns:
         `kind`, `model` (its name), `nnz`, `numel`, `density`, `layers`, and of an artifact `bytes` and `recipe`
@@ -47,6 +48,8 @@ def facts_of(path: str, model_kwargs: Mapping[str, Any] | None = None) -> dict[s
     """
     place = place_of(path)
     kind = kind_of(place)
+    if kind != "other" and model_kwargs:
+        raise ConfigError(f"`{path}` is stored with its model's arguments; arguments are for a model by name")
     if kind == "artifact":
         return _facts_of_artifact(place)
     if kind == "run":
@@ -94,6 +97,9 @@ def accuracy_of(path: Path, data: str, split: str, assignments: Sequence[str] = 
             f"`{path}` was trained on {_listed(classes)}, `{data}` has {_listed(source.classes)}; "
             "the numbers of the classes would not mean the same"
         )
+    usual = as_json(DataOptions()) | recorded
+    changed = {name: value for name, value in values["data"].items() if value != usual[name]}
+    warn_of_unused(changed, Reading(source, options, split))
     refit = "img_size" in values["data"] or "input" not in known
     form = fit_input(source, net, options) if refit else InputFormat.from_json(known["input"])
     device = pick_device(values["device"].get("device", "auto"))

@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader
 from growfx.commands.starting_weights import StartingWeights
 from growfx.data.loaders import InputFormat, fit_input, make_loader
 from growfx.data.sources import DataSource, open_data
+from growfx.data.unused import Reading, warn_of_unused
 from growfx.distributed import ranks
 from growfx.errors import CheckpointError, ConfigError, TraceError
 from growfx.masked.graph import MaskedGraph
 from growfx.models.build import create_model
-from growfx.options import DataOptions, as_json
+from growfx.options import DataOptions, as_json, given_options
 from growfx.passes.mask.swap import wrap
 from growfx.passes.record.data import RefusedInputsError
 from growfx.runs.checkpoint import read
@@ -100,6 +101,7 @@ def assemble(
     if weights is not None:
         built, facts = weights.build(model, kwargs, seed)
     form = fit_input(source, built, options)
+    warn_of_unused(given_options(options), Reading(source, options))
     return Job(wrap_for(built, form, exclude), source, form, options, tuple(exclude), facts)
 
 

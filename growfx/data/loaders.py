@@ -20,7 +20,7 @@ from growfx.errors import ConfigError, DataError
 from growfx.models.build import default_image_shape
 from growfx.options import DataOptions
 
-__all__ = ["InputFormat", "fit_input", "fit_size", "is_shared_out", "make_loader"]
+__all__ = ["InputFormat", "fit_input", "fit_size", "is_augmented", "is_shared_out", "make_loader"]
 
 # Mean and standard deviation of the digits' pixels, scaled to [0, 1].
 _DIGITS_MEAN, _DIGITS_STD = 0.305, 0.376
@@ -112,8 +112,7 @@ def make_loader(
 
     part = source.split(split)
     images = _Images(part, _IMAGE_MODES[form.input_size[0]])
-    kind = options.augment
-    crop = train and (kind == "crop" or (kind == "auto" and not source.grey))
+    crop = train and is_augmented(source, options)
     policy: dict[str, Any] = {
         "scale": (options.crop_scale, 1.0),
         "hflip": options.hflip,
@@ -140,6 +139,11 @@ def make_loader(
         pin_memory=pin_memory,
     )
     return cast(DataLoader[Any], loader)
+
+
+def is_augmented(source: DataSource, options: DataOptions) -> bool:
+    """Whether training images of `source` are cropped and changed at random."""
+    return options.augment == "crop" or (options.augment == "auto" and not source.grey)
 
 
 class _Images(SampleSeeded):

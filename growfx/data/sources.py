@@ -3,7 +3,8 @@
 A spec is `digits` (scikit-learn's bundled 8x8 digits), a folder with `train/` and `val/` or `test/` of class
 folders, or one of timm's map-style specs such as `torch/cifar10`. Reading is timm's
 (`timm.data.create_dataset`); what is added is a fixed hold-out where there is no validation split, and refusal
-of data that would train silently wrong. `growfx.data.loaders` makes loaders of it.
+of data that would train silently wrong. Pixels are taken as stored: the orientation that EXIF tells is not applied, as
+it is not by timm and torchvision's `ImageFolder`. `growfx.data.loaders` makes loaders of it.
 """
 
 import hashlib
@@ -25,6 +26,8 @@ __all__ = ["DataSource", "Split", "open_data"]
 # training by the authors under that name, else val.
 _TORCH_TEST = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 _TORCH_VAL = ("imagenet", "places365", "inaturalist", "inat")
+# Data options that data sets by a name depend on, and those whose validation images are held out.
+_PLACE, _HOLD_OUT = ("data_dir", "download"), ("val_fraction", "split_seed")
 # Names of files that are images; torchvision's `ImageFolder` has the same.
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -50,6 +53,7 @@ class DataSource:
         native_size: shorter side of the images in pixels (largest of a few).
         splits: "train", "val" and, where the data has one, "test".
         grey: statistics of one-channel digits apply, not those of photographs.
+        depends_on: names of the data options that say where it lies and how it is split.
     """
 
     spec: str
@@ -57,6 +61,7 @@ class DataSource:
     native_size: int
     splits: Mapping[str, Split] = field(repr=False)
     grey: bool = False
+    depends_on: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -177,7 +182,7 @@ def _open_digits(options: DataOptions) -> DataSource:
     rest, test = _hold_out(targets, range(len(targets)), 0.2, options.split_seed)
     train, val = _hold_out(targets, rest, 0.25, options.split_seed + 1)
     parts = {"train": Split(images, train), "val": Split(images, val), "test": Split(images, test)}
-    return DataSource("digits", tuple(str(d) for d in range(10)), 8, parts, grey=True)
+    return DataSource("digits", tuple(str(d) for d in range(10)), 8, parts, grey=True, depends_on=("split_seed",))
 
 
 def _open_folder(spec: str, options: DataOptions) -> DataSource:
@@ -323,17 +328,23 @@ def _open_torchvision(spec: str, name: str, options: DataOptions) -> DataSource:
         splits[mine] = Split(images, tuple(range(len(cast(Any, images)))))
     targets = [int(t) for t in splits["train"].images.targets]
     names = tuple(str(c) for c in splits["train"].images.classes)
-    return _finish(spec, names, splits, targets, options)
+    return _finish(spec, names, splits, targets, options, _PLACE)
 
 
 def _finish(
-    spec: str, classes: tuple[str, ...], splits: dict[str, Split], targets: list[int], options: DataOptions
+    spec: str,
+    classes: tuple[str, ...],
+    splits: dict[str, Split],
+    targets: list[int],
+    options: DataOptions,
+    depends_on: tuple[str, ...] = (),
 ) -> DataSource:
     if "val" not in splits:
+        depends_on += _HOLD_OUT
         train = splits["train"]
         kept, held = _hold_out(targets, range(len(targets)), options.val_fraction, options.split_seed)
         splits = {**splits, "train": Split(train.images, kept), "val": Split(train.images, held)}
-    return DataSource(spec, classes, _native_size(splits["train"]), splits)
+    return DataSource(spec, classes, _native_size(splits["train"]), splits, depends_on=depends_on)
 
 
 def _hold_out(

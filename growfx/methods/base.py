@@ -19,7 +19,7 @@ from growfx.errors import CheckpointError, ConfigError, one_line
 from growfx.masked.doors import as_masked_graph, require_values
 from growfx.masked.graph import MaskedGraph
 from growfx.methods.session import Session, Stage
-from growfx.options import as_count
+from growfx.options import Unused, as_count
 
 __all__ = [
     "Method",
@@ -47,6 +47,10 @@ class Method(ABC):
             it can.
         warns_of_loss: False for one that is told which masks to take, or that chooses among the edges the network has:
             nobody is surprised when its masks replace others.
+        stages: kinds of the stages (`Stage.kind`) that a run may have; None where they are not known, so that no
+            option of `growfx.train` is said to have no effect on them.
+        unused: where its options have no effect, beside what the classes it is derived from say; rows are asked about a
+            `growfx.methods.unused.Use`. Options given in vain are warned of when the method is attached.
 
     Example:
         >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4))
@@ -68,6 +72,8 @@ class Method(ABC):
     off_path: ClassVar[str] = "spare"
     trains_absent: ClassVar[str] = ""
     warns_of_loss: ClassVar[bool] = True
+    stages: ClassVar[tuple[str, ...] | None] = None
+    unused: ClassVar[tuple[Unused, ...]] = ()
 
     # -- in any loop ----------------------------------------------------------------------------------------
 

@@ -51,7 +51,8 @@ class Stage:
 
     Attributes:
         kind: what it is, for log and progress: "round" (of growth), "level" (of pruning), "search" (for masks), "base",
-            "cycle" (of tickets), "final". The best checkpoint is one of the final stage.
+            "cycle" (of tickets), "final". "base" and "final" have the run's schedule. The best checkpoint is one of the
+            final stage.
         epochs: length of the schedule.
         number: how many stages of this kind there were before.
         first_step: step of the schedule that training starts at: above 0 after rewinding.

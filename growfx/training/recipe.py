@@ -214,7 +214,7 @@ def schedule_of(optimizer: torch.optim.Optimizer, options: TrainOptions, stage: 
         return Triangle(optimizer, options.lr * stage.low, peak, stage.epochs * steps)
     warmup = min(options.warmup_epochs, stage.epochs / 2) if stage.warmup is None else stage.warmup
     kind: dict[str, Any] = {"sched": "cosine"}
-    if stage.kind == "final":
+    if stage.kind in ("final", "base"):
         kind = {
             "cosine": kind,
             "linear": {"sched": "poly", "decay_rate": 1.0},  # timm hands the power over as `decay_rate`

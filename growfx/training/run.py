@@ -6,9 +6,9 @@ The order of everything random is that of `growfx.training`'s docstring.
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -21,6 +21,7 @@ from growfx.masked.present.optimizer_state import check_pointwise
 from growfx.masked.present.storage import follow_masks, set_storage, storage_of
 from growfx.methods.base import Method
 from growfx.methods.session import Session, Stage
+from growfx.notices import warn_once
 from growfx.options import TrainOptions
 from growfx.reporting.run import write_report
 from growfx.runs.folder import RunFolder, finite
@@ -44,6 +45,7 @@ from growfx.training.recipe import (
 from growfx.training.scalars import Scalars
 from growfx.training.state import EpochPart, RunState
 from growfx.training.step import TrainStep, windows
+from growfx.training.training_data import warn_of_batches_left
 
 __all__ = ["Run"]
 
@@ -81,6 +83,8 @@ class Run:
         self.epoch_steps = math.ceil(steps_of(train_loader) / options.accumulate)
         self.interrupts, self._saved_at = Interrupts(), time.monotonic()
         self._kernels: dict[str, Any] = {}  # of the last training step
+        self._notes: list[str] = []
+        self._looked_beyond = False  # whether the loader has more than its length says
 
     def all(self) -> Result:
         """The whole run, or what is left of it."""
@@ -284,7 +288,7 @@ class Run:
         if part.done == steps:  # only its validation is missing
             part.resume_random(self.train_loader)
             return part.mean_loss()
-        length = self.options.accumulate
+        length, dense_gradient = self.options.accumulate, False
         batches = batches_from(self.train_loader, part.done * length, part.resume_random)
         with self.progress.epoch(stage, first + part.done, self.epoch_steps) as tick:
             for window in windows(batches, length):
@@ -300,6 +304,7 @@ class Run:
                     self._count(part, dense_gradient)
                 # A look at the value waits for the device: now and then is enough to stop in time.
                 if part.done % 20 == 0 or part.done == steps:
+                    self.state.step.watch.tell()
                     self._require_finite(part.loss)
                 tick()
                 if part.done == steps:
@@ -310,8 +315,21 @@ class Run:
                 f"the training loader gave batches for {part.done} steps; its length says {self.epoch_steps}"
             )
         self._kernels = kernels_taken(self.net)
+        if not dense_gradient:  # a step of the gradient of absent edges is dense
+            self._warn_of_kernels()
         part.mark(self.train_loader)
+        if not self._looked_beyond and steps * length >= len(cast(Sized, self.train_loader)):
+            self._looked_beyond = True
+            warn_of_batches_left(self.train_loader, batches)
         return part.mean_loss()
+
+    def _warn_of_kernels(self) -> None:
+        """Warn where sparse kernels were asked for and the last step took none."""
+        report = self.net.kernel_report
+        if self.options.kernels != "sparse" or self._kernels["sparse"] or report is None or not report.layers:
+            return
+        reasons = [*report.notes, *(choice.reason for choice in report.layers.values())]
+        warn_once(f"`kernels` = 'sparse' has no effect: all layers take dense kernels ({reasons[0]})", self._notes)
 
     def _count(self, part: EpochPart, dense_gradient: bool) -> None:
         """Book the steps since the last time, all but the last without the gradient of absent edges."""

@@ -31,6 +31,7 @@ from growfx.training.config import default_options, describe_run
 from growfx.training.recipe import private_randomness
 from growfx.training.run import Run
 from growfx.training.scalars import Scalars
+from growfx.training.unused import warn_of_unused
 
 if TYPE_CHECKING:
     from growfx.methods.base import Method
@@ -62,12 +63,12 @@ def train(
     Args:
         net: from `growfx.wrap`. It is moved to `options.device`.
         train_loader: gives (images (B, ...), class numbers (B)), or targets (B, classes) that it has mixed itself; its
-            length must be known. Its order follows torch's global generator, or the loader's `generator`, which is then
-            seeded every epoch.
+            length must be known. Its order follows torch's global generator, or the loader's `generator`, seeded every
+            epoch. Batches beyond the length and class numbers -100 are left out, as torch's loss does, with a warning.
         val_loader: scores growth rounds and epochs, always in the same order.
         method: from `growfx.methods.create`, not yet attached; None trains under the current masks.
         test_loader: scored once, at the end.
-        options: see `TrainOptions`; `changes` are single fields of it (`epochs=10`).
+        options: see `TrainOptions`; `changes` are single fields of it (`epochs=10`). Options without effect warn.
         out: run folder. `resume` continues the run in it (or starts one), `overwrite` replaces it.
         about: further facts for `config.json` and the artifact, which a continued run must share.
 
@@ -95,11 +96,11 @@ def train(
         raise ConfigError(f"`options` expects a growfx.options.TrainOptions, got {type(options).__name__}")
     options = _changed(options or TrainOptions(), changes)
     chosen = Fixed() if method is None else method
-    _check_whole(net)
-    _check_storage(options, chosen)
+    _check_weights(net, options, chosen)
     run = Run(net, train_loader, val_loader, test_loader, chosen, options, progress)
     _check_folder(out, resume, options)
-    config = {**describe_run(net, method, options), **(about or {})}
+    warn_of_unused(run, saved=out is not None, beside={"overwrite": overwrite, "about": about})
+    config = describe_run(net, method, options) | dict(about or {})
     with private_randomness():
         if out is not None:
             ranks.on_first(lambda: refuse_existing(Path(out), resume=resume, overwrite=overwrite))
@@ -120,16 +121,13 @@ def train(
                 run.folder.close()
 
 
-def _check_whole(net: MaskedGraph) -> None:
+def _check_weights(net: MaskedGraph, options: TrainOptions, method: Any) -> None:
     for parameter in net.parameters():
         require_whole(
             parameter,
             "growfx.train keeps networks whole, in `DistributedDataParallel`; call it with the network as it was "
             "before, or write the loop: `method.attach(net, optimizer, ...)`, then `method.step()` after each step",
         )
-
-
-def _check_storage(options: TrainOptions, method: Any) -> None:
     why = getattr(method, "trains_absent", "") if options.storage == "present" else ""
     if why:
         raise ConfigError(

@@ -20,6 +20,7 @@ from growfx.options import TrainOptions
 from growfx.training.evaluation import explaining_class_numbers, logits_of
 from growfx.training.images import explaining_images
 from growfx.training.randomness import randomness_of, set_randomness
+from growfx.training.training_data import TargetWatch
 
 if TYPE_CHECKING:
     from growfx.methods.base import Method
@@ -86,6 +87,7 @@ class TrainStep:
         net, optimizer, method: attached to each other before the first step.
         criterion: of class scores (B, classes), and class numbers (B) or mixed targets (B, classes).
         mix: turns images and class numbers into mixed images and targets; None leaves a batch unchanged.
+        watch: of the targets that the loader gives.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class TrainStep:
         self.net, self.optimizer, self.method, self.criterion = net, optimizer, method, criterion
         self.options = options
         self.mix: Callable[[Tensor, Tensor], Batch] | None = None
+        self.watch = TargetWatch(options)
         self._device = next(chain_tensors(net)).device.type
         self._scaler = torch.amp.GradScaler(self._device) if options.amp == "fp16" else None
         self._replica: DistributedDataParallel | None = None
@@ -140,6 +143,8 @@ class TrainStep:
         images that the network cannot compute.
         """
         self._replicate_anew()
+        for _, targets in window:
+            self.watch.look(targets)
         batches = list(window) if self.mix is None else [self.mix(*batch) for batch in window]
         before = None if self._scaler is None else _Moment.of(self.net)  # nothing else is ever repeated
         loss = self._backward(batches)

@@ -408,6 +408,15 @@ def test_closing_ends_the_processes_and_keeps_the_checkpoint(tmp_path):
     assert read(latest)["position"]["epoch"] >= 1
 
 
+@pytest.mark.filterwarnings("always::growfx.GrowfxWarning")
+def test_what_runs_warn_of_is_passed_on_once(tmp_path, capsys):
+    given = [*OPTIONS, "--set", "round_lr=0.5", "--set", "hflip=0.1"]
+    assert call("compare", *MODEL, "--methods", "dense,static", *given, "--out", tmp_path / "out") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "has no effect" in line]
+    assert sorted(line.partition("` = ")[0].rpartition("`")[2] for line in lines) == ["hflip", "round_lr"]
+    assert all(line.startswith("growfx: ") for line in lines)
+
+
 def test_overwriting_replaces_a_comparison_and_nothing_else(tmp_path):
     old, new = planned("dense", seeds=(0, 1)), planned("dense", seeds=(5,))
     _open(tmp_path, old, resume=False, overwrite=False)

@@ -170,7 +170,8 @@ def test_set_that_says_what_a_flag_says_is_taken(tmp_path, capsys):
 def test_flags_and_set_give_the_same_run(tmp_path):
     common = ["test_resnet", "--data", "digits", "--quiet", "--method", "rigl", "--density", 0.2, "--epochs", 1]
     flags = ["--img-size", 16, "--kernels", "dense", "--drop-fraction", 0.2, "--no-channels-last", "--lr", 0.05]
-    sets = ["img_size=16", "kernels=dense", "drop_fraction=0.2", "channels_last=false", "lr=0.05"]
+    flags += ["--update-every", 2]
+    sets = ["img_size=16", "kernels=dense", "drop_fraction=0.2", "channels_last=false", "lr=0.05", "update_every=2"]
     assert call("train", *common, *flags, "--out", tmp_path / "flags") == 0
     assert call("train", *common, *(part for text in sets for part in ("--set", text)), "--out", tmp_path / "sets") == 0
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("flags", "sets")]

@@ -135,3 +135,15 @@ def test_a_link_to_a_folder_of_images_is_followed(folder, tmp_path_factory):
     put(store / "5.png")
     (folder / "train" / "dog" / "more").symlink_to(store, target_is_directory=True)
     assert classes_of(folder)["dog/more/5.png"] == "dog"
+
+
+def test_the_orientation_that_a_camera_noted_is_not_applied_as_by_torchvision(folder):
+    from torchvision.datasets import ImageFolder
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.fromarray(GREY[:4]).save(folder / "train" / "cat" / "turned.jpg", exif=exif)
+    ours, theirs = open_data(str(folder)).splits["train"], ImageFolder(str(folder / "train"))
+    sizes = [ours.images[i][0].size for i in range(len(ours))]
+    assert sizes == [theirs[i][0].size for i in range(len(theirs))]
+    assert (8, 4) in sizes

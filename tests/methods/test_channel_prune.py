@@ -20,7 +20,9 @@ X = torch.randn(2, 3, 8, 8)
 
 
 def begun(net: Any, steps: int = 24, **options: Any) -> tuple[Any, Any]:
-    method, optimizer = methods.create("channel-prune", **{"update_every": 3, **options}), OPTIMIZERS["sgd"](net)
+    updates = options.get("schedule") != "once" or options.get("score") == "taylor"
+    options = {"update_every": 3, **options} if updates else options
+    method, optimizer = methods.create("channel-prune", **options), OPTIMIZERS["sgd"](net)
     method.attach(net, optimizer, total_steps=steps, steps_per_epoch=3)
     return method, optimizer
 

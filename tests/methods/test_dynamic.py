@@ -63,6 +63,7 @@ def test_an_exchange_never_changes_the_number_of_edges(name):
     assert method.exploration > net.density
 
 
+@pytest.mark.filterwarnings("ignore:.* steps has no update:growfx.GrowfxWarning")
 @pytest.mark.parametrize("total_steps", some([1, 2, 5, 10], lambda count: count in (1, 10)))
 @pytest.mark.parametrize("name", some(ALL, representative))
 def test_density_is_exact_at_the_end_however_many_updates_there_were(name, total_steps):

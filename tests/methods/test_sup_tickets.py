@@ -241,6 +241,7 @@ def test_a_cycle_exchanges_many_edges_after_its_first_step_and_none_later(base):
     assert method.next_stage() is None
 
 
+@pytest.mark.filterwarnings("ignore:.* steps has no update:growfx.GrowfxWarning")
 def test_exploration_drops_the_smallest_by_the_rate_asked_for_whatever_the_bases_own_rate_is():
     run, method = begin(base="set", drop_fraction=0.01, explore_fraction=0.5)
     method.end_stage(train_stage(run, method))

@@ -53,6 +53,14 @@ def test_a_run_that_is_resumed_takes_the_kernels_it_took_before(kernels, tmp_pat
     assert content_digest(final_state(tmp_path / "parts")) == content_digest(final_state(tmp_path / "whole"))
 
 
+def test_sparse_kernels_of_which_none_is_taken_are_told_of():
+    options = dataclasses.replace(QUICK, epochs=2, kernels="sparse", amp="fp16")
+    method = growfx.methods.create("static", density=0.3)
+    with pytest.warns(growfx.GrowfxWarning, match="`kernels` = 'sparse' has no effect: .*dense kernels") as seen:
+        growfx.train(fresh_net(), *loaders(48), method=method, options=options, progress=False)
+    assert len(seen) == 1
+
+
 @built
 def test_a_deterministic_run_times_nothing(monkeypatch):
     monkeypatch.setattr("growfx.runtime.train.choice._measure", lambda *_: pytest.fail("timed"))

@@ -55,6 +55,13 @@ def test_the_schedule_is_that_of_the_final_training_alone():
         assert rates(plain, Stage(kind, 3)) == rates(other, Stage(kind, 3))
 
 
+@pytest.mark.parametrize("name", ["linear", "step", "constant"])
+def test_the_base_of_tickets_has_the_schedule_of_the_run(name):
+    options = TrainOptions(schedule=name)
+    assert rates(options, Stage("base", 6)) == rates(options, Stage("final", 6))
+    assert rates(options, Stage("base", 6)) != rates(TrainOptions(), Stage("base", 6))
+
+
 def test_steps_of_another_schedule_are_refused():
     with pytest.raises(ConfigError, match=r"`decay_epochs` = 3\.0 is of `schedule` = `step`, which here is `cosine`"):
         TrainOptions(decay_epochs=3)

@@ -28,7 +28,7 @@ def loader(targets: Tensor) -> DataLoader[Any]:
 def trained(targets: Tensor, outputs: int = 10, val: Tensor | None = None, **options: Any) -> growfx.MaskedGraph:
     torch.manual_seed(0)
     net = growfx.wrap(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, outputs)), torch.randn(2, 8))
-    growfx.train(net, loader(targets), loader(targets if val is None else val), **PLAIN, **options)
+    growfx.train(net, loader(targets), loader(targets if val is None else val), **PLAIN | options)
     return net
 
 
@@ -142,6 +142,61 @@ def test_iterators_that_begin_again_and_a_test_loader_of_one_pass_are_taken():
         results.append(growfx.train(net, train, val, test_loader=iter(loader(NUMBERS)), **PLAIN))
     assert results[0].val_accuracy == results[1].val_accuracy
     assert results[0].test_accuracy == results[1].test_accuracy is not None
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}], ids=str)
+def test_images_without_a_class_are_left_out_of_the_loss_and_told_of(options):
+    some_left_out = torch.where(torch.arange(20) % 4 == 1, -100, NUMBERS)
+    with pytest.warns(growfx.GrowfxWarning, match=facts("-100", "leaves out")) as seen:
+        trained(some_left_out, val=NUMBERS, epochs=2, **options)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": "bce"}], ids=str)
+def test_smoothing_of_targets_that_the_loader_has_mixed_is_told_to_have_no_effect(options):
+    plain = trained(ONE_HOT, val=NUMBERS, **options)
+    with pytest.warns(growfx.GrowfxWarning, match=facts("`label_smoothing` = 0.2", "(batch, classes)")) as seen:
+        smooth = trained(ONE_HOT, val=NUMBERS, label_smoothing=0.2, **options)
+    assert len(seen) == 1
+    assert all(map(torch.equal, weights(plain), weights(smooth)))
+
+
+class Longer:
+    """A loader that gives four batches, whatever it says."""
+
+    def __init__(self, said: int) -> None:
+        self.said, self.batches = said, list(loader(NUMBERS)) * 2
+
+    def __len__(self) -> int:
+        return self.said
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
+class GoingOn(Longer):
+    """One that goes on in the next epoch where it was in the last."""
+
+    def __iter__(self) -> GoingOn:
+        return self
+
+    def __next__(self) -> Any:
+        self.batches.append(self.batches.pop(0))
+        return self.batches[-1]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_batches_beyond_the_length_of_a_loader_are_told_of_once(accumulate):
+    net = growfx.wrap(nn.Linear(8, 10), torch.randn(2, 8))
+    with pytest.warns(growfx.GrowfxWarning, match=facts("2 batches", "more", "__len__")) as seen:
+        growfx.train(net, Longer(2), loader(NUMBERS), **PLAIN | {"epochs": 2}, accumulate=accumulate)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("train", [Longer(4), GoingOn(3)], ids=["as long as it says", "going on"])
+def test_loaders_of_which_no_batch_is_left_out_are_not_told_of(train):
+    net = growfx.wrap(nn.Linear(8, 10), torch.randn(2, 8))
+    growfx.train(net, train, loader(NUMBERS), **PLAIN)
 
 
 def test_a_network_that_is_frozen_whole_says_so():

@@ -14,6 +14,7 @@ from growfx.commands.compare.pool import PRELOAD, Report, RunSpec
 from growfx.commands.compare.progress import LogTail, finished
 from growfx.commands.ray_cluster import Cluster, Outcome
 from growfx.errors import GrowfxError, one_line
+from growfx.notices import hearing
 
 __all__ = ["run_all_on"]
 
@@ -46,27 +47,30 @@ class _Remote:
         self.epochs, self._tail = 0, LogTail(out)
 
     def look(self, outcome: Outcome | None) -> Report | None:
-        """Return what is new, None when nothing is; the value of an `outcome` is the error of the run."""
+        """Return what is new, None when nothing is; the value of an `outcome` is what `_run_on_node` returned."""
         before, self.epochs = self.epochs, self._tail.epochs()
         if outcome is None:
             return Report(self.name, self.epochs, ended=False) if self.epochs != before else None
-        error = outcome.error or outcome.value
+        raised, warnings = outcome.value or (None, ())
+        error = outcome.error or raised
         if error is None and finished(self.out) is None:
             error = f"the run has ended on its node, but `{self.out}` has no result; all nodes must share that folder"
-        return Report(self.name, self.epochs, ended=True, error=error)
+        return Report(self.name, self.epochs, ended=True, error=error, warnings=tuple(warnings))
 
 
-def _run_on_node(spec: RunSpec, out: str, threads: int) -> str | None:
-    """What a task does: one run; returns its error, None when there is none."""
+def _run_on_node(spec: RunSpec, out: str, threads: int) -> tuple[str | None, list[str]]:
+    """What a task does: one run; returns its error, None when there is none, and what it warned of."""
     for name in PRELOAD:
         importlib.import_module(name)
     import torch
 
     torch.set_num_threads(threads)
+    heard = list[str]()
     try:
-        spec.run(Path(out), resume=True, progress=False)
+        with hearing(heard):
+            spec.run(Path(out), resume=True, progress=False)
     except GrowfxError as error:
-        return one_line(error)
+        return one_line(error), heard
     except Exception as error:  # of a library, or a fault of ours: the other runs go on
-        return one_line(error)[:300]
-    return None
+        return one_line(error)[:300], heard
+    return None, heard

@@ -26,6 +26,7 @@ from growfx.commands.starting_weights import file_digest
 from growfx.errors import CheckpointError, ConfigError, did_you_mean
 from growfx.machine import versions
 from growfx.methods.growth.rounds import Growing
+from growfx.notices import hearing
 from growfx.options import DataOptions, TrainOptions, parse_assignments
 from growfx.runs.folder import RunFolder, refuse_existing
 from growfx.training.recipe import private_randomness
@@ -311,10 +312,13 @@ def compare(
     )
     planned = comparison.runs()
     launch, jobs = _launcher(cluster, jobs, planned[0].spec.train_options.device, Path(out) / "logs")
-    folder = _open(Path(out), comparison, resume=resume, overwrite=overwrite)
+    heard = list[str]()
+    with hearing(heard):
+        folder = _open(Path(out), comparison, resume=resume, overwrite=overwrite)
     work = Path(out) / "runs"
     work.mkdir(exist_ok=True)
-    planned, errors = _train_and_control(comparison, planned, work, launch, progress=progress)
+    with closing(Meter(work, progress, heard)) as meter:
+        planned, errors = _train_and_control(comparison, planned, work, launch, meter)
     runs = [_facts_of(run, work, errors.get(run.name)) for run in planned]
     fingerprint = folder.config["data"]["fingerprint"]
     return write_comparison(folder, {**folder.config, "data": data, "fingerprint": fingerprint, "jobs": jobs}, runs)
@@ -332,25 +336,24 @@ def _launcher(cluster: Cluster | None, jobs: int | None, device: str, logs: Path
 
 
 def _train_and_control(
-    comparison: Comparison, planned: list[Planned], work: Path, launch: Launch, *, progress: bool
+    comparison: Comparison, planned: list[Planned], work: Path, launch: Launch, meter: Meter
 ) -> tuple[list[Planned], dict[str, str]]:
     """Train all runs, then the controls that follow from them; returns all, and the errors of those that failed."""
     errors = dict[str, str]()
     controls = comparison.controls
-    with closing(Meter(work, progress)) as meter:
-        _expect(meter, planned)
-        if controls:
-            expected = {run.name: FinishedRun(_expected_epochs(run.spec), run.asked or 0.5) for run in planned}
-            _expect(meter, plan_controls(comparison, planned, expected, work))
-        _train_all(planned, work, launch, meter, errors)
-        if controls:
-            ended = {run.name: finished(work / run.name) for run in planned}
-            known = {n: FinishedRun(r["epochs"], r["nnz"] / r["numel"]) for n, r in ended.items() if r is not None}
-            more = plan_controls(comparison, planned, known, work)
-            meter.keep(run.name for run in [*planned, *more])
-            _expect(meter, more)
-            _train_all(more, work, launch, meter, errors)
-            planned = [*planned, *more]
+    _expect(meter, planned)
+    if controls:
+        expected = {run.name: FinishedRun(_expected_epochs(run.spec), run.asked or 0.5) for run in planned}
+        _expect(meter, plan_controls(comparison, planned, expected, work))
+    _train_all(planned, work, launch, meter, errors)
+    if controls:
+        ended = {run.name: finished(work / run.name) for run in planned}
+        known = {n: FinishedRun(r["epochs"], r["nnz"] / r["numel"]) for n, r in ended.items() if r is not None}
+        more = plan_controls(comparison, planned, known, work)
+        meter.keep(run.name for run in [*planned, *more])
+        _expect(meter, more)
+        _train_all(more, work, launch, meter, errors)
+        planned = [*planned, *more]
     return planned, errors
 
 
@@ -368,9 +371,12 @@ def _facts_of(run: Planned, work: Path, error: str | None) -> dict[str, Any]:
 
 def _train_all(planned: Sequence[Planned], work: Path, launch: Launch, meter: Meter, errors: dict[str, str]) -> None:
     todo = [(run.name, run.spec, work / run.name) for run in planned if finished(work / run.name) is None]
+    controls = {run.name for run in planned if run.control}  # their options are of the runs they are controls of
     with closing(launch(todo)) as reports:
         for report in reports:
             meter.take(report.name, report.epochs, ended=report.ended, failed=report.error is not None)
+            for message in report.warnings if report.name not in controls else ():
+                meter.warn(report.name, message)
             if report.error is not None:
                 errors[report.name] = report.error
                 meter.say(f"{report.name} failed: {report.error}")

@@ -22,6 +22,7 @@ from growfx.commands.compare.progress import LogTail
 from growfx.commands.starting_weights import StartingWeights, split_arguments
 from growfx.errors import ConfigError, GrowfxError, one_line
 from growfx.methods.base import Method
+from growfx.notices import hearing
 from growfx.options import DataOptions, TrainOptions, parse_assignments
 from growfx.runs.folder import refuse_existing
 from growfx.training.recipe import pick_device
@@ -156,12 +157,16 @@ def field_names(kind: type) -> set[str]:
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of a run: epochs trained so far; whether it has ended, and by which error (None: as it should)."""
+    """What is known of a run: epochs trained so far; whether it has ended, and by which error (None: as it should).
+
+    `warnings`: of one that has ended, the texts of its `GrowfxWarning`s.
+    """
 
     name: str
     epochs: int
     ended: bool
     error: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def run_all(runs: Sequence[tuple[str, RunSpec, Path]], logs: Path, *, jobs: int, threads: int = 1) -> Generator[Report]:
@@ -225,10 +230,10 @@ class _Child:
 
     def look(self) -> Report | None:
         """Return what is new, None when nothing is."""
-        ended, error = False, None
+        ended, error, warnings = False, None, ()
         try:
             if self.results.poll():
-                error = json.loads(self.results.recv_bytes())
+                error, warnings = json.loads(self.results.recv_bytes())
                 ended = True
         except (EOFError, OSError):
             ended, error = True, self._cause()
@@ -237,7 +242,7 @@ class _Child:
             self.close()
             if error is None:
                 self.log.unlink(missing_ok=True)
-        return Report(self.name, self.epochs, ended, error) if ended or moved else None
+        return Report(self.name, self.epochs, ended, error, tuple(warnings)) if ended or moved else None
 
     def close(self) -> None:
         """Wait a moment for the process to put its things away, then end it: files are written whole or not at all."""
@@ -263,7 +268,7 @@ class _Child:
 
 
 def _run_in_child(spec: RunSpec, out: Path, log: Path, results: Any, lifeline: Any, threads: int) -> None:
-    """What a process does: one run, and send its error (None when there is none)."""
+    """What a process does: one run, and send its error (None when there is none) and what it warned of."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C, for all
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     end_with_parent(lifeline)
@@ -274,13 +279,14 @@ def _run_in_child(spec: RunSpec, out: Path, log: Path, results: Any, lifeline: A
 
     gc.freeze()  # the libraries stay: no collection need look at them, or copy their pages
     torch.set_num_threads(threads)
-    error = None
+    error, heard = None, list[str]()
     try:
-        spec.run(out, resume=True, progress=False)
+        with hearing(heard):
+            spec.run(out, resume=True, progress=False)
     except GrowfxError as problem:
         error = one_line(problem)
     except Exception as problem:  # of a library, or a fault of ours: the other runs go on
         traceback.print_exc()
         error = f"{one_line(problem)[:300]}; see `{log}`"
     sys.stderr.flush()
-    results.send_bytes(json.dumps(error).encode())
+    results.send_bytes(json.dumps([error, heard]).encode())

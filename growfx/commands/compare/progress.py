@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from growfx.notices import warn_once
 from growfx.runs.folder import RunFolder
 
 __all__ = ["LogTail", "Meter", "epochs_logged", "finished"]
@@ -58,10 +59,13 @@ class LogTail:
 
 
 class Meter:
-    """One bar over the epochs of all runs in `work`. What a run takes is known when another of its row has ended."""
+    """One bar over the epochs of all runs in `work`. What a run takes is known when another of its row has ended.
 
-    def __init__(self, work: Path, shown: bool) -> None:
-        self.work = work
+    `heard`: messages that were warned of already.
+    """
+
+    def __init__(self, work: Path, shown: bool, heard: Iterable[str] = ()) -> None:
+        self.work, self.heard = work, set(heard)
         self.rows: dict[str, str] = {}
         self.expected: dict[str, int] = {}
         self.done: dict[str, int] = {}
@@ -95,6 +99,13 @@ class Meter:
     def say(self, text: str) -> None:
         """Print one line above the bar; always, because it is about a failure."""
         tqdm.write(text, file=sys.stderr)
+
+    def warn(self, name: str, message: str) -> None:
+        """Pass on what a run warned of, unless another run did before."""
+        if message not in self.heard:
+            self.heard.add(message)
+            with tqdm.external_write_mode(file=sys.stderr):
+                warn_once(f"run `{name}`: {message}", [])
 
     def close(self) -> None:
         """Keep the bar."""

@@ -33,7 +33,8 @@ from growfx.methods.scope import check_optimizer, find_scope
 from growfx.methods.session import Attachment, Session, Stage
 from growfx.methods.sign_in import SignIn, check_sign_in
 from growfx.methods.starting import MASKS, warn_if_replaced
-from growfx.options import check_ranges, option
+from growfx.methods.unused import Use, warn_of_unused
+from growfx.options import Unused, check_ranges, option
 from growfx.selection.budget import largest_within
 from growfx.selection.edge_keys import EdgeKeys
 
@@ -83,6 +84,10 @@ class Growing(Method):
     """
 
     off_path: ClassVar[str] = "left"
+    stages: ClassVar[tuple[str, ...] | None] = ("round", "final")
+    unused: ClassVar[tuple[Unused, ...]] = (
+        Unused(("growth_rounds",), lambda use: "beside `seed_epochs`, which says it" if use.method.seed_epochs else ""),
+    )
     reads_gradient: ClassVar[bool]  # whether `_grown` reads `Growth.gradients`
 
     masks: str = option("drawn", choices=MASKS)
@@ -145,6 +150,7 @@ class Growing(Method):
         check_optimizer(self, net, optimizer)
         if self.sign_in:
             check_sign_in(net, optimizer)
+        warn_of_unused(Use(self))
         adaptive = self.growth_rounds == "adaptive"
         training = math.ceil(total_steps / steps_per_epoch) if adaptive else self.epochs_per_round
         growth = Growth(net, optimizer, scope, steps_per_epoch, first_epochs=self.seed_epochs or training)

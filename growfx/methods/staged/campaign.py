@@ -24,6 +24,7 @@ from growfx.methods.scope import check_optimizer, find_scope
 from growfx.methods.session import Attachment, Session, Stage
 from growfx.methods.starting import all_edges, warn_if_replaced
 from growfx.methods.stepwise.course import Course
+from growfx.methods.unused import Use, warn_of_unused
 from growfx.options import check_ranges
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ class Staged(Method):
         course.stages = list(course.plan)
         course.steps = course.plan[0].first_step
         course.fresh = copy.deepcopy(session.optimizer.state_dict())
+        warn_of_unused(Use(self))
         self._start(course)
         self._attachment.state = course
 

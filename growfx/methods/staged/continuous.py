@@ -139,6 +139,7 @@ class Continuous(Staged):
     """
 
     name: ClassVar[str] = "continuous"
+    stages: ClassVar[tuple[str, ...] | None] = ("search", "final")
     trains_absent: ClassVar[str] = "trains all of them by soft masks"
 
     initial_mask: float = option(0.0, low=-10, high=10)

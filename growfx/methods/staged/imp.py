@@ -65,6 +65,7 @@ class IMP(Staged):
     """
 
     name: ClassVar[str] = "imp"
+    stages: ClassVar[tuple[str, ...] | None] = ("level", "final")
 
     density: float | None = option(0.1, low=0, high=1, open_low=True)
     masks: str = option("drawn", choices=MASKS_OF_PRUNING)

@@ -74,6 +74,7 @@ class SupTickets(Staged):
     """
 
     name: ClassVar[str] = "sup-tickets"
+    stages: ClassVar[tuple[str, ...] | None] = ("base", "cycle", "final")
 
     base: str = "rigl"
     density: float | None = option(DefaultFloat(0.1), low=0, high=1, open_low=True)

@@ -27,7 +27,7 @@ from growfx.methods.masks import dense_gradients
 from growfx.methods.session import Session
 from growfx.methods.stepwise.course import Course
 from growfx.methods.stepwise.sparse_start import SparseInit, StaticMasks
-from growfx.options import option
+from growfx.options import Unused, option
 from growfx.passes.path_products.products import path_gradients
 from growfx.selection.choose import top
 from growfx.selection.edge_keys import EdgeKeys
@@ -60,6 +60,13 @@ class SNIP(SparseInit):
 
     name: ClassVar[str] = "snip"
     warns_of_loss: ClassVar[bool] = False
+    unused: ClassVar[tuple[Unused, ...]] = (
+        Unused(
+            ("score_batches",),
+            lambda use: "in your own loop, where the first step is what is scored" if use.own_loop else "",
+        ),
+    )
+
     density: float = option(0.1, low=0, high=1, open_low=True)
     score_batches: int = option(1, low=1)
 

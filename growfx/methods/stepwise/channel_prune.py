@@ -20,7 +20,7 @@ from growfx.methods.starting import MASKS_OF_PRUNING, all_edges, given_masks
 from growfx.methods.stepwise.course import Course, Stepwise
 from growfx.methods.stepwise.schedules import Ramp, step_at
 from growfx.notices import warn_once
-from growfx.options import option
+from growfx.options import Unused, option
 from growfx.passes.plan_channels.gain import SCORES, magnitudes, path_masses, taylor, unit_visits
 from growfx.passes.plan_channels.options import PlanOptions, read_floors, read_patterns
 from growfx.passes.plan_channels.planner import ChannelPlanner
@@ -29,6 +29,7 @@ __all__ = ["ChannelPrune"]
 
 _DEFAULT = "flops=0.5"
 _SCHEDULES = ("cubic", "once")
+_AT_ONCE = 'with `schedule` = "once", which prunes after `start`'
 _PLANNING = ("score", "floor", "floors", "round_to", "exclude")  # what a plan that is given was made with, or without
 
 
@@ -64,6 +65,13 @@ class ChannelPrune(Stepwise):
     name: ClassVar[str] = "channel-prune"
     needs_whole: ClassVar[str] = "it scores whole units"
     off_path: ClassVar[str] = "left"
+    unused: ClassVar[tuple[Unused, ...]] = (
+        Unused(("end",), lambda use: _AT_ONCE if use.method.schedule == "once" else ""),
+        Unused(
+            ("update_every",),
+            lambda use: _AT_ONCE if use.method.schedule == "once" and use.method.score != "taylor" else "",
+        ),
+    )
 
     budget: str | None = option(None, unset=f"{_DEFAULT}, or the budget of `plan`")
     score: str = option("paths", choices=SCORES)

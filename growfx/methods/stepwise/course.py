@@ -10,7 +10,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from growfx.methods.scope import Scope, check_optimizer, find_scope
 from growfx.methods.session import Attachment, Session, Stage
 from growfx.methods.sign_in import SignIn, check_sign_in
 from growfx.methods.starting import warn_if_replaced
+from growfx.methods.unused import Use, warn_of_unused
 from growfx.options import check_ranges
 
 if TYPE_CHECKING:
@@ -125,6 +126,8 @@ class Course(Attached):
 class Stepwise(Method):
     """A method with one training and one clock."""
 
+    stages: ClassVar[tuple[str, ...] | None] = ("final",)
+
     _attachment: Attachment[Course] = field(default_factory=Attachment[Course], init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -176,6 +179,7 @@ class Stepwise(Method):
         if epochs_between:
             check_sign_in(net, optimizer)
         course = Course(net, optimizer, scope, total_steps, steps_per_epoch, session=session)
+        warn_of_unused(Use(self, total_steps, own_loop=session is None))
         if is_shared(net):
             share_buffers(net)  # norms may count in the starting masks
         with net.whole_weights():

@@ -21,12 +21,28 @@ from growfx.methods.stepwise.course import Course
 from growfx.methods.stepwise.exchange import apportion, exchange, finite_magnitudes, mean_of_active
 from growfx.methods.stepwise.schedules import DECAYS, Clock, anneal
 from growfx.methods.stepwise.sparse_start import SparseStart
-from growfx.options import option
+from growfx.methods.unused import Use
+from growfx.options import Unused, option
 from growfx.selection.density import layer_counts
 
 __all__ = ["MEST", "SET", "SNFS", "Dynamic", "RigL", "RigLSG", "RigLSM"]
 
 _SUMS = "it shares growth out by sums over a layer's edges, whose last bits depend on the number of ranks"
+
+
+def _without_updates(use: Use) -> str:
+    """Why options of updates have no effect: the training is too short for one."""
+    every, until = use.method.update_every, use.method.update_until
+    if use.total_steps is None or Clock.until(until, use.total_steps, every).last:
+        return ""
+    return (
+        f"as a training of {use.total_steps} steps has no update: one is due after every {every} steps "
+        f"(`update_every`), before {until:g} of all steps (`update_until`)"
+    )
+
+
+def _of_updates(*options: str) -> Unused:
+    return Unused(options, _without_updates, says=("changes no mask", "change no mask"))
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,7 @@ class Dynamic(SparseStart):
     """
 
     gradient: ClassVar[str] = "never"  # when gradients of absent edges are read: never, at updates, every step
+    unused: ClassVar[tuple[Unused, ...]] = (_of_updates("update_every", "drop_fraction", "update_until", "decay"),)
 
     update_every: int = option(100, low=1)
     drop_fraction: float = option(0.3, low=0, high=1, open_low=True)
@@ -205,6 +222,7 @@ class RigLSM(Dynamic):
     name: ClassVar[str] = "rigl-sm"
     needs_whole: ClassVar[str] = _SUMS
     gradient: ClassVar[str] = "updates"
+    unused: ClassVar[tuple[Unused, ...]] = (_of_updates("averaging"),)
 
     averaging: float = option(0.9, low=0, high=1, open_high=True)
 
@@ -238,6 +256,7 @@ class SNFS(Dynamic):
     name: ClassVar[str] = "snfs"
     needs_whole: ClassVar[str] = _SUMS
     gradient: ClassVar[str] = "steps"
+    unused: ClassVar[tuple[Unused, ...]] = (_of_updates("averaging"),)
 
     averaging: float = option(0.9, low=0, high=1, open_high=True)
 
@@ -267,6 +286,7 @@ class MEST(Dynamic):
 
     name: ClassVar[str] = "mest"
     needs_whole: ClassVar[str] = ""
+    unused: ClassVar[tuple[Unused, ...]] = (_of_updates("gradient_weight", "excess"),)
 
     gradient_weight: float = option(0.01, low=0)
     excess: float = option(0.05, low=0, high=1)

@@ -16,7 +16,7 @@ from growfx.methods.stepwise.course import Course, Stepwise
 from growfx.methods.stepwise.exchange import exchange, finite_magnitudes, keep_largest
 from growfx.methods.stepwise.schedules import Clock, Ramp, anneal, step_at
 from growfx.methods.stepwise.sparse_start import SparseStart, settle_density
-from growfx.options import option
+from growfx.options import Unused, option
 from growfx.selection.density import DISTRIBUTIONS
 from growfx.selection.edge_keys import EdgeKeys
 
@@ -126,6 +126,16 @@ class GraNet(SparseStart):
 
     name: ClassVar[str] = "granet"
     needs_whole: ClassVar[str] = ""
+    unused: ClassVar[tuple[Unused, ...]] = (
+        Unused(
+            ("masks", "distribution"),
+            lambda use: (
+                "at `initial_density` = 1, where all edges are there"
+                if use.method.initial_density == 1 and use.method.masks != "given"
+                else ""
+            ),
+        ),
+    )
 
     density: float | None = option(0.1, low=0, high=1, open_low=True)
     initial_density: float = option(1.0, low=0, high=1, open_low=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from growfx.masked.layers import MaskedLayer
 from growfx.methods.starting import MASKS, all_edges, given_masks, start_density
 from growfx.methods.stepwise.course import Course, Stepwise
 from growfx.methods.stepwise.exchange import drop_to, finite_magnitudes
-from growfx.options import DefaultFloat, option
+from growfx.options import DefaultFloat, Unused, option
 from growfx.selection.density import DISTRIBUTIONS, layer_counts, random_masks
 from growfx.selection.edge_keys import EdgeKeys
 
@@ -78,6 +78,13 @@ class SparseStart(SparseInit):
             many as `distribution` says.
         distribution: of the edges over the layers: "erk", "er" or "uniform" (`growfx.selection.density`).
     """
+
+    unused: ClassVar[tuple[Unused, ...]] = (
+        Unused(
+            ("distribution",),
+            lambda use: 'with `masks` = "given", which have theirs' if use.method.masks == "given" else "",
+        ),
+    )
 
     density: float | None = option(DefaultFloat(0.1), low=0, high=1, open_low=True)
     masks: str = option("drawn", choices=MASKS)
