@@ -11,13 +11,18 @@ from torch import Tensor, nn
 
 from growfx.masked.layers import MaskedLayer
 
-__all__ = ["chain_tensors", "float_type", "in_mode", "settings_of"]
+__all__ = ["cast_floating", "chain_tensors", "float_type", "in_mode", "settings_of"]
 
 
 def chain_tensors(module: nn.Module) -> Iterator[Tensor]:
     """Parameters, then buffers."""
     yield from module.parameters()
     yield from module.buffers()
+
+
+def cast_floating(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Give floating-point parameters and buffers another type, in place; `module.to` drops imaginary parts, too."""
+    return module._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
 def float_type(module: nn.Module) -> torch.dtype | None:
