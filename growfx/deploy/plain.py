@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import nn
 
-from growfx.errors import ConfigError
+from growfx.artifact import reader
+from growfx.errors import ArtifactError, ConfigError
 from growfx.masked.doors import as_masked_graph
 from growfx.masked.graph import MaskedGraph
 from growfx.passes.compact.network import compact as leave_out
 from growfx.passes.mask import swap
 
-__all__ = ["unwrap"]
+__all__ = ["load_to_export", "unwrap"]
 
 
 def unwrap(net: MaskedGraph, compact: bool = False) -> nn.Module:
@@ -37,3 +40,17 @@ def unwrap(net: MaskedGraph, compact: bool = False) -> nn.Module:
     if not isinstance(compact, bool):
         raise ConfigError(f"`compact` is {compact!r}; allowed are True and False")
     return leave_out(net).net if compact else swap.unwrap(net)
+
+
+def load_to_export(path: str | Path, door: str) -> nn.Module:
+    """The network of an artifact, for a door that has no `model=`.
+
+    Raises:
+        ArtifactError: as `growfx.load`; where the artifact does not tell how its model is built, with what to give.
+    """
+    info = reader.inspect(path)
+    if why := reader.why_no_builder(info.model, info.notes):
+        raise ArtifactError(
+            f"`{path}`: {why}; give {door} the network itself, or what `growfx.load(path, model=instance)` returns"
+        )
+    return reader.load(path)
