@@ -109,7 +109,7 @@ class Inputs:
             if value.is_meta or value.numel() == 0:
                 return value
             if value.is_floating_point():
-                noise = torch.randn(value.shape, generator=generator).to(value)
+                noise = torch.randn(value.shape, generator=generator, device="cpu").to(value)
                 spread = float(value.detach().float().std()) if value.numel() > 1 else 0.0
                 return value.detach() + noise * (spread or 1.0)
             return value.clone() if value.ndim == 0 else value.flip(0)

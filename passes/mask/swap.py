@@ -343,7 +343,7 @@ def _example(model: nn.Module, example_inputs: Any) -> Inputs:
     tensor = next(chain_tensors(model), torch.empty(0))
     dtype = tensor.dtype if tensor.is_floating_point() else torch.float32
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(default_input_shape(model), generator=generator)
+    values = torch.randn(default_input_shape(model), generator=generator, device="cpu")
     return Inputs((values.to(device=tensor.device, dtype=dtype),), {})
 
 

@@ -108,7 +108,7 @@ def _resized(inputs: Inputs, change: Callable[[int], int]) -> Inputs | None:
         if not isinstance(value, Tensor) or value.ndim < 4:
             return value
         sizes = [change(size) for size in value.shape[2:]]
-        return torch.randn((*value.shape[:2], *sizes), generator=generator).to(value)
+        return torch.randn((*value.shape[:2], *sizes), generator=generator, device="cpu").to(value)
 
     args = tuple(map(resized, inputs.args))
     shapes = [[value.shape for value in values if isinstance(value, Tensor)] for values in (args, inputs.args)]
