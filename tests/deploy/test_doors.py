@@ -200,3 +200,21 @@ def test_casts_to_a_floating_type_leave_complex_numbers_complex(tmp_path: Path) 
     model, _, inputs = prepared_network(net, None, "growfx.export_native")
     assert torch.allclose(model(x[:1]), net(x[:1]))
     assert inputs.args[0].dtype is torch.float32
+
+
+def test_weights_stay_channels_last_in_what_is_loaded_or_cut(tmp_path: Path) -> None:
+    last: Any = torch.channels_last
+
+    def build() -> Any:
+        layers = [nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(24, 2)]
+        return nn.Sequential(*layers).to(memory_format=last)
+
+    net = growfx.wrap(build(), torch.randn(2, 3, 6, 6)).eval()
+    net.layers["0"].mask[:3] = False
+    growfx.save(net, tmp_path / "out")
+    growfx.save(net, tmp_path / "small", compact=True)
+    loaded = [growfx.load(tmp_path / name, model=build()) for name in ("out", "small")]
+    for model, width in zip([growfx.unwrap(net, compact=True), *loaded], [5, 8, 5], strict=True):
+        assert model[2].weight.shape[1] == width
+        assert all(model[i].weight.is_contiguous(memory_format=last) for i in (0, 2))
+        assert not model[2].weight.is_contiguous()
