@@ -27,7 +27,6 @@ from growfx.compaction.plan import CompactionPlan
 from growfx.compaction.widths import state_widths
 from growfx.errors import TraceError
 from growfx.masked.present.storage import on_whole_weights
-from growfx.notices import warn_once
 from growfx.passes.compact.choice import Chooser, Removal, fold_constants, make_plan
 from growfx.passes.compact.liveness import find_liveness
 from growfx.passes.compact.report import CompactionReport, LayerChange
@@ -75,9 +74,6 @@ def compact(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None =
 
     What cannot be compacted comes back whole, and the report says why.
 
-    Warns:
-        GrowfxWarning: units were left out, and a norm's scale or a layer's weight is zero throughout.
-
     Raises:
         TraceError: the network has no values (meta device), or does not run on the inputs.
     """
@@ -114,31 +110,7 @@ def compact(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None =
         left_out=left_out,
         unread=unread,
     )
-    if report.removed:
-        _warn_of_zeros(net, report)
     return Compacted(result, bool(plan), report, _masks(net, removal, result, left_out), plan)
-
-
-def _warn_of_zeros(net: MaskedGraph, report: CompactionReport) -> None:
-    """Tell of scales and weights that are zero throughout, as many are before training, and silence what they scale."""
-    layers = {id(layer.parameter): layer for layer in net.layers.values()}
-    zero = [
-        name
-        for name, parameter in net.named_parameters()
-        if name.rpartition(".")[2] in ("weight", "in_proj_weight")
-        and parameter.numel() > 1
-        # a matrix without a mask may be a table of positions
-        and (parameter.ndim == 1 or (id(parameter) in layers and bool(layers[id(parameter)].mask.any())))
-        and not bool(parameter.any())
-    ]
-    if zero:
-        listed = ", ".join(f"`{name}`" for name in zero[:3]) + (f" and {len(zero) - 3} more" if len(zero) > 3 else "")
-        warn_once(
-            f"zero throughout, as before training: {listed}; compaction left out what they silence, too "
-            f"({report.removed} units in all), and training cannot bring it back: give them other values before where "
-            "the result is to be trained",
-            net.trace_report.notes,
-        )
 
 
 def _whole(net: MaskedGraph, model: nn.Module, reason: str) -> Compacted:
