@@ -438,7 +438,7 @@ def _gradients(module: nn.Module, outputs: list[Any]) -> list[Tensor]:
     for value in outputs:
         if isinstance(value, Tensor) and value.is_floating_point():
             # Drawn for each of them: model and graph need not agree on constants that ask for a gradient.
-            factors = torch.randn(value.shape, generator=generator).to(value)
+            factors = torch.randn(value.shape, generator=generator, device="cpu").to(value)
             total = total + (value * factors).sum() if value.requires_grad else total
     if not isinstance(total, Tensor):
         return []

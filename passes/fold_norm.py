@@ -23,7 +23,7 @@ from growfx.errors import TraceError
 from growfx.masked.present.storage import on_whole_weights
 from growfx.passes.mask.swap import unwrap
 from growfx.passes.operators.classes import APPLIED, row_of
-from growfx.passes.trials.comparison import Trial, difference, example_of, trials_of, working_copy
+from growfx.passes.trials.comparison import Trial, difference, example_of, trials_in_types_of, working_copy
 from growfx.passes.trials.precision import outputs_of
 from growfx.passes.trials.result import PassResult
 
@@ -82,7 +82,7 @@ def fold_norm(net: MaskedGraph, example_inputs: Any = None) -> FoldedNorms:
     folded = pairs
     if difference(all_at_once, trials)[1]:
         folded = {norm: layer for norm, layer in pairs.items() if _fits(work, norm, layer, trials, kept)}
-    own = trials_of(model, [trial.inputs for trial in trials])
+    own = trials_in_types_of(example, model, trials)
     for norm, layer in folded.items():
         _fold(model, norm, layer)
     error, problem = difference(model, own)

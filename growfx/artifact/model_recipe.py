@@ -137,7 +137,8 @@ def _compared(identity: ModelIdentity, ours: nn.Module, net: MaskedGraph) -> tup
         decisive = [d.text for d in setting_differences(ours, plan) if d.decisive]
         if decisive or any(p.is_meta for p in ours.parameters()):
             return decisive, False
-        theirs = build_unfilled(identity, plan)
+        with next(ours.parameters(), torch.empty(0)).device:  # whatever the default is
+            theirs = build_unfilled(identity, plan)
     except ConfigError as error:
         return [one_line(error)], False
     if {id(p) for p in theirs.parameters()} & {id(p) for p in net.parameters()}:

@@ -26,6 +26,7 @@ from growfx.compaction.apply import apply_plan, hollow
 from growfx.compaction.plan import CompactionPlan
 from growfx.errors import ArtifactError, ConfigError, one_line
 from growfx.masked.doors import is_masked_graph
+from growfx.masked.modules import cast_floating, in_format_of
 from growfx.models.budget import build_budget
 from growfx.models.build import WEIGHT_SOURCES, ModelIdentity, blueprint, build_unfilled
 from growfx.notices import warn_once
@@ -118,7 +119,8 @@ def load(
             remember_inputs(plan, manifest.inputs)
             if identity is None:
                 _compare_outputs(plan, manifest)
-            return plan.to(device=device, dtype=dtype)
+            plan = plan.to(device=device)
+            return plan if dtype is None else cast_floating(plan, dtype)
 
 
 def load_state(path: str | Path, *, max_bytes: int = DEFAULT_MAX_BYTES) -> dict[str, Tensor]:
@@ -365,7 +367,7 @@ def _compare_outputs(model: nn.Module, manifest: Manifest) -> None:
 def _fill(places: Iterable[tuple[Tensor, Tensor]]) -> None:
     # `.data` keeps every Parameter the object it is, so ties and references to it hold, and takes any dtype.
     for target, tensor in places:
-        target.data = tensor.to(target.device)
+        target.data = in_format_of(tensor.to(target.device), target)
 
 
 def _restore_preprocessing(model: nn.Module, manifest: Manifest) -> None:

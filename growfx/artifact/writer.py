@@ -55,7 +55,16 @@ from growfx.masked.present.storage import on_whole_weights
 from growfx.models.build import ModelIdentity
 from growfx.notices import warn_once
 
-__all__ = ["DEFAULT_MAX_BYTES", "artifact_target", "inspect", "load", "load_masks", "load_state", "save"]
+__all__ = [
+    "DEFAULT_MAX_BYTES",
+    "artifact_target",
+    "check_provenance",
+    "inspect",
+    "load",
+    "load_masks",
+    "load_state",
+    "save",
+]
 
 _LOG = logging.getLogger("growfx")
 
@@ -121,8 +130,7 @@ def save(
     for parameter in net.parameters():
         require_whole(parameter, f"an artifact has whole ones; {HOW_TO_GATHER}")
     net, target = _evaluating(net), artifact_target(path)
-    if provenance is not None and not isinstance(provenance, Mapping):
-        raise ArtifactError(f"`provenance` expects a mapping of JSON values, got `{type(provenance).__name__}`")
+    check_provenance(provenance)
     content, found = _encode(net, dict(provenance or {}), origin)
     try:
         info = _write(content, target, dense)
@@ -134,6 +142,12 @@ def save(
         why = "; ".join(found.notes)
         warn_once(f"`{target}` does not say how its model is built, for {why}; load it with `model=`, an instance", [])
     return info
+
+
+def check_provenance(provenance: object) -> None:
+    """Refuse what is not a mapping, with ArtifactError."""
+    if provenance is not None and not isinstance(provenance, Mapping):
+        raise ArtifactError(f"`provenance` expects a mapping of JSON values, got `{type(provenance).__name__}`")
 
 
 def _evaluating(net: MaskedGraph) -> MaskedGraph:

@@ -113,7 +113,7 @@ def wrap_for(model: nn.Module, form: InputFormat, exclude: Sequence[str] = ()) -
     """
     generator = torch.Generator().manual_seed(0)
     with saying_how_inputs_are_stated():
-        return wrap(model, torch.randn(1, *form.input_size, generator=generator), exclude=exclude)
+        return wrap(model, torch.randn(1, *form.input_size, generator=generator, device="cpu"), exclude=exclude)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from growfx.compaction.folded_norm import folding_refusal, without_norm
 from growfx.compaction.plan import CompactionPlan, Spans, damaged_plan
 from growfx.compaction.widths import check_heads, check_widths, state_widths
 from growfx.masked.module_copy import copy_modules
+from growfx.masked.modules import in_format_of
 
 __all__ = [
     "apply_plan",
@@ -220,10 +221,11 @@ def _selected(plan: CompactionPlan, name: str, owner: nn.Module, tensor: Tensor)
         if plan.blocks[name][-1][1] > tensor.shape[1] * owner.groups:
             raise damaged_plan(f"`{name}` has {tensor.shape[1] * owner.groups} channels along its second axis")
         rows = kept_indices(axes[0]) if 0 in axes else torch.arange(len(tensor))
-        return select_blocks(tensor, owner.groups, rows, kept_indices(plan.blocks[name]))
+        return in_format_of(select_blocks(tensor, owner.groups, rows, kept_indices(plan.blocks[name])), tensor)
+    left = tensor
     for axis, kept in axes.items():
-        tensor = tensor.index_select(axis, kept_indices(kept).to(tensor.device))
-    return tensor
+        left = left.index_select(axis, kept_indices(kept).to(tensor.device))
+    return in_format_of(left, tensor)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -26,6 +26,7 @@ _NEEDED = ("onnx", "onnxscript")
 # Beyond it a protobuf message cannot be read; weights would have to go to a second file.
 _LARGEST = 1 << 31
 _LONGEST_REASON = 500
+_DOOR = "growfx.export_onnx"
 
 
 @torch.inference_mode(False)  # what is copied inside such a block cannot be traced
@@ -33,7 +34,7 @@ def export_onnx(
     path_or_net: str | Path | nn.Module,
     file: str | Path,
     *,
-    example_inputs: Tensor | tuple[Any, ...] | None = None,
+    example_inputs: Any = None,
     batch: bool = True,
 ) -> Path:
     """Write a network as one ONNX file, atomically; inputs are `input_0` ..., outputs `output_0` ...
@@ -41,8 +42,8 @@ def export_onnx(
     Args:
         path_or_net: an artifact (as `growfx.load` takes), a `growfx.MaskedGraph`, or any module.
         file: the file to write; one that exists is replaced.
-        example_inputs: by default those of the masked graph, those the artifact tells of, or one of the input size
-            that the model states.
+        example_inputs: in the forms of `growfx.wrap`; by default those of the masked graph, those the artifact tells
+            of, or one of the input size that the model states.
         batch: leave the size of the first axis of every input open.
 
     Returns:
@@ -51,6 +52,7 @@ def export_onnx(
     Raises:
         ConfigError: `onnx` and `onnxscript` are not installed, or the network cannot be expressed in ONNX.
         ArtifactError: no artifact at the path, or the file cannot be written.
+        TraceError: `example_inputs` are of another form.
 
     Example:
         >>> net = growfx.wrap(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4), density=0.5)
@@ -82,7 +84,7 @@ def _is_installed(name: str) -> bool:
 
 def onnx_target(file: Any) -> Path:
     """The file to write; ArtifactError where it cannot be one."""
-    target = as_path(file, "growfx.export_onnx", ArtifactError)
+    target = as_path(file, _DOOR, ArtifactError)
     if target.is_dir():
         raise ArtifactError(f"`{target}` is a folder; give the path of a file, for example `{target / 'model.onnx'}`")
     return target
@@ -98,33 +100,32 @@ def require_onnx() -> None:
 def _prepared(source: str | Path | nn.Module, example: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """The plain network in eval mode, its inputs on its device and by keyword; a network given is not changed."""
     from growfx.artifact.remembered_inputs import default_inputs
-    from growfx.artifact.writer import load
+    from growfx.deploy.plain import load_to_export
     from growfx.models.build import default_input_shape
     from growfx.passes.mask.swap import unwrap
+    from growfx.recorded.inputs import Inputs, as_inputs, require_input_values
 
     known = None
     if isinstance(source, str | Path):
-        model: nn.Module = load(source)
+        model: nn.Module = load_to_export(source, _DOOR)
     elif is_masked_graph(source):
-        net = as_masked_graph(source, "growfx.export_onnx")
+        net = as_masked_graph(source, _DOOR)
         known = net.example()
         model = unwrap(net).eval()
     elif isinstance(source, nn.Module):
         model = copy.deepcopy(source).eval()
     else:
         kind = type(source).__name__
-        raise ConfigError(f"growfx.export_onnx expects an artifact's path, a MaskedGraph or a module, got `{kind}`")
+        raise ConfigError(f"{_DOOR} expects an artifact's path, a MaskedGraph or a module, got `{kind}`")
     tensor = next((t for t in model.parameters() if t.is_floating_point()), torch.empty(0))
     known = known or default_inputs(model)
     if example is not None:
-        inputs, named = example if isinstance(example, tuple) else (example,), {}
-    elif known is not None:
-        inputs, named = known.args, dict(known.kwargs)
-    else:
-        inputs, named = (torch.zeros(default_input_shape(model), dtype=tensor.dtype),), {}
+        known = as_inputs(example)
+    inputs = known or Inputs((torch.zeros(default_input_shape(model), dtype=tensor.dtype),), {})
+    require_input_values(inputs, _DOOR)
     # Copies, since what was made in inference mode cannot be traced either.
     move = lambda x: x.to(tensor.device, copy=True) if isinstance(x, Tensor) else x  # noqa: E731
-    return model, tuple(map(move, inputs)), {key: move(value) for key, value in named.items()}
+    return model, tuple(map(move, inputs.args)), {key: move(value) for key, value in inputs.kwargs.items()}
 
 
 def _export(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], file: Path, batch: bool) -> None:

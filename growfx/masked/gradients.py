@@ -86,7 +86,7 @@ def _parts(bits: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]
     flat, allowed = _flat(bits), _flat(mask)
     if bits.device.type != "cpu" or flat is None or allowed is None or bits.is_contiguous() != mask.is_contiguous():
         return None
-    wide, allowed = torch.empty(min(_PART, flat.numel()), dtype=bits.dtype), allowed.view(torch.int8)
+    wide, allowed = flat.new_empty(min(_PART, flat.numel())), allowed.view(torch.int8)
     if flat.numel() <= _PART:  # splitting takes longer than the work on a small layer
         return iter([(flat, allowed, wide)])
     pairs = zip(flat.split(_PART), allowed.split(_PART), strict=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from growfx.masked.layers import MaskedLayer
 
-__all__ = ["chain_tensors", "float_type", "in_mode", "settings_of"]
+__all__ = ["cast_floating", "chain_tensors", "float_type", "in_format_of", "in_mode", "settings_of"]
 
 
 def chain_tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -20,9 +20,23 @@ def chain_tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
 
 
+def cast_floating(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Give floating-point parameters and buffers another type, in place; `module.to` drops imaginary parts, too."""
+    return module._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+
 def float_type(module: nn.Module) -> torch.dtype | None:
     """The type of the first floating-point parameter or buffer, the one that `module.double()` changes; or None."""
     return next((tensor.dtype for tensor in chain_tensors(module) if tensor.is_floating_point()), None)
+
+
+def in_format_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor laid out channels last where another of as many dimensions is; else the tensor itself."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(tensor.ndim) if tensor.ndim == like.ndim else None
+    if last is None or like.is_contiguous() or not like.is_contiguous(memory_format=last):
+        return tensor
+    return tensor.contiguous(memory_format=last)
 
 
 def settings_of(module: nn.Module, states: Collection[str] = ()) -> int:

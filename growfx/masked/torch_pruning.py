@@ -9,34 +9,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
-from growfx.masked.twins import is_maskable, weight_name_of
+from growfx.masked.twins import weight_name_of
 
 __all__ = ["take_over", "translated"]
 
 
-def take_over(shell: nn.Module) -> dict[str, Tensor]:
-    """Give layers that were pruned their weight back as a parameter.
+def take_over(part: nn.Module, times: Mapping[int, int]) -> Tensor | None:
+    """Give a layer that was pruned its weight back as a parameter.
 
     Args:
-        shell: a copy of the model; `<weight>_orig`, `<weight>_mask` and the hook that multiplies them go.
+        part: a maskable module of a copy of the model; `<weight>_orig`, `<weight>_mask` and the hook that multiplies
+            them go.
+        times: how many modules hold the parameter of an id.
 
     Returns:
-        layer name -> bool tensor of the weight's shape, what pruning left.
+        A bool tensor of the weight's shape, what pruning left; None where the layer was not pruned, or where the mask
+        cannot be the parameter's, for another module reads it without or it is not a real one.
     """
-    masks: dict[str, Tensor] = {}
-    for name, part in shell.named_modules():
-        if not is_maskable(part):
-            continue
-        weight = weight_name_of(part)
-        for key, hook in list(part._forward_pre_hooks.items()):
-            if isinstance(hook, BasePruningMethod) and hook._tensor_name == weight:
-                del part._forward_pre_hooks[key]
-                part.__dict__.pop(weight, None)
-                part._parameters[weight] = part._parameters.pop(f"{weight}_orig")
-                mask = part._buffers.pop(f"{weight}_mask")
-                assert mask is not None
-                masks[name] = mask != 0
-    return masks
+    weight = weight_name_of(part)
+    whole = part._parameters.get(f"{weight}_orig")
+    if whole is None or not whole.is_floating_point() or times[id(whole)] > 1:
+        return None
+    for key, hook in list(part._forward_pre_hooks.items()):
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == weight:
+            del part._forward_pre_hooks[key]
+            part.__dict__.pop(weight, None)
+            part._parameters[weight] = part._parameters.pop(f"{weight}_orig")
+            mask = part._buffers.pop(f"{weight}_mask")
+            assert mask is not None
+            return mask != 0
+    return None
 
 
 def translated(state: Mapping[str, Any], layers: Iterable[tuple[str, str, str]]) -> Mapping[str, Any]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from growfx.errors import TraceError
+from growfx.errors import ConfigError, TraceError
 
-__all__ = ["Inputs", "as_inputs", "tensors_in"]
+__all__ = ["Inputs", "as_inputs", "require_input_values", "tensors_in"]
 
 _KEYED = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.memory_format, enum.Enum)
 _DEEPEST = 4  # objects within objects that tensors are looked for in
@@ -109,12 +109,23 @@ class Inputs:
             if value.is_meta or value.numel() == 0:
                 return value
             if value.is_floating_point():
-                noise = torch.randn(value.shape, generator=generator).to(value)
+                noise = torch.randn(value.shape, generator=generator, device="cpu").to(value)
                 spread = float(value.detach().float().std()) if value.numel() > 1 else 0.0
                 return value.detach() + noise * (spread or 1.0)
             return value.clone() if value.ndim == 0 else value.flip(0)
 
         return self.copied(redraw)
+
+
+def require_input_values(inputs: Inputs, door: str) -> Inputs:
+    """The inputs themselves, whose tensors have values.
+
+    Raises:
+        ConfigError: one is on the meta device.
+    """
+    if any(tensor.is_meta for tensor in tensors_in(inputs.values)):
+        raise ConfigError(f"{door} expects `example_inputs` with values, and one is on the meta device, which has none")
+    return inputs
 
 
 def as_inputs(example_inputs: Any) -> Inputs:

@@ -120,7 +120,7 @@ def random_masks(shapes: Shapes, density: float, distribution: str = "erk", seed
 def _random_mask(keys: EdgeKeys, name: str, shape: tuple[int, ...], count: int) -> Tensor:
     size = math.prod(shape)
     if count in (0, size):
-        return torch.full(shape, count > 0, dtype=torch.bool)
+        return torch.full(shape, count > 0, dtype=torch.bool, device="cpu")
     order = np.argpartition(keys.uniform(name, 0, size), count - 1)
     mask = np.zeros(size, dtype=bool)
     mask[order[:count]] = True

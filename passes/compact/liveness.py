@@ -235,7 +235,7 @@ class _Watch:
     def _noise_input(self, value: Any) -> Any:
         """Noise in the place of an input; about one number for each row (a time) there is no more than a little."""
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim < 2:
-            return value + torch.randn(value.shape, generator=self.generator).to(value)
+            return value + torch.randn(value.shape, generator=self.generator, device="cpu").to(value)
         return self._noise(value, 1)
 
     def _noise(self, value: Any, axis: int) -> Any:
@@ -244,9 +244,9 @@ class _Watch:
             return value
         if axis % value.ndim == 0:  # there are no rows
             return self._noise(value.unsqueeze(0), 1).squeeze(0)
-        size = torch.randn(value.shape, generator=self.generator).abs_() * self.scale
+        size = torch.randn(value.shape, generator=self.generator, device="cpu").abs_() * self.scale
         half = (value.shape[0] + 1) // 2
-        signs = torch.randint(2, (half, value.shape[axis]), generator=self.generator) * 2 - 1
+        signs = torch.randint(2, (half, value.shape[axis]), generator=self.generator, device="cpu") * 2 - 1
         signs = torch.cat([signs, -signs])[: value.shape[0]]
         return (size.movedim((0, axis), (-2, -1)) * signs).movedim((-2, -1), (0, axis)).to(value)
 

@@ -35,7 +35,7 @@ from growfx.passes.compact.widths import find_widths
 from growfx.passes.connect.interpreter import connect
 from growfx.passes.mask.swap import unwrap
 from growfx.passes.record.recording import meta_copy
-from growfx.passes.trials.comparison import Trial, difference, example_of, trials_of, working_copy
+from growfx.passes.trials.comparison import Trial, difference, example_of, trials_in_types_of, working_copy
 from growfx.passes.trials.halving import largest_fitting
 from growfx.passes.trials.precision import outputs_of
 from growfx.passes.trials.result import PassResult
@@ -96,7 +96,7 @@ def compact(net: MaskedGraph, example_inputs: Tensor | Sequence[Tensor] | None =
     plan = replace(plan, left_out=left_out)
     reasons = {**chooser.refused, **problems, **back}
     result = _built(model, plan, folds)
-    trials = trials_of(model, [trial.inputs for trial in trials])
+    trials = trials_in_types_of(example, model, trials)
     error, problem = difference(result, trials)
     if problem:
         return _whole(net, model, problem)

@@ -16,7 +16,7 @@ from growfx.errors import TraceError
 from growfx.masked.graph import MaskedGraph
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.module_copy import copy_modules
-from growfx.masked.modules import chain_tensors
+from growfx.masked.modules import cast_floating, chain_tensors
 from growfx.passes.check_recording import record_checked
 from growfx.passes.fold_norm import fold_norm
 from growfx.passes.lower.kept import Kept, choice_key, keep, kept_choice
@@ -114,11 +114,11 @@ def lower_network(
         report = net.trace_report
         reason = report.opaque.get("", "") or " ".join((*report.branches, *report.notes))
         note = f"the network runs unchanged, since it could not be recorded: {reason}"
-        return _result(plain.to(dtype), _report("plain", target, dtype, (note,)))
+        return _result(cast_floating(plain, dtype), _report("plain", target, dtype, (note,)))
     kept = kept_state(wide, inputs)
     if kept:
         note = f"the network runs unchanged, since every call changes {_listed(kept)}"
-        return _result(plain.to(dtype), _report("plain", target, dtype, (note,)))
+        return _result(cast_floating(plain, dtype), _report("plain", target, dtype, (note,)))
     native, note = None, f"it computes in float32, and the network in {str(dtype).removeprefix('torch.')}"
     if dtype is torch.float32:
         native, note = plan_native(wide, recording, masks, target)
@@ -237,14 +237,14 @@ def _prepared(
     except TraceError as refusal:
         notes.append(f"norms were not folded: {refusal}")
         folded = unwrap(net)
-    folded = folded.eval().to(dtype)
+    folded = cast_floating(folded.eval(), dtype)
     stays = lowerable(folded, recording.graph)
     masks = _masks_of(net)
     shell = copy_modules(folded, _tensors_of(folded))
     layers = swap_layers(shell, {name: "dense" for name, reason in stays.items() if not reason}, {})
     network = Program(shell, _record_lowered)
     key = choice_key(folded, layers, net.mask_digest(), recording, inputs, dtype)
-    return _Work(plain.to(dtype), folded, network, layers, masks, inputs, key, stays, notes)
+    return _Work(cast_floating(plain, dtype), folded, network, layers, masks, inputs, key, stays, notes)
 
 
 def _record_lowered(program: Program, inputs: Inputs, **options: Any) -> RecordedGraph:

@@ -7,6 +7,7 @@ import fnmatch
 import functools
 import gc
 import numbers
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -122,8 +123,8 @@ def _wrapped(
     shared: dict[int, Any] = {id(t): t for t in chain_tensors(model)}
     shell = copy_modules(model, shared)
     report = TraceReport(notes=notes)
-    pruned = take_over(shell)
-    handles = {**_swap_in(shell, exclude, report), **_masked_parameters(shell, masked)}
+    layers, pruned = _swap_in(shell, exclude, report)
+    handles = {**layers, **_masked_parameters(shell, masked)}
     twins = [part for part in shell.modules() if isinstance(part, MaskedLayer)]
     refuse_shared_memory(shell, [*twins, *handles.values()])
     _declare_opaque(shell, opaque, report)
@@ -135,8 +136,13 @@ def _wrapped(
         _warn_of_another_net(shared_names, notes)
         if density < 1:
             _draw(net, density, seed)
+        if pruned and density < 1:
+            warn_once(
+                f"masks were drawn at density {density} in the place of those of torch.nn.utils.prune; wrap the model "
+                "at density 1 to keep these",
+                notes,
+            )
         elif pruned:
-            net.set_masks({name: mask for name, mask in pruned.items() if name in net.layers})
             warn_once("the masks of torch.nn.utils.prune were taken over as the network's own", notes)
     return net
 
@@ -337,13 +343,22 @@ def _example(model: nn.Module, example_inputs: Any) -> Inputs:
     tensor = next(chain_tensors(model), torch.empty(0))
     dtype = tensor.dtype if tensor.is_floating_point() else torch.float32
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(default_input_shape(model), generator=generator)
+    values = torch.randn(default_input_shape(model), generator=generator, device="cpu")
     return Inputs((values.to(device=tensor.device, dtype=dtype),), {})
 
 
-def _swap_in(shell: nn.Module, exclude: Sequence[str], report: TraceReport) -> dict[str, MaskedParameter]:
-    """Turn the maskable layers into masked twins; returns those that cannot be one, with a mask on their parameter."""
+def _swap_in(
+    shell: nn.Module, exclude: Sequence[str], report: TraceReport
+) -> tuple[dict[str, MaskedParameter], list[str]]:
+    """Turn the maskable layers into masked twins.
+
+    Returns:
+        Those that cannot be one, with a mask on their parameter; and the names of those that torch pruned, whose masks
+        are now the layers' own.
+    """
     handles: dict[str, MaskedParameter] = {}
+    pruned: list[str] = []
+    times = Counter(id(p) for part in shell.modules() for p in part._parameters.values() if p is not None)
     patterns = _patterns("exclude", exclude)
     unmatched = dict.fromkeys(patterns)
     masks: dict[int, Tensor] = {}
@@ -353,22 +368,28 @@ def _swap_in(shell: nn.Module, exclude: Sequence[str], report: TraceReport) -> d
         hits = [p for p in patterns if fnmatch.fnmatchcase(name, p)]
         for pattern in hits:
             unmatched.pop(pattern, None)
-        reason = f"excluded by `{hits[0]}`" if hits else maskable_reason(module)
+        reason = f"excluded by `{hits[0]}`" if hits else None
         if not name:
             reason = "it is the model itself: wrap it in nn.Sequential to mask it"
+        left = take_over(module, times) if reason is None else None
+        reason = reason or maskable_reason(module)
         if reason is not None:
             report.unmasked[name] = reason
             continue
         if has_names_of_a_twin(module):
-            handles[name] = MaskedParameter(module, weight_name_of(module))
-            continue
-        twin = to_twin(module)
-        # Layers that share a weight share its mask.
-        twin._buffers["mask"] = masks.setdefault(id(twin.parameter), twin.mask)
-        twin.adopt()
+            layer: MaskedLayer = handles.setdefault(name, MaskedParameter(module, weight_name_of(module)))
+        else:
+            layer = to_twin(module)
+            # Layers that share a weight share its mask.
+            layer._buffers["mask"] = masks.setdefault(id(layer.parameter), layer.mask)
+            layer.adopt()
+        if left is not None:
+            pruned.append(name)
+            layer.mask.copy_(left)
+            layer.settle()
     if unmatched:
         raise ConfigError(f"exclude: no convolution, linear layer or attention is named like {list(unmatched)}")
-    return handles
+    return handles, pruned
 
 
 def _masked_parameters(shell: nn.Module, patterns: Sequence[str]) -> dict[str, MaskedParameter]:

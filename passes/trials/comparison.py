@@ -17,7 +17,7 @@ from growfx.recorded.inputs import Inputs
 if TYPE_CHECKING:
     from growfx.masked.graph import MaskedGraph
 
-__all__ = ["Trial", "difference", "example_of", "trials_of", "with_rows", "working_copy"]
+__all__ = ["Trial", "difference", "example_of", "trials_in_types_of", "trials_of", "with_rows", "working_copy"]
 
 
 # Inputs of another size are not tried where they have more elements than these: activations have many times as many.
@@ -108,25 +108,33 @@ def _resized(inputs: Inputs, change: Callable[[int], int]) -> Inputs | None:
         if not isinstance(value, Tensor) or value.ndim < 4:
             return value
         sizes = [change(size) for size in value.shape[2:]]
-        return torch.randn((*value.shape[:2], *sizes), generator=generator).to(value)
+        return torch.randn((*value.shape[:2], *sizes), generator=generator, device="cpu").to(value)
 
     args = tuple(map(resized, inputs.args))
     shapes = [[value.shape for value in values if isinstance(value, Tensor)] for values in (args, inputs.args)]
     return Inputs(args, inputs.kwargs) if shapes[0] != shapes[1] and not inputs.structural else None
 
 
-def trials_of(model: nn.Module, candidates: Sequence[Inputs], wide: bool = False) -> list[Trial]:
-    """Inputs that the model takes, in its own type, with its outputs; `wide`: computed in float64 throughout.
+def trials_in_types_of(example: Inputs, model: nn.Module, trials: Sequence[Trial]) -> list[Trial]:
+    """The same inputs in the types in which the example calls the model, with the model's outputs.
 
     Raises:
         TraceError: it does not take the first.
     """
-    first = next(iter(model.parameters()), torch.empty(0))
-    dtype = first.dtype if first.is_floating_point() else first.real.dtype if first.is_complex() else torch.float32
-    move = lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v  # noqa: E731
+    cast = lambda v, like: v.to(like.dtype) if isinstance(v, Tensor) else v  # noqa: E731
+    types = (example.args, dict(example.kwargs))
+    given = [pytree.tree_map(cast, (trial.inputs.args, dict(trial.inputs.kwargs)), types) for trial in trials]
+    return trials_of(model, [Inputs(*call) for call in given])
+
+
+def trials_of(model: nn.Module, candidates: Sequence[Inputs], wide: bool = False) -> list[Trial]:
+    """Inputs that the model takes with its outputs; `wide`: computed in float64 throughout.
+
+    Raises:
+        TraceError: it does not take the first.
+    """
     runs: list[tuple[Inputs, list[Tensor]]] = []
     for inputs in candidates:
-        inputs = Inputs(*pytree.tree_map(move, (inputs.args, dict(inputs.kwargs))))
         try:
             runs.append((inputs, outputs_of(model, inputs, wide)))
         except Exception as error:

@@ -145,8 +145,10 @@ def rounded_away(model: nn.Module, runs: Sequence[tuple[Inputs, list[Tensor]]], 
     def rounded(value: Any) -> Any:
         if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()) or value.is_meta:
             return value
-        signs = torch.randint(2, value.shape, generator=generator, dtype=torch.int8).to(value.device) * 2 - 1
-        return value * (1 + signs.to(value.dtype) * torch.finfo(value.dtype).eps)
+        if value.dtype.itemsize == 1:  # no arithmetic in types of 8 bits
+            return value
+        signs = torch.randint(2, value.shape, generator=generator, device="cpu", dtype=torch.int8) * 2 - 1
+        return value * (1 + signs.to(value) * torch.finfo(value.dtype).eps)
 
     moved = sharing_copy(model)
     for tensor in (*moved.parameters(), *moved.buffers()):

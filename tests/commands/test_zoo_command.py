@@ -83,7 +83,7 @@ def test_a_layer_the_wrapper_forgets_is_found(monkeypatch):
 
     def forgetful(*args):
         net = wrap(*args)
-        del net.layers["head"]
+        dict.__delitem__(net.layers, "head")
         return net
 
     monkeypatch.setattr(growfx, "wrap", forgetful)

@@ -1,3 +1,4 @@
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from artifact_nets import Tied, make_net, plain, same_bits
 from torch import nn
 
 import growfx
+from growfx.deploy.native.export import prepared_network
 from growfx.errors import ArtifactError, ConfigError, GrowfxError, MaskError, TraceError
 from growfx.masked.doors import as_masked_graph, is_masked_graph
 from growfx.selection.choose import draw, top
@@ -33,6 +35,11 @@ WRONG: dict[str, tuple[Callable[[growfx.MaskedGraph], Any], type[GrowfxError], s
     "a number to save": (lambda net: growfx.save(3, "x"), ArtifactError, "`int`"),
     "a number to save compactly": (lambda net: growfx.save(3, "x", compact=True), ArtifactError, "`int`"),
     "a number as provenance": (lambda net: growfx.save(net, "x", provenance=3), ArtifactError, "`int`"),
+    "a list as provenance of a page": (
+        lambda net: growfx.export_web(net, "x", provenance=[1]),
+        ArtifactError,
+        "`list`",
+    ),
     "a number to export": (lambda net: growfx.export_onnx(3, "x.onnx"), ConfigError, "`int`"),
     "a model to train": (lambda net: growfx.train(Tied(), [], []), ConfigError, "`Tied`; make one with growfx.wrap"),
     "a name as a method": (lambda net: growfx.train(net, [], [], method="rigl"), ConfigError, 'create("rigl"'),
@@ -149,3 +156,65 @@ def test_each_door_has_its_own_class_of_error() -> None:
     for door, kind in (("growfx.save", ArtifactError), ("growfx.unwrap", TraceError), ("growfx.train", ConfigError)):
         with pytest.raises(kind, match=f"{door} expects"):
             as_masked_graph(np.float64(1), door)
+
+
+EXPORTS: dict[str, Callable[..., Any]] = {"native": growfx.export_native, "web": growfx.export_web}
+if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxscript"):
+    EXPORTS["onnx"] = growfx.export_onnx
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_an_export_says_what_to_give_in_place_of_an_artifact_of_an_unknown_model(name: str, tmp_path: Path) -> None:
+    growfx.save(make_net(0.3), tmp_path / "out")
+    with pytest.raises(ArtifactError, match=r"give growfx\.export_.* what `growfx\.load\(path, model=inst"):
+        EXPORTS[name](tmp_path / "out", tmp_path / "exported")
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_an_export_refuses_inputs_without_values(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="meta device"):
+        EXPORTS[name](make_net(0.3), tmp_path / "exported", example_inputs=torch.empty(1, 3, 6, 6, device="meta"))
+    assert not list(tmp_path.iterdir())
+
+
+class Rotated(nn.Module):
+    """A layer whose outputs are scaled by the magnitudes of complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        self.turn = nn.Parameter(torch.tensor([3 + 4j, 1j, -2j]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) * self.turn.abs()
+
+
+def test_casts_to_a_floating_type_leave_complex_numbers_complex(tmp_path: Path) -> None:
+    x = torch.randn(2, 4)
+    net = growfx.wrap(Rotated(), x, density=0.5).eval()
+    growfx.save(net, tmp_path / "out")
+    wide = growfx.load(tmp_path / "out", model=Rotated(), dtype=torch.float64)
+    assert torch.allclose(wide(x.double()).float(), net(x))
+    sparse = growfx.load(tmp_path / "out", model=Rotated(), runtime="sparse", example_inputs=x)
+    assert torch.allclose(sparse(x), net(x))
+    model, _, inputs = prepared_network(net, None, "growfx.export_native")
+    assert torch.allclose(model(x[:1]), net(x[:1]))
+    assert inputs.args[0].dtype is torch.float32
+
+
+def test_weights_stay_channels_last_in_what_is_loaded_or_cut(tmp_path: Path) -> None:
+    last: Any = torch.channels_last
+
+    def build() -> Any:
+        layers = [nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(24, 2)]
+        return nn.Sequential(*layers).to(memory_format=last)
+
+    net = growfx.wrap(build(), torch.randn(2, 3, 6, 6)).eval()
+    net.layers["0"].mask[:3] = False
+    growfx.save(net, tmp_path / "out")
+    growfx.save(net, tmp_path / "small", compact=True)
+    loaded = [growfx.load(tmp_path / name, model=build()) for name in ("out", "small")]
+    for model, width in zip([growfx.unwrap(net, compact=True), *loaded], [5, 8, 5], strict=True):
+        assert model[2].weight.shape[1] == width
+        assert all(model[i].weight.is_contiguous(memory_format=last) for i in (0, 2))
+        assert not model[2].weight.is_contiguous()

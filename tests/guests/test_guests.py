@@ -1116,6 +1116,7 @@ def test_masks_of_torchs_pruning_are_taken_over_and_its_checkpoints_load():
     assert list(net.layers) == ["body.0", "fc"]
     assert torch.equal(net.masks["fc"], model.fc.weight_mask.bool())
     assert net.density == 0.5
+    assert net.trace_report.faithful
     assert net.layers["fc"].parameter is model.fc.weight_orig
     assert gap(net(x), expected) == 0
     assert gap(model(x), expected) == 0
@@ -1126,6 +1127,29 @@ def test_masks_of_torchs_pruning_are_taken_over_and_its_checkpoints_load():
     other.load_state_dict(model.state_dict())
     assert other.mask_digest() == net.mask_digest()
     assert gap(other(x), expected) == 0
+
+
+def test_what_torchs_pruning_left_out_stays_out_where_its_mask_is_not_taken_over():
+    x = torch.randn(3, 4)
+    model = Surgical()
+    prune.l1_unstructured(model.fc, "weight", 0.5)
+    expected = model(x)
+    assert gap(growfx.wrap(model, x, exclude=["fc"])(x), expected) == 0
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    prune.l1_unstructured(tied[0], "weight", 0.5)
+    expected = tied(x)
+    assert gap(growfx.wrap(tied, x)(x), expected) == 0
+    single = prune.l1_unstructured(nn.Linear(4, 2), "weight", 0.5)
+    expected = single(x)
+    assert gap(growfx.wrap(single, x)(x), expected) == 0
+
+
+def test_drawing_masks_over_those_of_torchs_pruning_is_told():
+    model = Surgical()
+    prune.l1_unstructured(model.fc, "weight", 0.5)
+    with pytest.warns(growfx.GrowfxWarning, match="drawn at density 0.25"):
+        assert growfx.wrap(model, torch.randn(2, 4), density=0.25).density == 0.25
 
 
 def test_a_model_that_was_unwrapped_has_no_trace_and_wraps_again():

@@ -389,3 +389,23 @@ def test_a_layer_that_has_both_names_for_a_mask_keeps_both() -> None:
     again = growfx.wrap(copy.deepcopy(model), torch.randn(2, 4))
     again.load_state_dict(net.state_dict())
     assert again.mask_digest() == net.mask_digest()
+
+
+def test_the_default_device_does_not_matter_to_a_network_on_another() -> None:
+    """As on a machine where `torch.set_default_device` names an accelerator; the meta device is another everywhere."""
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(5, 6)
+    with torch.device("meta"):
+        net = growfx.wrap(model, x, density=0.4)
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        method = growfx.methods.create("rigl", masks="given", density=None, update_every=1)
+        method.attach(net, optimizer, total_steps=4, steps_per_epoch=2)
+        for _ in range(3):
+            net(x).square().sum().backward()
+            optimizer.step()
+            method.step()
+            optimizer.zero_grad()
+        plain = growfx.unwrap(net)
+        assert growfx.path_products(net).scores["0"].device.type == "cpu"
+    assert net.trace_report.faithful
+    assert net.density == pytest.approx(0.4, abs=0.01)
+    assert torch.equal(plain(x), net(x))

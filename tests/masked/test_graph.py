@@ -1,12 +1,14 @@
 """MaskedGraph: the contract of `growfx.wrap`, `growfx.unwrap` and the network between them."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import fx, nn
 
 import growfx
+from growfx.errors import ConfigError, MaskError
 from growfx.passes.record.recording import record
 
 
@@ -420,3 +422,28 @@ def test_parameters_side_by_side_in_one_buffer_are_masked():
     net = growfx.wrap(model, torch.randn(2, 4), density=0.5).eval()
     x = torch.randn(3, 4)
     assert torch.equal(growfx.unwrap(net)(x), net(x))
+
+
+@pytest.mark.parametrize("name", ["density", "layers", "masks", "trace_report", "shell"])
+def test_what_a_net_tells_of_itself_cannot_be_set(name: str) -> None:
+    net = growfx.wrap(nn.Sequential(nn.Linear(4, 3)), torch.randn(1, 4), density=0.5)
+    with pytest.raises(ConfigError, match=f"`net.shell.{name}`"):
+        setattr(net, name, 1)
+    assert net.density == 0.5
+
+
+def test_a_part_of_the_model_that_is_called_like_something_of_the_net_can_be_set_through_it() -> None:
+    net = growfx.wrap(Named(model().layers), EXAMPLE)
+    net.layers = nn.Identity()
+    assert isinstance(net.shell.layers, nn.Identity)
+
+
+def test_the_table_of_layers_is_read_only() -> None:
+    net = growfx.wrap(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.randn(1, 4), density=0.5)
+    layers: Any = net.layers
+    for write in (lambda: layers.pop("0"), lambda: layers.update({}), lambda: layers.__setitem__("0", nn.Linear(4, 3))):
+        with pytest.raises(MaskError, match="set_masks"):
+            write()
+    with pytest.raises(MaskError, match="wrap the model again"):
+        del layers["0"]
+    assert list(copy.deepcopy(net).layers) == list(net.layers) == ["0", "1"]

@@ -14,15 +14,17 @@ from growfx.artifact import reader
 from growfx.artifact.remembered_inputs import default_inputs
 from growfx.artifact.staging import staged_folder
 from growfx.deploy.native.readme import readme
+from growfx.deploy.plain import load_to_export
 from growfx.errors import ArtifactError, ConfigError
 from growfx.file_paths import as_path
 from growfx.masked.doors import as_masked_graph, is_masked_graph, require_values
+from growfx.masked.modules import cast_floating
 from growfx.masked.twins import masks_by_parameter
 from growfx.models.build import default_input_shape
 from growfx.passes.lower.plan import plan_network
 from growfx.passes.lower.plan.file import network_bytes
 from growfx.passes.mask.swap import unwrap
-from growfx.recorded.inputs import Inputs, as_inputs
+from growfx.recorded.inputs import Inputs, as_inputs, require_input_values
 from growfx.runtime.native.plan import Plan
 from growfx.runtime.native.sources import source_files
 
@@ -145,7 +147,7 @@ def prepared_network(source: Any, example: Any, door: str) -> tuple[nn.Module, d
 
     known, masks = None, dict[str, Tensor]()
     if isinstance(source, str | Path):
-        model, masks = reader.load(source), reader.load_masks(source)
+        model, masks = load_to_export(source, door), reader.load_masks(source)
         known = default_inputs(model)
     elif is_masked_graph(source):
         net = as_masked_graph(source, door)
@@ -157,14 +159,14 @@ def prepared_network(source: Any, example: Any, door: str) -> tuple[nn.Module, d
         raise ConfigError(
             f"{door} expects an artifact's path, a MaskedGraph or a module, got `{type(source).__name__}`"
         )
-    model = require_values(model, door).to("cpu", torch.float32).eval().requires_grad_(False)
+    model = cast_floating(require_values(model, door).to("cpu"), torch.float32).eval().requires_grad_(False)
     if example is not None:
         inputs = as_inputs(example)
     elif known is not None:
         inputs = known
     else:
         inputs = Inputs((torch.zeros(default_input_shape(model)),), {})
-    return model, masks_by_parameter(model, masks), _in_float32(inputs)
+    return model, masks_by_parameter(model, masks), _in_float32(require_input_values(inputs, door))
 
 
 def _in_float32(inputs: Inputs) -> Inputs:

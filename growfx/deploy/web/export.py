@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from growfx.artifact import reader
 from growfx.artifact.staging import staged_folder
+from growfx.artifact.writer import check_provenance
 from growfx.data.loaders import InputFormat
 from growfx.deploy.native.export import native_target, prepared_network
 from growfx.deploy.web.facts import class_names, drawing_grain, expected_output, image_shape, input_format, is_drawable
@@ -101,12 +102,13 @@ def export_web(
         'index.html'
     """
     target = native_target(out, _DOOR)
+    check_provenance(provenance)
     model, masks, inputs = prepared_network(path_or_net, example_inputs, _DOOR)
     shape = image_shape(inputs.args, inputs.kwargs)
     origin = _provenance(path_or_net, provenance)
     form = input_format(shape, origin, model)
+    network = network_bytes(plan_network(model, masks, inputs))  # says where the network cannot compute such images
     expected = expected_output(model, shape)
-    network = network_bytes(plan_network(model, masks, inputs))
     facts = {
         "input": _form_facts(form),
         "classes": class_names(origin, len(expected)),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from growfx.errors import TraceError
+from growfx.errors import ConfigError, TraceError
 
 __all__ = ["UNWRAP_FIRST", "ModelFace"]
 
@@ -109,6 +109,15 @@ class ModelFace(fx.GraphModule):
         return call
 
     def __setattr__(self, name: str, value: Any) -> None:
+        shown = getattr(type(self), name, None)
+        registered = isinstance(value, (nn.Module, nn.Parameter)) or any(
+            name in self.__dict__.get(registry, ()) for registry in ("_parameters", "_buffers", "_modules")
+        )
+        if isinstance(shown, property) and shown.fset is None and not registered:
+            raise ConfigError(
+                f"`{name}` of a net is what growfx tells of it and cannot be set; change masks by "
+                f"`net.set_masks({{name: mask}})`, and an attribute `{name}` of the model by `net.shell.{name}`"
+            )
         if not self.__dict__.get("_complete") or name in self.__dict__ or hasattr(type(self), name):
             super().__setattr__(name, value)
         else:

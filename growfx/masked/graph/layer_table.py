@@ -10,13 +10,29 @@ from typing import Any
 from torch import nn
 
 from growfx.distributed.sharded import is_sharded
+from growfx.errors import MaskError
 from growfx.masked.graph.placement import Places
 from growfx.masked.graph.plain_state import hide_masks
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.parameter import MaskedParameter
 from growfx.masked.weight_reads import watch_parameter
 
-__all__ = ["LayerTable"]
+__all__ = ["LayerTable", "NamedLayers"]
+
+
+class NamedLayers(dict[str, MaskedLayer]):
+    """Masked layers by name: a dict to read only, for what is written into it would change no model."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise MaskError(
+            "`net.layers` cannot be written to, for growfx.wrap decides which layers are masked (`exclude`, `masked`); "
+            "change masks by `net.set_masks({name: mask})`, or wrap the model again"
+        )
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # pyright: ignore
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NamedLayers:
+        return NamedLayers(copy.deepcopy(dict(self), memo))
 
 
 class LayerTable:
@@ -33,7 +49,7 @@ class LayerTable:
 
     def __init__(self, shell: nn.Module, parameters: Mapping[str, MaskedParameter]) -> None:
         self.shell = shell
-        self.layers: dict[str, MaskedLayer] = dict(parameters)
+        self.layers = NamedLayers(parameters)
         self.read_directly: list[MaskedLayer] = list(parameters.values())
         self._tied: list[list[MaskedLayer]] = []
         self._places: Places | None = None
@@ -46,7 +62,7 @@ class LayerTable:
 
     def name(self, layers: Mapping[str, MaskedLayer], tied: Sequence[list[MaskedLayer]]) -> None:
         """Say which masked layers there are, in data-flow order, and which of them share a weight."""
-        self.layers = dict(layers)
+        self.layers = NamedLayers(layers)
         self._tied = list(tied)
         self._places = None
         masked = {id(layer) for layer in (*layers.values(), *(layer for group in tied for layer in group))}

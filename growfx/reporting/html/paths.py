@@ -65,7 +65,7 @@ def _example(model: nn.Module, info: ArtifactInfo) -> object:
         return as_example(known)
     recorded = info.provenance.get("input")
     shape = InputFormat.from_json(recorded).input_size if recorded else default_image_shape(model)
-    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def network_paths(net: MaskedGraph) -> dict[str, LayerPaths]:

@@ -274,7 +274,7 @@ def _measure(layer: Any, geometry: Geometry, entries: Entries, x: Tensor, out_si
     """Time the kernels on copies, away from the graph and the generators of the caller."""
     weight = layer.trained.detach().clone(memory_format=torch.preserve_format).requires_grad_(gradient)
     generator, wanted = torch.Generator().manual_seed(0), gradient and x.requires_grad
-    images = torch.empty(x.shape, dtype=x.dtype).normal_(generator=generator).requires_grad_(wanted)
+    images = torch.empty(x.shape, dtype=x.dtype, device="cpu").normal_(generator=generator).requires_grad_(wanted)
     bias: Any = None if layer.bias is None else layer.bias.detach()
     calls = {
         "dense": lambda: _step(_dense(layer, weight, bias, images), weight, images),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import growfx
 from growfx.deploy.web.build import EXPORTS, RECORD, RUNTIME_FILE, build, compiler_version, sources_digest
 from growfx.deploy.web.facts import expected_output, noise
-from growfx.errors import ArtifactError, ConfigError, DataError, UnsupportedOperatorError
+from growfx.errors import ArtifactError, ConfigError, DataError, TraceError, UnsupportedOperatorError
 
 FORM = {"input_size": [3, 8, 8], "mean": [0.2, 0.3, 0.4], "std": [0.5, 0.6, 0.7]}
 
@@ -244,3 +244,9 @@ def test_a_compiler_that_fails_is_a_config_error_with_its_words(
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     with pytest.raises(ConfigError, match="no such header"):
         build()
+
+
+def test_images_that_the_network_cannot_compute_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="expected input"):
+        growfx.export_web(network(3), tmp_path / "page", example_inputs=torch.rand(1, 1, 8, 8))
+    assert not list(tmp_path.iterdir())

@@ -81,3 +81,26 @@ def test_dims_of_an_attention_that_divides_by_their_number_stay_together() -> No
     result = compact(net)
     same(net, result.net)
     assert "divides by the root" in str(result.report)
+
+
+class Branch(nn.Module):
+    """A residual branch that begins at nothing, as in ResNets whose last norms start at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(4, 6, 3, padding=1, bias=False), nn.Conv2d(6, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.out(self.conv(x).relu()))
+
+
+def test_units_behind_a_scale_that_starts_at_zero_leave_with_a_warning() -> None:
+    net = growfx.wrap(Branch(), torch.randn(1, 4, 5, 5)).eval()
+    with pytest.warns(growfx.GrowfxWarning, match=r"`norm\.weight`.* left out .*\(5 units in all\)"):
+        assert growfx.unwrap(net, compact=True).conv.out_channels == 1
+    net = growfx.wrap(Branch(), torch.randn(1, 4, 5, 5)).eval()
+    nn.init.ones_(net.shell.norm.weight)
+    net.layers["conv"].mask[:2] = False  # which is no reason to warn
+    assert growfx.unwrap(net, compact=True).conv.out_channels == 4

@@ -174,3 +174,25 @@ def test_vectors_have_no_rows() -> None:
     assert with_rows(Inputs((torch.randn(3, 8),), {}), 2).args[0].shape == (2, 8)
     images, times = with_rows(Inputs((torch.randn(1, 3, 4, 4), torch.rand(1)), {}), 2).args
     assert (images.shape[0], times.shape[0]) == (2, 2)
+
+
+class Stored(nn.Module):
+    """Layers in float32 beside a parameter or buffer of another type, that comes first."""
+
+    def __init__(self, dtype: torch.dtype, trained: bool) -> None:
+        super().__init__()
+        table = torch.eye(3).to(dtype)
+        if trained:
+            self.table = nn.Parameter(table, requires_grad=dtype.itemsize > 1)
+        else:
+            self.register_buffer("table", table)
+        self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x))) @ self.table.float()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16])
+def test_tensors_of_another_type_may_stand_beside_the_layers(dtype: torch.dtype, trained: bool) -> None:
+    assert left(compacted(Stored(dtype, trained), torch.randn(2, 8), "a"))["a"] == 2
