@@ -51,11 +51,11 @@ class Classifier(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.Hardswish())
         self.depthwise = nn.Sequential(nn.Conv2d(8, 8, 5, 1, 2, groups=8, bias=False), nn.BatchNorm2d(8), nn.SiLU())
-        self.gate = nn.Conv2d(8, 8, 1)
+        self.gate, self.project = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
         self.head = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         y = self.depthwise(x)
-        y = y * torch.sigmoid(self.gate(F.adaptive_avg_pool2d(y, 1)))
+        y = self.project(y * torch.sigmoid(self.gate(F.adaptive_avg_pool2d(y, 1))))
         return self.head((x + y).mean((2, 3)))

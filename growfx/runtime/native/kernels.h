@@ -34,6 +34,8 @@ struct Rows {
   const int32_t* column;       // offset of each column
   int64_t first_row, row_count;
   int64_t packed;              // floats of the copy
+  const int32_t* channel;      // of each column of a pointwise convolution
+  const float* gate;           // factor of each channel, which the copy is multiplied by; NULL for none
 };
 
 // Convolution by planes: see `convolution.inc`. Each depth of the output is an image.
@@ -53,6 +55,9 @@ struct Convolution {
   int64_t plane_size;                                     // floats from plane to plane
   const int32_t* share_start;                             // [shares + 1] first output channel of each share
   const Rows* rows;                                       // of each group: offsets into its planes of a band
+  const float* gate;                                      // factor of each channel of each image; NULL for none
+  const int32_t* entry_channel;                           // of each entry in its group: the channel it reads
+  int64_t most_entries;                                   // of one group
   const float* x;
   float* out;
   const PostCall* post;

@@ -145,6 +145,7 @@ class Rules {
       return row < rank - 2 && step.inputs.size() >= 3 && like(step.inputs[1]) && like(step.inputs[2]) &&
              all(step, 3, broadcasts);
     if (kernel == "product") return row < rank - 2 && all(step, 1, like);
+    if (kernel == "gated_convolution") return row == 0 && step.inputs.size() >= 3 && like(step.inputs[2]);
     if (!all(step, 1, [&](uint32_t id) { return is_the_same_always(id); })) return false;
     if (kernel == "convolution" || kernel == "deconvolution" || kernel == "group_norm") return row == 0;
     if (kernel == "linear") return row < rank - 1;

@@ -23,7 +23,8 @@ struct Named {
 };
 constexpr Named MAKERS[] = {
     {"attention", make_attention},   {"binary", make_binary},         {"concat", make_concat},
-    {"convolution", make_convolution}, {"deconvolution", make_deconvolution}, {"gather", make_gather},
+    {"convolution", make_convolution}, {"deconvolution", make_deconvolution},
+    {"gated_convolution", make_gated_convolution}, {"gather", make_gather},
     {"group_norm", make_group_norm}, {"layer_norm", make_layer_norm}, {"linear", make_linear},
     {"pad", make_pad},               {"pointwise", make_pointwise},   {"pool", make_pool},
     {"product", make_product},       {"reduce", make_reduce},         {"resize", make_resize},
@@ -32,7 +33,7 @@ constexpr Named MAKERS[] = {
 
 // Kernels that take a sparse constant as their second operand.
 bool takes_sparse(const std::string& kernel) {
-  return kernel == "convolution" || kernel == "deconvolution" || kernel == "linear";
+  return kernel == "convolution" || kernel == "gated_convolution" || kernel == "deconvolution" || kernel == "linear";
 }
 
 // At least the floats that the tables of a step take, which a file can ask for again and again in a few bytes.

@@ -78,6 +78,7 @@ Made make_depthwise(const Arguments&, const Geometry&, std::string&);
 Made make_plane_pool(const Arguments&, const Geometry&, const PoolKind&, std::string&);
 
 Made make_convolution(const Arguments&, std::string&);
+Made make_gated_convolution(const Arguments&, std::string&);
 Made make_linear(const Arguments&, std::string&);
 Made make_product(const Arguments&, std::string&);
 Made make_attention(const Arguments&, std::string&);

@@ -49,6 +49,12 @@ const char* read_geometry(const Arguments& a, Geometry& g) {
   return g.groups >= 1 ? "" : "an impossible number of groups";
 }
 
+bool is_pointwise(const Geometry& g) {
+  bool plain = g.out[0] == 1;
+  for (int i = 0; i < 3; ++i) plain = plain && g.window[i] == 1 && g.stride[i] == 1 && g.padding[i] == 0;
+  return plain;
+}
+
 class ConvolutionStep final : public Ready {
  public:
   void run(int64_t task, float* scratch) const override { kernels->convolution(c, task, scratch); }
@@ -58,7 +64,7 @@ class ConvolutionStep final : public Ready {
   Weight weight;
   std::vector<Blocks> blocks;
   std::vector<Rows> rows;
-  std::vector<int32_t> group_start, planes;
+  std::vector<int32_t> group_start, planes, entry_channel;
   std::vector<PostCall> post;
 
   // The planes that have an entry, and of each entry or column its plane.
@@ -101,10 +107,8 @@ class ConvolutionStep final : public Ready {
   // How images are laid out and shared.
   bool lay_out(const Geometry& g, int threads) {
     const int64_t positions = c.out_height * c.out_width, reach = (g.window[1] - 1) * g.dilation[1];
-    const bool pointwise = g.window[0] * g.window[1] * g.window[2] == 1;
-    const bool plain = g.stride[0] == 1 && g.stride[1] == 1 && g.stride[2] == 1 &&
-                       g.padding[0] + g.padding[1] + g.padding[2] == 0 && c.out_depth == 1;
-    if (pointwise && plain) {  // an image is one long row
+    const bool pointwise = is_pointwise(g);
+    if (pointwise) {  // an image is one long row
       c.height = c.out_height = 1;
       c.width = c.out_width = positions;
     }
@@ -115,7 +119,7 @@ class ConvolutionStep final : public Ready {
       const int64_t units = std::max<int64_t>(ceil_div(c.images * positions, FOLDED), 1);
       c.block = ceil_div(c.images, units);
     }
-    c.direct = pointwise && plain && c.block == 1;
+    c.direct = pointwise && c.block == 1;
     c.band = c.out_height;
     if (!c.direct && c.block == 1) {
       const int64_t row = std::max<int64_t>(c.most_planes * c.phases * c.out_width, 1);
@@ -146,6 +150,18 @@ class ConvolutionStep final : public Ready {
     }
   }
 
+  // The channel that each entry reads, of a pointwise convolution, and how many entries a group has at most.
+  void find_channels(const Constant& constant) {
+    const int64_t per_group = c.out_channels / c.groups;
+    for (const uint32_t p : constant.positions) entry_channel.push_back(static_cast<int32_t>(p % weight.columns));
+    for (int64_t group = 0; group < c.groups; ++group) {
+      int64_t entries = 0;
+      for (int64_t o = group * per_group; o < (group + 1) * per_group; ++o) entries += weight.entries(o);
+      c.most_entries = std::max(c.most_entries, entries);
+    }
+    c.entry_channel = entry_channel.data();
+  }
+
   // The rows of each group, in blocks where there are positions enough; the columns of groups may be elsewhere.
   void find_rows(const Constant& constant, const float* bias) {
     const int64_t per_group = c.out_channels / c.groups, tile = kernels->tile;
@@ -172,7 +188,10 @@ class ConvolutionStep final : public Ready {
 
 }  // namespace
 
-Made make_convolution(const Arguments& a, std::string& complaint) {
+namespace {
+
+// `gate`: a factor of each channel of each image, NULL for none.
+Made build_convolution(const Arguments& a, const Tensor* gate, std::string& complaint) {
   if (!a.has(2, 3, 5) || !a.inputs[1].constant) return refused(complaint, "expected an input and a constant weight");
   Geometry g;
   const char* problem = read_geometry(a, g);
@@ -186,7 +205,9 @@ Made make_convolution(const Arguments& a, std::string& complaint) {
     const int64_t room = g.in[i] + 2 * g.padding[i] - g.dilation[i] * (g.window[i] - 1) - 1;
     if (room < 0 || room / g.stride[i] + 1 != g.out[i]) return refused(complaint, "an output of the wrong size");
   }
-  if (is_flat(g) && g.groups > 1 && w.sizes[1] == 1) return make_depthwise(a, g, complaint);
+  if (gate && !(is_pointwise(g) && gate->data && gate->elements == x.sizes[0] * channels))
+    return refused(complaint, "a gate that does not fit");
+  if (!gate && is_flat(g) && g.groups > 1 && w.sizes[1] == 1) return make_depthwise(a, g, complaint);
   auto step = std::make_unique<ConvolutionStep>();
   Convolution& c = step->c;
   c.images = x.sizes[0] * g.out[0];
@@ -205,11 +226,28 @@ Made make_convolution(const Arguments& a, std::string& complaint) {
   c.group_start = step->group_start.data(), c.planes = step->planes.data();
   c.share_start = step->weight.share_start.data();
   c.x = x.data, c.out = y.data;
+  if (gate) {
+    c.gate = gate->data;
+    step->find_channels(*w.constant);
+  }
   c.post = step->post.data(), c.post_count = static_cast<int64_t>(step->post.size());
   step->does_post = true;
   step->tasks = a.kernels->convolution_tasks(c);
   step->scratch = a.kernels->convolution_scratch(c);
   return step;
+}
+
+}  // namespace
+
+Made make_convolution(const Arguments& a, std::string& complaint) { return build_convolution(a, nullptr, complaint); }
+
+// The gate is the third input.
+Made make_gated_convolution(const Arguments& a, std::string& complaint) {
+  if (!a.has(3, 4, 5)) return refused(complaint, "expected an input, a weight and a gate");
+  Arguments plain = a;
+  const Tensor gate = a.inputs[2];
+  plain.inputs.erase(plain.inputs.begin() + 2);
+  return build_convolution(plain, &gate, complaint);
 }
 
 // -- linear -----------------------------------------------------------------------------------------------------------

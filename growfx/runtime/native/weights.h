@@ -87,6 +87,7 @@ class Blocks {
   void build_dense(const std::vector<int32_t>& offsets, int64_t row_count, int64_t tile) {
     if (row_count < LEAST_USES) return;
     column_ = offsets;
+    for (size_t i = 0; i < offsets.size(); ++i) channel_.push_back(static_cast<int32_t>(i));
     split(static_cast<int64_t>(offsets.size()), DENSE_COLUMNS);
     for (int64_t i = 0; i < block_; ++i) offset_.push_back(static_cast<int32_t>(i * tile));
     is_built_ = true;
@@ -98,6 +99,7 @@ class Blocks {
     view.offset = offset_.data();
     if (whole.start) view.start = start_.data(), view.value = value_.data();
     view.blocks = blocks(), view.block_start = block_start_.data(), view.column = column_.data();
+    view.channel = channel_.data();
     view.first_row = first_row, view.row_count = row_count;
     const int64_t together = blocks() > 1 ? 1 : std::max<int64_t>(FIRST_CACHE / (block_ * tile), 1);
     view.packed = together * block_ * tile;
@@ -127,6 +129,7 @@ class Blocks {
       if (number_[c] < 0) continue;
       number_[c] = static_cast<int32_t>(column_.size());
       column_.push_back(offset_of[c]);
+      channel_.push_back(static_cast<int32_t>(c));
     }
   }
   void split(int64_t columns, int64_t most) {
@@ -138,7 +141,7 @@ class Blocks {
 
   bool is_built_ = false;
   int64_t block_ = 1;  // columns of one
-  std::vector<int32_t> number_, column_, block_start_, offset_;
+  std::vector<int32_t> number_, column_, channel_, block_start_, offset_;
   std::vector<uint32_t> start_;
   std::vector<float> value_;
 };

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from growfx.passes.lower.plan.graph import RESHAPE, Chained, Graph, Node
-from growfx.runtime.native.plan import OPERATIONS, WITH_OPERAND, Constant
+from growfx.runtime.native.plan import OPERATIONS, WITH_OPERAND, Constant, Size
 
-__all__ = ["fold_factors", "fuse_chains", "merge_views"]
+__all__ = ["fold_factors", "fuse_chains", "fuse_gates", "merge_views"]
 
 _ADD, _MUL, _SUB = (OPERATIONS.index(name) for name in ("add", "mul", "sub"))
 _BINARY = {OPERATIONS.index(name): name for name in WITH_OPERAND}
@@ -97,6 +97,35 @@ def fuse_chains(graph: Graph) -> None:
                 _stand_in(graph, node, node.inputs[0])
         elif node.kernel == "binary":
             _fuse_binary(graph, node, uses, places)
+
+
+def fuse_gates(graph: Graph) -> None:
+    """Let pointwise convolutions multiply the channels that they read by a gate, which nothing else reads gated.
+
+    So do squeeze-and-excitation blocks: what a gate is multiplied by is read once instead of being written again.
+    """
+    for node in graph.nodes:
+        if node.kernel != "convolution" or not _is_pointwise(node):
+            continue
+        gated = node.inputs[0]
+        if not isinstance(gated, Node) or gated.kernel != "binary" or gated.ints[0] != _MUL or gated.post:
+            continue
+        first, second = gated.inputs
+        if graph.uses()[id(gated)] != 1 or not isinstance(first, Node) or not isinstance(second, Node):
+            continue
+        values, gate = (first, second) if first.shape == gated.shape else (second, first)
+        one = (*gated.shape[:2], *[Size(0, 1)] * (len(gated.shape) - 2))
+        if values.shape == gated.shape and gate.shape == one != gated.shape:
+            node.kernel, node.inputs = "gated_convolution", [values, node.inputs[1], gate, *node.inputs[2:]]
+
+
+def _is_pointwise(node: Node) -> bool:
+    """Whether a convolution reads each place by itself; `ints` are axes, strides, paddings, dilations, groups."""
+    weight, axes = node.inputs[1], node.ints[0]
+    window = weight.tensor.shape[2:] if isinstance(weight, Constant) else (0,)
+    return all(size == 1 for size in (*window, *node.ints[1 : 1 + axes])) and not any(
+        node.ints[1 + axes : 1 + 2 * axes]
+    )
 
 
 def _owner(node: Node, uses: dict[int, int]) -> Node | None:

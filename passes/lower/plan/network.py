@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from growfx.errors import TraceError, UnsupportedOperatorError
 from growfx.passes.lower.plan.builder import Builder, NoKernelError
 from growfx.passes.lower.plan.calls import Calls, record_calls, record_operators
-from growfx.passes.lower.plan.fuse import fold_factors, fuse_chains, merge_views
+from growfx.passes.lower.plan.fuse import fold_factors, fuse_chains, fuse_gates, merge_views
 from growfx.passes.lower.plan.graph import Graph, Node
 from growfx.passes.lower.plan.memory import planned
 from growfx.passes.lower.plan.repeats import look_up_repeats
@@ -59,6 +59,7 @@ def plan_of(graph: Graph, *, small: bool = False) -> Plan:
     folded = fold_factors(graph)
     merge_views(graph)
     fuse_chains(graph)
+    fuse_gates(graph)
     if small:
         look_up_repeats(graph)
     graph.drop_unused()

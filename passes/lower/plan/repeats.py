@@ -14,7 +14,7 @@ _LEAST = 1 << 14  # numbers; of fewer, nothing is to be saved
 # A table is taken where it saves so much of the bytes: about these for a number, and for a place, which is an argument.
 _WORTH, _VALUE_BYTES, _PLACE_BYTES = 0.6, 3.2, 2.0
 # Their constants are weights, which are stored as such.
-_LAYERS = ("convolution", "deconvolution", "linear")
+_LAYERS = ("convolution", "deconvolution", "gated_convolution", "linear")
 
 
 def look_up_repeats(graph: Graph) -> None:

@@ -27,7 +27,7 @@ def test_a_network_is_a_short_list_of_steps_with_norms_folded_and_chains_fused()
         ("convolution", ["silu"]),
         ("reduce", []),
         ("convolution", ["sigmoid"]),
-        ("binary", ["add"]),
+        ("gated_convolution", ["add"]),
         ("reduce", []),
         ("linear", []),
     ]
@@ -109,6 +109,18 @@ def test_tables_that_are_larger_than_what_they_are_made_of_are_made_when_the_net
     plan = plan_of(model, 1, 8, 40, 40)
     assert sum(constant.tensor.numel() for constant in plan.constants) == 79 * 8
     assert plan.steps[0].kernel == "gather"
+
+
+def test_a_gate_that_more_is_read_of_or_that_is_none_stays_a_step_of_its_own() -> None:
+    def gated(x: torch.Tensor, weight: torch.Tensor, kind: str) -> torch.Tensor:
+        gate = x.mean((2, 3), keepdim=True).sigmoid() if kind != "places" else x.mean(1, keepdim=True).sigmoid()
+        y = x * gate
+        stride = 2 if kind == "stride" else 1
+        return F.conv2d(y, weight, stride=stride) + (y if kind == "twice" else 0)
+
+    for kind in ("places", "stride", "twice"):
+        model = Function(lambda x, weight, kind=kind: gated(x, weight, kind), torch.randn(4, 4, 1, 1))
+        assert "gated_convolution" not in {step.kernel for step in plan_of(model, 1, 4, 6, 6).steps}, kind
 
 
 @pytest.mark.parametrize("shape", [(3, 150, 150), (1, 3, 150, 150), (150 * 150, 3)])

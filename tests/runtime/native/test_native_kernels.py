@@ -119,6 +119,28 @@ def test_convolutions_and_linear_layers_equal_torch_at_any_density(kind: str, de
             assert torch.allclose(made(batch)[0], net(batch), rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.parametrize(("channels", "outputs", "groups"), [(24, 40, 1), (24, 3, 1), (70, 2, 2), (4, 1, 1)])
+@pytest.mark.parametrize("size", [(3, 3), (9, 11), (14, 14)])
+def test_convolutions_of_gated_channels_equal_torch(
+    channels: int, outputs: int, groups: int, size: tuple[int, int]
+) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.project = nn.Linear(channels, channels), nn.Conv2d(channels, outputs, 1, groups=groups)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.project(x * self.gate(x.mean((2, 3))).sigmoid()[:, :, None, None])
+
+    x = torch.randn(5, channels, *size)
+    for density in (0.1, 0.5, 1.0):
+        net = growfx.wrap(Gated(), x, density=density).eval()
+        made = native(net, x[:1], threads=2)
+        for batch in (x, x[:1]):
+            with torch.no_grad():
+                assert torch.allclose(made(batch)[0], net(batch), rtol=1e-4, atol=2e-6)
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
