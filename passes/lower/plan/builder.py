@@ -15,7 +15,7 @@ from growfx.passes.lower.plan.graph import INPUT, RESHAPE, Chained, Graph, Node,
 from growfx.passes.operators.nests import leaves
 from growfx.runtime.native.plan import Constant, Shape, Size
 
-__all__ = ["Arguments", "Builder", "NoKernelError", "Rule", "axis_of", "numbers", "view_ops"]
+__all__ = ["Arguments", "Builder", "NoKernelError", "Rule", "axis_of", "is_empty", "numbers", "view_ops"]
 
 # Arguments of a call by name, and the shapes of its results.
 Arguments = dict[str, Any]
@@ -59,9 +59,11 @@ class Builder:
 
     def is_bool(self, value: Any) -> bool:
         """Whether an argument is true or false, or a tensor of such: numbers 1 and 0 in kernels."""
-        if not isinstance(value, Reference):
-            return isinstance(value, bool)
-        return self._calls.dtypes[value.number] == torch.bool
+        return self.dtype(value) == torch.bool if isinstance(value, Reference) else isinstance(value, bool)
+
+    def dtype(self, reference: Reference) -> torch.dtype:
+        """The type of a tensor's numbers in torch; kernels have float32 for all of them."""
+        return self._calls.dtypes[reference.number]
 
     def is_constant(self, value: Any) -> bool:
         """Whether an argument is a tensor that is the same in every run."""
@@ -293,6 +295,11 @@ def _shape_of(operand: Operand) -> Shape:
 def axis_of(axis: int, rank: int) -> int:
     """An axis counted from the front."""
     return axis + rank if axis < 0 else axis
+
+
+def is_empty(shape: Shape) -> bool:
+    """Whether a tensor of a shape has no elements, whatever the batch."""
+    return Size(0, 0) in shape
 
 
 def numbers(values: Any, count: int) -> list[int]:

@@ -120,12 +120,14 @@ def fuse_gates(graph: Graph) -> None:
 
 
 def _is_pointwise(node: Node) -> bool:
-    """Whether a convolution reads each place by itself; `ints` are axes, strides, paddings, dilations, groups."""
+    """Whether a convolution of images reads each place by itself.
+
+    `ints` are the number of axes, strides, paddings, dilations, and the number of groups.
+    """
     weight, axes = node.inputs[1], node.ints[0]
     window = weight.tensor.shape[2:] if isinstance(weight, Constant) else (0,)
-    return all(size == 1 for size in (*window, *node.ints[1 : 1 + axes])) and not any(
-        node.ints[1 + axes : 1 + 2 * axes]
-    )
+    strides, paddings = node.ints[1 : 1 + axes], node.ints[1 + axes : 1 + 2 * axes]
+    return axes <= 2 and all(size == 1 for size in (*window, *strides)) and not any(paddings)
 
 
 def _owner(node: Node, uses: dict[int, int]) -> Node | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from growfx.errors import TraceError, UnsupportedOperatorError
-from growfx.passes.lower.plan.builder import Builder, NoKernelError
+from growfx.passes.lower.plan.builder import Builder, NoKernelError, is_empty
 from growfx.passes.lower.plan.calls import Calls, record_calls, record_operators
 from growfx.passes.lower.plan.fuse import fold_factors, fuse_chains, fuse_gates, merge_views
 from growfx.passes.lower.plan.graph import Graph, Node
@@ -47,7 +47,14 @@ def plan_network(model: nn.Module, masks: Mapping[str, Tensor], inputs: Inputs) 
         raise UnsupportedOperatorError(
             f"the native runtime has no kernel for {named}, which the network computes; run it with `growfx.load`"
         )
-    return plan_of(builder.finished(), small=True)
+    graph = builder.finished()
+    graph.drop_unused()
+    if any(is_empty(node.shape) for node in graph.nodes):
+        raise TraceError(
+            "the network computes with a tensor without elements, which the native runtime does not; run it with "
+            "`growfx.load`"
+        )
+    return plan_of(graph, small=True)
 
 
 def plan_of(graph: Graph, *, small: bool = False) -> Plan:

@@ -118,6 +118,8 @@ def test_a_gate_that_more_is_read_of_or_that_is_none_stays_a_step_of_its_own() -
         stride = 2 if kind == "stride" else 1
         return F.conv2d(y, weight, stride=stride) + (y if kind == "twice" else 0)
 
+    deep = Function(lambda x, w: F.conv3d(x * x.mean((2, 3, 4), keepdim=True), w), torch.randn(4, 4, 1, 1, 1))
+    assert "gated_convolution" not in {step.kernel for step in plan_of(deep, 1, 4, 2, 3, 3).steps}
     for kind in ("places", "stride", "twice"):
         model = Function(lambda x, weight, kind=kind: gated(x, weight, kind), torch.randn(4, 4, 1, 1))
         assert "gated_convolution" not in {step.kernel for step in plan_of(model, 1, 4, 6, 6).steps}, kind

@@ -13,6 +13,7 @@ from native_nets import Function, largest_error, native
 from torch import Tensor, nn
 
 import growfx
+from growfx.errors import TraceError
 from growfx.runtime.native.plan import OPERATIONS
 from growfx.runtime.native.sources import SOURCE_FOLDER
 
@@ -174,6 +175,21 @@ def _nothing_to_see(x: Tensor) -> Tensor:
     return torch.stack([*safe, (masked.softmax(2) == masked.softmax(2)).float()], 1)
 
 
+def _filled_parts(x: Tensor) -> Tensor:
+    y, number = x * 2, torch.zeros(1, 4, 5)
+    y[:, 1] = 0
+    y[:, :, 1:3] = x[:, 0, 0, None, None]
+    number[:, 2:].fill_(3)
+    number[:, :, -1] = True
+    number[:, 2:2] = 7
+    number[:, :, :0].copy_(x[:1, :, :0])
+    truth = x > 0
+    truth[:, 3] = 2
+    number = number * torch.full_like(x, 2.7, dtype=torch.int64) * torch.full_like(x, 2, dtype=torch.bool)
+    truth[:, 0].copy_(x[:, 1] - x[:, 1])
+    return torch.cat([y + number + truth.float() * 2, x[:, :0]], 1)
+
+
 OPERATORS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], list[Tensor]]] = {
     "add": (lambda x, y: x + 2 * y, [(3, 4, 5), (3, 4, 5)], []),
     "broadcast": (lambda x, y: x * y[:, :, None] - 1, [(3, 4, 5), (3, 4)], []),
@@ -183,6 +199,7 @@ OPERATORS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], list[Tenso
     "comparisons": (lambda x: (x > 0).float() * 2 + torch.where(x < 1, x, -x), [(3, 40)], []),
     "comparisons of odd numbers": (_comparisons, [(3, 40)], []),
     "truth values": (_truths, [(3, 40)], []),
+    "filled parts": (_filled_parts, [(3, 4, 5)], []),
     "masked": (lambda x, m: x.masked_fill(m > 0, -3.0), [(3, 7)], [torch.randn(7)]),
     "prelu": (lambda x, w: F.prelu(x, w), [(2, 3, 5)], [torch.rand(3)]),
     "window sums": (lambda x: x.cumsum(1) + x.cumsum(-1), [(2, 6, 9)], []),
@@ -291,6 +308,11 @@ def _written(x: Tensor) -> Tensor:
 def test_operators_equal_torch_at_other_batch_sizes_than_planned_for(name: str) -> None:
     function, shapes, parameters = OPERATORS[name]
     assert largest_error(Function(function, *parameters), *(torch.randn(shape) for shape in shapes)) < TOLERANCE
+
+
+def test_empty_outputs_are_refused_when_they_are_planned() -> None:
+    with pytest.raises(TraceError, match="without elements"):
+        native(Function(lambda x: (x + 1, x[:, :0])), torch.randn(1, 4))
 
 
 def test_attention_of_grouped_heads_is_refused_when_it_is_planned() -> None:

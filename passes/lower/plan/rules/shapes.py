@@ -7,7 +7,17 @@ from typing import Any, Final
 
 import torch
 
-from growfx.passes.lower.plan.builder import Arguments, Builder, NoKernelError, Rule, axis_of, numbers, view_ops
+from growfx.passes.lower.plan.builder import (
+    Arguments,
+    Builder,
+    NoKernelError,
+    Rule,
+    axis_of,
+    is_empty,
+    numbers,
+    view_ops,
+)
+from growfx.passes.lower.plan.calls import Reference
 from growfx.passes.lower.plan.graph import Node, Operand
 from growfx.runtime.native.plan import Constant, Shape, Size
 
@@ -107,8 +117,8 @@ def _split(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> list[Operand | 
 
 
 def _cat(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
-    parts = [t for t in a["tensors"] if b.shape(t) != (Size(0, 0),)]
-    return b.add("concat", [b.operand(t) for t in parts], shapes[0], [axis_of(a["dim"], len(shapes[0]))])
+    parts = [b.operand(t) for t in a["tensors"] if not is_empty(b.shape(t))]
+    return b.add("concat", parts, shapes[0], [axis_of(a["dim"], len(shapes[0]))])
 
 
 def _stack(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
@@ -245,7 +255,18 @@ def _filled(b: Builder, a: Arguments, shapes: Sequence[Shape], value: float) -> 
 
 
 def _full(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
-    return _filled(b, a, shapes, a["fill_value"])
+    kind = a.get("dtype") or (b.dtype(a["self"]) if "self" in a else None)
+    value = torch.tensor(a["fill_value"])
+    return _filled(b, a, shapes, float(value if kind is None else value.to(kind)))
+
+
+def _fill(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Operand:
+    value = a["value"]
+    if isinstance(value, Reference):
+        return _cast(b, a["self"], value, shapes[0])
+    if isinstance(value, Size):
+        raise NoKernelError("with a number that grows with the batch")
+    return _filled(b, a, shapes, float(torch.tensor(value).to(b.dtype(a["self"]))))
 
 
 def _zeros(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
@@ -261,6 +282,8 @@ def _slice_scatter(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Operand
     shape = shapes[0]
     axis = axis_of(a["dim"], len(shape))
     part = b.shape(a["src"])
+    if is_empty(part):
+        return b.operand(a["self"])
     if a["step"] != 1 or shape[axis].per_batch or part[axis].per_batch:
         if part == shape:
             return b.operand(a["src"])
@@ -292,8 +315,17 @@ def _replaced(b: Builder, x: Operand, part: Operand, where: tuple[int, int, int]
 
 
 def _copied(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Operand:
-    ops = view_ops.broadcast(b.shape(a["src"]), shapes[0])
-    return b.view(b.operand(a["src"]), ops, shapes[0]) if ops else b.operand(a["src"])
+    return _cast(b, a["self"], a["src"], shapes[0])
+
+
+def _cast(b: Builder, target: Reference, source: Reference, shape: Shape) -> Operand:
+    """A tensor as another type and in a shape that it broadcasts to, as it is written into `target`."""
+    kind = b.dtype(target)
+    if not kind.is_floating_point and kind != torch.bool and b.dtype(source).is_floating_point:
+        raise NoKernelError("of real numbers into whole ones")
+    value = b.truth(source) if kind == torch.bool else b.operand(source)
+    ops = view_ops.broadcast(b.shape(source), shape)
+    return b.view(value, ops, shape) if ops else value
 
 
 RULES: Final[dict[str, Rule]] = {
@@ -308,6 +340,7 @@ RULES: Final[dict[str, Rule]] = {
     "aten.constant_pad_nd": _pad(0),
     "aten.copy": _copied,
     "aten.expand": _expand,
+    "aten.fill": _fill,
     "aten.flip": _flip,
     **dict.fromkeys(("aten.full", "aten.new_full", "aten.full_like"), _full),
     "aten.index": _index,
