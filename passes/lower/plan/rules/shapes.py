@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import torch
 
-from growfx.passes.lower.plan.builder import Arguments, Builder, NoKernelError, Rule, axis_of, numbers, view_ops
+from growfx.passes.lower.plan.builder import Arguments, Builder, NoKernelError, Rule, as_number, axis_of, numbers, view_ops
 from growfx.passes.lower.plan.graph import Node, Operand
 from growfx.runtime.native.plan import Constant, Shape, Size
 
@@ -173,7 +173,7 @@ def _pad(mode: int) -> Rule:
         for i in range(len(widths) // 2):
             axis = rank - 1 - i
             sides[2 * axis], sides[2 * axis + 1] = widths[2 * i], widths[2 * i + 1]
-        return b.add("pad", [b.operand(a["self"])], shapes[0], [mode, *sides], [float(a.get("value") or 0.0)])
+        return b.add("pad", [b.operand(a["self"])], shapes[0], [mode, *sides], [as_number(a.get("value") or 0.0, b.dtype(a["self"]))])
 
     return rule
 
@@ -245,7 +245,8 @@ def _filled(b: Builder, a: Arguments, shapes: Sequence[Shape], value: float) -> 
 
 
 def _full(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
-    return _filled(b, a, shapes, a["fill_value"])
+    dtype = a.get("dtype") or (b.dtype(a["self"]) if "self" in a else None)
+    return _filled(b, a, shapes, as_number(a["fill_value"], dtype))
 
 
 def _zeros(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
@@ -293,7 +294,8 @@ def _replaced(b: Builder, x: Operand, part: Operand, where: tuple[int, int, int]
 
 def _copied(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Operand:
     ops = view_ops.broadcast(b.shape(a["src"]), shapes[0])
-    return b.view(b.operand(a["src"]), ops, shapes[0]) if ops else b.operand(a["src"])
+    x = b.converted(a["src"], b.dtype(a["self"]))
+    return b.view(x, ops, shapes[0]) if ops else x
 
 
 RULES: Final[dict[str, Rule]] = {
