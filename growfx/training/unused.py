@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from growfx.methods.base import Method
+from growfx.methods.unused import stages_of
 from growfx.notices import warn_once
 from growfx.options import TrainOptions, Unused, given_options, unused_options
 from growfx.training.run import Run
@@ -96,7 +96,6 @@ def warn_of_unused(run: Run, *, saved: bool, beside: Mapping[str, Any]) -> None:
     """Warn of each option of a run that was given and has no effect; `beside`: arguments, those left out among them."""
     weights = [*run.net.parameters(), *(layer.mask for layer in run.net.layers.values())]
     layouts = any(tensor.ndim == 4 for tensor in weights)
-    stages = run.method.stages if isinstance(run.method, Method) else None
-    known = Training(run.options, stages, saved, run.device.type, layouts)
+    known = Training(run.options, stages_of(run.method), saved, run.device.type, layouts)
     for message in dict.fromkeys(unused_in(known, {name: value for name, value in beside.items() if value}).values()):
         warn_once(message, [])
