@@ -31,8 +31,8 @@ class NamedLayers(dict[str, MaskedLayer]):
 
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # pyright: ignore
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NamedLayers:
-        return NamedLayers(copy.deepcopy(dict(self), memo))
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NamedLayers, (dict(self),)  # a copy of a dict is written to, entry by entry
 
 
 class LayerTable:
