@@ -299,7 +299,7 @@ def _is_exact(value: Tensor) -> bool:
     if value.dtype not in (torch.int32, torch.int64) or value.numel() == 0:  # narrow ones wrap around
         return False
     low, high = value.aminmax()
-    return -_LARGEST_EXACT <= int(low) and int(high) <= _LARGEST_EXACT
+    return max(-int(low), int(high)) <= _LARGEST_EXACT
 
 
 def _expanded_matrix(operand: Operand) -> Constant | None:

@@ -7,7 +7,16 @@ from typing import Any, Final
 
 import torch
 
-from growfx.passes.lower.plan.builder import Arguments, Builder, NoKernelError, Rule, as_number, axis_of, numbers, view_ops
+from growfx.passes.lower.plan.builder import (
+    Arguments,
+    Builder,
+    NoKernelError,
+    Rule,
+    as_number,
+    axis_of,
+    numbers,
+    view_ops,
+)
 from growfx.passes.lower.plan.graph import Node, Operand
 from growfx.runtime.native.plan import Constant, Shape, Size
 
@@ -173,7 +182,8 @@ def _pad(mode: int) -> Rule:
         for i in range(len(widths) // 2):
             axis = rank - 1 - i
             sides[2 * axis], sides[2 * axis + 1] = widths[2 * i], widths[2 * i + 1]
-        return b.add("pad", [b.operand(a["self"])], shapes[0], [mode, *sides], [as_number(a.get("value") or 0.0, b.dtype(a["self"]))])
+        value = as_number(a.get("value") or 0.0, b.dtype(a["self"]))
+        return b.add("pad", [b.operand(a["self"])], shapes[0], [mode, *sides], [value])
 
     return rule
 
