@@ -143,7 +143,7 @@ def _truths(x: Tensor) -> Tensor:
     return torch.stack([truth.float() for truth in found], 1) + (a + b).sum(1)[:, None, None]
 
 
-def _written(x: Tensor) -> Tensor:
+def _retyped(x: Tensor) -> Tensor:
     """Numbers in tensors of another type: any but 0 is true, and whole numbers have no fraction."""
     truth = x > 0
     copied = torch.zeros_like(x, dtype=torch.bool)
@@ -175,7 +175,7 @@ OPERATORS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], list[Tenso
     "comparisons": (lambda x: (x > 0).float() * 2 + torch.where(x < 1, x, -x), [(3, 40)], []),
     "comparisons of odd numbers": (_comparisons, [(3, 40)], []),
     "truth values": (_truths, [(3, 40)], []),
-    "numbers written as another type": (_written, [(3, 40)], []),
+    "numbers written as another type": (_retyped, [(3, 40)], []),
     "a factor of zero": (_without, [(3, 40)], []),
     "masked": (lambda x, m: x.masked_fill(m > 0, -3.0), [(3, 7)], [torch.randn(7)]),
     "prelu": (lambda x, w: F.prelu(x, w), [(2, 3, 5)], [torch.rand(3)]),
