@@ -70,7 +70,7 @@ def warn_of_batches_left(loader: Any, batches: Iterator[Any]) -> None:
         except Exception:  # of whatever a loader does beyond its length, which nobody else asks for
             return
     warn_once(
-        f"the training loader says that it has {len(loader)} batches, and gives more: the others are left out of "
-        "each epoch; correct its `__len__` if they are to be trained on",
+        f"the training loader has a length of {len(loader)} batches and gives more, which are left out of each epoch; "
+        "correct its `__len__` to train on them",
         [],
     )

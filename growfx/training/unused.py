@@ -43,12 +43,12 @@ def _no_rounds(run: Training) -> str:
 def _no_fall(run: Training) -> str:
     cosine = run.stages is None or not _COSINES.isdisjoint(run.stages)
     falls = cosine or run.options.schedule in ("cosine", "linear")
-    return "" if falls else f"with `schedule` = `{run.options.schedule}`, which does not fall to it"
+    return "" if falls else f"with `schedule` = `{run.options.schedule}`, which does not end at it"
 
 
 def _no_steps(run: Training) -> str:
     schedule = run.options.schedule
-    return "" if schedule == "step" else f"with `schedule` = `{schedule}`: it is of `step`"
+    return "" if schedule == "step" else f"with `schedule` = `{schedule}`; it applies to `step` only"
 
 
 def _no_momentum(run: Training) -> str:
@@ -58,7 +58,7 @@ def _no_momentum(run: Training) -> str:
         info = optim.get_optimizer_info(run.options.optimizer)  # pyright: ignore[reportPrivateImportUsage]
     except ValueError:
         return ""  # refused where it is made
-    return "" if info.has_momentum else f"with `optimizer` = `{run.options.optimizer}`, which has no such option"
+    return "" if info.has_momentum else f"with `optimizer` = `{run.options.optimizer}`, which has no momentum"
 
 
 def _no_folder(run: Training) -> str:
@@ -74,7 +74,7 @@ TABLE: Final = (
     Unused(
         ("deterministic",),
         lambda run: (
-            "" if run.device in ("", "cpu") else f"on `{run.device}`: it is about how layers choose kernels on a CPU"
+            "" if run.device in ("", "cpu") else f"on `{run.device}`; it decides how layers choose kernels on a CPU"
         ),
     ),
     Unused(

@@ -25,7 +25,7 @@ class NamedLayers(dict[str, MaskedLayer]):
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise MaskError(
-            "`net.layers` cannot be written to, for growfx.wrap decides which layers are masked (`exclude`, `masked`); "
+            "`net.layers` is read-only, since growfx.wrap decides which layers are masked (`exclude`, `masked`); "
             "change masks by `net.set_masks({name: mask})`, or wrap the model again"
         )
 
