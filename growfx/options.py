@@ -74,11 +74,16 @@ class Unused:
 
 def given_options(options: Any) -> dict[str, Any]:
     """Return the init fields of a dataclass of options whose values are not the defaults."""
-    return {
-        f.name: getattr(options, f.name)
-        for f in dataclasses.fields(options)
-        if f.init and getattr(options, f.name) != f.default
-    }
+    fields = [f for f in dataclasses.fields(options) if f.init]
+    return {f.name: getattr(options, f.name) for f in fields if not _is_default(getattr(options, f.name), f)}
+
+
+def _is_default(value: Any, field: dataclasses.Field[Any]) -> bool:
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    same = value == default
+    return same if isinstance(same, bool) else False  # arrays and tensors are compared number by number
 
 
 def unused_options(given: Mapping[str, Any], table: Iterable[Unused], run: Any) -> dict[str, str]:

@@ -214,9 +214,9 @@ def _first_arrivals(layer: MaskedLayer, name: str, visits: Tensor, keys: EdgeKey
     floor = _NEVER_VISITED * float(weights.mean()) or 1.0
     uniform = keys.uniform(name, 0, len(weights))
     times = torch.from_numpy(-np.log1p(-uniform) / np.maximum(weights, floor)).reshape(visits.shape)
-    marks = torch.zeros(visits.shape, dtype=torch.bool)
+    marks = torch.zeros(visits.shape, dtype=torch.bool, device="cpu")
     for by_output in (True, False):
-        rows = by_unit(layer, torch.arange(visits.numel()).reshape(visits.shape), by_output)
+        rows = by_unit(layer, torch.arange(visits.numel(), device="cpu").reshape(visits.shape), by_output)
         marks.view(-1)[rows.gather(1, times.view(-1)[rows].argmin(1, keepdim=True))] = True
     return marks.to(visits.device)
 

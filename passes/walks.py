@@ -143,7 +143,7 @@ def _completed(
         except TraceError:
             visits = {}
     left = drawn
-    even = {name: torch.ones(mask.shape, dtype=torch.float64) for name, mask in masks.items()}
+    even = {name: torch.ones(mask.shape, dtype=torch.float64, device="cpu") for name, mask in masks.items()}
     for scores in ({name: value.cpu() for name, value in (visits or {}).items() if name in masks}, even):
         more = draw(scores, left, keys, {name: ~masks[name] for name in scores})
         left -= more.count
@@ -271,7 +271,7 @@ class _Walker:
         along = _chosen(sizes.abs().double().cpu().numpy(), which.reshape(-1), self.random)
         here, there = (inputs, outputs) if forward else (outputs, inputs)
         group, own, other, tap = rows // here, rows % here, along // taps, along % taps
-        numbers = canonical(layer, torch.arange(layer.numel).view(layer.mask.shape)).numpy()
+        numbers = canonical(layer, torch.arange(layer.numel, device="cpu").view(layer.mask.shape)).numpy()
         edge = numbers[group, other, own, tap] if forward else numbers[group, own, other, tap]
         return group * there + other, edge + self.offset[name] if name in self.offset else np.full(len(rows), -1)
 

@@ -366,7 +366,10 @@ def unit_masks(layer: Any, outputs: tuple[int, ...], columns: tuple[int, ...]) -
         ConfigError: the layer has fewer units.
     """
     groups, rows, width, taps = canonical(layer, layer.mask).shape
-    keep_rows, keep_columns = torch.ones(groups * rows, dtype=torch.bool), torch.ones(groups * width, dtype=torch.bool)
+    keep_rows, keep_columns = (
+        torch.ones(groups * rows, dtype=torch.bool, device="cpu"),
+        torch.ones(groups * width, dtype=torch.bool, device="cpu"),
+    )
     for what, keep, gone in (("output units", keep_rows, outputs), ("input columns", keep_columns, columns)):
         if gone and max(gone) >= len(keep):
             raise ConfigError(f"the plan removes number {max(gone)} of the {len(keep)} {what} of a layer")

@@ -99,18 +99,18 @@ class Connectivity:
         An input unit is alive when one of the columns it feeds is, or when it feeds none. Units of layers without a
         score (off path, or without a mask) count as alive.
         """
-        alive = torch.ones(len(self.group), dtype=torch.bool)
+        alive = torch.ones(len(self.group), dtype=torch.bool, device="cpu")
         alive[0] = False
         for name, layer in self.layers.items():
             if name in paths.alive_out:
                 alive[layer.outputs] = paths.alive_out[name].cpu()
         reached, fed = Origin(self.signals), Origin(self.signals)
         for name, layer in self.layers.items():
-            every = torch.ones(len(layer.sources), dtype=torch.bool)
+            every = torch.ones(len(layer.sources), dtype=torch.bool, device="cpu")
             fed.add(name, every)
             known = paths.alive_in.get(name)
             reached.add(name, every if known is None else known.cpu())
-        inputs = torch.cat([torch.zeros(0, dtype=torch.int64), *self.inputs.values()])
+        inputs = torch.cat([torch.zeros(0, dtype=torch.int64, device="cpu"), *self.inputs.values()])
         alive[inputs] = (reached.units() | ~fed.units())[inputs]
         return alive
 
@@ -127,7 +127,7 @@ class Connectivity:
         where no path leads out. Without it the output stays unchanged once such constants are added to what they feed.
         """
         alive = self.alive(paths)
-        kept = torch.zeros(len(self.group), dtype=torch.bool)
+        kept = torch.zeros(len(self.group), dtype=torch.bool, device="cpu")
         kept[self.group[alive]] = True
         kept[list(self.pinned)] = True
         kept[list(self.counted)] = True

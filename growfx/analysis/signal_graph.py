@@ -149,7 +149,7 @@ class Origin:
     def add(self, layer: str, columns: Tensor) -> Tensor:
         """Add columns of a layer, a bool of each; returns the units that are new, by number."""
         if layer not in self._graph.columns:
-            return torch.zeros(0, dtype=torch.int64)
+            return torch.zeros(0, dtype=torch.int64, device="cpu")
         at, signals = self._graph.columns[layer]
         return self._add(signals[columns.numpy()[at]])
 

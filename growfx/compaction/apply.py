@@ -47,10 +47,10 @@ def spans(kept: Tensor) -> Spans:
 def kept_indices(kept: Spans) -> Tensor:
     """The indices in spans, int64."""
     # Not one arange for each: a file may list millions of spans.
-    starts, stops = torch.tensor(kept, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    starts, stops = torch.tensor(kept, dtype=torch.int64, device="cpu").reshape(-1, 2).unbind(1)
     lengths = stops - starts
     before = lengths.cumsum(0) - lengths
-    return torch.arange(int(lengths.sum())) + torch.repeat_interleave(starts - before, lengths)
+    return torch.arange(int(lengths.sum()), device="cpu") + torch.repeat_interleave(starts - before, lengths)
 
 
 def select_blocks(weight: Tensor, groups: int, first: Tensor, second: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ def _selected(plan: CompactionPlan, name: str, owner: nn.Module, tensor: Tensor)
             )
         if plan.blocks[name][-1][1] > tensor.shape[1] * owner.groups:
             raise damaged_plan(f"`{name}` has {tensor.shape[1] * owner.groups} channels along its second axis")
-        rows = kept_indices(axes[0]) if 0 in axes else torch.arange(len(tensor))
+        rows = kept_indices(axes[0]) if 0 in axes else torch.arange(len(tensor), device="cpu")
         return in_format_of(select_blocks(tensor, owner.groups, rows, kept_indices(plan.blocks[name])), tensor)
     left = tensor
     for axis, kept in axes.items():

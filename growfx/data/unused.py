@@ -57,7 +57,7 @@ def _fixed(option: str) -> Unused:
 
 def _not_fetched(reading: Reading) -> str:
     there = "data_dir" in reading.source.depends_on
-    return "" if there else f"on `{reading.source.spec}`: it is for data sets by a name, such as `torch/cifar10`"
+    return "" if there else f"on `{reading.source.spec}`, which is not a data set of timm, such as `torch/cifar10`"
 
 
 def _evaluating(reading: Reading) -> str:

@@ -66,9 +66,9 @@ def _warn_of_zeros(net: MaskedGraph, left_out: int) -> None:
     if zero:
         listed = ", ".join(f"`{name}`" for name in zero[:3]) + (f" and {len(zero) - 3} more" if len(zero) > 3 else "")
         warn_once(
-            f"zero throughout, as before training: {listed}; compaction left out what they silence, too "
-            f"({left_out} units in all), and training cannot bring it back: give them other values before where "
-            "the result is to be trained",
+            f"{listed} {'is' if len(zero) == 1 else 'are'} zero throughout, as scales often are before training; "
+            f"compaction also left out what they silence ({left_out} units in all), which training cannot bring back: "
+            "if the result is to be trained, set them to other values before compaction",
             net.trace_report.notes,
         )
 

@@ -24,7 +24,7 @@ def take_over(part: nn.Module, times: Mapping[int, int]) -> Tensor | None:
 
     Returns:
         A bool tensor of the weight's shape, what pruning left; None where the layer was not pruned, or where the mask
-        cannot be the parameter's, for another module reads it without or it is not a real one.
+        cannot be the parameter's: another module reads it without, it is not a real one, or the mask has factors.
     """
     weight = weight_name_of(part)
     whole = part._parameters.get(f"{weight}_orig")
@@ -32,6 +32,8 @@ def take_over(part: nn.Module, times: Mapping[int, int]) -> Tensor | None:
         return None
     for key, hook in list(part._forward_pre_hooks.items()):
         if isinstance(hook, BasePruningMethod) and hook._tensor_name == weight:
+            if _has_factors(part._buffers[f"{weight}_mask"]):
+                return None
             del part._forward_pre_hooks[key]
             part.__dict__.pop(weight, None)
             part._parameters[weight] = part._parameters.pop(f"{weight}_orig")
@@ -53,6 +55,13 @@ def translated(state: Mapping[str, Any], layers: Iterable[tuple[str, str, str]])
         prefix = f"{name}." if name else ""
         own, kept = f"{prefix}{weight}_orig", f"{prefix}{weight}_mask"
         if own in state and kept in state and f"{prefix}{weight}" not in state:
-            found[f"{prefix}{weight}"] = found.pop(own)
-            found[f"{prefix}{mask}"] = torch.as_tensor(found.pop(kept)) != 0
+            factors = torch.as_tensor(found.pop(kept))
+            values = found.pop(own)
+            found[f"{prefix}{weight}"] = values * factors if _has_factors(factors) else values
+            found[f"{prefix}{mask}"] = factors != 0
     return found if found.keys() != state.keys() else state
+
+
+def _has_factors(mask: Any) -> bool:
+    """Whether torch's mask, which may be any numbers, has others than 0 and 1."""
+    return mask is not None and not bool(((mask == 0) | (mask == 1)).all())

@@ -48,7 +48,8 @@ class Method(ABC):
         warns_of_loss: False for one that is told which masks to take, or that chooses among the edges the network has:
             nobody is surprised when its masks replace others.
         stages: kinds of the stages (`Stage.kind`) that a run may have; None where they are not known, so that no
-            option of `growfx.train` is said to have no effect on them.
+            option of `growfx.train` is said to have no effect on them. A class that overrides `next_stage` says them
+            anew.
         unused: where its options have no effect, beside what the classes it is derived from say; rows are asked about a
             `growfx.methods.unused.Use`. Options given in vain are warned of when the method is attached.
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from growfx.notices import warn_once
 from growfx.options import TrainOptions
@@ -55,18 +56,21 @@ class TargetWatch:
 def warn_of_batches_left(loader: Any, batches: Iterator[Any]) -> None:
     """Warn where `batches`, an epoch of `loader` after as many as its length says, has another one.
 
-    Random numbers that are drawn for it do not count. An iterator that goes on in the next epoch loses nothing, and is
-    left alone.
+    Random numbers that are drawn for it do not count. An iterator that goes on in the next epoch, itself or as what a
+    loader holds, loses nothing, and is left alone.
     """
     if isinstance(loader, Iterator):
         return
     with private_randomness():
+        # A DataLoader begins anew each time, which may start processes.
+        if not isinstance(loader, DataLoader) and iter(loader) is batches:
+            return
         try:
             next(batches)
         except Exception:  # of whatever a loader does beyond its length, which nobody else asks for
             return
     warn_once(
-        f"the training loader says that it has {len(loader)} batches, and gives more: the others are left out of "
-        "each epoch; correct its `__len__` if they are to be trained on",
+        f"the training loader has a length of {len(loader)} batches and gives more, which are left out of each epoch; "
+        "correct its `__len__` to train on them",
         [],
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from growfx.methods.base import Method
+from growfx.methods.unused import stages_of
 from growfx.notices import warn_once
 from growfx.options import TrainOptions, Unused, given_options, unused_options
 from growfx.training.run import Run
@@ -43,12 +43,12 @@ def _no_rounds(run: Training) -> str:
 def _no_fall(run: Training) -> str:
     cosine = run.stages is None or not _COSINES.isdisjoint(run.stages)
     falls = cosine or run.options.schedule in ("cosine", "linear")
-    return "" if falls else f"with `schedule` = `{run.options.schedule}`, which does not fall to it"
+    return "" if falls else f"with `schedule` = `{run.options.schedule}`, which does not end at it"
 
 
 def _no_steps(run: Training) -> str:
     schedule = run.options.schedule
-    return "" if schedule == "step" else f"with `schedule` = `{schedule}`: it is of `step`"
+    return "" if schedule == "step" else f"with `schedule` = `{schedule}`; it applies to `step` only"
 
 
 def _no_momentum(run: Training) -> str:
@@ -58,7 +58,7 @@ def _no_momentum(run: Training) -> str:
         info = optim.get_optimizer_info(run.options.optimizer)  # pyright: ignore[reportPrivateImportUsage]
     except ValueError:
         return ""  # refused where it is made
-    return "" if info.has_momentum else f"with `optimizer` = `{run.options.optimizer}`, which has no such option"
+    return "" if info.has_momentum else f"with `optimizer` = `{run.options.optimizer}`, which has no momentum"
 
 
 def _no_folder(run: Training) -> str:
@@ -74,7 +74,7 @@ TABLE: Final = (
     Unused(
         ("deterministic",),
         lambda run: (
-            "" if run.device in ("", "cpu") else f"on `{run.device}`: it is about how layers choose kernels on a CPU"
+            "" if run.device in ("", "cpu") else f"on `{run.device}`; it decides how layers choose kernels on a CPU"
         ),
     ),
     Unused(
@@ -96,7 +96,6 @@ def warn_of_unused(run: Run, *, saved: bool, beside: Mapping[str, Any]) -> None:
     """Warn of each option of a run that was given and has no effect; `beside`: arguments, those left out among them."""
     weights = [*run.net.parameters(), *(layer.mask for layer in run.net.layers.values())]
     layouts = any(tensor.ndim == 4 for tensor in weights)
-    stages = run.method.stages if isinstance(run.method, Method) else None
-    known = Training(run.options, stages, saved, run.device.type, layouts)
+    known = Training(run.options, stages_of(run.method), saved, run.device.type, layouts)
     for message in dict.fromkeys(unused_in(known, {name: value for name, value in beside.items() if value}).values()):
         warn_once(message, [])

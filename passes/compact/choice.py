@@ -66,7 +66,7 @@ class Chooser:
         found = self.found
         self.dead = ~self.live.needed | ~self.live.fed
         self.dead[0] = False
-        alive = torch.zeros(len(found.group), dtype=torch.bool)
+        alive = torch.zeros(len(found.group), dtype=torch.bool, device="cpu")
         alive[found.group[~self.dead]] = True
         candidates = ~alive[found.group]
         candidates[0] = False
@@ -113,11 +113,11 @@ class Chooser:
 
     def _unconnected(self) -> Tensor:
         """Units that nothing leads to, or that lead to no weight; what is pinned or counted is never called dead."""
-        alone = torch.zeros(len(self.found.group), dtype=torch.bool)
+        alone = torch.zeros(len(self.found.group), dtype=torch.bool, device="cpu")
         reaching, used = Origin(self.found.signals), Origin(self.found.signals)
         for name, layer in self.found.layers.items():
             alone[layer.outputs[~self.live.edges[name].any(1)]] = True
-            reaching.add(name, torch.ones(len(layer.sources), dtype=torch.bool))
+            reaching.add(name, torch.ones(len(layer.sources), dtype=torch.bool, device="cpu"))
             used.add(name, self.live.edges[name].any(0))
         return alone | (reaching.units() & ~used.units())
 
@@ -131,7 +131,7 @@ class Chooser:
 
     def removal(self, groups: list[int]) -> tuple[Removal, dict[int, str]]:
         """As many of the groups as can leave together, and why the others stay."""
-        removed = torch.zeros(len(self.found.group), dtype=torch.bool)
+        removed = torch.zeros(len(self.found.group), dtype=torch.bool, device="cpu")
         removed[groups] = True
         back: dict[int, str] = {}
         stable = False

@@ -27,10 +27,10 @@ def count_heads(model: nn.Module, found: Connectivity, removed: Tensor) -> dict[
     """
     if not found.heads:
         return {}
-    head_of = torch.zeros(len(found.group), dtype=torch.int64)
+    head_of = torch.zeros(len(found.group), dtype=torch.int64, device="cpu")
     for number, head in enumerate(found.heads, start=1):
         head_of[head] = number
-    gone = torch.zeros(len(found.heads) + 1, dtype=torch.bool)
+    gone = torch.zeros(len(found.heads) + 1, dtype=torch.bool, device="cpu")
     for number, head in enumerate(found.heads, start=1):
         gone[number] = bool(removed[head].all())
     if not gone.any():

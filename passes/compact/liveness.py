@@ -87,17 +87,17 @@ def find_liveness(
         wide: whether the model is run in float64 throughout.
     """
     known = Liveness(
-        fed=torch.zeros(len(found.group), dtype=torch.bool),
-        needed=torch.zeros(len(found.group), dtype=torch.bool),
+        fed=torch.zeros(len(found.group), dtype=torch.bool, device="cpu"),
+        needed=torch.zeros(len(found.group), dtype=torch.bool, device="cpu"),
         varies={},
         constant={},
         edges={name: _edges(model, found, name) for name in found.layers},
     )
-    kept = torch.zeros(len(found.group), dtype=torch.bool)
+    kept = torch.zeros(len(found.group), dtype=torch.bool, device="cpu")
     kept[[*found.pinned, *found.counted]] = True
     always = kept[found.group]
     always[0] = False
-    everywhere = Reach(found.signals, torch.arange(1, len(found.group)))
+    everywhere = Reach(found.signals, torch.arange(1, len(found.group), device="cpu"))
     for name, layer in found.layers.items():
         known.varies[name] = ~everywhere.at(name, len(layer.sources)) & (layer.sources != 0)
     _follow_inputs(known, found, always)
@@ -120,7 +120,7 @@ def _edges(model: nn.Module, found: Connectivity, name: str) -> Tensor:
     except AttributeError:  # a part of an attention that is a parameter, no module
         active = None
     shape = (len(layer.outputs), len(layer.sources))
-    return torch.ones(shape, dtype=torch.bool) if active is None or active.shape != shape else active
+    return torch.ones(shape, dtype=torch.bool, device="cpu") if active is None or active.shape != shape else active
 
 
 def _follow_inputs(known: Liveness, found: Connectivity, always: Tensor) -> None:
@@ -171,7 +171,7 @@ def _follow_outputs(known: Liveness, found: Connectivity, always: Tensor, silenc
 
 def _silenced(model: nn.Module, graph: fx.Graph, found: Connectivity) -> Tensor:
     """Units that go into nothing but a batch norm whose scale is zero there."""
-    silent = torch.zeros(len(found.group), dtype=torch.bool)
+    silent = torch.zeros(len(found.group), dtype=torch.bool, device="cpu")
     for node in graph.nodes:
         if node.op != "call_module" or str(node.target) not in found.layers or len(node.users) != 1:
             continue
@@ -281,7 +281,7 @@ class _Watch:
         """Layer -> the constant at each column, nan where there is none."""
         result = {}
         for name, layer in self.found.layers.items():
-            result[name] = torch.full((len(layer.sources),), torch.nan, dtype=torch.float64)
+            result[name] = torch.full((len(layer.sources),), torch.nan, dtype=torch.float64, device="cpu")
             low, high = self.low.get(name), self.high.get(name)
             if low is None or high is None or len(low) != len(layer.sources) or layer.mixes_positions:
                 continue
@@ -295,7 +295,7 @@ class _Watch:
     def settle(self) -> bool:
         """Take columns that stayed the same as constant; whether any of them was thought to vary."""
         surprised = False
-        replaced = torch.zeros(len(self.found.group), dtype=torch.bool)
+        replaced = torch.zeros(len(self.found.group), dtype=torch.bool, device="cpu")
         for other in (self.modules.keys() & self.low.keys()) - self.hidden:
             replaced[self.found.layers[other].outputs] = True
         for inputs in self.found.inputs.values():

@@ -132,14 +132,14 @@ class UnitGraph(UnitRun):
             name = self.layer_name(owner, way)
             self.register(name, owner)
             shape = owner.parameter.shape
-            return WeightPart(name, torch.arange(shape.numel()).reshape(shape))
+            return WeightPart(name, torch.arange(shape.numel(), device="cpu").reshape(shape))
         value = getattr(owner, last)
         if not isinstance(value, Tensor):
             return value
         weight = self._weights.get(id(value))
         if weight is not None:
             self.register(weight, self.net.get_submodule(weight))
-            return WeightPart(weight, torch.arange(value.numel()).reshape(value.shape))
+            return WeightPart(weight, torch.arange(value.numel(), device="cpu").reshape(value.shape))
         named = self.parameter(target, value)
         return Named(named.tensor.clone(), named.ids) if self._writes else named
 

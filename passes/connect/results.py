@@ -48,7 +48,7 @@ def found(
     cut = _sliced(signals, parameters)
     number = np.where(signals.kind == UNIT, np.cumsum(signals.kind == UNIT), 0)
     of_group = number[signals.first_units()]
-    group = torch.zeros(int(number.max()) + 1, dtype=torch.int64)
+    group = torch.zeros(int(number.max()) + 1, dtype=torch.int64, device="cpu")
     units = np.flatnonzero(signals.kind == UNIT)
     group[torch.from_numpy(number[units])] = torch.from_numpy(of_group[units])
     reasons: list[dict[int, str]] = []

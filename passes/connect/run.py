@@ -163,7 +163,9 @@ class UnitRun(ABC):
             shapes = self.shapes(op, args, kwargs)
         except Exception:  # its shape depends on data
             return Unknown()
-        return of_shapes(shapes, lambda shape: Ids(torch.tensor(float(mix), dtype=torch.float64).expand(shape)))
+        return of_shapes(
+            shapes, lambda shape: Ids(torch.tensor(float(mix), dtype=torch.float64, device="cpu").expand(shape))
+        )
 
     def judged(self, op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A comparison or the like: no unit is in its result, whose values are unknown."""

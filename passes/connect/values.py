@@ -135,7 +135,7 @@ def _together(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 def _runs(tensor: Tensor, axis: int) -> Tensor:
     """Along one axis, where elements differ from those before."""
     size = tensor.shape[axis]
-    changes = torch.ones(size, dtype=torch.bool)
+    changes = torch.ones(size, dtype=torch.bool, device="cpu")
     if varies(tensor, axis):
         later, before = (narrowed(tensor.narrow(axis, start, size - 1)) for start in (1, 0))
         changes[1:] = (later != before).movedim(axis, 0).reshape(size - 1, -1).any(1)
@@ -162,7 +162,7 @@ def _compacted(tensors: Sequence[Tensor], shape: Sequence[int]) -> tuple[list[Te
     """Tensors with each run of equal slices once, and for every axis where the slices of the whole went."""
     places, sides = [], list(tensors)
     for axis, size in enumerate(shape):
-        changes = torch.zeros(size, dtype=torch.bool)
+        changes = torch.zeros(size, dtype=torch.bool, device="cpu")
         changes[:1] = True
         for side in sides:
             if side.shape[axis] > 1:
@@ -265,7 +265,9 @@ def _rows(tensor: Tensor, axes: Sequence[int]) -> tuple[Ints, Callable[[Ints], T
     shape = [1 if axis in inner else size for axis, size in enumerate(small.shape)]
     outer = [axis for axis in range(tensor.ndim) if axis not in inner]
     rows = small.permute(*outer, *inner).reshape(int(np.prod([small.shape[axis] for axis in outer])), -1)
-    places = [torch.zeros(1, dtype=torch.int64) if axis in inner else where for axis, where in enumerate(places)]
+    places = [
+        torch.zeros(1, dtype=torch.int64, device="cpu") if axis in inner else where for axis, where in enumerate(places)
+    ]
     return rows.to(torch.int64).numpy(), lambda values: _restored(filled(values, shape), places)
 
 
@@ -345,7 +347,13 @@ def contract(signals: Signals, left: Tensor, right: Tensor, axes: Sequence[int])
                 signals.pin(numbers(narrowed(part)), "it is combined with others by weights computed from data")
     acting = [part for part in (*meeting[0], *meeting[1]) if not _are_slots(signals, part)]
     mixes = [_blended(signals, part, axes) for part in acting]
-    result = passing[0] if passing else mixes.pop() if mixes else torch.zeros((1,) * len(shape), dtype=torch.float64)
+    result = (
+        passing[0]
+        if passing
+        else mixes.pop()
+        if mixes
+        else torch.zeros((1,) * len(shape), dtype=torch.float64, device="cpu")
+    )
     for part in passing[1:]:
         result = combine(signals, result, part)
     for part in mixes:

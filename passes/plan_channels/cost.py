@@ -180,10 +180,12 @@ def _submodule(net: MaskedGraph, name: str) -> nn.Module | None:
 
 def _products(units: WholeUnits) -> Floats:
     """Multiply-accumulates of products of activations that one unit of each family shares."""
-    per_unit = torch.zeros(units.count + 1, dtype=torch.float64)
+    per_unit = torch.zeros(units.count + 1, dtype=torch.float64, device="cpu")
     for macs, groups in units.found.products:
         if len(groups):
             owner = torch.where(groups > 0, units.of_group[groups], -1)
-            per_unit.index_add_(0, owner + 1, torch.full((len(groups),), macs / len(groups), dtype=torch.float64))
+            per_unit.index_add_(
+                0, owner + 1, torch.full((len(groups),), macs / len(groups), dtype=torch.float64, device="cpu")
+            )
     values = per_unit[1:].numpy()
     return np.array([values[list(family.units)].mean() for family in units.families])

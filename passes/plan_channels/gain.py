@@ -29,7 +29,7 @@ def unit_visits(net: MaskedGraph) -> PathVisits:
 
 def path_masses(units: WholeUnits, paths: PathVisits) -> Tensor:
     """Return how often a path visits each whole unit, in any of its layers. Shape (whole units,), float64."""
-    mass = torch.zeros(units.count, dtype=torch.float64)
+    mass = torch.zeros(units.count, dtype=torch.float64, device="cpu")
     for name, visits in paths.visits.items():
         if name in units.outputs:
             _add(mass, units.outputs[name], visits)
@@ -42,7 +42,7 @@ def magnitudes(net: MaskedGraph, units: WholeUnits) -> Tensor:
     Depgraph's group magnitude (Fang et al., CVPR 2023), which divides by the family's mean; over the cost of a unit
     that ranks as a share of the sum does over that of the family. Shape (whole units,), float64.
     """
-    squares = torch.zeros(units.count, dtype=torch.float64)
+    squares = torch.zeros(units.count, dtype=torch.float64, device="cpu")
     for name, layer in net.layers.items():
         if name not in units.outputs:
             continue
@@ -69,7 +69,7 @@ def taylor(net: MaskedGraph, units: WholeUnits, gradients: Mapping[str, Tensor])
         units: its whole units.
         gradients: layer -> gradient of its weight.
     """
-    change = torch.zeros(units.count, dtype=torch.float64)
+    change = torch.zeros(units.count, dtype=torch.float64, device="cpu")
     for name, gradient in gradients.items():
         layer = net.layers[name]
         if name in units.outputs:

@@ -114,7 +114,7 @@ class ChannelPlanner:
 
     def _mark(self, chosen: Iterable[tuple[int, Sequence[int]]]) -> Tensor:
         """A bool of every whole unit, given families and units of theirs."""
-        gone = torch.zeros(self.units.count, dtype=torch.bool)
+        gone = torch.zeros(self.units.count, dtype=torch.bool, device="cpu")
         for _, units in chosen:
             gone[list(units)] = True
         return gone
@@ -276,11 +276,11 @@ class ChannelPlanner:
 
     def absent(self) -> Tensor:
         """A bool of every whole unit: none of its edges in is there, in any of its layers."""
-        absent, layers = torch.zeros(self.units.count, dtype=torch.bool), self.net.layers
+        absent, layers = torch.zeros(self.units.count, dtype=torch.bool, device="cpu"), self.net.layers
         for owner in self.units.outputs.values():
             absent[owner[owner >= 0]] = True
         for name, owner in self.units.outputs.items():
-            there = torch.ones(len(owner), dtype=torch.bool)
+            there = torch.ones(len(owner), dtype=torch.bool, device="cpu")
             if name in layers:
                 there = by_unit(layers[name], layers[name].mask, by_output=True).any(1).cpu()
             absent[owner[there & (owner >= 0)]] = False
@@ -293,7 +293,7 @@ class ChannelPlanner:
             ConfigError: the plan is of another network, or takes units apart that can only leave together.
         """
         plan.check(self.net)
-        gone = torch.zeros(self.units.count, dtype=torch.bool)
+        gone = torch.zeros(self.units.count, dtype=torch.bool, device="cpu")
         for name, outputs in plan.outputs.items():
             owner = self.units.outputs[name]
             if max(outputs) >= len(owner):
@@ -320,7 +320,7 @@ class ChannelPlanner:
     def part_of(self, plan: ChannelPlan, fraction: float) -> ChannelPlan:
         """A plan that removes a fraction of the groups that `plan` does, those of least gain over cost first."""
         whole, price = self.planned(plan), self.table.of_one("flops")
-        gains = torch.zeros(self.units.count, dtype=torch.float64)
+        gains = torch.zeros(self.units.count, dtype=torch.float64, device="cpu")
         for group in plan.groups:
             name, outputs = next(iter(group.layers.items()))
             gains[self.units.outputs[name][outputs[0]]] = group.gain or 0.0
@@ -371,7 +371,10 @@ class ChannelPlanner:
     def cuts(self, gone: Tensor) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
         """Output units and columns that layers lose with whole units; layers that lose none are left out."""
         found: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-        padded, layers = torch.cat([gone, torch.zeros(1, dtype=torch.bool)]), self.net.layers  # -1 is none
+        padded, layers = (
+            torch.cat([gone, torch.zeros(1, dtype=torch.bool, device="cpu")]),
+            self.net.layers,
+        )  # -1 is none
         for name in self.units.outputs:
             sides = [padded[side].nonzero().flatten() for side in (self.units.outputs[name], self.units.columns[name])]
             if name in layers and any(len(side) for side in sides):

@@ -91,14 +91,14 @@ def _on_meta(model: nn.Module, example: Inputs) -> tuple[nn.Module, Inputs] | No
 
 def _all_dead(found: Connectivity) -> Liveness:
     """Liveness of a network in which whatever leaves has no influence on what stays."""
-    none = torch.zeros(len(found.group), dtype=torch.bool)
+    none = torch.zeros(len(found.group), dtype=torch.bool, device="cpu")
     sizes = {name: (len(layer.outputs), len(layer.sources)) for name, layer in found.layers.items()}
     return Liveness(
         fed=none,
         needed=none.clone(),
-        varies={name: torch.zeros(width, dtype=torch.bool) for name, (_, width) in sizes.items()},
-        constant={name: torch.zeros(width, dtype=torch.float64) for name, (_, width) in sizes.items()},
-        edges={name: torch.zeros(1, 1, dtype=torch.bool).expand(size) for name, size in sizes.items()},
+        varies={name: torch.zeros(width, dtype=torch.bool, device="cpu") for name, (_, width) in sizes.items()},
+        constant={name: torch.zeros(width, dtype=torch.float64, device="cpu") for name, (_, width) in sizes.items()},
+        edges={name: torch.zeros(1, 1, dtype=torch.bool, device="cpu").expand(size) for name, size in sizes.items()},
     )
 
 

@@ -125,7 +125,7 @@ def find_units(found: Connectivity, leads: Mapping[str, Tensor], refused: Mappin
     ties.settle()
     own = np.flatnonzero(found.group.numpy() == np.arange(len(found.group)))[1:]  # groups; 0 is none
     labels, numbers = np.unique(ties.label[own], return_inverse=True)
-    of_group = torch.full((len(found.group),), -1)
+    of_group = torch.full((len(found.group),), -1, device="cpu")
     of_group[torch.from_numpy(own)] = torch.from_numpy(numbers.reshape(-1))
     reasons: dict[int, str] = {}
     for group, reason in refused.items():
@@ -154,7 +154,7 @@ def _tie_frames(ties: _Ties, found: Connectivity) -> None:
     """Tie the slabs of each frame along the axis that leaves most of them apart."""
     for frame in found.frames:
         label = ties.label[frame.numpy()]
-        best: tuple[int, Tensor] = (0, torch.zeros(0, 1, dtype=torch.int64))
+        best: tuple[int, Tensor] = (0, torch.zeros(0, 1, dtype=torch.int64, device="cpu"))
         for axis in range(frame.ndim):
             slabs = frame.movedim(axis, 0).reshape(frame.shape[axis], -1)
             lines = np.moveaxis(label, axis, 0).reshape(frame.shape[axis], -1)

@@ -1145,6 +1145,23 @@ def test_what_torchs_pruning_left_out_stays_out_where_its_mask_is_not_taken_over
     assert gap(growfx.wrap(single, x)(x), expected) == 0
 
 
+def test_a_mask_of_torchs_pruning_that_has_factors_is_computed_with():
+    x = torch.randn(3, 4)
+    model = Surgical()
+    factors = torch.tensor([0.0, 0.5, 1.0, 2.0]).repeat(2, 2)
+    prune.l1_unstructured(model.body[0], "weight", 0.5)
+    prune.custom_from_mask(model.fc, "weight", factors)
+    expected = model(x)
+    with pytest.warns(growfx.GrowfxWarning, match="taken over"):
+        net = growfx.wrap(model, x)
+    assert gap(net(x), expected) == 0
+    assert "fc" in net.trace_report.unmasked
+    other = growfx.wrap(Surgical(), x)
+    other.load_state_dict(model.state_dict())
+    assert gap(other(x), expected) == 0
+    assert torch.equal(other.masks["fc"], factors != 0)
+
+
 def test_drawing_masks_over_those_of_torchs_pruning_is_told():
     model = Surgical()
     prune.l1_unstructured(model.fc, "weight", 0.5)

@@ -409,3 +409,33 @@ def test_the_default_device_does_not_matter_to_a_network_on_another() -> None:
     assert net.trace_report.faithful
     assert net.density == pytest.approx(0.4, abs=0.01)
     assert torch.equal(plain(x), net(x))
+
+
+METHODS_OF_PATHS = {
+    "pwmpr": {"seed_density": 0.3, "epochs_per_round": 1},
+    "phew": {"density": 0.3},
+    "channel-prune": {"budget": "params=0.6", "update_every": 1},
+}
+
+
+@pytest.mark.parametrize("name", METHODS_OF_PATHS)
+def test_the_default_device_does_not_matter_to_methods_that_follow_paths(name: str) -> None:
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(5, 6)
+    digests = set()
+    for default in ("cpu", "meta"):
+        with torch.device(default):
+            net = growfx.wrap(copy.deepcopy(model), x)
+            optimizer = torch.optim.SGD(net.parameters(), 0.1)
+            method = growfx.methods.create(name, **METHODS_OF_PATHS[name])
+            method.attach(net, optimizer, total_steps=4, steps_per_epoch=1)
+            for _ in range(4):
+                net(x).square().sum().backward()
+                optimizer.step()
+                method.step()
+                method.report(0.5, 0.1)
+                optimizer.zero_grad()
+            compacted = growfx.unwrap(net, compact=True)
+        digests.add(net.mask_digest())
+        assert torch.allclose(compacted(x), net.eval()(x))
+    assert len(digests) == 1
+    assert net.density < 1

@@ -1,6 +1,7 @@
 """MaskedGraph: the contract of `growfx.wrap`, `growfx.unwrap` and the network between them."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -446,4 +447,5 @@ def test_the_table_of_layers_is_read_only() -> None:
             write()
     with pytest.raises(MaskError, match="wrap the model again"):
         del layers["0"]
-    assert list(copy.deepcopy(net).layers) == list(net.layers) == ["0", "1"]
+    copies = [copy.copy(layers), copy.deepcopy(layers), pickle.loads(pickle.dumps(layers)), copy.deepcopy(net).layers]
+    assert all(list(copied) == list(net.layers) == ["0", "1"] for copied in copies)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import growfx
-from growfx.methods.unused import Use, unused_of
+from growfx.methods.stepwise.dynamic import RigL
+from growfx.methods.unused import Use, stages_of, unused_of
 
 STEPS = 8
 GIVEN = {"masks": "given"}
@@ -87,6 +90,34 @@ def test_a_training_too_short_for_an_update_is_told_of_where_options_of_updates_
 @pytest.mark.parametrize("name", growfx.methods.names())
 def test_defaults_are_not_told_of(name):
     assert not unused_of(Use(growfx.methods.create(name), total_steps=1, own_loop=True))
+
+
+def test_a_method_of_others_may_have_options_of_any_type_and_name():
+    @dataclass(frozen=True)
+    class Weighted(RigL):
+        name: ClassVar[str] = "weighted"
+        weights: np.ndarray | None = None
+        shares: torch.Tensor = field(default_factory=lambda: torch.ones(3))
+        unused: float = 0.5  # pyright: ignore
+        stages: int = 3  # pyright: ignore
+
+    method = Weighted(density=0.4, drop_fraction=0.6, weights=np.ones(3), unused=0.2, stages=4)
+    assert set(unused_of(Use(method, total_steps=1))) == {"drop_fraction"}
+    assert stages_of(method) is None
+
+
+def test_stages_are_known_where_the_class_that_chooses_them_says_so():
+    class Repeated(RigL):
+        def next_stage(self) -> Any:
+            return super().next_stage()
+
+    class Said(Repeated):
+        stages = ("search", "final")
+
+    assert stages_of(RigL(density=0.4)) == ("final",)
+    assert stages_of(Repeated(density=0.4)) is None
+    assert stages_of(Said(density=0.4)) == ("search", "final")
+    assert all(stages_of(growfx.methods.create(name)) for name in growfx.methods.names())
 
 
 def test_a_table_names_options_that_there_are():

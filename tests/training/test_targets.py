@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -185,6 +186,17 @@ class GoingOn(Longer):
         return self.batches[-1]
 
 
+class Holding(Longer):
+    """One that holds such an iterator."""
+
+    def __init__(self, said: int) -> None:
+        super().__init__(said)
+        self.stream = itertools.cycle(self.batches)
+
+    def __iter__(self) -> Any:
+        return self.stream
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_batches_beyond_the_length_of_a_loader_are_told_of_once(accumulate):
     net = growfx.wrap(nn.Linear(8, 10), torch.randn(2, 8))
@@ -193,7 +205,7 @@ def test_batches_beyond_the_length_of_a_loader_are_told_of_once(accumulate):
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize("train", [Longer(4), GoingOn(3)], ids=["as long as it says", "going on"])
+@pytest.mark.parametrize("train", [Longer(4), GoingOn(3), Holding(3)], ids=lambda one: type(one).__name__)
 def test_loaders_of_which_no_batch_is_left_out_are_not_told_of(train):
     net = growfx.wrap(nn.Linear(8, 10), torch.randn(2, 8))
     growfx.train(net, train, loader(NUMBERS), **PLAIN)

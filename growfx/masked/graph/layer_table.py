@@ -25,14 +25,14 @@ class NamedLayers(dict[str, MaskedLayer]):
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise MaskError(
-            "`net.layers` cannot be written to, for growfx.wrap decides which layers are masked (`exclude`, `masked`); "
+            "`net.layers` is read-only, since growfx.wrap decides which layers are masked (`exclude`, `masked`); "
             "change masks by `net.set_masks({name: mask})`, or wrap the model again"
         )
 
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # pyright: ignore
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NamedLayers:
-        return NamedLayers(copy.deepcopy(dict(self), memo))
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NamedLayers, (dict(self),)  # a copy of a dict is written to, entry by entry
 
 
 class LayerTable:

@@ -177,7 +177,7 @@ class ChannelGrowth(Growing):
         assert growth.initial is not None
         planner = _planner(growth)
         names = {id(value): name for name, value in growth.net.state_dict(keep_vars=True).items()}
-        fresh = torch.zeros(planner.units.count, dtype=torch.bool)
+        fresh = torch.zeros(planner.units.count, dtype=torch.bool, device="cpu")
         before = {name: old for name, old in before.items() if name in planner.units.outputs}
         for name, old in before.items():
             owner, layer = planner.units.outputs[name], growth.net.layers[name]
@@ -197,7 +197,7 @@ class ChannelGrowth(Growing):
         """Give biases, norms and other parameters of new units their initial values."""
         assert growth.initial is not None
         state = growth.net.state_dict(keep_vars=True)
-        padded = torch.cat([fresh, torch.zeros(1, dtype=torch.bool)])  # -1 is none
+        padded = torch.cat([fresh, torch.zeros(1, dtype=torch.bool, device="cpu")])  # -1 is none
         for name, (axis, new) in planner.vectors(padded).items():
             value = state.get(name)
             if value is None or not new.any() or name not in growth.initial.tensors:
@@ -233,7 +233,7 @@ def would_carry(growth: Growth, planner: ChannelPlanner) -> np.ndarray:
         sizes[name] = torch.where(rows & (~columns | own), w0, own_weight)
         initial[name] = torch.where(columns & ~rows, w0, 0.0)
     paths = path_gradients(net, sizes, zeros_as_one=True)
-    mass = torch.zeros(planner.units.count, dtype=torch.float64)
+    mass = torch.zeros(planner.units.count, dtype=torch.float64, device="cpu")
     for name, score in paths.scores.items():
         if name in initial:
             owner = planner.units.columns[name]
@@ -271,7 +271,7 @@ def _within_families(planner: ChannelPlanner, times: np.ndarray) -> list[int]:
 
 def _masks(growth: Growth, planner: ChannelPlanner, absent: list[int]) -> dict[str, Tensor]:
     """Return masks of the layers in scope with every edge but those of absent units."""
-    gone = torch.zeros(planner.units.count, dtype=torch.bool)
+    gone = torch.zeros(planner.units.count, dtype=torch.bool, device="cpu")
     gone[absent] = True
     cuts = planner.cuts(gone)
     layers = growth.scope.layers
@@ -281,7 +281,7 @@ def _masks(growth: Growth, planner: ChannelPlanner, absent: list[int]) -> dict[s
 def _more(growth: Growth, planner: ChannelPlanner, units: list[int]) -> dict[str, Tensor]:
     """Return the masks of the layers in scope with all edges of these units to units that are present."""
     absent = planner.absent()
-    new = torch.zeros(planner.units.count, dtype=torch.bool)
+    new = torch.zeros(planner.units.count, dtype=torch.bool, device="cpu")
     new[units] = True
     after = planner.cuts(absent & ~new)
     masks: dict[str, Tensor] = {}
@@ -305,7 +305,7 @@ def _columns(layer: Any, units: Tensor, owner: Tensor) -> Tensor:
 
 
 def _spread(layer: Any, units: Tensor, owner: Tensor, by_output: bool) -> Tensor:
-    chosen = torch.cat([units, torch.zeros(1, dtype=torch.bool)])[owner]  # -1 is none
+    chosen = torch.cat([units, torch.zeros(1, dtype=torch.bool, device="cpu")])[owner]  # -1 is none
     places = by_unit(layer, layer.mask, by_output=by_output)
     return from_units(layer, chosen.to(places.device)[:, None].expand(places.shape), by_output=by_output)
 

@@ -37,7 +37,7 @@ class Births:
     @classmethod
     def of_seed(cls, layers: Mapping[str, MaskedLayer]) -> Births:
         """Return those of a network whose edges are all of the seed."""
-        born = {name: torch.zeros(layer.mask.shape, dtype=_DTYPE) for name, layer in layers.items()}
+        born = {name: torch.zeros(layer.mask.shape, dtype=_DTYPE, device="cpu") for name, layer in layers.items()}
         return cls(born, [sum(layer.nnz for layer in layers.values())])
 
     def note(self, number: int, before: Mapping[str, Tensor], layers: Mapping[str, MaskedLayer]) -> None:
@@ -71,7 +71,7 @@ class Births:
         `magnitude`: mean of the weights' (0 where none is left). `gradient_share`: of the sum of gradient magnitudes in
         the round's last step, None where it is not known.
         """
-        edges = self._sums({name: torch.ones(()) for name in layers}, layers)
+        edges = self._sums({name: torch.ones((), device="cpu") for name in layers}, layers)
         sizes = self._sums({name: layer.parameter.detach() for name, layer in layers.items()}, layers)
         total = sum(gradients)
         facts: list[dict[str, Any]] = []
@@ -91,7 +91,7 @@ class Births:
 
     def _sums(self, values: Mapping[str, Tensor], layers: Mapping[str, MaskedLayer]) -> Tensor:
         """Return the sum of the values' magnitudes over the present edges of each cohort, float64."""
-        sums = torch.zeros(len(self.sizes), dtype=torch.float64)
+        sums = torch.zeros(len(self.sizes), dtype=torch.float64, device="cpu")
         for name, value in values.items():
             mask = layers[name].mask
             born = self.born[name][mask.cpu()].int()

@@ -37,7 +37,7 @@ class RandomGrowth(Growing):
         return path_gradients(net)
 
     def _grown(self, growth: Growth, paths: PathProducts, count: int, keys: EdgeKeys) -> Mapping[str, Tensor]:
-        alike = growth.priced({name: torch.ones(score.shape) for name, score in paths.scores.items()})
+        alike = growth.priced({name: torch.ones(score.shape, device="cpu") for name, score in paths.scores.items()})
         new = draw(alike, count, keys, growth.absent(paths)).masks
         masks = {name: growth.net.layers[name].mask for name in paths.scores}
         return {name: mask | new[name].to(mask.device) for name, mask in masks.items()}

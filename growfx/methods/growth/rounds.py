@@ -86,7 +86,9 @@ class Growing(Method):
     off_path: ClassVar[str] = "left"
     stages: ClassVar[tuple[str, ...] | None] = ("round", "final")
     unused: ClassVar[tuple[Unused, ...]] = (
-        Unused(("growth_rounds",), lambda use: "beside `seed_epochs`, which says it" if use.method.seed_epochs else ""),
+        Unused(
+            ("growth_rounds",), lambda use: "beside `seed_epochs`, which overrides it" if use.method.seed_epochs else ""
+        ),
     )
     reads_gradient: ClassVar[bool]  # whether `_grown` reads `Growth.gradients`
 

@@ -63,7 +63,7 @@ class SNIP(SparseInit):
     unused: ClassVar[tuple[Unused, ...]] = (
         Unused(
             ("score_batches",),
-            lambda use: "in your own loop, where the first step is what is scored" if use.own_loop else "",
+            lambda use: "in your own loop, where the first step is scored" if use.own_loop else "",
         ),
     )
 

@@ -83,7 +83,7 @@ def grow_to(masks: Scores, counts: Counts, scores: Scores | None, keys: EdgeKeys
         if not 0 <= missing <= mask.numel() - active:
             raise ValueError(f"layer `{name}` has {active} of {mask.numel()} edges; it cannot grow to {counts[name]}")
         # among equal scores the seeded keys decide, each edge with the same chance
-        score = torch.zeros(mask.shape) if scores is None else scores[name]
+        score = torch.zeros(mask.shape, device="cpu") if scores is None else scores[name]
         result[name] = mask | _top_of(name, score, missing, keys, ~mask).to(mask.device) if missing else mask.clone()
     return result
 

@@ -130,7 +130,7 @@ class GraNet(SparseStart):
         Unused(
             ("masks", "distribution"),
             lambda use: (
-                "at `initial_density` = 1, where all edges are there"
+                "at `initial_density` = 1, where all edges are present"
                 if use.method.initial_density == 1 and use.method.masks != "given"
                 else ""
             ),

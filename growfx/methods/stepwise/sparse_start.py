@@ -82,7 +82,9 @@ class SparseStart(SparseInit):
     unused: ClassVar[tuple[Unused, ...]] = (
         Unused(
             ("distribution",),
-            lambda use: 'with `masks` = "given", which have theirs' if use.method.masks == "given" else "",
+            lambda use: (
+                'with `masks` = "given", which keeps the masks of the network' if use.method.masks == "given" else ""
+            ),
         ),
     )
 

@@ -71,7 +71,7 @@ class Ticket(Stepwise):
 
     def _shuffled(self, name: str, mask: Tensor) -> Tensor:
         # scores that are all equal leave the choice to the keys
-        equal = {name: torch.zeros(mask.shape)}
+        equal = {name: torch.zeros(mask.shape, device="cpu")}
         return top(equal, int(mask.sum()), EdgeKeys(self.seed, "shuffled ticket")).masks[name]
 
     def _update(self, course: Course) -> None:

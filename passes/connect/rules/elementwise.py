@@ -83,7 +83,7 @@ def joining(run: UnitRun, op: Operation, tensors: Any, *args: Any, **kwargs: Any
                 if new or real(item).numel():
                     fixed(run, other, real(item), "joined", None if new else dim % other.ndim)
     plain = [
-        torch.zeros(real(item).shape, dtype=dtype) if ids is None else ids
+        torch.zeros(real(item).shape, dtype=dtype, device="cpu") if ids is None else ids
         for item, ids in zip(tensors, operands, strict=True)
     ]
     if run.name in ("cat", "concat", "concatenate", "stack"):
@@ -155,10 +155,10 @@ def write_item(run: UnitRun, op: Operation, base: Any, index: Any, value: Any) -
     if isinstance(base, dict):
         return {**base, index: value}
     target = known(base)
-    target = torch.zeros(real(base).shape, dtype=torch.float64) if target is None else target.clone()
+    target = torch.zeros(real(base).shape, dtype=torch.float64, device="cpu") if target is None else target.clone()
     written = known(value)
     if written is None:
-        written = torch.zeros((), dtype=torch.float64)
+        written = torch.zeros((), dtype=torch.float64, device="cpu")
     target[real(index)] = written
     return Ids(tidy(target))
 
@@ -196,7 +196,7 @@ def new_tensor_like(run: UnitRun, op: Operation, *args: Any, **kwargs: Any) -> A
 
 def zeroed(run: UnitRun, op: Operation, value: Any) -> Any:
     """`zero_`: a constant from here on."""
-    return torch.zeros(value.tensor.shape, dtype=run.model_dtype)
+    return torch.zeros(value.tensor.shape, dtype=run.model_dtype, device="cpu")
 
 
 def copied(run: UnitRun, op: Operation, base: Any, source: Any, *args: Any) -> Any:

@@ -15,7 +15,7 @@ from growfx.passes.lower.plan.graph import INPUT, RESHAPE, Chained, Graph, Node,
 from growfx.passes.operators.nests import leaves
 from growfx.runtime.native.plan import Constant, Shape, Size
 
-__all__ = ["Arguments", "Builder", "NoKernelError", "Rule", "axis_of", "is_empty", "numbers", "view_ops"]
+__all__ = ["Arguments", "Builder", "NoKernelError", "Rule", "as_number", "axis_of", "is_empty", "numbers", "view_ops"]
 
 # Arguments of a call by name, and the shapes of its results.
 Arguments = dict[str, Any]
@@ -23,6 +23,7 @@ Rule = Callable[["Builder", Arguments, Sequence[Shape]], "Operand | Sequence[Ope
 
 # A constant is computed again where that takes less than this share of its bytes.
 _WORTH = 0.6
+_LARGEST_EXACT = 1 << 24  # float32 holds all whole numbers up to it
 _REPEATING = ("aten.expand", "aten.view", "aten.reshape", "aten._unsafe_view", "aten.clone", "aten.unsqueeze")
 
 
@@ -57,13 +58,13 @@ class Builder:
         """Its number of axes."""
         return len(self.shape(reference))
 
+    def dtype(self, reference: Reference) -> torch.dtype:
+        """The type that a tensor has in torch; in kernels, all numbers are floats."""
+        return self._calls.dtypes[reference.number]
+
     def is_bool(self, value: Any) -> bool:
         """Whether an argument is true or false, or a tensor of such: numbers 1 and 0 in kernels."""
         return self.dtype(value) == torch.bool if isinstance(value, Reference) else isinstance(value, bool)
-
-    def dtype(self, reference: Reference) -> torch.dtype:
-        """The type of a tensor's numbers in torch; kernels have float32 for all of them."""
-        return self._calls.dtypes[reference.number]
 
     def is_constant(self, value: Any) -> bool:
         """Whether an argument is a tensor that is the same in every run."""
@@ -102,11 +103,13 @@ class Builder:
         call = self._calls.makers.get(number)
         if call is None or call.results[0] != number or self._made_bytes(number) >= self._stored_bytes(number) * _WORTH:
             return None
-        before = len(self.nodes)
+        nodes, known = len(self.nodes), set(self._made)
         try:
             made = self._rules[call.operator](self, call.arguments, [self._calls.shapes[number]])
         except NoKernelError:
-            del self.nodes[before:]
+            del self.nodes[nodes:]
+            for other in self._made.keys() - known:  # made of the nodes that are gone
+                del self._made[other]
             return None
         return made if isinstance(made, (Node, Constant)) else made[0]
 
@@ -120,9 +123,12 @@ class Builder:
     def _made_bytes(self, number: int) -> float:
         """The same of what it is computed from."""
         call = self._calls.makers.get(number)
-        if call is None or call.operator not in self._rules or self._mask_of(self._calls.constants[number]) is not None:
+        value = self._calls.constants[number]
+        if call is None or call.operator not in self._rules or self._mask_of(value) is not None:
             return math.inf
         read = {x.number for x in leaves(call.arguments) if isinstance(x, Reference)}
+        if not all(_is_exact(self._calls.constants[x]) for x in (number, *read)):
+            return math.inf
         return sum(map(self._least_bytes, read))
 
     def _least_bytes(self, number: int) -> float:
@@ -207,6 +213,18 @@ class Builder:
         sizes = [size.fixed for size in shape]
         return Constant(x.tensor.reshape(sizes), None if x.mask is None else x.mask.reshape(sizes))
 
+    def converted(self, reference: Reference, dtype: torch.dtype) -> Operand:
+        """A tensor's numbers as those of a tensor of another type that they are written into.
+
+        Raises:
+            NoKernelError: they would be rounded to whole numbers.
+        """
+        if dtype == torch.bool:
+            return self.truth(reference)
+        if self.dtype(reference).is_floating_point and not dtype.is_floating_point:
+            raise NoKernelError(f"to {dtype}")
+        return self.operand(reference)
+
     def truth(self, reference: Reference) -> Operand:
         """Whether each number of a tensor is another than 0, which a NaN is."""
         x = self.operand(reference)
@@ -274,6 +292,16 @@ class view_ops:  # noqa: N801 (a namespace)
         return ops
 
 
+def _is_exact(value: Tensor) -> bool:
+    """Whether kernels, which compute with floats, give the numbers that torch does: small whole ones, or floats."""
+    if value.is_floating_point() or value.dtype == torch.bool:
+        return True
+    if value.dtype not in (torch.int32, torch.int64) or value.numel() == 0:  # narrow ones wrap around
+        return False
+    low, high = value.aminmax()
+    return max(-int(low), int(high)) <= _LARGEST_EXACT
+
+
 def _expanded_matrix(operand: Operand) -> Constant | None:
     """The matrix that a view repeats along a new first axis, as often as there are rows in the batch."""
     while isinstance(operand, Node) and operand.kernel == RESHAPE and operand.shape == _shape_of(operand.inputs[0]):
@@ -290,6 +318,19 @@ def _expanded_matrix(operand: Operand) -> Constant | None:
 
 def _shape_of(operand: Operand) -> Shape:
     return operand.shape if isinstance(operand, Node) else tuple(Size(0, n) for n in operand.tensor.shape)
+
+
+def as_number(value: Any, dtype: torch.dtype | None) -> float:
+    """A plain number as a tensor of some type holds it: truth values are 0 and 1, whole numbers have no fraction.
+
+    Raises:
+        NoKernelError: it grows with the batch.
+    """
+    if isinstance(value, Size):
+        raise NoKernelError("with a number that grows with the batch")
+    if dtype is None or dtype.is_floating_point or dtype.is_complex:
+        return float(value)
+    return float(torch.tensor(value).to(dtype))
 
 
 def axis_of(axis: int, rank: int) -> int:

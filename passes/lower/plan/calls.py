@@ -378,8 +378,8 @@ def _run(model: nn.Module, inputs: Inputs, values: bool) -> _Run:
     tensors = [x for x in outputs if isinstance(x, Tensor)]
     if not tensors:
         raise TraceError("the network returns no tensors")
+    outs = [recorder.number_of(x) for x in tensors]  # some that no operator reads among them
     constants = {i: x for i, x in enumerate(recorder.tensors) if i not in recorder.computed}
-    outs = [recorder.number_of(x) for x in tensors]
     leaves = tuple(Reference(recorder.number_of(x)) if isinstance(x, Tensor) else x for x in outputs)
     shapes, dtypes = [tuple(x.shape) for x in recorder.tensors], [x.dtype for x in recorder.tensors]
     return _Run(recorder.calls, shapes, dtypes, constants, recorder.computed, numbers, outs, specs[0], leaves)

@@ -1,11 +1,13 @@
 """Plans for the native runtime: what is folded and fused, and which results share memory."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from breadth import some
 from native_nets import Classifier, Function
-from torch import nn
+from torch import Tensor, nn
 
 import growfx
 from growfx.deploy.native.export import native_plan
@@ -138,6 +140,36 @@ def test_a_constant_that_repeats_itself_is_stored_as_a_table(shape: tuple[int, .
     assert len(data) < 0.75 * 4 * bias.numel()
     x = torch.randn(2, 1)
     assert torch.equal(NativeNetwork(data)(x)[0], model(x))
+
+
+def _wrapping_around() -> Tensor:
+    column, row = torch.arange(400, dtype=torch.uint8)[:, None], torch.arange(40, dtype=torch.uint8)
+    return (column * row).float()
+
+
+def _beyond_floats() -> Tensor:
+    return (torch.arange(400)[:, None] * 16777217 + torch.arange(40) == 3 * 16777217).float()
+
+
+@pytest.mark.parametrize("table", [_wrapping_around, _beyond_floats], ids=lambda f: f.__name__)
+def test_constants_that_kernels_cannot_compute_are_stored(table: Callable[[], Tensor]) -> None:
+    model, x = Function(lambda x: x[:, None] * table()), torch.randn(2, 40)
+    assert torch.allclose(NativeNetwork(network_bytes(native_plan(model, (x,))))(x)[0], model(x))
+
+
+def test_a_constant_without_a_kernel_is_stored_beside_the_one_it_is_computed_from() -> None:
+    def divided(x: Tensor) -> Tensor:
+        table = torch.linspace(1, 2, 40).expand(400, 40).contiguous()
+        return x[:, None] * (torch.tensor(2.0) / table) + x[:, None] * table
+
+    x = torch.randn(2, 40)
+    assert torch.allclose(NativeNetwork(network_bytes(native_plan(Function(divided), (x,))))(x)[0], divided(x))
+
+
+def test_a_tensor_that_is_returned_and_that_nothing_reads_is_an_output() -> None:
+    anchors, x = torch.randn(3, 2), torch.randn(2, 4)
+    found = NativeNetwork(network_bytes(native_plan(Function(lambda x: (x * 2, anchors)), (x,))))(x)
+    assert all(map(torch.equal, found, (x * 2, anchors)))
 
 
 def test_weights_that_repeat_themselves_stay_weights() -> None:

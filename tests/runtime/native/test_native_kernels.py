@@ -166,6 +166,20 @@ def _truths(x: Tensor) -> Tensor:
     return torch.stack([truth.float() for truth in found], 1) + (a + b).sum(1)[:, None, None]
 
 
+def _retyped(x: Tensor) -> Tensor:
+    """Numbers in tensors of another type: any but 0 is true, and whole numbers have no fraction."""
+    truth = x > 0
+    copied = torch.zeros_like(x, dtype=torch.bool)
+    copied.copy_(x.round())
+    whole = torch.full_like(x, 2.7, dtype=torch.int64) + torch.full((len(x), 1), 5, dtype=torch.bool)
+    found = [copied, truth.new_full(x.shape, 3), F.pad(truth, (1, 0), value=3)[:, 1:], truth.masked_fill(x > 1, 3)]
+    return torch.stack([*(number.float() for number in found), F.pad(truth, (1, 0), value=3)[:, :-1] + whole], 1)
+
+
+def _without(x: Tensor) -> Tensor:
+    return torch.add(x, x.exp(), alpha=0) + torch.sub(x, x * x + 1, alpha=0) + torch.rsub(x, 2, alpha=0)
+
+
 def _nothing_to_see(x: Tensor) -> Tensor:
     """Shares are zero along an axis where all is masked; elsewhere, NaN as softmax gives them, made plain numbers."""
     masked = torch.where(torch.arange(7)[:, None] < 4, x, -torch.inf) + torch.where(
@@ -200,6 +214,8 @@ OPERATORS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], list[Tenso
     "comparisons of odd numbers": (_comparisons, [(3, 40)], []),
     "truth values": (_truths, [(3, 40)], []),
     "filled parts": (_filled_parts, [(3, 4, 5)], []),
+    "numbers written as another type": (_retyped, [(3, 40)], []),
+    "a factor of zero": (_without, [(3, 40)], []),
     "masked": (lambda x, m: x.masked_fill(m > 0, -3.0), [(3, 7)], [torch.randn(7)]),
     "prelu": (lambda x, w: F.prelu(x, w), [(2, 3, 5)], [torch.rand(3)]),
     "window sums": (lambda x: x.cumsum(1) + x.cumsum(-1), [(2, 6, 9)], []),

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 
-from growfx.passes.lower.plan.builder import Arguments, Builder, NoKernelError, Rule, view_ops
+from growfx.passes.lower.plan.builder import Arguments, Builder, NoKernelError, Rule, as_number, view_ops
 from growfx.passes.lower.plan.calls import Reference
 from growfx.passes.lower.plan.graph import Chained, Node, Operand
 from growfx.runtime.native.plan import OPERATIONS, Shape, Size
@@ -154,12 +154,14 @@ def _binary(operation: str, turned: str) -> Rule:
 
     def rule(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Operand:
         first, second = a["self"], a["other"]
-        alpha = float(a.get("alpha") or 1)
+        alpha = _alpha(a)
         if a.get("rounding_mode") is not None:
             raise NoKernelError("with a `rounding_mode`")
         if isinstance(second, Size):
             raise NoKernelError("with a number that grows with the batch")
         if operation == "add" and b.is_bool(first) and b.is_bool(second):
+            if alpha != 1:
+                raise NoKernelError("of truth values with an `alpha`")
             return _logical("maximum")(b, a, shapes)  # a sum of truth values is one
         if not isinstance(second, Reference):
             return b.pointwise(b.operand(first), shapes[0], _scalar(operation, float(second) * alpha))
@@ -174,6 +176,10 @@ def _binary(operation: str, turned: str) -> Rule:
         return b.add("binary", [b.operand(first), right], shapes[0], [OPERATIONS.index(operation)])
 
     return rule
+
+
+def _alpha(a: Arguments) -> float:
+    return 1.0 if a.get("alpha") is None else float(a["alpha"])
 
 
 def _is_number(b: Builder, reference: Reference) -> bool:
@@ -199,9 +205,9 @@ def _scalar(operation: str, value: float) -> Chained:
 
 
 def _rsub(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Operand:
-    if isinstance(a["other"], Reference) or float(a.get("alpha") or 1) != 1:
+    if isinstance(a["other"], Reference):
         raise NoKernelError("of two tensors")
-    return b.pointwise(b.operand(a["self"]), shapes[0], _scalar("rsub", float(a["other"])))
+    return b.pointwise(b.operand(a["self"]), shapes[0], Chained("scale", a=-_alpha(a), b=float(a["other"])))
 
 
 def _power_of_tensors(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
@@ -215,8 +221,11 @@ def _select(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
 
 
 def _masked_fill(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
-    value = a["value"]
-    filled = b.operand(value) if isinstance(value, Reference) else b.constant(torch.tensor(float(value)))
+    value, dtype = a["value"], b.dtype(a["self"])
+    if isinstance(value, Reference):
+        filled = b.converted(value, dtype)
+    else:
+        filled = b.constant(torch.tensor(as_number(value, dtype)))
     return b.add("select", [b.operand(a["mask"]), filled, b.operand(a["self"])], shapes[0])
 
 

@@ -12,6 +12,7 @@ from growfx.passes.lower.plan.builder import (
     Builder,
     NoKernelError,
     Rule,
+    as_number,
     axis_of,
     is_empty,
     numbers,
@@ -183,7 +184,8 @@ def _pad(mode: int) -> Rule:
         for i in range(len(widths) // 2):
             axis = rank - 1 - i
             sides[2 * axis], sides[2 * axis + 1] = widths[2 * i], widths[2 * i + 1]
-        return b.add("pad", [b.operand(a["self"])], shapes[0], [mode, *sides], [float(a.get("value") or 0.0)])
+        value = as_number(a.get("value") or 0.0, b.dtype(a["self"]))
+        return b.add("pad", [b.operand(a["self"])], shapes[0], [mode, *sides], [value])
 
     return rule
 
@@ -255,18 +257,17 @@ def _filled(b: Builder, a: Arguments, shapes: Sequence[Shape], value: float) -> 
 
 
 def _full(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
-    kind = a.get("dtype") or (b.dtype(a["self"]) if "self" in a else None)
-    value = torch.tensor(a["fill_value"])
-    return _filled(b, a, shapes, float(value if kind is None else value.to(kind)))
+    dtype = a.get("dtype") or (b.dtype(a["self"]) if "self" in a else None)
+    return _filled(b, a, shapes, as_number(a["fill_value"], dtype))
 
 
 def _fill(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Operand:
-    value = a["value"]
-    if isinstance(value, Reference):
-        return _cast(b, a["self"], value, shapes[0])
-    if isinstance(value, Size):
-        raise NoKernelError("with a number that grows with the batch")
-    return _filled(b, a, shapes, float(torch.tensor(value).to(b.dtype(a["self"]))))
+    value, dtype = a["value"], b.dtype(a["self"])
+    if not isinstance(value, Reference):
+        return _filled(b, a, shapes, as_number(value, dtype))
+    x = b.converted(value, dtype)
+    ops = view_ops.broadcast(b.shape(value), shapes[0])
+    return b.view(x, ops, shapes[0]) if ops else x
 
 
 def _zeros(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Node:
@@ -315,17 +316,9 @@ def _replaced(b: Builder, x: Operand, part: Operand, where: tuple[int, int, int]
 
 
 def _copied(b: Builder, a: Arguments, shapes: Sequence[Shape]) -> Operand:
-    return _cast(b, a["self"], a["src"], shapes[0])
-
-
-def _cast(b: Builder, target: Reference, source: Reference, shape: Shape) -> Operand:
-    """A tensor as another type and in a shape that it broadcasts to, as it is written into `target`."""
-    kind = b.dtype(target)
-    if not kind.is_floating_point and kind != torch.bool and b.dtype(source).is_floating_point:
-        raise NoKernelError("of real numbers into whole ones")
-    value = b.truth(source) if kind == torch.bool else b.operand(source)
-    ops = view_ops.broadcast(b.shape(source), shape)
-    return b.view(value, ops, shape) if ops else value
+    ops = view_ops.broadcast(b.shape(a["src"]), shapes[0])
+    x = b.converted(a["src"], b.dtype(a["self"]))
+    return b.view(x, ops, shapes[0]) if ops else x
 
 
 RULES: Final[dict[str, Rule]] = {
