@@ -5,7 +5,7 @@ import torch
 from method_nets import OPTIMIZERS, small_net, train_steps
 
 from growfx import methods
-from growfx.errors import CheckpointError, ConfigError
+from growfx.errors import CheckpointError, ConfigError, GrowfxWarning
 from growfx.methods.growth.pwmpr import PWMPR
 from growfx.methods.growth.snapshots import Snapshot, next_nnz
 
@@ -113,7 +113,8 @@ def test_adaptive_rounds_train_the_seed_for_as_long_as_the_final_training():
     net, optimizer, method = attached(steps_per_epoch=2, growth_rounds="adaptive", max_density=0.2)
     changed = train_steps(net, optimizer, method, 16)
     assert [number for number, grown in enumerate(changed) if grown] == [10, 12, 14]
-    net, optimizer, method = attached(steps_per_epoch=2, growth_rounds="adaptive", seed_epochs=2, max_density=0.2)
+    with pytest.warns(GrowfxWarning, match="`growth_rounds` = 'adaptive' has no effect beside `seed_epochs`"):
+        net, optimizer, method = attached(steps_per_epoch=2, growth_rounds="adaptive", seed_epochs=2, max_density=0.2)
     changed = train_steps(net, optimizer, method, 10)
     assert [number for number, grown in enumerate(changed) if grown] == [4, 6, 8]
 

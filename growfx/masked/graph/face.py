@@ -115,8 +115,8 @@ class ModelFace(fx.GraphModule):
         )
         if isinstance(shown, property) and shown.fset is None and not registered:
             raise ConfigError(
-                f"`{name}` of a net is read-only; change masks by `net.set_masks({{name: mask}})`, and set an "
-                f"attribute `{name}` of the model by `net.shell.{name}`"
+                f"`{name}` of a net is read-only; change masks by `net.set_masks({{name: mask}})`, and set "
+                f"an attribute `{name}` of the model by `net.shell.{name}`"
             )
         if not self.__dict__.get("_complete") or name in self.__dict__ or hasattr(type(self), name):
             super().__setattr__(name, value)
