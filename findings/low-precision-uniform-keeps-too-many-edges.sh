@@ -3,7 +3,7 @@
 #           sampling noise, whatever the weight's precision.
 # Happens:  in bfloat16 uniform numbers are multiples of 1/256 in torch and of 1/128 in jax, zero among them, and all below p are
 #           kept. For p = 0.001 torch keeps three times as many edges and jax nearly eight times, for 0.0001 twenty and almost
-#           eighty times; at 0.01 it is a fifth and half too many, at 0.1 a hundredth. float16 has the same in small: 1.9 times in
+#           eighty times; at 0.01 it is a fifth and a half too many, at 0.1 a fiftieth. float16 has the same in small: 1.9 times in
 #           jax at 0.001. jax.random.bernoulli keeps too many where p itself is in bfloat16; torch's bernoulli_(p) and dropout
 #           are right in every precision, as is drawing in float32.
 # Seen with torch 2.15.0, jax 0.10.2 and numpy 2.4.6, CPU, Python 3.11.

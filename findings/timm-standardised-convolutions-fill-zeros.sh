@@ -2,7 +2,7 @@
 # Guess:    a zero in the weight of a timm convolution, put there by torch.nn.utils.prune, is an absent edge in BiT and nf_resnet as
 #           in resnet: what it would have read does not reach the output.
 # Happens:  StdConv2d and ScaledStdConv2d, the convolutions of those networks, subtract each filter's mean from the weight before
-#           they use it, zeros included. At 5 % density they compute with a full weight: an input channel whose edges are all
+#           they use it, zeros included. Pruned to a tenth, they compute with a full weight: an input channel whose edges are all
 #           pruned still moves the output, in one convolution and in the whole network, and nothing that skips zeros (a sparse
 #           kernel, a cut channel) gives the layer's result. Only filters of which nothing is left compute zeros.
 # Seen with timm 1.0.31, torch 2.15.0, torchvision 0.29.2 and numpy 2.4.6, CPU, Python 3.11: the mask has to come after the mean.
