@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Guess:    torch.rand_like(weight) < p, and jax.random.uniform(key, shape, weight.dtype) < p, keep a share p of the edges within
 #           sampling noise, whatever the weight's precision.
-# Happens:  in bfloat16 uniform numbers are multiples of 1/256 in torch and of 1/128 in jax, zero among them, and all below p are
-#           kept. For p = 0.001 torch keeps three times as many edges and jax nearly eight times, for 0.0001 twenty and almost
-#           eighty times; at 0.01 it is a fifth and a half too many, at 0.1 a fiftieth. float16 has the same in small: 1.9 times in
-#           jax at 0.001. jax.random.bernoulli keeps too many where p itself is in bfloat16; torch's bernoulli_(p) and dropout
+# Happens:  in bfloat16 torch gives 0 for what would round to 1, one number in 512, and jax draws multiples of 1/128, 0 among them;
+#           all zeros are kept, however small p is. For p = 0.001 torch keeps three times as many edges and jax nearly eight
+#           times, for 0.0001 twenty and almost eighty times; at 0.01 it is a fifth and a half too many, at 0.1 a fiftieth.
+#           float16 has the same in small: 1.9 times in jax at 0.001. jax.random.bernoulli keeps too many where p itself is in bfloat16; torch's bernoulli_(p) and dropout
 #           are right in every precision, as is drawing in float32.
 # Seen with torch 2.15.0, jax 0.10.2 and numpy 2.4.6, CPU, Python 3.11.
 set -euo pipefail
@@ -48,6 +48,12 @@ for name, kind in jax_types.items():
 print("torch", torch.__version__, "jax", jax.__version__, "edges kept per edge asked for, at densities", shares)
 for (source, name), factors in seen.items():
     print(f"{source}, {name}: {factors}")
+zeros = [
+    float((torch.rand(shape, dtype=torch.bfloat16) == 0).float().mean()),
+    float(jnp.mean(jax.random.uniform(key, shape, jnp.bfloat16) == 0)),
+]
+print("numbers that are 0 in bfloat16, one in", [round(1 / share) for share in zeros])
+assert abs(zeros[0] * 512 - 1) < 0.1 and abs(zeros[1] * 128 - 1) < 0.1, "this has changed"
 for source in ("torch bernoulli_", "torch dropout"):
     assert all(0.7 < factor < 1.3 for name in torch_types for factor in seen[source, name]), "this has changed"
 for source in ("torch.rand_like", "jax uniform", "jax bernoulli"):

@@ -4,8 +4,8 @@
 # Happens:  every addition is rounded to 8 bits, and a sum stops growing once an addend is less than half of its last digit: of 4,000
 #           ones it is 256, their mean 0.06. Of filters with 4,608 weights the L1 norms, a usual score for pruning, come out at a
 #           quarter, the three smallest nearly alike; the mean size of a weight is 0.22 where it is 0.80. float16 is right along the
-#           last axis, and falls short along another, where 4,000 ones make 2,048, and in cumsum. Nothing is said. linalg.norm and matmul are
-#           right, as is sum(dtype=np.float32); jax's own sum is right for the same array.
+#           last axis, and falls short along another, where 4,000 ones make 2,048, and in cumsum. Nothing is said. linalg.norm and
+#           matmul are right, as is sum(dtype=np.float32); jax's own sum is right for the same array.
 # Seen with numpy 2.4.6, ml_dtypes 0.6.0, safetensors 0.8.0 and jax 0.10.2, CPU, Python 3.11.
 set -euo pipefail
 folder=$(mktemp -d)
