@@ -6,7 +6,8 @@
 #           back as small numbers. At 4 bits and 5 % density, behind a ReLU, quanto's absent weights move a layer's output by
 #           about thirty times as much as the rounding of its kept ones does, as their errors have one sign; HQQ's, whose zero
 #           point is fitted, by two thirds as much. Nothing is said.
-# Seen with optimum-quanto 0.2.7, hqq 0.2.8.post1, torch 2.15.0 and numpy 2.4.6, CPU, Python 3.11.
+# Seen with optimum-quanto 0.2.7, hqq 0.2.8.post1, torch 2.15.0 and numpy 2.4.6, CPU, Python 3.11. quanto compiles an extension
+#           at its first use: a C++ compiler has to be there.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
