@@ -136,9 +136,20 @@ def clear_state(optimizer: Optimizer, parameter: nn.Parameter, where: Tensor) ->
     if isinstance(optimizer, LBFGS):
         optimizer.state.clear()
         return
-    for value in optimizer.state.get(parameter, {}).values():
-        if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
+    state = optimizer.state.get(parameter, {})
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.shape != parameter.shape:
+            continue
+        if value.is_floating_point():
             _set_zero(local_shard(value), part_of(where, value))
+        elif (levels := _levels_of(state, key)) is not None:
+            local_shard(value).masked_fill_(part_of(where, value), int(levels.abs().argmin()))
+
+
+def _levels_of(state: dict[Any, Any], key: Any) -> Tensor | None:
+    """What the codes in a state stand for, at their places: bitsandbytes has them beside it, `qmap1` for `state1`."""
+    levels = state.get(key.replace("state", "qmap")) if isinstance(key, str) and key.startswith("state") else None
+    return levels if isinstance(levels, Tensor) and levels.is_floating_point() else None
 
 
 def _set_zero(value: Tensor, where: Tensor) -> None:

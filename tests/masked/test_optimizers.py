@@ -447,3 +447,38 @@ def test_state_in_few_bits_is_cleared_as_far_as_it_can_be_and_weights_stay_maske
             assert momentum[layer.mask].any()
             assert not copies or not momentum[~layer.mask].any()
     assert changed.count(True) == 4
+
+
+class Coded(optim.Optimizer):
+    """Momentum as codes, whose levels are kept beside them and are not in the order of codes from zero on."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> Any:
+        levels = torch.linspace(-1, 1, 255)
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["state1"], state["qmap1"] = torch.full(p.shape, 127, dtype=torch.uint8), levels
+                new = 0.9 * levels[state["state1"].long()] + 0.1 * p.grad.sign()
+                state["state1"].copy_(((new + 1) * 127).round())
+                p.sub_(group["lr"] * new)
+
+
+def test_state_in_codes_is_cleared_to_the_level_of_zero():
+    net = small_net()
+    optimizer = Coded(net.parameters())
+    method = growfx.methods.create("set", density=0.3, update_every=2, update_until=1.0)
+    method.attach(net, optimizer, total_steps=12, steps_per_epoch=3)
+    for number in range(6):
+        before = {name: layer.mask.clone() for name, layer in net.layers.items()}
+        changed = any(train_steps(net, optimizer, method, 1, number))
+        for name, layer in net.layers.items():
+            state = optimizer.state[layer.parameter]
+            momentum = state["qmap1"][state["state1"].long()]
+            new = (layer.mask != before[name]) if changed else torch.zeros_like(layer.mask)
+            assert not momentum[new].any()
+            assert momentum[layer.mask].any()
