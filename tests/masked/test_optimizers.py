@@ -457,7 +457,7 @@ class Coded(optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> Any:
-        levels = torch.linspace(-1, 1, 255)
+        levels = (torch.arange(255) - 127) / 127
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
