@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -173,6 +173,20 @@ def _densities(net: MaskedGraph) -> dict[str, float]:
     return {name: layer.density for name, layer in net.layers.items()}
 
 
+class _NoModules:
+    """In the place of what tells torch's counter which modules run: that fails on a module whose input is a view of a
+    parameter (learned queries) where no gradients are taken, and totals do not need it.
+    """
+
+    parents: ClassVar[set[str]] = {"Global"}
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 @contextmanager
 def _counting(net: MaskedGraph) -> Generator[FlopCounterMode]:
     """Evaluation mode without gradients, in operators that torch's counter knows; modes are put back."""
@@ -182,7 +196,9 @@ def _counting(net: MaskedGraph) -> Generator[FlopCounterMode]:
         torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder operators are not counted
         net.shell.eval()
         try:
-            with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
+            counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
+            counter.mod_tracker = _NoModules()  # pyright: ignore[reportAttributeAccessIssue]
+            with torch.no_grad(), counter:
                 yield counter
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)

@@ -103,3 +103,23 @@ def test_a_table_beside_the_batch_leaves_the_cost_that_of_a_sample() -> None:
 
     net = growfx.wrap(Shifted(), (torch.randn(4, 6), torch.randn(1, 8)))
     assert growfx.cost(net).dense == 6 * 8
+
+
+class Asking(nn.Module):
+    """Attention of learned queries, which a layer is given as a view of the parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(1, 3, 8))
+        self.query, self.key, self.head = nn.Linear(8, 8), nn.Linear(4, 8), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key = self.query(self.queries.expand(len(x), -1, -1)), self.key(x)
+        return self.head((query @ key.mT).softmax(-1) @ key).mean(1)
+
+
+def test_layers_that_are_given_views_of_parameters_are_counted() -> None:
+    net = growfx.wrap(Asking(), torch.randn(2, 6, 4))
+    found = growfx.cost(net)
+    assert {name: layer.dense for name, layer in found.layers.items()} == {"query": 192, "key": 192, "head": 120}
+    assert found.rest == 2 * 3 * 6 * 8
