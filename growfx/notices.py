@@ -7,8 +7,8 @@ import sys
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
 
 from growfx.errors import GrowfxWarning
 
@@ -18,6 +18,8 @@ __all__ = ["LOGGER", "OWN_FOLDERS", "hearing", "warn_once"]
 LOGGER = logging.getLogger("growfx")
 # Where the code of growfx lies: what runs there is not the user's code.
 OWN_FOLDERS = (str(Path(__file__).parent), str(Path(__file__).parent.parent / "passes"))
+# Who hears what this thread warns of.
+_HEARD: ContextVar[tuple[list[str], ...]] = ContextVar("heard", default=())
 
 
 def warn_once(message: str, notes: list[str]) -> None:
@@ -31,22 +33,20 @@ def warn_once(message: str, notes: list[str]) -> None:
         return
     notes.append(message)
     LOGGER.info(message)
+    for heard in _HEARD.get():
+        if message not in heard:
+            heard.append(message)
     warnings.warn(message, GrowfxWarning, stacklevel=_levels_to_caller())
 
 
 @contextmanager
 def hearing(messages: list[str]) -> Generator[None]:
-    """Within the block, add the text of each `GrowfxWarning` that is shown to `messages`, once each."""
-    with warnings.catch_warnings():
-        usual = warnings.showwarning
-
-        def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
-            if issubclass(category, GrowfxWarning) and str(message) not in messages:
-                messages.append(str(message))
-            usual(message, category, *place, **options)
-
-        warnings.showwarning = show
+    """Within the block, add what this thread warns of to `messages`, once each, whatever filters show of it."""
+    token = _HEARD.set((*_HEARD.get(), messages))
+    try:
         yield
+    finally:
+        _HEARD.reset(token)
 
 
 def _levels_to_caller() -> int:
