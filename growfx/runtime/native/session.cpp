@@ -50,7 +50,8 @@ int64_t table_floats(const Arguments& a, const std::string& kernel) {
   if (kernel == "deconvolution") return 12 * stored;
   const int64_t rows = weight.sizes.empty() ? 1 : weight.sizes[0], columns = weight.elements / rows;
   const int64_t groups = kernel == "linear" || a.step->ints.empty() ? 1 : std::clamp<int64_t>(a.step->ints.back(), 1, rows);
-  return rows + 4 * groups * columns + (weight.sparse ? 3 * stored : 0);
+  const int64_t of_entries = kernel == "gated_convolution" ? 4 : 3;
+  return rows + 5 * groups * columns + (weight.sparse ? of_entries * stored : 0);
 }
 
 }  // namespace

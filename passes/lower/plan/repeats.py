@@ -8,7 +8,7 @@ from torch import Tensor
 from growfx.passes.lower.plan.graph import INPUT, RESHAPE, Graph, Node, Operand
 from growfx.runtime.native.plan import Constant, Size
 
-__all__ = ["look_up_repeats", "repeated_columns"]
+__all__ = ["look_up_repeats"]
 
 _LEAST = 1 << 14  # numbers; of fewer, nothing is to be saved
 # A table is taken where it saves so much of the bytes: about these for a number, and for a place, which is an argument.
@@ -41,7 +41,7 @@ def look_up_repeats(graph: Graph) -> None:
 
 
 def _from_table(value: Tensor) -> list[Node]:
-    found = repeated_columns(value)
+    found = _repeated_columns(value)
     if found is None:
         return []
     table, places = found
@@ -50,7 +50,7 @@ def _from_table(value: Tensor) -> list[Node]:
     return [taken, Node(RESHAPE, [taken], tuple(Size(0, size) for size in value.shape))]
 
 
-def repeated_columns(value: Tensor) -> tuple[Tensor, list[int]] | None:
+def _repeated_columns(value: Tensor) -> tuple[Tensor, list[int]] | None:
     """The table (rows, columns) and the places in it that make up a float32 tensor, its first axes taken as rows.
 
     Returns:
