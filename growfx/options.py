@@ -286,6 +286,8 @@ class DataOptions:
         batch_size: images a training step, on each rank; a smaller training set gives smaller batches.
         img_size: height and width in pixels; None fits data and model (see `growfx.data.loaders.fit_size`).
         workers: loading processes; 0 loads in the training process.
+        cache_mb: decoded images of a folder that the training process keeps in memory, in MB; 0 decodes every image in
+            every epoch, as loading processes do.
         augment: "crop" (random resized crop and flip), "none", or "auto": "none" for `digits`, else "crop".
         crop_scale: smallest area of a random crop, as a fraction of the image.
         hflip: probability of a horizontal flip.
@@ -301,6 +303,7 @@ class DataOptions:
     batch_size: int = option(128, low=1)
     img_size: int | None = option(None, low=1, unset="fits data and model")
     workers: int = option(0, low=0, high=1024)
+    cache_mb: int = option(512, low=0)
     augment: str = option("auto", choices=("auto", "crop", "none"))
     crop_scale: float = option(0.5, low=0, high=1, open_low=True)
     hflip: float = option(0.5, low=0, high=1)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from growfx.data.batches import SampleSeeded
+from growfx.data.collate import normalize_by_batch
 from growfx.data.sources import DataSource, Split
 from growfx.distributed import ranks
 from growfx.errors import ConfigError, DataError
@@ -138,7 +139,9 @@ def make_loader(
         distributed=ranks.world_size() > 1,
         pin_memory=pin_memory,
     )
-    return cast(DataLoader[Any], loader)
+    made = cast(DataLoader[Any], loader)
+    normalize_by_batch(made)
+    return made
 
 
 def is_augmented(source: DataSource, options: DataOptions) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from growfx.data.kept import KeptImages
 from growfx.errors import DataError, did_you_mean
 from growfx.notices import warn_once
 from growfx.options import DataOptions
@@ -75,6 +76,11 @@ class DataSource:
         sizes = " ".join(f"{name}:{len(split)}" for name, split in sorted(self.splits.items()))
         return f"{sizes} {text.hexdigest()[:16]}"
 
+    @property
+    def decodes(self) -> bool:
+        """Whether its images are files, which are decoded whenever they are not kept in memory."""
+        return any(isinstance(split.images, _FileImages) for split in self.splits.values())
+
     def split(self, name: str) -> Split:
         """The split of that name; DataError when the data set has none."""
         if name not in self.splits:
@@ -115,25 +121,31 @@ class _FileImages:
     Attributes:
         samples: (path, class number) of every image.
         digest: of the names and sizes of the files.
+        kept: decoded images by path, shared by the splits of a data set.
     """
 
     samples: Sequence[tuple[str, int]] = field(repr=False)
     digest: str
+    kept: KeptImages = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, target = self.samples[index]
+        return self.kept.get(path, self._decode), target
+
+    @staticmethod
+    def _decode(path: str) -> Any:
         from PIL import Image
 
-        path, target = self.samples[index]
         with Path(path).open("rb") as stream:
             try:
                 image = Image.open(stream)
                 image.load()
             except (OSError, SyntaxError, ValueError) as error:
                 raise DataError(f"image `{path}` cannot be decoded ({error}); remove or replace it") from error
-        return _eight_bits(image), target
+        return _eight_bits(image)
 
 
 def _depth(image: Any) -> int | None:
@@ -204,7 +216,8 @@ def _open_folder(spec: str, options: DataOptions) -> DataSource:
                 f"`{folder}` has {len(unknown)} classes that `train/` does not have: {names}; "
                 f"`train/` has {len(classes)}"
             )
-    splits = {name: _read_folder(folder, classes) for name, folder in folders.items()}
+    kept = KeptImages(options.cache_mb)
+    splits = {name: _read_folder(folder, classes, kept) for name, folder in folders.items()}
     targets = [target for _, target in splits["train"].images.samples]
     return _finish(spec, tuple(classes), splits, targets, options)
 
@@ -216,7 +229,7 @@ def _class_folders(folder: Path) -> list[str]:
     return sorted(names, key=natural_key)
 
 
-def _read_folder(folder: Path, classes: Sequence[str]) -> Split:
+def _read_folder(folder: Path, classes: Sequence[str], kept: KeptImages) -> Split:
     samples = _find_images(folder, classes)
     if not samples:
         raise DataError(
@@ -232,7 +245,7 @@ def _read_folder(folder: Path, classes: Sequence[str]) -> Split:
     digest = hashlib.sha256()
     for path in paths:
         digest.update(f"{Path(path).relative_to(folder).as_posix()}\0{os.path.getsize(path)}\n".encode())
-    images = _FileImages(samples, digest.hexdigest())
+    images = _FileImages(samples, digest.hexdigest(), kept)
     return Split(images, tuple(range(len(images))))
 
 

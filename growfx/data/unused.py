@@ -60,6 +60,15 @@ def _not_fetched(reading: Reading) -> str:
     return "" if there else f"on `{reading.source.spec}`, which is not a data set of timm, such as `torch/cifar10`"
 
 
+def _not_kept(reading: Reading) -> str:
+    if reading.split is not None:
+        return "in an evaluation, which reads every image once"
+    if not reading.source.decodes:
+        return f"on `{reading.source.spec}`, which is not a folder of image files"
+    workers = reading.options.workers
+    return f"with `workers` = {workers}: loading processes end with their epoch, and keep no images" if workers else ""
+
+
 def _evaluating(reading: Reading) -> str:
     return "" if reading.split is None else _plain(reading)
 
@@ -71,6 +80,7 @@ TABLE: Final = (
     _fixed("val_fraction"),
     _fixed("split_seed"),
     Unused(("data_dir", "download"), _not_fetched),
+    Unused(("cache_mb",), _not_kept),
 )
 
 

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from growfx.commands.job import assemble
-from growfx.data.sources import DataSource, open_data
+from growfx.data.kept import KeptImages
+from growfx.data.sources import DataSource, Split, _FileImages, open_data
 from growfx.data.unused import TABLE, Reading, unused_in
 from growfx.errors import GrowfxWarning
 from growfx.options import DataOptions
@@ -18,6 +19,7 @@ HELD = ("val_fraction", "split_seed")
 DIGITS = DataSource("digits", (), 8, {}, grey=True, depends_on=("split_seed",))
 HELD_OUT = DataSource("folder", (), 8, {}, depends_on=HELD)
 SPLIT = DataSource("folder", (), 8, {})
+FILES = DataSource("folder", (), 8, {"train": Split(_FileImages([], "", KeptImages(1)), ())})
 CIFAR = DataSource("torch/cifar10", (), 8, {}, depends_on=NAMED + HELD)
 
 CHANGES = {"crop_scale": 0.3, "hflip": 0.1, "color_jitter": 0.4, "auto_augment": "rand-m9", "random_erase": 0.2}
@@ -42,6 +44,11 @@ ROWS: list[tuple[DataSource, str | None, dict[str, Any], set[str]]] = [
     (SPLIT, None, PLACES, set(PLACES)),
     (CIFAR, None, PLACES | PARTS, set()),
     (DIGITS, None, {"batch_size": 4, "img_size": 16, "workers": 2}, set()),
+    (FILES, None, {"cache_mb": 0}, set()),
+    (FILES, None, {"cache_mb": 9, "workers": 2}, {"cache_mb"}),
+    (FILES, "test", {"cache_mb": 9}, {"cache_mb"}),
+    (DIGITS, None, {"cache_mb": 9}, {"cache_mb"}),
+    (CIFAR, None, {"cache_mb": 9}, {"cache_mb"}),
 ]
 
 
