@@ -1,9 +1,12 @@
-"""The native runtime over dense ONNX Runtime: CPU time of one thread, float32, in turns, minima.
+"""The native runtime over the dense runtimes that people deploy, float32, in turns, minima.
 
-    python benchmarks/native_speed.py [--models resnet50 ...] [--densities 0.01 0.05 0.1] [--batch 1] [--out FILE]
+    python benchmarks/native_speed.py [--models resnet50 ...] [--densities 0.01 0.05 0.1] [--batch 1] [--threads 1]
+        [--out FILE]
 
-Random ERK masks of each density; ONNX Runtime computes the network at the last of them, densely, once for each model in
-the same turns. Outputs of that one are compared before anything is timed. Needs onnx, onnxscript and onnxruntime.
+Random ERK masks of each density; onnxruntime and, where it is installed, OpenVINO compute the network at the last of
+them, densely, once for each model in the same turns. Outputs of that one are compared before anything is timed. One
+thread is measured by its CPU time, which other work on the machine hardly changes; several by wall time, which wants a
+machine with nothing else at work. Needs onnx, onnxscript and onnxruntime.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ import torch
 from machine import describe
 
 import growfx
+from growfx.commands.bench.peers import OnnxSession, OpenVino, peer_versions
 from growfx.deploy.native.export import native_plan
 from growfx.passes.lower.plan.file import network_bytes
 from growfx.runtime.native.library import NativeNetwork, library_status
@@ -30,49 +35,55 @@ MODELS = ("resnet50", "mobilenetv3_large_100", "efficientnet_b0", "vit_small_pat
 ROUNDS, SECONDS = 6, 30.0
 
 
-def onnx_session(net: growfx.MaskedGraph, batch: int) -> Any:
-    """Dense ONNX Runtime on one thread."""
-    import onnxruntime
-
+def dense_runtimes(net: growfx.MaskedGraph, batch: int, threads: int) -> dict[str, Callable[[torch.Tensor], Any]]:
+    """The peers that are installed, by name; each takes images and returns the outputs."""
     example = torch.zeros(batch, *net.example().args[0].shape[1:])
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
     with tempfile.TemporaryDirectory() as folder:
         file = growfx.export_onnx(net, Path(folder) / "net.onnx", example_inputs=example, batch=False)
-        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        found: dict[str, Callable[[torch.Tensor], Any]] = {"onnxruntime": OnnxSession(file, threads)}
+        if find_spec("openvino"):
+            found["openvino"] = OpenVino(file, threads, "f32")
+        return found
 
 
-def minima(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """CPU milliseconds of each call: the least of many, in turns."""
+def minima(calls: dict[str, Callable[[], object]], clock: Callable[[], float]) -> dict[str, float]:
+    """Milliseconds of each call: the least of many, in turns."""
     least = dict.fromkeys(calls, float("inf"))
     begun, rounds = time.monotonic(), 0
     while rounds < ROUNDS or time.monotonic() - begun < SECONDS:
         for name, call in calls.items():
-            before = time.process_time()
+            before = clock()
             call()
-            least[name] = min(least[name], 1000 * (time.process_time() - before))
+            least[name] = min(least[name], 1000 * (clock() - before))
         rounds += 1
     return least
 
 
-def measured(name: str, densities: list[float], batch: int) -> dict[str, Any]:
-    """CPU milliseconds of ONNX Runtime, and of the native runtime by density."""
+def measured(name: str, densities: list[float], batch: int, threads: int) -> dict[str, Any]:
+    """Milliseconds of the dense runtimes, and of the native runtime by density."""
     torch.manual_seed(0)
-    calls: dict[str, Callable[[], object]] = {}
-    for density in densities:
-        net = growfx.wrap(growfx.create_model(name), density=density).eval()
-        x = torch.randn(batch, *net.example().args[0].shape[1:])
-        network = NativeNetwork(network_bytes(native_plan(net)))
-        calls[f"{density}"] = lambda network=network, x=x: network(x)
-    session = onnx_session(net, batch)
-    feed = {session.get_inputs()[0].name: x.numpy()}
-    expected, got = session.run(None, feed)[0], network(x)[0].numpy()
-    error = float(np.abs(got - expected).max() / np.abs(expected).max())
-    if error > 1e-3:
-        raise SystemExit(f"{name}: outputs differ by {error:.1e}")
-    times = minima({"onnxruntime": lambda: session.run(None, feed), **calls})
-    speeds = {density: round(times["onnxruntime"] / times[density], 2) for density in calls}
-    return {"model": name, "batch": batch, "milliseconds": times, "speed": speeds, "error": error}
+    nets = [growfx.wrap(growfx.create_model(name), density=density).eval() for density in densities]
+    x = torch.randn(batch, *nets[-1].example().args[0].shape[1:])
+    networks = [NativeNetwork(network_bytes(native_plan(net)), threads) for net in nets]
+    calls: dict[str, Callable[[], object]] = {
+        f"{density}": lambda network=network: network(x) for density, network in zip(densities, networks, strict=True)
+    }
+    peers = dense_runtimes(nets[-1], batch, threads)
+    errors: dict[str, float] = {}
+    for peer, compute in peers.items():
+        expected, got = compute(x).numpy(), networks[-1](x)[0].numpy()
+        errors[peer] = float(np.abs(got - expected).max() / np.abs(expected).max())
+        if errors[peer] > 1e-3:
+            raise SystemExit(f"{name}: outputs differ from those of {peer} by {errors[peer]:.1e}")
+    dense = {peer: lambda compute=compute: compute(x) for peer, compute in peers.items()}
+    times = minima({**dense, **calls}, time.process_time if threads == 1 else time.perf_counter)
+    best = min(peers, key=times.__getitem__)
+
+    def over(peer: str) -> dict[str, float]:
+        return {density: round(times[peer] / times[density], 2) for density in calls}
+
+    facts = {"model": name, "batch": batch, "threads": threads, "milliseconds": times}
+    return facts | {"speed": over("onnxruntime"), "best_peer": best, "over_best": over(best), "errors": errors}
 
 
 def main() -> None:
@@ -80,19 +91,19 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--densities", nargs="+", type=float, default=[0.01, 0.05, 0.1])
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/native_speed.json"))
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     if reason := library_status():
         raise SystemExit(f"no native runtime: {reason}")
-    import onnxruntime
-
+    clock = "CPU time of one thread" if options.threads == 1 else f"wall time of {options.threads} threads"
     found: list[dict[str, Any]] = []
     for name in options.models:
-        found.append(measured(name, options.densities, options.batch))
+        found.append(measured(name, options.densities, options.batch, options.threads))
         print(json.dumps(found[-1]), flush=True)
-        facts = {**describe(), "onnxruntime": onnxruntime.__version__, "clock": "CPU time of one thread"}
+        facts = {**describe(), **peer_versions(), "threads": options.threads, "clock": clock}
         options.out.write_text(json.dumps({"machine": facts, "found": found}, indent=1) + "\n")
 
 
