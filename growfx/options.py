@@ -351,7 +351,7 @@ def parse_assignments(assignments: Iterable[str], kinds: Mapping[str, type]) -> 
         owners = [name for name, hints in fields.items() if key in hints]
         if not owners:
             known = sorted({k for hints in fields.values() for k in hints})
-            close = difflib.get_close_matches(key, known, n=3) or known
+            close = difflib.get_close_matches(key, known, n=3) or known or ["model.KEY"]
             raise ConfigError(f"option `{key}` is unknown; allowed: {', '.join(f'`{k}`' for k in close)}")
         for name in owners:
             found[name][key] = _parse(key, value, _kinds(fields[name][key]), limits[name][key])

@@ -311,6 +311,19 @@ def test_eval_takes_data_options_and_no_training_options(run, capsys):
     assert json.loads(capsys.readouterr().out)["accuracy"] == expected
 
 
+@pytest.mark.filterwarnings("default")
+def test_eval_tells_of_a_split_with_images_of_the_training(run, capsys):
+    for split, told in (("test", 1), ("train", 0)):
+        assert call("eval", run, "--data", "digits", "--split", split, "--split-seed", 5) == 0
+        shown = capsys.readouterr().err
+        assert shown.count("`split_seed` = 5 (then 0) makes another split `test` than the one of training") == told
+
+
+def test_inspect_says_what_it_takes_after_set(run, capsys):
+    assert call("inspect", run, "--set", "lr=1") == 1
+    assert "option `lr` is unknown; allowed: `model.KEY`" in capsys.readouterr().err
+
+
 @pytest.fixture
 def ten_folders(tmp_path):
     """Noise in class folders named as the digits are, one image cut short."""

@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 import logging
+import os
 import struct
 import zlib
 from collections.abc import Mapping
@@ -129,7 +130,7 @@ def save(
     net = require_values(as_masked_graph(net, "growfx.save"), "growfx.save")
     for parameter in net.parameters():
         require_whole(parameter, f"an artifact has whole ones; {HOW_TO_GATHER}")
-    net, target = _evaluating(net), artifact_target(path)
+    net, target = _evaluating(net), artifact_target(path, dense=dense)
     check_provenance(provenance)
     content, found = _encode(net, dict(provenance or {}), origin)
     try:
@@ -160,12 +161,30 @@ def _evaluating(net: MaskedGraph) -> MaskedGraph:
     return copy.deepcopy(net).eval()
 
 
-def artifact_target(path: str | Path) -> Path:
-    """The folder to write; ArtifactError where it cannot be one."""
+def artifact_target(path: str | Path, *, dense: bool = False) -> Path:
+    """The folder to write; ArtifactError where it cannot be one, or has files of others that would be replaced."""
     target = as_path(path, "growfx.save", ArtifactError)
     if target.is_file() or target.suffix == ".safetensors":
         raise ArtifactError(f"`{target}` is a file; save writes a folder: give the folder's path")
+    for name in _foreign(target, dense):
+        raise ArtifactError(
+            f"`{name}` in `{target}` is no artifact's, and would be replaced by one; nothing was changed: "
+            "choose another folder"
+        )
     return target
+
+
+def _foreign(target: Path, dense: bool) -> list[str]:
+    """The files in `target` that a save would replace and that no save wrote."""
+    weights = (target / WEIGHTS).exists()  # nobody else has files of that name
+    try:
+        config = json.loads((target / CONFIG).read_text(encoding="utf-8"))
+        is_ours = isinstance(config, dict) and isinstance(config.get("growfx"), dict)
+    except (OSError, ValueError):  # none, or a damaged one: told by what lies beside it
+        is_ours = weights
+    names = [] if is_ours else [CONFIG, CARD]
+    names += [DENSE_WEIGHTS] if dense and not _has_dense(target) else []
+    return [name for name in names if os.path.lexists(target / name)]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What `growfx inspect` and `growfx eval` report of an artifact, a run or a model name."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from growfx.artifact.remembered_inputs import as_example, default_inputs
 from growfx.commands.job import reopen, wrap_for
 from growfx.data.loaders import InputFormat, fit_input, make_loader
 from growfx.data.sources import open_data
-from growfx.data.unused import Reading, warn_of_unused
+from growfx.data.unused import Reading, unused_in, warn_of_unused
 from growfx.errors import ArtifactError, ConfigError, DataError, TraceError
 from growfx.masked.graph import MaskedGraph
 from growfx.models.build import create_model, default_image_shape
+from growfx.notices import warn_once
 from growfx.options import DataOptions, TrainOptions, as_json, parse_assignments
 from growfx.passes.mask.swap import wrap
 from growfx.training.evaluation import evaluate
@@ -29,6 +31,8 @@ __all__ = ["accuracy_of", "facts_of", "kind_of", "nothing_there", "place_of", "r
 _WEIGHTS_FILE = "sparse.safetensors"
 # What is recorded of a data set beside the options it was opened with.
 _SOURCE = ("spec", "fingerprint")
+# Options that say which images are in which split.
+_SPLITTING = ("val_fraction", "split_seed")
 
 
 def facts_of(path: str, model_kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -99,7 +103,9 @@ def accuracy_of(path: Path, data: str, split: str, assignments: Sequence[str] = 
         )
     usual = as_json(DataOptions()) | recorded
     changed = {name: value for name, value in values["data"].items() if value != usual[name]}
-    warn_of_unused(changed, Reading(source, options, split))
+    reading = Reading(source, options, split)
+    warn_of_unused(changed, reading)
+    _warn_of_other_split(changed, reading, data, recorded)
     refit = "img_size" in values["data"] or "input" not in known
     form = fit_input(source, net, options) if refit else InputFormat.from_json(known["input"])
     device = pick_device(values["device"].get("device", "auto"))
@@ -112,6 +118,22 @@ def accuracy_of(path: Path, data: str, split: str, assignments: Sequence[str] = 
         "standard_error": score.standard_error,
         "images": len(score.correct),
     }
+
+
+def _warn_of_other_split(changed: Mapping[str, Any], reading: Reading, data: str, recorded: Mapping[str, Any]) -> None:
+    """Tell of options by which images that the network was trained on come into the split it is measured on."""
+    moved = [name for name in _SPLITTING if name in changed and name not in unused_in(changed, reading)]
+    if not moved or reading.split == "train":
+        return
+    before = DataOptions(**{k: v for k, v in recorded.items() if k not in _SOURCE})
+    before = replace(before, data_dir=reading.options.data_dir)
+    if open_data(data, before).fingerprint == recorded.get("fingerprint"):  # the data of the training
+        listed = " and ".join(f"`{name}` = {changed[name]!r} (then {getattr(before, name)!r})" for name in moved)
+        warn_once(
+            f"{listed} makes another split `{reading.split}` than the one of training, with images that the network "
+            "may have been trained on; leave it out to measure on others",
+            [],
+        )
 
 
 def _listed(classes: Sequence[str]) -> str:

@@ -164,14 +164,15 @@ def check_options(path: str | Path, *, dense: bool, compact: bool) -> None:
     """Refuse, before anything is computed, what `save` would refuse of these options.
 
     Raises:
-        ArtifactError: `dense` together with `compact`, or a path where no folder can be.
+        ArtifactError: `dense` together with `compact`, a path where no folder can be, or a folder with files of others
+            under the names to be written.
     """
     if dense and compact:
         raise ArtifactError(
             "`dense` and `compact` exclude each other: what loads the dense file builds the model in its full size; "
             "save twice, into two folders"
         )
-    artifact.artifact_target(path)
+    artifact.artifact_target(path, dense=dense)
 
 
 def save_small(

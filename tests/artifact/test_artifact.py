@@ -148,6 +148,35 @@ def test_dense_weights_of_an_earlier_save_do_not_stay_behind(tmp_path: Path):
     assert (foreign / "model.safetensors").read_text() == "of another program"
 
 
+@pytest.mark.parametrize(("name", "dense"), [("config.json", False), ("README.md", False), ("model.safetensors", True)])
+def test_a_file_of_another_kind_is_not_replaced(tmp_path: Path, name: str, dense: bool):
+    # The folder of a run has a `config.json` of its own, a project a `README.md`, a model of others both.
+    (tmp_path / name).write_text('{"train": {}}')
+    with pytest.raises(ArtifactError, match=f"`{name}` .* no artifact's.* choose another folder"):
+        growfx.save(make_net(0.5), tmp_path, dense=dense)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == '{"train": {}}'
+
+
+@pytest.mark.parametrize("left", ["config.json", "sparse.safetensors"])
+def test_what_is_left_of_an_artifact_is_replaced(tmp_path: Path, left: str):
+    net = make_net(0.5)
+    growfx.save(net, tmp_path / "out")
+    (tmp_path / "out" / left).write_bytes(b"{")
+    growfx.save(net, tmp_path / "out")
+    assert growfx.inspect(tmp_path / "out").nnz == net.nnz
+
+
+def test_dense_weights_beside_an_artifact_without_them_are_not_replaced(tmp_path: Path):
+    net = make_net(0.5)
+    growfx.save(net, tmp_path)
+    (tmp_path / "model.safetensors").write_text("of somebody else")
+    growfx.save(net, tmp_path)
+    with pytest.raises(ArtifactError, match=r"`model\.safetensors` .* no artifact's"):
+        growfx.save(net, tmp_path, dense=True)
+    assert (tmp_path / "model.safetensors").read_text() == "of somebody else"
+
+
 def test_ties_are_stored_once_and_hold_after_loading(tmp_path: Path):
     net = make_net(0.3)
     growfx.save(net, tmp_path / "out")

@@ -125,6 +125,13 @@ def test_a_sweep_runs_a_method_with_every_value_and_combines_with_others():
     assert [run.spec.train_options.lr for run in runs[:2]] == [1.0, 2.0]
 
 
+def test_a_value_for_an_option_that_is_swept_is_a_contradiction():
+    with pytest.raises(ConfigError, match=r"`--set static\.lr=3` contradicts `--sweep static\.lr=1,2`; give one"):
+        planned("static", assignments=("static.lr=3",), sweeps={"static.lr": ("1", "2")})
+    runs = planned("static", assignments=("lr=3",), sweeps={"static.lr": ("1", "2")}).runs()
+    assert [run.spec.train_options.lr for run in runs] == [1.0, 2.0]
+
+
 def test_folders_have_plain_names_that_differ():
     (run,) = planned("static", sweeps={"static.distribution": ("erk",)}, densities=(0.125,)).runs()
     assert run.name == "static-d0.125-distribution=erk-s0"

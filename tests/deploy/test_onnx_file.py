@@ -25,10 +25,15 @@ can_run = pytest.mark.skipif(
 
 
 def run(file: Path, *inputs: torch.Tensor) -> Any:
+    return run_all(file, *inputs)["output_0"]
+
+
+def run_all(file: Path, *inputs: torch.Tensor) -> dict[str, Any]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return session.run(None, {f"input_{i}": x.numpy() for i, x in enumerate(inputs)})[0]
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(None, {f"input_{i}": x.numpy() for i, x in enumerate(inputs)}), strict=True))
 
 
 @can_run
@@ -199,3 +204,122 @@ def test_arguments_by_keyword_reach_the_exporter(tmp_path: Path, monkeypatch: py
     growfx.export_onnx(model, tmp_path / "x.onnx")
     assert given["kwargs"]["scale"].shape == (2, 2)
     assert given["input_names"] == ["input_0", "input_1"]
+
+
+class Nested(nn.Module):
+    """Takes and returns tensors in containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 2)
+
+    def forward(self, x: Any, scale: float, *more: torch.Tensor, **named: Any) -> Any:
+        total = self.a(x["one"]) + scale * self.a(x["two"][0]) - sum(i * self.a(y) for i, y in enumerate(more, 2))
+        return {"total": total, "parts": (self.b(named["late"]), None, [x["one"]])}
+
+
+@can_run
+def test_tensors_in_containers_are_numbered_in_their_order(tmp_path: Path):
+    def call(batch: int) -> tuple[Any, list[torch.Tensor]]:
+        one, two, more, late = tensors = [torch.randn(batch, 4) for _ in range(4)]
+        return (({"one": one, "two": [two]}, 0.5, more), {"late": late}), tensors
+
+    net = growfx.wrap(Nested(), call(1)[0], density=0.5)
+    growfx.export_onnx(net, tmp_path / "x.onnx")
+    for batch in (1, 3):
+        (args, kwargs), tensors = call(batch)
+        expected = net(*args, **kwargs)
+        found = run_all(tmp_path / "x.onnx", *tensors)
+        wanted = (expected["total"], expected["parts"][0], expected["parts"][2][0])
+        assert list(found) == ["output_0", "output_1", "output_2"]
+        for array, tensor in zip(found.values(), wanted, strict=True):
+            assert np.allclose(array, tensor.detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.slow
+@can_run
+def test_a_dictionary_as_the_last_argument_is_no_keyword_arguments(tmp_path: Path):
+    class Taken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+            return self.layer(inputs["x"])
+
+    model = Taken()
+    file = growfx.export_onnx(model, tmp_path / "x.onnx", example_inputs=({"x": torch.rand(1, 4)},))
+    x = torch.rand(3, 4)
+    assert np.allclose(run(file, x), model({"x": x}).detach().numpy(), atol=1e-5)
+
+
+class Asking(nn.Module):
+    def __init__(self, condition: Any) -> None:
+        super().__init__()
+        self.layer, self.condition = nn.Linear(4, 2), condition
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.layer(x) if self.condition(len(x)) else self.layer(x)
+
+
+@can_export
+@pytest.mark.parametrize(
+    ("condition", "text"),
+    [
+        (lambda size: size == 1, "with a batch of 1 the model does something else than with one of 2"),
+        (lambda size: size % 2, "with a batch of 1 the model does something else than with one of 2"),
+        (lambda size: size > 9, "what the model did holds for batches of up to 9"),
+    ],
+)
+def test_a_network_that_does_something_else_at_another_batch_size_is_refused(tmp_path: Path, condition: Any, text: str):
+    with pytest.raises(ConfigError, match=f"for every batch size: {text}.*`batch=False`"):
+        growfx.export_onnx(Asking(condition), tmp_path / "x.onnx", example_inputs=torch.rand(1, 4))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@can_export
+def test_a_network_that_draws_numbers_is_compared_by_its_shapes(tmp_path: Path):
+    class Noisy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.dropout(x) + torch.randn_like(x)
+
+    x = torch.rand(1, 4)
+    state = torch.get_rng_state()
+    assert growfx.export_onnx(Noisy(), tmp_path / "x.onnx", example_inputs=x).exists()
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@can_export
+def test_a_buffer_that_changes_at_each_call_is_told_of(tmp_path: Path):
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return x * self.calls
+
+    model = Counting()
+    with pytest.warns(growfx.GrowfxWarning, match=r"changes `calls` whenever it is called; .* holds now"):
+        growfx.export_onnx(model, tmp_path / "x.onnx", example_inputs=torch.rand(1, 4))
+    assert model.calls == 0
+
+
+def test_a_parameter_with_a_name_of_the_file_is_refused(tmp_path: Path, exporter: Exporter):
+    model = nn.Linear(4, 2)
+    model.register_buffer("output_0", torch.zeros(2))
+    with pytest.raises(ConfigError, match="parameter or buffer `output_0`, which is a name of the file's; rename it"):
+        growfx.export_onnx(model, tmp_path / "x.onnx", example_inputs=torch.rand(1, 4))
+    assert exporter.program is None
+
+
+@can_export
+def test_a_value_that_is_no_tensor_is_named(tmp_path: Path):
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            return x * 2, 3
+
+    with pytest.raises(ConfigError, match="returns a value of type `int`, and a file holds tensors only"):
+        growfx.export_onnx(Two(), tmp_path / "x.onnx", example_inputs=torch.rand(1, 4))

@@ -102,6 +102,8 @@ class Comparison:
             self._check_key(key, "--sweep")
             if not values or key.partition(".")[0] not in self.methods or "." not in key:
                 raise ConfigError(f"`--sweep {key}` is not of a compared method; write `--sweep METHOD.KEY=v1,v2`")
+            if set_too := next((text for text in self.assignments if text.partition("=")[0] == key), None):
+                raise ConfigError(f"`--set {set_too}` contradicts `--sweep {key}={','.join(values)}`; give one of them")
 
     def _kinds(self) -> dict[str, type]:
         """Option classes of the compared methods."""
