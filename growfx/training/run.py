@@ -353,7 +353,8 @@ class Run:
 
     def _require_finite(self, total: torch.Tensor) -> None:
         if not ranks.finite(total):
-            kept = "; the last checkpoint is kept" if self.folder else ""
+            written = self.folder is not None and self.folder.checkpoints.exists()
+            kept = "; the last checkpoint is kept" if written else ""
             rate = self.state.optimizer.param_groups[0]["lr"]
             raise GrowfxError(
                 f"the loss is not finite in epoch {self.state.at.epoch + 1} (`{self.options.optimizer}`, learning "

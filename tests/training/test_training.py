@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -305,11 +306,20 @@ def test_a_run_from_before_an_option_of_its_method_existed_had_the_default(tmp_p
         again(gmp())
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path):
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_a_checkpoint_there_is(tmp_path, epoch):
     train_loader, val_loader = loaders()
     path = tmp_path / "run"
-    with pytest.raises(GrowfxError, match=r"loss is not finite in epoch \d.*lower `lr`.*last checkpoint is kept"):
-        train(fresh_net(), train_loader, val_loader, options=QUICK, lr=1e30, out=path, progress=False)
+    net, steps = fresh_net(), itertools.count()
+
+    def spoil(net, _, output):
+        return output * float("nan") if net.training and next(steps) >= (epoch - 1) * len(train_loader) else output
+
+    net.register_forward_hook(spoil)
+    with pytest.raises(GrowfxError, match=rf"loss is not finite in epoch {epoch}.*lower `lr`") as raised:
+        train(net, train_loader, val_loader, options=QUICK, out=path, progress=False)
+    assert ("the last checkpoint is kept" in str(raised.value)) == (epoch == 2)
+    assert any((path / "checkpoint").glob("*")) == (epoch == 2)
     assert not (path / "result.json").exists()
 
 
