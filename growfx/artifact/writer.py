@@ -168,8 +168,8 @@ def artifact_target(path: str | Path, *, dense: bool = False) -> Path:
         raise ArtifactError(f"`{target}` is a file; save writes a folder: give the folder's path")
     for name in _foreign(target, dense):
         raise ArtifactError(
-            f"`{name}` in `{target}` is no artifact's, and would be replaced by one; nothing was changed: "
-            "choose another folder"
+            f"`{name}` in `{target}` was not written by `growfx.save`, which would replace it; nothing was changed: "
+            "choose another folder, or move that file away"
         )
     return target
 

@@ -16,7 +16,8 @@ class KeptImages:
     """Images (PIL) by path, the first that fit into so many MB; no image is ever given up for another.
 
     Every epoch reads every image, in another order: to keep the latest ones would find none of them again. Loading
-    processes keep nothing, as they end with their epoch. An image must not be changed in place by those who get it.
+    processes keep nothing, as they end with their epoch, and are sent nothing. An image must not be changed in place by
+    those who get it.
     """
 
     def __init__(self, megabytes: int) -> None:
@@ -31,8 +32,19 @@ class KeptImages:
             size = _OBJECT + image.width * image.height * _bytes_a_pixel(image)
             if size <= self._left and get_worker_info() is None:
                 self._left -= size
-                self._images[path] = image
+                image = self._images[path] = _pixels_of(image)
         return image
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a loading process, which reads a part of the images once."""
+        return {"_left": 0, "_images": {}}
+
+
+def _pixels_of(image: Any) -> Any:
+    """A plain image without what its file's decoder and metadata take, which may be several times the pixels."""
+    plain = image.copy()
+    plain.info = {}
+    return plain
 
 
 def _bytes_a_pixel(image: Any) -> int:

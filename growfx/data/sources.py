@@ -216,7 +216,7 @@ def _open_folder(spec: str, options: DataOptions) -> DataSource:
                 f"`{folder}` has {len(unknown)} classes that `train/` does not have: {names}; "
                 f"`train/` has {len(classes)}"
             )
-    kept = KeptImages(options.cache_mb)
+    kept = KeptImages(0 if options.workers else options.cache_mb)  # loading processes keep none
     splits = {name: _read_folder(folder, classes, kept) for name, folder in folders.items()}
     targets = [target for _, target in splits["train"].images.samples]
     return _finish(spec, tuple(classes), splits, targets, options)

@@ -21,8 +21,10 @@ from growfx.recorded.inputs import Inputs, tensors_in
 __all__ = ["Trial"]
 
 _SIZES = (1, 3)  # beside that of the example, which is two where it was one
+_LARGEST = 4096  # of a batch that is tried
 # How far two ways to the same sum may be apart, as a fraction of the largest output.
 _APART, _APART_IN_16_BITS = 1e-3, 5e-2
+_16_BITS = (torch.float16, torch.bfloat16)
 _LONGEST_REASON = 200
 
 
@@ -45,13 +47,13 @@ class Trial:
 
     def depends_on_batch(self, exported: Any, call: Inputs) -> str:
         """Why the exported program does not hold for every batch size, "" where nothing speaks against it."""
-        if largest := _largest_batch(exported):
+        program, batch, largest = exported.module(), _batch_of(call), _largest_batch(exported)
+        if largest and not (batch and largest < _LARGEST and self._refuses(_of_size(call, largest + 1))):
             return f"what the model did holds for batches of up to {largest}"
-        program, batch = exported.module(), _batch_of(call)
-        changing = bool(exported.graph_signature.buffers_to_mutate)
+        changing, apart = bool(exported.graph_signature.buffers_to_mutate), _apart(exported)
         with generators_restored(self._cuda, self._model):
             for size in _SIZES if batch else ():
-                other = call.copied(lambda x, size=size: _with_rows(x, size))
+                other = _of_size(call, size)
                 try:
                     expected, again = _called(self._model, other), _called(self._model, other)
                 except Exception:  # not a size that the model takes
@@ -61,10 +63,14 @@ class Trial:
                 except Exception as error:
                     reason = one_line(error)[:_LONGEST_REASON]
                     return f"what the model did with a batch of {batch} fails with one of {size} ({reason})"
-                repeats = not changing and _equal(expected, again)
-                if not _equal(expected, found, values=repeats):
+                repeats = not changing and _equal(expected, again, apart)
+                if not _equal(expected, found, apart if repeats else None):
                     return f"with a batch of {size} the model does something else than with one of {batch}"
         return ""
+
+    def _refuses(self, call: Inputs) -> bool:
+        """Whether the model itself cannot be called so."""
+        return not self.outputs(call)
 
 
 def _batch_of(call: Inputs) -> int | None:
@@ -73,8 +79,8 @@ def _batch_of(call: Inputs) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def _with_rows(x: Tensor, size: int) -> Tensor:
-    return x[torch.arange(size, device=x.device) % x.shape[0]] if x.ndim else x.clone()
+def _of_size(call: Inputs, size: int) -> Inputs:
+    return call.copied(lambda x: x[torch.arange(size, device=x.device) % x.shape[0]] if x.ndim else x.clone())
 
 
 def _called(model: Any, call: Inputs) -> list[Any]:
@@ -94,16 +100,26 @@ def _largest_batch(exported: Any) -> int | None:
     return None
 
 
-def _equal(one: list[Any], other: list[Any], *, values: bool = True) -> bool:
-    """Whether two lists of outputs are of the same shapes, and of the same `values` but for rounding."""
+def _apart(exported: Any) -> float:
+    """How far apart outputs may be: more where anything was computed in 16 bits, whatever the outputs are."""
+    graphs = [part.graph for part in exported.graph_module.modules() if hasattr(part, "graph")]
+    values = pytree.tree_leaves([node.meta.get("val") for graph in graphs for node in graph.nodes])
+    short = any(isinstance(x, Tensor) and x.dtype in _16_BITS for x in values)
+    return _APART_IN_16_BITS if short else _APART
+
+
+def _equal(one: list[Any], other: list[Any], apart: float | None) -> bool:
+    """Whether two lists of outputs are of the same shapes, and, but for rounding, of the same values.
+
+    `apart` is the largest difference, as a fraction of the largest value; None leaves values aside.
+    """
     if len(one) != len(other):
         return False
-    short = any(isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) for x in one)
     for a, b in zip(one, other, strict=True):
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-            if values and a != b:
+            if apart is not None and a != b:
                 return False
-        elif a.shape != b.shape or (values and not _close(a, b, _APART_IN_16_BITS if short else _APART)):
+        elif a.shape != b.shape or (apart is not None and not _close(a, b, apart)):
             return False
     return True
 

@@ -45,6 +45,7 @@ _FREE = {
     "data.data_dir",
     "data.download",
     "data.workers",
+    "data.cache_mb",
 }
 # What a run that was killed before it had written `config.json` may leave.
 _UNBEGUN = {LOCK_NAME, "config.json.new", ".writable"}

@@ -152,7 +152,7 @@ def test_dense_weights_of_an_earlier_save_do_not_stay_behind(tmp_path: Path):
 def test_a_file_of_another_kind_is_not_replaced(tmp_path: Path, name: str, dense: bool):
     # The folder of a run has a `config.json` of its own, a project a `README.md`, a model of others both.
     (tmp_path / name).write_text('{"train": {}}')
-    with pytest.raises(ArtifactError, match=f"`{name}` .* no artifact's.* choose another folder"):
+    with pytest.raises(ArtifactError, match=f"`{name}` .* not written by `growfx.save`.* choose another folder"):
         growfx.save(make_net(0.5), tmp_path, dense=dense)
     assert [file.name for file in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == '{"train": {}}'
@@ -172,7 +172,7 @@ def test_dense_weights_beside_an_artifact_without_them_are_not_replaced(tmp_path
     growfx.save(net, tmp_path)
     (tmp_path / "model.safetensors").write_text("of somebody else")
     growfx.save(net, tmp_path)
-    with pytest.raises(ArtifactError, match=r"`model\.safetensors` .* no artifact's"):
+    with pytest.raises(ArtifactError, match=r"`model\.safetensors` .* not written by"):
         growfx.save(net, tmp_path, dense=True)
     assert (tmp_path / "model.safetensors").read_text() == "of somebody else"
 

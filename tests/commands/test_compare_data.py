@@ -44,6 +44,13 @@ def test_a_comparison_goes_on_where_its_data_has_moved(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["seeds"] == [0, 1]
 
 
+def test_a_comparison_goes_on_with_other_memory_for_images(tmp_path):
+    data = write_folder(tmp_path / "data", 4)
+    opened(tmp_path / "out", data, resume=False)
+    comparison = Comparison("test_resnet", str(data), ("dense",), assignments=("img_size=16", "cache_mb=0"))
+    _open(tmp_path / "out", comparison, resume=True, overwrite=False)
+
+
 def test_a_comparison_from_before_data_was_noted_is_continued(tmp_path):
     first = write_folder(tmp_path / "first", 4)
     opened(tmp_path / "out", first, resume=False)

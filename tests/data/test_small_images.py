@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections import Counter
 from itertools import chain
@@ -123,6 +124,38 @@ def test_loading_processes_keep_nothing(folder):
     before = len(source.splits["train"].images.kept._images)
     epochs(source, options, COLOUR, 1)
     assert len(source.splits["train"].images.kept._images) == before
+
+
+@pytest.mark.parametrize(("suffix", "given"), [("webp", {}), ("jpg", {"icc_profile": bytes(100_000)}), ("png", {})])
+def test_only_pixels_are_kept_of_a_file(folder, suffix, given):
+    # Pillow's decoder of WebP holds three times the image, and profiles of printers are larger than small images.
+    for path in (folder / "train").rglob("*.png"):
+        with Image.open(path) as image:
+            image.save(path.with_suffix(f".{suffix}"), **given)
+    source = open_data(str(folder), DataOptions())
+    images = source.splits["train"].images
+    for index, (path, _) in enumerate(images.samples):
+        kept = images[index][0]
+        assert images[index][0] is kept
+        assert type(kept) is Image.Image
+        assert not kept.info
+        assert np.array_equal(np.asarray(kept), np.asarray(Image.open(path)))
+
+
+def test_loading_processes_are_sent_no_images(folder):
+    images = open_data(str(folder)).splits["train"].images
+    for index in range(len(images)):
+        images[index]
+    empty = open_data(str(folder), DataOptions(cache_mb=0)).splits["train"].images
+    assert len(pickle.dumps(images)) <= len(pickle.dumps(empty)) + 100
+    sent = pickle.loads(pickle.dumps(images))
+    assert np.array_equal(np.asarray(sent[0][0]), np.asarray(images[0][0]))
+    assert sent[0][0] is not sent[0][0]
+
+
+def test_nothing_is_kept_where_loading_processes_read(folder, decoded):
+    images = open_data(str(folder), DataOptions(workers=1)).splits["train"].images
+    assert images[0][0] is not images[0][0]
 
 
 def test_a_kept_image_is_not_changed_by_what_is_done_to_one_of_its_copies(folder):

@@ -277,6 +277,32 @@ def test_a_network_that_does_something_else_at_another_batch_size_is_refused(tmp
     assert not list(tmp_path.iterdir())
 
 
+@can_export
+def test_a_network_that_itself_takes_no_larger_batch_is_exported(tmp_path: Path):
+    def refuses(size: int) -> bool:
+        if size > 9:
+            raise ValueError("at most nine rows")
+        return False
+
+    assert growfx.export_onnx(Asking(refuses), tmp_path / "x.onnx", example_inputs=torch.rand(1, 4)).exists()
+
+
+@can_export
+@pytest.mark.parametrize("width", [torch.float16, torch.bfloat16])
+def test_a_network_that_computes_in_16_bits_is_compared_as_such(tmp_path: Path, width: torch.dtype):
+    class Short(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            # What another order of sums does to networks of many layers.
+            rounding = 1 + 2**-7 if torch.compiler.is_compiling() else 1
+            return (x.to(width) * rounding).float()
+
+    x = torch.rand(1, 4)
+    assert growfx.export_onnx(Short(), tmp_path / "x.onnx", example_inputs=x).exists()
+    width = torch.float32
+    with pytest.raises(ConfigError, match="the model does something else"):
+        growfx.export_onnx(Short(), tmp_path / "x.onnx", example_inputs=x)
+
+
 @pytest.mark.slow
 @can_export
 def test_a_network_that_draws_numbers_is_compared_by_its_shapes(tmp_path: Path):

@@ -78,10 +78,10 @@ def test_another_model_or_option_is_refused_by_name_on_resume(tmp_path, key, val
     assert re.search(expected[key], str(caught.value))
 
 
-def test_device_workers_place_of_the_data_and_versions_may_change_on_resume(tmp_path):
+def test_device_workers_memory_place_of_the_data_and_versions_may_change_on_resume(tmp_path):
     path = started(tmp_path / "run")
     moved = config(device="cpu")
-    moved["data"] |= {"workers": 4, "spec": "/elsewhere"}
+    moved["data"] |= {"workers": 4, "cache_mb": 0, "spec": "/elsewhere"}
     moved["versions"] = {"torch": "3"}
     RunFolder.start(path, moved, resume=True)
 

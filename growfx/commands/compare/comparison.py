@@ -37,7 +37,7 @@ Launch = Callable[[Sequence[tuple[str, RunSpec, Path]]], Generator[Report]]
 __all__ = ["Comparison", "FinishedRun", "Planned", "compare", "plan_controls"]
 
 _FRESH = 1000  # added to the seed of a run for weights that are not its own
-_WHERE = {"device", "workers", "data_dir", "download"}  # may change between start and continuation
+_WHERE = {"device", "workers", "cache_mb", "data_dir", "download"}  # may change between start and continuation
 _OWN_FLAGS = {"seed": "--seeds", "density": "--densities"}
 _CONTROLS = ("phew", "ticket", DENSE)
 _FROM = ("exclude", "pretrained", "checkpoint")
