@@ -162,6 +162,8 @@ class _Images(SampleSeeded):
     def load(self, position: int) -> tuple[Any, int]:
         """Return an image, transformed, and the number of its class."""
         image, target = self.split.images[self.split.indices[position]]
+        if image.mode == "LAB":  # which Pillow converts to colours alone
+            image = image.convert("RGB")
         image = image.convert(self.mode)
         return self.transform(image) if self.transform else image, int(target)
 

@@ -147,3 +147,10 @@ def test_the_orientation_that_a_camera_noted_is_not_applied_as_by_torchvision(fo
     sizes = [ours.images[i][0].size for i in range(len(ours))]
     assert sizes == [theirs[i][0].size for i in range(len(theirs))]
     assert (8, 4) in sizes
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "LAB", "I;16"])
+def test_images_of_other_modes_are_read(folder, mode):
+    Image.new(mode, (8, 8)).save(folder / "train" / "cat" / "other.tif")
+    images, _ = next(iter(make_loader(open_data(str(folder)), "train", PLAIN, DataOptions(augment="none"))))
+    assert images.shape[1:] == PLAIN.input_size
