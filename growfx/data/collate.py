@@ -1,7 +1,6 @@
 """Turn images of 8 bits into normalized batches: at once, where timm's transforms do it image by image.
 
-For small images the calls cost more than the arithmetic: scaled and normalized one by one, a batch of 128 CIFAR images
-takes several times as long.
+For small images the calls cost more than the arithmetic.
 """
 
 from __future__ import annotations

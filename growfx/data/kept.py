@@ -1,4 +1,4 @@
-"""Keep decoded images in memory: with small images, reading and decoding them takes a third of a sparse epoch."""
+"""Keep decoded images in memory: for small images, to decode them anew is most of what reading costs."""
 
 from __future__ import annotations
 
