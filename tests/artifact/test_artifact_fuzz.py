@@ -202,9 +202,9 @@ def test_a_file_of_holes_is_not_read_to_its_end(folder: Path):
     config = json.loads((folder / CONFIG).read_text())
     config["growfx"]["bytes"] = 1 << 41
     (folder / CONFIG).write_text(json.dumps(config))
-    start = time.perf_counter()
+    start = time.process_time()
     assert "too many for max_bytes" in refusal(folder)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def nnz_of(manifest: Any) -> int:
@@ -233,14 +233,17 @@ def test_a_file_alone_that_consists_of_holes_is_refused_by_its_header(folder: Pa
 
 @pytest.mark.slow
 def test_a_header_full_of_small_objects_is_read_in_bounded_time_and_memory(folder: Path):
+    """In a few times what its JSON alone takes to parse, a yardstick that slows down with the machine."""
     code = (
-        "import sys, time, growfx\n"
+        "import json, sys, time, growfx\n"
         "from artifact_fuzz import peak_kib\n"
         "growfx.inspect(sys.argv[1] + '/small')\n"
         "for name in sys.argv[2:]:\n"
         "    before, start = peak_kib(), time.process_time()\n"
         "    growfx.inspect(sys.argv[1] + '/' + name)\n"
-        "    print(time.process_time() - start, peak_kib() - before)\n"
+        "    middle, kib = time.process_time(), peak_kib() - before\n"
+        "    json.load(open(sys.argv[1] + '/' + name + '.json'))\n"
+        "    print(middle - start, time.process_time() - middle, kib)\n"
     )
     shutil.copy(folder / WEIGHTS, folder / "small")
     fillings = {"numbers": "1.5,", "lists": "[],"}  # they take the most time, and the most memory, for every byte
@@ -248,6 +251,7 @@ def test_a_header_full_of_small_objects_is_read_in_bounded_time_and_memory(folde
     for name, filling in fillings.items():
         shutil.copy(folder / WEIGHTS, folder / name)
         items = filling * (MAX_HEADER // share // len(filling))
+        (folder / f"{name}.json").write_text(f"[{items[:-1]}]")
         forge(folder / name, lambda m, items=items: m["provenance"].update(note=json.loads(f"[{items[:-1]}]")))
     run = subprocess.run(
         [sys.executable, "-c", code, str(folder), *fillings],
@@ -257,8 +261,8 @@ def test_a_header_full_of_small_objects_is_read_in_bounded_time_and_memory(folde
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     for line in run.stdout.splitlines():
-        seconds, kib = map(float, line.split())
-        assert seconds < 1, "a full header would take over 20 s"
+        seconds, parsing, kib = map(float, line.split())
+        assert seconds < 6 * parsing
         assert kib < 40 * MAX_HEADER / share / 1024
 
 

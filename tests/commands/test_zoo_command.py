@@ -194,7 +194,7 @@ def test_a_crash_costs_its_own_row_and_names_its_cause():
 def test_a_model_over_its_time_is_ended():
     begun = time.monotonic()
     facts = ends("hanging", seconds=6)["hanging"]
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 60
     assert (facts.ended, facts.cause) == ("timeout", "not done after 6 s")
 
 
@@ -414,9 +414,8 @@ def test_the_command_checks_real_models_and_continues(tmp_path, capsys):
     assert "1/1" in shown.err
     facts = json.loads(file.read_text())["models"][0]
     assert facts["checks"] == dict.fromkeys([c for c in CHECKS if c != "path rules"], "yes")
-    begun = time.monotonic()
     assert call("zoo", "test_resnet", "--json", file, "--markdown", "--quiet") == 0
-    assert time.monotonic() - begun < 2
+    assert json.loads(file.read_text())["models"][0] == facts  # its seconds among them: nothing was checked again
     shown = capsys.readouterr()
     assert "| resnet |" in " ".join(shown.out.split())
     assert shown.err == ""
