@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <vector>
@@ -50,6 +51,13 @@ class Ready {
 };
 
 using Made = std::unique_ptr<Ready>;
+
+// Units of work that make a task: about so many, in a number of tasks that threads share evenly.
+inline int64_t units_a_task(int64_t units, int64_t about, int threads) {
+  const int64_t tasks = (units + std::max<int64_t>(about, 1) - 1) / std::max<int64_t>(about, 1);
+  const int64_t even = tasks < 2 ? 1 : (tasks + threads - 1) / threads * threads;
+  return std::max<int64_t>((units + even - 1) / even, 1);
+}
 
 // Each returns NULL with a complaint where the step does not fit its operands.
 using Maker = Made (*)(const Arguments&, std::string& complaint);

@@ -117,7 +117,7 @@ class RunsStep : public Ready {
     y = a.output.data, kernels = a.kernels, post = a.post;
     const int64_t length = broadcast.sizes.back();
     runs = a.output.elements / length;
-    per_task = std::max<int64_t>(TASK / length, 1);
+    per_task = units_a_task(runs, TASK / length, a.threads);
     tasks = (runs + per_task - 1) / per_task;
     does_post = true;
     return true;
@@ -187,13 +187,14 @@ class CallStep final : public Ready {
   // `size` numbers are read for each of `count` calls.
   void spread(int64_t calls, int64_t size) {
     count = calls;
-    per_task = std::max<int64_t>(TASK / std::max<int64_t>(size, 1), 1);
+    per_task = units_a_task(count, TASK / std::max<int64_t>(size, 1), threads);
     tasks = (count + per_task - 1) / per_task;
   }
 
   Call call{};
   Function function = nullptr;
   int64_t count = 0, per_task = 1;
+  int threads = 1;
 };
 
 template <class Call>
@@ -202,6 +203,7 @@ std::unique_ptr<CallStep<Call>> call_step(const Arguments& a, void (*function)(c
   step->call.x = a.inputs[0].data;
   step->call.y = a.output.data;
   step->function = function;
+  step->threads = a.threads;
   return step;
 }
 

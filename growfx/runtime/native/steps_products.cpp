@@ -126,6 +126,10 @@ class ConvolutionStep final : public Ready {
       const int64_t least = std::min(c.out_height, ceil_div(4 * kernels->lanes, c.out_width));
       c.band = std::clamp(BAND_FLOATS / row - c.reach, least, c.out_height);
       c.band = ceil_div(c.out_height, ceil_div(c.out_height, c.band));
+      // Threads that share a band copy its planes each; bands for all of them are better where their rows are many.
+      const int64_t units = c.images * ceil_div(c.out_height, c.band), even = ceil_div(units, threads) * threads;
+      const int64_t band = ceil_div(c.out_height, ceil_div(even, c.images));
+      if (shares_of(units, threads) > 1 && band >= std::max(least, 4 * c.reach)) c.band = band;
     }
     // Room for a register past the end, and no half page: planes would share cache lines.
     c.plane_size = c.direct ? positions

@@ -191,7 +191,7 @@ Made make_view(const Arguments& a, std::string& complaint) {
   step->columns = v.sizes.back();
   step->rows = v.rank() < 2 ? 1 : v.sizes[v.rank() - 2];
   step->matrices = a.output.elements / (step->rows * step->columns);
-  step->per_task = std::max<int64_t>(TASK / (step->rows * step->columns), 1);
+  step->per_task = units_a_task(step->matrices, TASK / (step->rows * step->columns), a.threads);
   step->tasks = (step->matrices + step->per_task - 1) / step->per_task;
   return step;
 }

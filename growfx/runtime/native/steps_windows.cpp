@@ -52,7 +52,9 @@ int32_t tap_at(const Frame& f, int64_t row, int64_t column) {
   return static_cast<int32_t>(row * f.dilation_h * f.pitch + reach % f.stride_w * f.phase + reach / f.stride_w);
 }
 
-int64_t planes_a_task(const Frame& f) { return std::max<int64_t>(TASK / (f.height * f.width), 1); }
+int64_t planes_a_task(const Frame& f, int64_t planes, int threads) {
+  return units_a_task(planes, TASK / (f.height * f.width), threads);
+}
 
 class DepthwiseStep final : public Ready {
  public:
@@ -91,7 +93,7 @@ Made make_depthwise(const Arguments& a, const Geometry& g, std::string& complain
   Depthwise& c = step->c;
   if (!build_frame(c.frame, step->bounds, g, a.inputs[0], a.kernels->lanes)) return refused(complaint, "an image that is too large");
   c.channels = x.sizes[1], c.outputs = w.sizes[0], c.planes = x.sizes[0] * c.outputs;
-  c.per_task = planes_a_task(c.frame);
+  c.per_task = planes_a_task(c.frame, c.planes, a.threads);
   step->find_entries(*w.constant);
   c.rows.start = step->start.data(), c.rows.offset = step->offset.data(), c.rows.value = w.constant->values.data();
   c.rows.bias = a.inputs.size() < 3 ? nullptr : a.inputs[2].data;
@@ -139,7 +141,7 @@ Made make_plane_pool(const Arguments& a, const Geometry& g, const PoolKind& kind
   PlanePool& c = step->c;
   if (!build_frame(c.frame, step->bounds, g, a.inputs[0], a.kernels->lanes)) return refused(complaint, "an image that is too large");
   c.planes = a.inputs[0].elements / (g.in[1] * g.in[2]);
-  c.per_task = planes_a_task(c.frame);
+  c.per_task = planes_a_task(c.frame, c.planes, a.threads);
   c.maximum = kind.maximum, c.divisor = kind.divisor;
   for (int64_t i = 0; i < g.window[1]; ++i)
     for (int64_t j = 0; j < g.window[2]; ++j) step->taps.push_back(tap_at(c.frame, i, j));
