@@ -27,13 +27,13 @@ struct Rows {
   int64_t depth;            // dense: columns
   int64_t row_stride, column_stride;
   const float* bias;        // NULL for none
-  // In blocks of columns, which are copied side by side before they are read: entries by block, then row, and offsets
-  // into the copy.
+  // In blocks of columns, which are copied side by side before they are read, or already are: entries by block, then row,
+  // and offsets into the block.
   int64_t blocks;              // 0 for none
   const int32_t* block_start;  // [blocks + 1] first column of each
   const int32_t* column;       // offset of each column
   int64_t first_row, row_count;
-  int64_t packed;              // floats of the copy
+  int64_t packed;              // floats of the copy, 0 for none
   const int32_t* channel;      // of each column of a pointwise convolution
   const float* gate;           // factor of each channel, which the copy is multiplied by; NULL for none
 };

@@ -265,6 +265,7 @@ class LinearStep final : public Ready {
   Linear c{};
   const Kernels* kernels = nullptr;
   Weight weight;
+  Blocks blocks;
   std::vector<PostCall> post;
 };
 
@@ -306,6 +307,10 @@ Made make_linear(const Arguments& a, std::string& complaint) {
   step->post = a.post;
   c.share_start = weight.share_start.data();
   c.rows = weight.view(*w.constant, bias_of(a));
+  if (w.constant->sparse && row >= 2 * lanes) {
+    step->blocks.build_placed(weight, *w.constant, row);
+    c.rows = step->blocks.view(c.rows, 0, outputs, a.kernels->tile);
+  }
   c.x = x.data, c.out = y.data;
   c.post = step->post.data(), c.post_count = static_cast<int64_t>(step->post.size());
   step->does_post = true;

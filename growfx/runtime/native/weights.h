@@ -63,25 +63,18 @@ class Blocks {
     const size_t from = weight.start[static_cast<size_t>(first_row)];
     const size_t end = weight.start[static_cast<size_t>(first_row + row_count)];
     number_columns(column_of, offset_of, from, end);
-    const int64_t columns = static_cast<int64_t>(column_.size()), entries = static_cast<int64_t>(end - from);
-    if (entries < LEAST_USES * columns || entries == 0) return;
-    split(columns, std::clamp(ENTRIES_A_BLOCK * columns * row_count / entries, FEWEST_COLUMNS, MOST_COLUMNS));
-    start_.assign(static_cast<size_t>(blocks() * row_count) + 1, 0);
-    const auto place = [&](int64_t row, size_t i) {
-      return static_cast<size_t>(block_of(number_[static_cast<size_t>(column_of[i])]) * row_count + row - first_row);
-    };
-    each_entry(weight, first_row, row_count, [&](int64_t row, size_t i) { ++start_[place(row, i) + 1]; });
-    for (size_t i = 1; i < start_.size(); ++i) start_[i] += start_[i - 1];
-    std::vector<uint32_t> next(start_.begin(), start_.end() - 1);
-    offset_.resize(end - from), value_.resize(end - from);
-    each_entry(weight, first_row, row_count, [&](int64_t row, size_t i) {
-      const uint32_t to = next[place(row, i)]++;
-      const int32_t column = number_[static_cast<size_t>(column_of[i])];
-      offset_[to] = static_cast<int32_t>((column - block_start_[static_cast<size_t>(block_of(column))]) * tile);
-      value_[to] = constant.values[i];
-    });
-    number_ = {};
-    is_built_ = true;
+    place_entries(weight, constant, first_row, row_count, column_of, tile);
+  }
+  // Sparse rows whose columns stand side by side, `row` floats each: there is nothing to copy.
+  void build_placed(const Weight& weight, const Constant& constant, int64_t row) {
+    is_placed_ = true;
+    std::vector<int32_t> column_of;
+    for (const uint32_t p : constant.positions) column_of.push_back(static_cast<int32_t>(p % weight.columns));
+    for (int64_t c = 0; c < weight.columns; ++c) {
+      number_.push_back(static_cast<int32_t>(c));
+      column_.push_back(static_cast<int32_t>(c * row));
+    }
+    place_entries(weight, constant, 0, weight.rows, column_of, row);
   }
   // Dense rows, whose columns are at `offsets`.
   void build_dense(const std::vector<int32_t>& offsets, int64_t row_count, int64_t tile) {
@@ -102,7 +95,7 @@ class Blocks {
     view.channel = channel_.data();
     view.first_row = first_row, view.row_count = row_count;
     const int64_t together = blocks() > 1 ? 1 : std::max<int64_t>(FIRST_CACHE / (block_ * tile), 1);
-    view.packed = together * block_ * tile;
+    view.packed = is_placed_ ? 0 : together * block_ * tile;
     return view;
   }
 
@@ -119,6 +112,30 @@ class Blocks {
     for (int64_t row = first_row; row < first_row + row_count; ++row)
       for (size_t i = weight.start[static_cast<size_t>(row)]; i < weight.start[static_cast<size_t>(row) + 1]; ++i)
         function(row, i);
+  }
+  void place_entries(const Weight& weight, const Constant& constant, int64_t first_row, int64_t row_count,
+                     const std::vector<int32_t>& column_of, int64_t tile) {
+    const size_t from = weight.start[static_cast<size_t>(first_row)];
+    const size_t end = weight.start[static_cast<size_t>(first_row + row_count)];
+    const int64_t columns = static_cast<int64_t>(column_.size()), entries = static_cast<int64_t>(end - from);
+    if (entries < LEAST_USES * columns || entries == 0) return;
+    split(columns, std::clamp(ENTRIES_A_BLOCK * columns * row_count / entries, FEWEST_COLUMNS, MOST_COLUMNS));
+    start_.assign(static_cast<size_t>(blocks() * row_count) + 1, 0);
+    const auto place = [&](int64_t row, size_t i) {
+      return static_cast<size_t>(block_of(number_[static_cast<size_t>(column_of[i])]) * row_count + row - first_row);
+    };
+    each_entry(weight, first_row, row_count, [&](int64_t row, size_t i) { ++start_[place(row, i) + 1]; });
+    for (size_t i = 1; i < start_.size(); ++i) start_[i] += start_[i - 1];
+    std::vector<uint32_t> next(start_.begin(), start_.end() - 1);
+    offset_.resize(end - from), value_.resize(end - from);
+    each_entry(weight, first_row, row_count, [&](int64_t row, size_t i) {
+      const uint32_t to = next[place(row, i)]++;
+      const int32_t column = number_[static_cast<size_t>(column_of[i])];
+      offset_[to] = static_cast<int32_t>((column - block_start_[static_cast<size_t>(block_of(column))]) * tile);
+      value_[to] = constant.values[i];
+    });
+    number_ = {};
+    is_built_ = true;
   }
   // Columns that have an entry, in their order.
   void number_columns(const std::vector<int32_t>& column_of, const std::vector<int32_t>& offset_of, size_t from,
@@ -139,7 +156,7 @@ class Blocks {
     block_start_.push_back(static_cast<int32_t>(columns));
   }
 
-  bool is_built_ = false;
+  bool is_built_ = false, is_placed_ = false;
   int64_t block_ = 1;  // columns of one
   std::vector<int32_t> number_, column_, channel_, block_start_, offset_;
   std::vector<uint32_t> start_;

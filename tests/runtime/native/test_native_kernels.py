@@ -97,6 +97,8 @@ CONVOLUTIONS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "transposed 1d": (nn.ConvTranspose1d(3, 4, 3, 2), (2, 3, 11)),
     "linear": (nn.Linear(13, 30), (3, 13)),
     "linear of many rows": (nn.Linear(24, 17), (2, 77, 24)),
+    "linear in blocks of columns": (nn.Linear(200, 90), (2, 45, 200)),
+    "linear in blocks, a last tile of few rows": (nn.Linear(150, 60, bias=False), (1, 261, 150)),
     "linear of one row": (nn.Linear(300, 40, bias=False), (1, 300)),
     "linear of a few rows": (nn.Linear(70, 40), (5, 70)),
 }
