@@ -107,7 +107,7 @@ def _draw_fit(axes: Any, fit: Mapping[str, Any], lowest: float) -> None:
     curve = AccuracyFit.from_json(fit)
     density = np.geomspace(lowest / 100, 1.0, 200)
     level, error = 100 * curve.accuracy(density), 196 * curve.accuracy_error(density)
-    axes.plot(100 * density, level, color=_CURVE, label=f"{curve.curve} fit{_shares(curve)}")
+    axes.plot(100 * density, level, color=_CURVE, label=f"{curve.curve} fit{_shares(curve)}{_time(curve)}")
     axes.fill_between(
         100 * density, level - error, level + error, color=_CURVE, alpha=0.15, linewidth=0, label="95 % band"
     )
@@ -124,6 +124,11 @@ def _shares(fit: Any) -> str:
         return ""
     pairs = zip(fit.curves, fit.weights, strict=True)
     return " (" + ", ".join(f"{curve.family.name} {100 * w:.0f} %" for curve, w in pairs if w >= _WORTH_TELLING) + ")"
+
+
+def _time(fit: Any) -> str:
+    """How long the curve's networks are trained, where the fit tells time from density."""
+    return ", trained as long as the last round" if fit.time else ""
 
 
 def _share(text: str, density: float) -> str:

@@ -318,3 +318,80 @@ def test_the_evidence_is_the_integral_over_the_parameters():
     ratio = log_p - log_q
     found = float(np.log(np.mean(np.exp(ratio - ratio.max()))) + ratio.max())
     assert fit.log_evidence == pytest.approx(found, abs=0.3)
+
+
+def test_what_rounds_gain_by_time_is_told_from_what_density_gains_where_some_are_held():
+    curve, gain, held = logistic(0.45, 0.2, 2.0, 0.03), 0.06, (3, 6, 9, 12)
+    density, points = 0.01, []
+    for number in range(14):
+        if number and number not in held:
+            density *= 1.3
+        epochs = 15.0 + 2.0 * number
+        accuracy = float(curve(np.log([density]))[0]) + gain * math.log(epochs / 15.0)
+        points.append(Point(density, accuracy, 0.0005, epochs))
+    truth = float(curve(np.zeros(1))[0] - curve(np.log([density]))[0])
+    fit = fit_accuracy(points, [LOGISTIC])
+    assert fit is not None
+    assert fit.time == pytest.approx(gain, abs=0.004)
+    assert fit.gain(density)[0][0] == pytest.approx(truth, abs=0.004)
+    # at the densities measured, the accuracy that the last round's training would give
+    now = [float(curve(np.log([p.density]))[0]) + gain * math.log(points[-1].epochs / 15.0) for p in points]
+    assert fit.accuracy([p.density for p in points]) == pytest.approx(now, abs=0.004)
+    read = AccuracyFit.from_json(json.loads(json.dumps(fit.to_json())))
+    assert read.time == fit.time
+
+    blind = fit_accuracy([Point(p.density, p.accuracy, p.noise) for p in points], [LOGISTIC])
+    assert blind is not None
+    assert blind.time == 0
+    assert blind.gain(density)[0][0] > truth + 0.01
+
+
+def test_time_is_left_out_where_no_two_rounds_have_the_same_density():
+    timed = [
+        Point(p.density, p.accuracy, p.noise, 10.0 + number)
+        for number, p in enumerate(grown(logistic(0.3, 0.5, 2.5, 0.06), 0.005))
+    ]
+    fits = [fit_accuracy(timed), fit_accuracy([Point(p.density, p.accuracy, p.noise) for p in timed])]
+    assert fits[0] is not None
+    assert fits[1] is not None
+    assert fits[0].to_json() == fits[1].to_json()
+
+
+def test_growth_that_gains_by_time_alone_stops_where_rounds_are_held_and_not_where_they_are_not():
+    curve, draws = logistic(0.45, 0.2, 2.0, 0.02), np.random.default_rng(0).normal(0, 0.003, 60)
+
+    def ended(hold_every: int) -> tuple[float, float]:
+        density, points, streak = 0.01, [], 0
+        for number in range(60):
+            if number and density < 1 and not (hold_every and number % (hold_every + 1) == 0):
+                density = min(1.3 * density, 1.0)
+            epochs = 15.0 + 2.0 * number
+            accuracy = float(curve(np.log([density]))[0]) + 0.2 * math.log(epochs / 15.0) + draws[number]
+            points.append(Point(density, accuracy, 0.003, epochs if hold_every else None))
+            decision = PlateauRule(tolerance=0.01).decide(points, streak)
+            streak = decision.streak
+            if decision.stop or density == 1:
+                return points[decision.operating_round].density, density
+        raise AssertionError("growth has no end")
+
+    assert ended(0)[1] == 1
+    kept, last = ended(2)
+    assert last < 0.7
+    assert float(curve(np.zeros(1))[0] - curve(np.log([kept]))[0]) < 0.015
+
+
+def test_of_rounds_with_the_same_edges_growth_goes_back_to_the_one_trained_for_longest():
+    flat = [Point(d, 0.9, 0.0005, 10.0 + i) for i, d in enumerate([0.1, 0.2, 0.2, 0.3, 0.4, 0.4, 0.5])]
+    decision = PlateauRule().decide(flat, 1)
+    assert decision.stop
+    assert decision.operating_round in (0, 2)
+    steep = [
+        Point(d, 0.5 + 0.4 * (d > 0.15), 0.0005, 10.0 + i) for i, d in enumerate([0.1, 0.2, 0.2, 0.3, 0.4, 0.4, 0.5])
+    ]
+    assert PlateauRule().decide(steep, 1).operating_round == 2
+
+
+@pytest.mark.parametrize("epochs", [0.0, -1.0, math.inf, math.nan])
+def test_a_round_of_no_length_is_refused(epochs: float):
+    with pytest.raises(ConfigError, match="`epochs`"):
+        Point(0.1, 0.5, None, epochs)

@@ -1,5 +1,7 @@
 """PWMPR's rounds: the clock, growth, the stop and the way back."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from method_nets import OPTIMIZERS, small_net, train_steps
@@ -136,6 +138,39 @@ def test_an_adaptive_first_round_is_resumed_at_its_length():
     assert [number for number, grown in enumerate(changed) if grown] == [4, 6]
 
 
+def test_held_rounds_add_no_edges_and_are_marked():
+    net, optimizer, method = attached(steps_per_epoch=2, seed_epochs=3, hold_every=2, max_density=0.3)
+    counts = []
+    for number in range(30):
+        train_steps(net, optimizer, method, 1, number)
+        method.report(0.5)
+        counts.append(net.nnz)
+        if not method.growing:
+            break
+    entries = method.trace
+    assert [entry["held"] for entry in entries] == [n > 0 and n % 3 == 0 for n in range(len(entries))]
+    assert [entry["epochs"] for entry in entries] == [3 + n for n in range(len(entries))]
+    for before, entry in pairwise(entries):
+        assert (entry["nnz"] == before["nnz"]) == entry["held"]
+    assert entries[-1]["nnz"] == round(0.3 * net.numel)
+    assert not entries[-1]["held"]
+
+
+def test_a_held_round_reads_no_dense_gradient_beforehand_and_is_resumed():
+    net = small_net()
+    optimizer = OPTIMIZERS["sgd"](net)
+    method = methods.create("gradient-growth", epochs_per_round=1, seed_density=0.1, hold_every=1, max_density=0.9)
+    method.attach(net, optimizer, total_steps=10, steps_per_epoch=2)
+    needed = []
+    for number in range(12):
+        needed.append(method.needs_dense_gradient)
+        if number == 7:
+            method.load_state_dict(method.state_dict())
+        train_steps(net, optimizer, method, 1, number)
+    assert [number for number, needs in enumerate(needed) if needs] == [1, 5, 9]
+    assert [entry["held"] for entry in method.trace] == [False, False, True, False, True]
+
+
 @pytest.mark.parametrize("optimizer_name", sorted(OPTIMIZERS))
 def test_initial_weights_are_put_back_under_the_grown_masks(optimizer_name):
     initial = small_net().state_dict()
@@ -237,6 +272,7 @@ def test_next_nnz_grows_by_at_least_one_and_never_past_the_limit():
         ({"epochs_per_round": 0}, "`epochs_per_round`"),
         ({"epochs_per_round": None}, "`epochs_per_round`"),
         ({"max_density": 1.2}, "`max_density`"),
+        ({"hold_every": -1}, "`hold_every`"),
         ({"tolerance": 0.0}, "`tolerance`"),
         ({"norm": "batch"}, r"`norm`.*`fold`, `identity`"),
         ({"seed_density": 0.5, "max_density": 0.2}, r"`seed_density` 0\.5 is above `max_density` 0\.2"),

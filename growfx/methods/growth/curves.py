@@ -6,6 +6,13 @@ With x = ln density, the families are
     power law   top - loss * exp(-p (x - x_ref))               loss at the reference density exp(x_ref) = 0.03
     two-step    the sum of two logistics, the second of which sits at a larger density
 
+Where rounds say how long the network had been trained, a term
+
+    time * ln(epochs / epochs of the last round),            time >= 0
+
+is fitted with each of them: what rounds gain by being trained on, whatever their density. It can be told from density
+only where some rounds add no edges. The curve is then that of the last round's training.
+
 A fit is the least-squares estimate under the measurements' noise and weak Gaussian priors: a few rounds do not
 determine all parameters, and without priors the covariance is singular there. Its evidence is Laplace's approximation
 of the marginal likelihood (Bishop, Pattern Recognition and Machine Learning, 4.4.1): an information criterion that,
@@ -24,6 +31,7 @@ import numpy as np
 __all__ = ["FAMILIES", "LOGISTIC", "POWER_LAW", "TWO_STEP", "CurveFit", "Family", "fit_family"]
 
 _X_REF: Final = math.log(0.03)
+_TIME_SPREAD: Final = 0.1  # of the prior of `time`: accuracy for e times as many epochs
 _STARTS: Final = 3  # grid points that are refined: the cost has several valleys
 _ITERATIONS: Final = 40
 _CONVERGED: Final = 1e-9  # relative decrease of the cost
@@ -181,13 +189,15 @@ FAMILIES: Final = {family.name: family for family in (LOGISTIC, POWER_LAW, TWO_S
 class CurveFit:
     """A fitted curve of one family.
 
-    `covariance`: (parameters, parameters). `log_evidence`: of the data, up to what all families have in common.
+    `covariance`: (parameters, parameters). `log_evidence`: of the data, up to what all families have in common. `time`:
+    accuracy (fraction) that e times as many epochs gain at any density; 0 where rounds do not say how long they were.
     """
 
     family: Family
     parameters: np.ndarray
     covariance: np.ndarray
     log_evidence: float
+    time: float = 0.0
 
     def accuracy(self, x: np.ndarray) -> np.ndarray:
         """Return the curve's accuracy (fraction) at each ln density."""
@@ -202,11 +212,19 @@ class CurveFit:
         return np.sqrt(np.maximum(np.einsum("pi,ij,pj->p", slopes, self.covariance, slopes), 0.0))
 
 
-def fit_family(family: Family, x: np.ndarray, y: np.ndarray, sigma: np.ndarray) -> CurveFit | None:
+def fit_family(
+    family: Family, x: np.ndarray, y: np.ndarray, sigma: np.ndarray, age: np.ndarray | None = None
+) -> CurveFit | None:
     """Fit a curve of `family` to accuracies `y` at ln densities `x` with standard deviations `sigma`.
 
-    Returns None where the fit is not finite.
+    `age`: ln of epochs over those of the last round, for a fit with time. Returns None where the fit is not finite.
     """
+    if age is not None:
+        fit = fit_family(_with_time(family, age), x, y, sigma)
+        if fit is None:
+            return None
+        time = float(fit.parameters[0])
+        return CurveFit(family, fit.parameters[1:], fit.covariance[1:, 1:], fit.log_evidence, time)
     with np.errstate(over="ignore", invalid="ignore"):
         best, cost = _refined(family, _starts(family, x, y, sigma), x, y, sigma)
         if not np.isfinite(cost):
@@ -218,6 +236,27 @@ def fit_family(family: Family, x: np.ndarray, y: np.ndarray, sigma: np.ndarray) 
         return None
     log_evidence = -0.5 * cost - 0.5 * float(log_det) - float(np.sum(np.log(family.spread)))
     return CurveFit(family, best, np.linalg.inv(curvature), log_evidence)
+
+
+def _with_time(family: Family, age: np.ndarray) -> Family:
+    """Return `family` with the linear parameter `time`, which comes first, at points of these ages."""
+
+    def basis(q: np.ndarray, x: np.ndarray) -> np.ndarray:
+        own = family.basis(q, x)
+        return np.concatenate([np.broadcast_to(age[:, None], (*own.shape[:2], 1)), own], axis=2)
+
+    return Family(
+        family.name,
+        ("time", *family.parameters),
+        family.linear + 1,
+        lower=np.append(0.0, family.lower),
+        upper=np.append(1.0, family.upper),
+        mean=np.append(0.0, family.mean),
+        spread=np.append(_TIME_SPREAD, family.spread),
+        grid=family.grid,
+        basis=basis,
+        bends=lambda p, x: family.bends(p[:, 1:], x),
+    )
 
 
 def _starts(family: Family, x: np.ndarray, y: np.ndarray, sigma: np.ndarray) -> np.ndarray:

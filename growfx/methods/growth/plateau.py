@@ -8,7 +8,9 @@ choices:
 2. Each family has weak Gaussian priors: early rounds do not determine all parameters.
 3. Where residuals are larger than the noise says, even under the best family, the noise is taken to be larger, so that
    a curve of no known family is believed less.
-4. The gain from a density to full density (1.0) has a standard error: by the delta method within a family, and by the
+4. Where rounds were held (`hold_every`), what they gain by being trained on is fitted beside density
+   (`growfx.methods.growth.curves`) and does not count as a gain of density.
+5. The gain from a density to full density (1.0) has a standard error: by the delta method within a family, and by the
    disagreement of the families.
 
 The rule (`PlateauRule`) stops when gain + 1.64 errors is below the tolerance in two rounds running; while the best
@@ -25,6 +27,7 @@ and power laws are left with 0.34 points to gain.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -45,15 +48,21 @@ _SMALLEST_WEIGHT: Final = 1e-12  # of a family, as a logarithm has to be written
 
 @dataclass(frozen=True)
 class Point:
-    """One growth round: density in (0, 1], accuracy as a fraction, its standard deviation (None: unknown)."""
+    """One growth round: density in (0, 1], accuracy as a fraction, its standard deviation (None: unknown).
+
+    `epochs`: of training until its end, the seed's included; None leaves time out of the fit.
+    """
 
     density: float
     accuracy: float
     noise: float | None = None
+    epochs: float | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 < self.density <= 1.0:
             raise ConfigError(f"`density` is {self.density!r}; allowed is a number in (0, 1]")
+        if self.epochs is not None and not 0.0 < self.epochs < math.inf:
+            raise ConfigError(f"`epochs` is {self.epochs!r}; allowed is a number above 0")
         check_accuracy(self.accuracy, self.noise)
 
 
@@ -65,12 +74,14 @@ class AccuracyFit:
         curves: one fit a family, that of largest weight first.
         weights: of the curves, by their evidence; they add up to 1.
         noise: standard deviation of a typical round (fraction). points: rounds fitted.
+        time: accuracy (fraction) that e times as many epochs gain at any density; 0 where that was not fitted.
     """
 
     curves: tuple[CurveFit, ...]
     weights: tuple[float, ...]
     noise: float
     points: int
+    time: float = 0.0
 
     @property
     def curve(self) -> str:
@@ -137,7 +148,7 @@ class AccuracyFit:
             }
             for curve, weight in zip(self.curves, self.weights, strict=True)
         }
-        facts = {"curve": self.curve, "curves": curves, "noise": self.noise, "points": self.points}
+        facts = {"curve": self.curve, "curves": curves, "noise": self.noise, "points": self.points, "time": self.time}
         return facts | _logistic_facts(self.curve_of(LOGISTIC))
 
     @classmethod
@@ -157,7 +168,7 @@ class AccuracyFit:
             for name, kept in data["curves"].items()
         )
         weights = tuple(kept["weight"] for kept in data["curves"].values())
-        return cls(curves, weights, data["noise"], data["points"])
+        return cls(curves, weights, data["noise"], data["points"], data.get("time", 0.0))  # older fits have none
 
 
 def _logistic_facts(curve: CurveFit | None) -> dict[str, Any]:
@@ -175,19 +186,21 @@ def _logistic_facts(curve: CurveFit | None) -> dict[str, Any]:
 def fit_accuracy(points: Sequence[Point], families: Sequence[Family] = tuple(FAMILIES.values())) -> AccuracyFit | None:
     """Fit each family to at least two points and average them; None where no fit succeeds or the gain is unbounded.
 
-    A point without noise counts as one of 0.5 points noise, corrected by the residuals.
+    A point without noise counts as one of 0.5 points noise, corrected by the residuals. Time is fitted where all points
+    have `epochs` and two that follow each other have the same density.
     """
     x = np.log([point.density for point in points])
     y = np.array([point.accuracy for point in points])
     given = [point.noise for point in points]
     known = all(noise is not None for noise in given)
     sigma = np.array([max(_TYPICAL_NOISE if noise is None else noise, _NOISE_FLOOR) for noise in given])
+    age = _ages(points)
     curves: list[CurveFit] = []
     for _ in range(2 if known else 3):  # fit, read the noise off the residuals, fit again
-        curves = _fits(families, x, y, sigma)
+        curves = _fits(families, x, y, sigma, age)
         if not curves:
             return None
-        spread = _spread(curves[0], x, y, sigma, 1.0 if known else _TYPICAL_NOISE / sigma[0])
+        spread = _spread(curves[0], x, y, sigma, age, 1.0 if known else _TYPICAL_NOISE / sigma[0])
         if known and spread <= 1.0:
             break
         sigma = np.maximum(sigma * spread, _NOISE_FLOOR)
@@ -196,9 +209,20 @@ def fit_accuracy(points: Sequence[Point], families: Sequence[Family] = tuple(FAM
     return fit if np.isfinite(gain[0]) and error[0] < _UNBOUNDED_ERROR else None
 
 
-def _fits(families: Sequence[Family], x: np.ndarray, y: np.ndarray, sigma: np.ndarray) -> list[CurveFit]:
+def _ages(points: Sequence[Point]) -> np.ndarray | None:
+    """Return ln of the epochs of each point over the last's; None where they cannot be told from density."""
+    epochs = [point.epochs for point in points if point.epochs is not None]
+    densities = [point.density for point in points]
+    if len(epochs) < len(points) or all(a != b for a, b in pairwise(densities)):
+        return None
+    return np.log(np.array(epochs) / epochs[-1])
+
+
+def _fits(
+    families: Sequence[Family], x: np.ndarray, y: np.ndarray, sigma: np.ndarray, age: np.ndarray | None
+) -> list[CurveFit]:
     """Return the fit of each family, that of most evidence first."""
-    found = [fit for family in families if (fit := fit_family(family, x, y, sigma)) is not None]
+    found = [fit for family in families if (fit := fit_family(family, x, y, sigma, age)) is not None]
     return sorted(found, key=lambda fit: -fit.log_evidence)
 
 
@@ -212,13 +236,17 @@ def _averaged(curves: Sequence[CurveFit], sigma: np.ndarray) -> AccuracyFit:
         weights=tuple(float(weight) for weight in weights),
         noise=noise,
         points=len(sigma),
+        time=float(weights @ [curve.time for curve in curves]),
     )
 
 
-def _spread(curve: CurveFit, x: np.ndarray, y: np.ndarray, sigma: np.ndarray, typical: float) -> float:
+def _spread(
+    curve: CurveFit, x: np.ndarray, y: np.ndarray, sigma: np.ndarray, age: np.ndarray | None, typical: float
+) -> float:
     """Return the standard deviation of residuals over sigma, shrunk towards `typical` (a few points say little)."""
-    residuals = (curve.accuracy(x) - y) / sigma
-    freedom = max(len(residuals) - len(curve.parameters), 0)
+    later = 0.0 if age is None else curve.time * age
+    residuals = (curve.accuracy(x) + later - y) / sigma
+    freedom = max(len(residuals) - len(curve.parameters) - (age is not None), 0)
     total = float(residuals @ residuals) + _TYPICAL_WEIGHT * typical**2
     return math.sqrt(total / (freedom + _TYPICAL_WEIGHT))
 
@@ -301,6 +329,8 @@ class PlateauRule:
         likely = fit.chance(densities, self.tolerance) > 0.5
         settled = likely & (fit.chance(densities, self.margin * self.tolerance) > self.margin_chance)
         operating = int(np.argmax(settled)) if settled.any() else last
+        while operating < last and densities[operating + 1] == densities[operating]:
+            operating += 1  # the same edges, trained for longer
         stop = streak >= self.rounds_running
         unsure = grows and bool(likely[-1]) and not stop
         return Decision(fit, gain, error, streak, stop, operating, unsure)

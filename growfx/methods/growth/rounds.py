@@ -73,6 +73,8 @@ class Growing(Method):
             that rise for a plateau. None is "adaptive" in `growfx.train`, and "published" in other loops, whose
             `total_steps` may count growth too.
         seed_epochs: length of the first round, in which the seed is trained; None takes what `growth_rounds` says.
+        hold_every: after so many growth rounds follows one that adds no edges, so that the fit can tell what accuracy
+            gains by density from what it gains by being trained on; 0 for no such rounds.
         max_density: growth ends here at the latest.
         tolerance: accuracy (fraction) full density may still gain when growth stops; 0.003 is 0.3 points.
         final_weights: what the final training starts from under the grown masks: "current" takes the weights of the
@@ -99,6 +101,7 @@ class Growing(Method):
     epochs_per_round: int = option(2, low=1)
     growth_rounds: str | None = option(None, choices=ROUNDS, unset="adaptive; published in your own loop")
     seed_epochs: int | None = option(None, low=1, unset="by growth_rounds")
+    hold_every: int = option(0, low=0)
     max_density: float = option(1.0, low=0, high=1, open_low=True)
     tolerance: float = option(0.003, low=0, high=1, open_low=True, open_high=True)
     final_weights: str = option("current", choices=FINAL_WEIGHTS)
@@ -238,7 +241,7 @@ class Growing(Method):
         if not self.reads_gradient or growth is None or not growth.growing:
             return False
         last = growth.steps % self._round_steps == self._round_steps - 1
-        return last and self._has_room()
+        return last and self._has_room() and not self._is_held(len(growth.trace) + 1)
 
     @property
     def _round_epochs(self) -> int:
@@ -249,6 +252,16 @@ class Growing(Method):
     @property
     def _round_steps(self) -> int:
         return self._round_epochs * self._attached().steps_per_epoch
+
+    @property
+    def _epochs_done(self) -> int:
+        """Epochs of all rounds so far, the one under way included."""
+        growth = self._attached()
+        return growth.first_epochs + self.epochs_per_round * len(growth.trace)
+
+    def _is_held(self, number: int) -> bool:
+        """Whether the round of this number adds no edges."""
+        return self.hold_every > 0 and number > 0 and number % (self.hold_every + 1) == 0
 
     def _look_ahead(self) -> None:
         """Collect dense gradients in the next step, if it is one that growth reads."""
@@ -272,6 +285,7 @@ class Growing(Method):
             "round": len(growth.trace),
             "density": growth.net.density,
             "nnz": growth.net.nnz,
+            **({} if not self.hold_every else {"held": self._is_held(len(growth.trace)), "epochs": self._epochs_done}),
             "val_accuracy": accuracy,
             "noise": noise,
             "fit": None,
@@ -290,13 +304,15 @@ class Growing(Method):
             decision = self._decide()
         if decision is not None and decision.stop:
             return self._stop("plateau", decision)
-        added = self._grow(paths)
         growth.steps, growth.gradients, growth.cohort_gradients = 0, {}, []
+        if self._is_held(len(growth.trace)) and self._has_room():
+            return False
+        added = self._grow(paths)
         return True if added else self._stop(self._why_no_growth(decision), decision)
 
     def _points(self) -> list[tuple[int, Point]]:
         measured = [entry for entry in self._attached().trace if entry["val_accuracy"] is not None]
-        return [(e["round"], Point(grown_density(e), e["val_accuracy"], e["noise"])) for e in measured]
+        return [(e["round"], Point(grown_density(e), e["val_accuracy"], e["noise"], e.get("epochs"))) for e in measured]
 
     def _decide(self) -> Decision:
         """Fit the rounds so far and write the decision to the trace, rounds by their number."""
@@ -409,7 +425,8 @@ class Growing(Method):
     @property
     def trace(self) -> list[dict[str, Any]]:
         """One entry a round: round, density, nnz, val_accuracy, noise, fit (curve and decision), dead_units,
-        off_path, layer_density, cohorts; with frozen layers also budget_density, over the others, which the fit is
+        off_path, layer_density, cohorts; with `hold_every` also held (no edges were added for this round) and epochs
+        (of all rounds until its end); with frozen layers also budget_density, over the others, which the fit is
         about; with `price` = "flops" also cost, the share of dense multiply-accumulates, which the fit is about then.
 
         dead_units: output units that no path of non-zero weights crosses, at the end of the round (edges just

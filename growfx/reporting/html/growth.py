@@ -97,7 +97,8 @@ def _fit(fit: AccuracyFit, lowest: float) -> tuple[list[Series], list[Band]]:
     error = 196 * fit.accuracy_error(density)
     if not (np.isfinite(level).all() and np.isfinite(error).all()):
         raise ValueError("its curve is not finite")
-    whole = Series(f"fit: {fit.curve}, 95 % band", x, level.tolist(), marks=False, colour=_FIT_COLOUR)
+    trained = ", trained as long as the last round" if fit.time else ""
+    whole = Series(f"fit: {fit.curve}{trained}, 95 % band", x, level.tolist(), marks=False, colour=_FIT_COLOUR)
     parts = [
         Series(
             f"{curve.family.name}, weight {percent(weight)}",
