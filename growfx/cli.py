@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from growfx.commands.flags import DATA_ONLY, OptionCommand
+from growfx.commands.methods import DENSE, MAIN
 from growfx.distributed.launch import RankError, process_group, speaks
 from growfx.errors import ConfigError, GrowfxError, GrowfxWarning, did_you_mean, one_line
 from growfx.notices import warn_once
@@ -26,9 +27,6 @@ __all__ = ["main"]
 _DATA_HELP = "`digits`, a folder with train/ and val/ or test/ of class folders, or a spec such as torch/cifar10"
 _SET_HELP = "any option, as by its flag; an argument of MODEL by model.KEY=VALUE"
 _CHECKPOINT_HELP = "start from a state dict of MODEL (.pth, .pt, .bin, .safetensors)"
-_DENSE = "dense"  # no method: all weights are trained
-_COLUMNS = 100  # of text; wider lines are hard to read
-_MAIN = "pwmpr"  # what `growfx grow` runs
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -155,17 +153,17 @@ def _complete_method(context: click.Context, parameter: click.Parameter, incompl
     """The names that complete what was typed."""
     from growfx import methods
 
-    return [name for name in (_DENSE, *methods.names()) if name.startswith(incomplete) and name != _MAIN]
+    return [name for name in (DENSE, *methods.names()) if name.startswith(incomplete) and name != MAIN]
 
 
-@commands.command(cls=OptionCommand, method=_MAIN)
+@commands.command(cls=OptionCommand, method=MAIN)
 @_run_options
 @click.option("--seed-density", type=float, help="density growth starts from")
 @click.option("--max-density", type=float, help="density growth ends at, plateau or not")
 def grow(seed_density: float | None, max_density: float | None, **given: Any) -> None:
     """Grow MODEL on DATA until accuracy stops paying for density, train it, write the artifact."""
     densities = {"seed_density": seed_density, "max_density": max_density}
-    _run(_MAIN, {k: v for k, v in densities.items() if v is not None}, **given)
+    _run(MAIN, {k: v for k, v in densities.items() if v is not None}, **given)
 
 
 @commands.command(cls=OptionCommand)
@@ -182,13 +180,13 @@ def train(method: str, density: float | None, **given: Any) -> None:
     """Train MODEL on DATA by another method than growth, or as a dense control."""
     from growfx import methods
 
-    allowed = [_DENSE, *(n for n in methods.names() if n != _MAIN)]
+    allowed = [DENSE, *(n for n in methods.names() if n != MAIN)]
     if method not in allowed:
-        hint = " (that one is `growfx grow`)" if method == _MAIN else ""
+        hint = " (that one is `growfx grow`)" if method == MAIN else ""
         names = ", ".join(f"`{n}`" for n in allowed)
         near = did_you_mean(method, allowed)
         raise ConfigError(f"method `{method}` is unknown to `growfx train`{hint}; allowed: {names}{near}")
-    if method == _DENSE and density not in (None, 1.0):
+    if method == DENSE and density not in (None, 1.0):
         raise ConfigError(f"method `dense` has density 1; `--density {density}` contradicts it")
     _run(method, {} if density is None else {"density": density}, **given)
 
@@ -429,72 +427,10 @@ def bench_command(
 @click.option("--json", "as_json", is_flag=True, help="print the facts as JSON")
 def methods_command(name: str | None, as_json: bool) -> None:
     """List the methods with the defaults of their options, or the options of the method NAME."""
-    from growfx import methods
-    from growfx.commands.flags import method_rows
-    from growfx.options import as_json as defaults
-    from growfx.reporting.fitted import fitted_table, terminal_columns
+    from growfx.commands.methods import about_all, about_one
 
-    if name is not None:
-        _show_method(name, as_json)
-        return
-
-    facts = {name: defaults(methods.create(name)) for name in methods.names()}
-    rows = [
-        {
-            "method": name,
-            "options": ", ".join(_with_default(row) for row in method_rows(name)),
-            "command": "grow" if name == _MAIN else "train",
-        }
-        for name in facts
-    ]
-    rows.append({"method": _DENSE, "options": "the control: all weights", "command": "train"})
-    text = fitted_table(rows, min(terminal_columns() or _COLUMNS, _COLUMNS), wrap=("options",))
-    _show({"methods": facts}, as_json, text)
-
-
-def _with_default(row: Mapping[str, str]) -> str:
-    """An option of a method with its default; where that is unset, with what it stands for."""
-    name, default = row["flag"].removeprefix("--").replace("-", "_"), row["default"]
-    return f"{name}={f'({default})' if ' ' in default else default}"
-
-
-def _show_method(name: str, as_json: bool) -> None:
-    """Print the options of one method, its source and an example."""
-    import inspect
-    import re
-
-    from growfx import methods
-    from growfx.commands.flags import method_rows
-    from growfx.reporting.fitted import fitted_table, terminal_columns
-
-    kind = methods.kind_of(name)
-    rows = method_rows(name)
-    source = (inspect.getdoc(inspect.getmodule(kind)) or "").strip()
-    about = (inspect.getdoc(kind) or "").partition("\n\nAttributes:")[0]
-    about = re.sub(r"[;,]\s+options\s+as\s+in\s+`\w+`(,\s+and)?\.?$", ".", about)  # all are listed
-    command = "grow MODEL" if name == _MAIN else f"train MODEL --method {name}"
-    example = f"growfx {command} --data digits --out runs/{name}"
-    columns = min(terminal_columns() or _COLUMNS, _COLUMNS)
-    shown = example if len(example) + 2 <= columns else example.replace(" --data", " \\\n      --data")
-    options = fitted_table(rows, columns, wrap=("meaning", "allowed", "default", "flag"))
-    about, source = (_filled(part, columns) for part in (about, source))
-    text = f"{about}\n\n{options}\n\n{source}\n\nexample:\n  {shown}"
-    _show({"name": name, "about": about, "source": source, "options": rows, "example": example}, as_json, text)
-
-
-def _filled(text: str, columns: int) -> str:
-    """Fill the paragraphs of a docstring anew for a terminal; lists keep their lines."""
-    import re
-    import textwrap
-
-    filled = []
-    for paragraph in text.split("\n\n"):
-        listed = re.search(r"^\s*(\d+\.|[-*])? {2}|^\s*(\d+\.|[-*]) ", paragraph, flags=re.MULTILINE)
-        for line in paragraph.split("\n") if listed else [" ".join(paragraph.split())]:
-            indent = " " * (len(line) - len(line.lstrip()))
-            filled += textwrap.wrap(line, columns, subsequent_indent=indent, break_on_hyphens=False)
-        filled.append("")
-    return "\n".join(filled).rstrip()
+    facts, text = about_all() if name is None else about_one(name)
+    _show(facts, as_json, text)
 
 
 @commands.command("completion")
