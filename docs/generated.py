@@ -133,20 +133,23 @@ def inference_table() -> str:
 
 
 def native_table() -> str:
-    """Speed of the native runtime over dense onnxruntime."""
-    found = result("native_speed")
-    rows = [
+    """Speed of the native runtime over the fastest dense runtime of the same turns: one thread, batches, two threads."""
+    names = ("native_speed", "native_speed_batch16", "native_speed_threads")
+    return "\n\n".join(f"{table(native_rows(result(name)))}\n\n{where(result(name), name)}" for name in names)
+
+
+def native_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The networks of one file of results."""
+    return [
         {
             "network": record["model"],
             "batch": record["batch"],
-            "dense onnxruntime": f"{record['milliseconds']['onnxruntime']:.1f} ms",
-            **{f"{float(density):.0%}": f"{speed:.2f}" for density, speed in record["speed"].items()},
+            "threads": record["threads"],
+            "best dense": f"{record['best_peer']}, {record['milliseconds'][record['best_peer']]:.1f} ms",
+            **{f"{float(density):.0%}": f"{speed:.2f}" for density, speed in record["over_best"].items()},
         }
         for record in found["found"]
     ]
-    titles = dict.fromkeys(title for row in rows for title in row)
-    rows = [{title: row.get(title, "-") for title in titles} for row in rows]
-    return f"{table(rows)}\n\n{where(found, 'native_speed')}"
 
 
 def peers_table() -> str:
