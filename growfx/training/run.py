@@ -355,6 +355,12 @@ class Run:
         if not ranks.finite(total):
             written = self.folder is not None and self.folder.checkpoints.exists()
             kept = "; the last checkpoint is kept" if written else ""
+            if self.state.step.watch.saw_empty_batch():
+                raise DataError(
+                    f"the loss is not finite in epoch {self.state.at.epoch + 1}: all images of a batch have class "
+                    "number -100, which the loss leaves out, so that none is left to average; leave them out of the "
+                    f"data set, or give them a class{kept}"
+                )
             rate = self.state.optimizer.param_groups[0]["lr"]
             raise GrowfxError(
                 f"the loss is not finite in epoch {self.state.at.epoch + 1} (`{self.options.optimizer}`, learning "
