@@ -199,6 +199,7 @@ def train(method: str, density: float | None, **given: Any) -> None:
 @click.option("--dense", is_flag=True, help="also write a dense model.safetensors that timm loads")
 @click.option("--compact", is_flag=True, help="leave out units that the outputs do not need, fold norms")
 @click.option("--onnx", type=click.Path(path_type=Path), help="also write the network (--compact or not) as ONNX file")
+@click.option("--fixed-batch", is_flag=True, help="fix the batch size of the ONNX file")
 @click.option("--best", is_flag=True, help="from the checkpoint of the best validation accuracy, not the last")
 @click.option("--json", "as_json", is_flag=True, help="print the facts as JSON")
 def export(run: Path, best: bool, as_json: bool, **targets: Any) -> None:

@@ -221,7 +221,7 @@ def test_the_onnx_file_of_a_compact_export_is_of_the_compact_network(run, tmp_pa
     assert norms == {"whole": 15, "small": 0}
 
 
-def _note_norms(found, name, net, file) -> None:
+def _note_norms(found, name, net, file, **_) -> None:
     found[name] = sum(isinstance(module, torch.nn.BatchNorm2d) for module in net.shell.modules())
 
 
@@ -423,6 +423,18 @@ def test_an_interrupted_command_promises_only_what_it_has(command, inner, monkey
     error = capsys.readouterr().err
     assert "growfx: interrupted" in error
     assert "resume" not in error
+
+
+def test_the_batch_size_of_an_onnx_file_is_fixed_on_demand(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("growfx.commands.export.require_onnx", lambda: None)
+    asked: list[bool] = []
+    monkeypatch.setattr("growfx.commands.export.export_onnx", lambda *_, batch: asked.append(batch))
+    command = ("export", run, "--out", tmp_path / "out")
+    for options in ([], ["--fixed-batch"]):
+        assert call(*command, "--onnx", tmp_path / "net.onnx", *options) == 0
+    assert asked == [True, False]
+    assert call(*command, "--fixed-batch") == 2
+    assert "`--onnx FILE`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [["--dense", "--compact"], ["--compact", "--onnx", "."]])

@@ -14,16 +14,18 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 @contextmanager
-def staged_folder(target: Path, *, last: str, stale: Iterable[str] = ()) -> Generator[Path]:
+def staged_folder(target: Path, *, last: str, first: str = "", stale: Iterable[str] = ()) -> Generator[Path]:
     """Yield an empty folder; when the block ends well, its files are on disk and move to `target` together.
 
-    A new `target` appears by one rename. In an existing one each file is replaced by one rename, the one
-    called `last` at the end, and other files stay; when a rename fails, those done before are undone. When
-    the block raises, `target` is as it was. Threads that fill one folder do so one after the other.
+    A new `target` appears by one rename. In an existing one each file is replaced by one rename, the one called `first`
+    at the beginning and the one called `last` at the end, and other files stay; when a rename fails or is interrupted,
+    those done before are undone. When the block raises, `target` is as it was. Threads that fill one folder do so one
+    after the other.
 
     Args:
         target: the folder to fill; parents are made.
         last: the file that refers to the others.
+        first: the file that shows whose the others are, should the process be killed between two renames.
         stale: files of an earlier write to remove.
 
     Raises:
@@ -43,7 +45,7 @@ def staged_folder(target: Path, *, last: str, stale: Iterable[str] = ()) -> Gene
         with _ONE_AT_A_TIME:
             exists = target.is_dir()  # another thread may have made it since
             if exists:
-                names = sorted((file.name for file in stage.iterdir()), key=lambda name: name == last)
+                names = sorted((file.name for file in stage.iterdir()), key=lambda name: (name == last, name != first))
                 _replace_all(stage, target, names, [name for name in stale if name not in names])
             else:
                 stage.rename(target)
@@ -65,7 +67,7 @@ def _replace_all(stage: Path, target: Path, names: list[str], stale: list[str]) 
                 os.replace(stage / name, target / name)
             else:
                 (target / name).unlink(missing_ok=True)
-    except OSError:
+    except BaseException:  # Ctrl-C too, or the kept files would go with the stage
         for name in touched:
             if (kept / name).exists():
                 os.replace(kept / name, target / name)

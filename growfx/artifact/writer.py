@@ -350,7 +350,7 @@ def _write(content: _Content, target: Path, dense: bool) -> ArtifactInfo:
     manifest = content.manifest
     stored = {k: v for name, entry in manifest.tensors.items() for k, v in entry.stored(name).items()}
     stale = [] if dense else [DENSE_WEIGHTS] if _has_dense(target) else []
-    with staged_folder(target, last=CONFIG, stale=stale) as folder:
+    with staged_folder(target, first=WEIGHTS, last=CONFIG, stale=stale) as folder:
         size, digest = _write_safetensors(folder / WEIGHTS, {"growfx": to_metadata(manifest)}, stored, content.streams)
         info = describe(manifest, size)
         if dense:

@@ -33,6 +33,7 @@ class Targets:
     onnx: Path | None = None
     dense: bool = False
     compact: bool = False
+    fixed_batch: bool = False
 
     def __post_init__(self) -> None:
         if all(target is None for target in (self.out, self.native, self.web)):
@@ -40,6 +41,8 @@ class Targets:
         about_out = [name for name in ("dense", "compact", "onnx") if getattr(self, name)]
         if self.out is None and about_out:
             raise ConfigError(f"`--{about_out[0]}` goes with `--out DIR`, which is missing")
+        if self.fixed_batch and self.onnx is None:
+            raise ConfigError("`--fixed-batch` is about the file of `--onnx FILE`, which is missing")
 
     def check(self) -> None:
         """Refuse targets that cannot be written, before anything is."""
@@ -80,7 +83,7 @@ def export_run(run: Path, targets: Targets, *, best: bool = False) -> tuple[dict
         lines.append(str(native))
     small = small_network(net) if targets.compact else None
     if targets.onnx is not None:
-        export_onnx(net if small is None else small.net, targets.onnx)
+        export_onnx(net if small is None else small.net, targets.onnx, batch=not targets.fixed_batch)
     if targets.out is not None:
         written, text = _write_artifact(net, small, targets.out, origin, dense=targets.dense)
         facts |= written

@@ -95,7 +95,7 @@ def accuracy_of(path: Path, data: str, split: str, assignments: Sequence[str] = 
     recorded = dict(known.get("data", {}))
     classes = recorded.pop("classes", None)
     options = DataOptions(**{k: v for k, v in (recorded | values["data"]).items() if k not in _SOURCE})
-    source = open_data(data, options)
+    source = open_data(data, replace(options, cache_mb=0))  # each image is read once
     if classes is not None and list(source.classes) != classes:
         raise DataError(
             f"`{path}` was trained on {_listed(classes)}, `{data}` has {_listed(source.classes)}; "

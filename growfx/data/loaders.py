@@ -21,7 +21,7 @@ from growfx.errors import ConfigError, DataError
 from growfx.models.build import default_image_shape
 from growfx.options import DataOptions
 
-__all__ = ["InputFormat", "fit_input", "fit_size", "is_augmented", "is_shared_out", "make_loader"]
+__all__ = ["InputFormat", "fit_input", "fit_size", "is_augmented", "is_shared_out", "make_loader", "sampler_of"]
 
 # Mean and standard deviation of the digits' pixels, scaled to [0, 1].
 _DIGITS_MEAN, _DIGITS_STD = 0.305, 0.376
@@ -188,9 +188,16 @@ def _statistics(
     return (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
 
 
+def sampler_of(loader: object) -> object:
+    """The sampler that orders a loader's images, in its `batch_sampler` or beside it; None where there is none."""
+    inside = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    return getattr(loader, "sampler", None) if inside is None else inside
+
+
 def is_shared_out(sampler: object) -> bool:
-    """Whether a loader's sampler shares the images out among the ranks: every rank takes each n-th."""
+    """Whether a loader's sampler shares the images out among all ranks: every rank takes each n-th."""
     from timm.data.distributed_sampler import OrderedDistributedSampler
     from torch.utils.data import DistributedSampler
 
-    return isinstance(sampler, DistributedSampler | OrderedDistributedSampler)
+    known = isinstance(sampler, DistributedSampler | OrderedDistributedSampler)
+    return known and sampler.num_replicas == ranks.world_size()

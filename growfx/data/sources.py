@@ -139,12 +139,14 @@ class _FileImages:
     def _decode(path: str) -> Any:
         from PIL import Image
 
-        with Path(path).open("rb") as stream:
-            try:
+        try:
+            with Path(path).open("rb") as stream:
                 image = Image.open(stream)
                 image.load()
-            except (OSError, SyntaxError, ValueError) as error:
-                raise DataError(f"image `{path}` cannot be decoded ({error}); remove or replace it") from error
+        except FileNotFoundError as error:
+            raise DataError(f"image `{path}` is no longer there; put it back, or start anew without it") from error
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"image `{path}` cannot be decoded ({error}); remove or replace it") from error
         return _eight_bits(image)
 
 
@@ -301,18 +303,26 @@ def _check_headers(paths: Sequence[str], folder: Path) -> None:
     """Open every file before training starts: a bad one would otherwise end a run hours later."""
     from PIL import Image
 
-    bad, unbounded = list[str](), list[str]()
+    bad, unbounded, large = list[str](), list[str](), list[str]()
     for path in paths:
         try:
             with Image.open(path) as image:
                 if _depth(image) is None:
                     unbounded.append(path)
+        except Image.DecompressionBombError:
+            large.append(path)
         except (OSError, SyntaxError, ValueError):
             bad.append(path)
     if bad:
         raise DataError(
             f"{len(bad)} of {len(paths)} images under `{folder}` cannot be read: {_listed(bad[:3])}; remove or replace "
             "them"
+        )
+    if large:
+        raise DataError(
+            f"{len(large)} of {len(paths)} images under `{folder}` have more pixels than Pillow reads, "
+            f"{2 * (Image.MAX_IMAGE_PIXELS or 0):,}: {_listed(large[:3])}; make them smaller, or call growfx from "
+            "Python with a larger `PIL.Image.MAX_IMAGE_PIXELS`"
         )
     if unbounded:
         raise DataError(

@@ -152,7 +152,7 @@ def _export(model: nn.Module, call: Inputs, file: Path, batch: bool) -> None:
         raise ConfigError(
             f"the network has a parameter or buffer `{taken[0]}`, which is a name of the file's; rename it"
         )
-    hint = "; `batch=False` fixes the batch size, which may help" if batch else ""
+    hint = "; `batch=False` (`--fixed-batch`) fixes the batch size, which may help" if batch else ""
     try:
         # torch announces changes of its own exporter: nothing to act on here.
         with ignored_warnings(), torch.no_grad():

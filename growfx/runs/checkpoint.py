@@ -102,7 +102,9 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:
             with suppress(OSError):
                 new.unlink(missing_ok=True)
-            reason = " ".join(str(error).strip().splitlines()[:1])
+            # torch's writer, closed after a failed write, complains of where it stands and hides the reason
+            hidden = error.__context__ if isinstance(error.__context__, OSError) else error
+            reason = " ".join(str(hidden).strip().splitlines()[:1])
             raise CheckpointError(
                 f"checkpoint `{target}` cannot be written ({reason}); free space or make the folder "
                 "writable, then continue with resume"

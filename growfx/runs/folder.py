@@ -128,7 +128,7 @@ class RunFolder:
         refuse_existing(path, resume=resume, overwrite=overwrite)
         folder = cls(path, config, defaults)
         path.mkdir(parents=True, exist_ok=True)
-        folder._lock.acquire()
+        folder.hold()
         try:
             if resume and (path / "config.json").exists():
                 folder.require_same(cls.open(path).config, f"run folder `{path}`")
@@ -141,6 +141,10 @@ class RunFolder:
             folder.close()
             raise
         return folder
+
+    def hold(self) -> None:
+        """Keep other processes out of the folder, which is there, until `close`; CheckpointError when one is in it."""
+        self._lock.acquire()
 
     def close(self) -> None:
         """Let other processes continue or replace the run."""

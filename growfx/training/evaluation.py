@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from growfx.data.batches import pair_of
-from growfx.data.loaders import is_shared_out
+from growfx.data.loaders import is_shared_out, sampler_of
 from growfx.distributed import ranks
 from growfx.errors import ConfigError, DataError
 from growfx.masked.agreement import share_buffers
 from growfx.masked.graph import MaskedGraph
 from growfx.masked.shared import is_shared
+from growfx.runs.checkpoint import content_digest
 from growfx.training.images import explaining_images
 
 __all__ = ["Score", "count_classes", "evaluate", "explaining_class_numbers", "logits_of", "paired_noise"]
@@ -50,8 +51,9 @@ class Score:
 def evaluate(net: nn.Module, loader: Iterable[Any], device: torch.device | str) -> Score:
     """Top-1 score of `net` in eval mode; the mode it was in is restored.
 
-    Among several ranks it is the same on each: of norm statistics of rank 0 and, where the loader shares the images out
-    (`DistributedSampler`, timm's `OrderedDistributedSampler`), of all images together.
+    Among several ranks it is the same on each: of norm statistics of rank 0 and of the images of all ranks. Images that
+    a sampler repeats to fill up the ranks' parts (`DistributedSampler`, timm's `OrderedDistributedSampler`) count once,
+    and so do those of loaders that give every rank the same.
 
     Args:
         loader: gives (images (B, ...), class numbers (B)).
@@ -64,11 +66,16 @@ def evaluate(net: nn.Module, loader: Iterable[Any], device: torch.device | str) 
     together = isinstance(net, MaskedGraph) and is_shared(net)
     if together:
         share_buffers(net)
+    sampler = sampler_of(loader)
+    compared = together and not is_shared_out(sampler)
     net.eval()
     found: list[Tensor] = []
+    images_seen: list[str] = []
     try:
         with torch.no_grad():
             for images, targets in map(pair_of, loader):
+                if compared:
+                    images_seen.append(content_digest(images))
                 images = images.to(device, non_blocking=True)
                 with explaining_images(net, images):
                     output = net(images)
@@ -89,17 +96,23 @@ def evaluate(net: nn.Module, loader: Iterable[Any], device: torch.device | str) 
     if not found:
         raise DataError("the loader to evaluate on gives no images")
     correct = torch.cat(found)
-    return Score(_of_all_ranks(correct, loader) if together else correct)
+    if not together:
+        return Score(correct)
+    return Score(_of_what_each_saw(correct, images_seen) if compared else _of_parts(correct, sampler))
 
 
-def _of_all_ranks(correct: Tensor, loader: Any) -> Tensor:
-    """Join what the ranks found of their images, in the order of the data set; else take rank 0's word."""
-    parts = ranks.everyone(correct)
-    sampler: Any = getattr(loader, "sampler", None)
-    if not is_shared_out(sampler):
-        return parts[0]
+def _of_parts(correct: Tensor, sampler: Any) -> Tensor:
+    """Join what the ranks found of the parts that `sampler` gave them, in its order."""
     # rank r has every image number r, r + ranks, ...; images are repeated at the end to make the parts equal
-    return torch.stack(parts, 1).reshape(-1)[: len(sampler.dataset)]
+    return torch.stack(ranks.everyone(correct), 1).reshape(-1)[: len(sampler.dataset)]
+
+
+def _of_what_each_saw(correct: Tensor, images: list[str]) -> Tensor:
+    """Take rank 0's word where all ranks saw the same `images`, else that of every rank, in their order."""
+    parts = ranks.everyone((correct, images))
+    if all(seen == images for _, seen in parts):
+        return parts[0][0]
+    return torch.cat([part for part, _ in parts])
 
 
 def count_classes(net: nn.Module, images: Tensor) -> int:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, Subset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler, Subset
 
+from growfx.data.loaders import sampler_of
 from growfx.distributed import ranks
 from growfx.errors import ConfigError, DataError, did_you_mean
 from growfx.methods.session import Stage
@@ -67,13 +68,17 @@ def steps_of(loader: Any) -> int:
 
 
 def _shares_out(loader: Any) -> bool:
-    """Whether ranks may have different images: False for one that surely has them all, in the order of no sampler."""
-    if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, RandomSampler | SequentialSampler):
+    """Whether ranks may have different images: False for as many in the order of a sampler that shares nothing out."""
+    sampler = sampler_of(loader)
+    known = isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler)
+    if not isinstance(loader, DataLoader) or not known or type(loader.batch_sampler) not in (BatchSampler, type(None)):
         own = True
+    elif isinstance(sampler, DistributedSampler):
+        own = sampler.num_replicas > 1
     elif isinstance(loader.dataset, Subset):
         own = content_digest([int(index) for index in loader.dataset.indices])
     else:
-        own = False
+        own = len(loader.dataset)  # pyright: ignore[reportArgumentType] - its sampler counts it
     found = ranks.everyone(own)
     return own is True or len(set(found)) > 1
 
@@ -181,9 +186,11 @@ def seed_globally(seed: int, epoch: int, loader: Any = None) -> None:
     from timm.utils.random import random_seed
 
     state = np.random.SeedSequence([seed, epoch + 1]).generate_state(1)
-    sampler = getattr(loader, "sampler", None)
+    sampler = sampler_of(loader)
     if isinstance(sampler, DistributedSampler):
         sampler.set_epoch(int(state[0]))
+    elif callable(set_epoch := getattr(sampler, "set_epoch", None)):  # torch's convention: else each epoch is the same
+        set_epoch(max(0, epoch))
     if ranks.rank() and epoch >= 0:
         state = np.random.SeedSequence([seed, epoch + 1, ranks.rank()]).generate_state(1)
     random_seed(int(state[0]) >> 1)

@@ -284,7 +284,7 @@ class Run:
         seed_globally(self.options.seed, self.state.at.epoch, self.train_loader)
         self.net.train()
         part = self.state.open_epoch()
-        self._started = time.perf_counter()
+        self._started = time.perf_counter() - part.seconds
         if part.done == steps:  # only its validation is missing
             part.resume_random(self.train_loader)
             return part.mean_loss()
@@ -317,7 +317,7 @@ class Run:
         self._kernels = kernels_taken(self.net)
         if not dense_gradient:  # a step of the gradient of absent edges is dense
             self._warn_of_kernels()
-        part.mark(self.train_loader)
+        part.mark(self.train_loader, time.perf_counter() - self._started)
         if not self._looked_beyond and steps * length >= len(cast(Sized, self.train_loader)):
             self._looked_beyond = True
             warn_of_batches_left(self.train_loader, batches)
@@ -346,7 +346,7 @@ class Run:
         if not due and not asked:
             return
         self._require_finite(part.loss)
-        part.mark(self.train_loader)
+        part.mark(self.train_loader, time.perf_counter() - self._started)
         if asked:
             raise Stopped(asked)  # which writes it too
         self._checkpoint()
@@ -355,6 +355,12 @@ class Run:
         if not ranks.finite(total):
             written = self.folder is not None and self.folder.checkpoints.exists()
             kept = "; the last checkpoint is kept" if written else ""
+            if self.state.step.watch.saw_empty_batch():
+                raise DataError(
+                    f"the loss is not finite in epoch {self.state.at.epoch + 1}: all images of a batch have class "
+                    "number -100, which the loss leaves out, so that none is left to average; leave them out of the "
+                    f"data set, or give them a class{kept}"
+                )
             rate = self.state.optimizer.param_groups[0]["lr"]
             raise GrowfxError(
                 f"the loss is not finite in epoch {self.state.at.epoch + 1} (`{self.options.optimizer}`, learning "

@@ -52,15 +52,18 @@ class EpochPart:
         done: its steps so far.
         uncounted: how many of them the cost meter does not know of yet.
         random: state of the generators after the last of them (see `mark`); None while nobody needs it.
+        seconds: wall time of the epoch up to then, over all the processes that it was continued in.
     """
 
     loss: Tensor
     done: int = 0
     uncounted: int = 0
     random: dict[str, Any] | None = None
+    seconds: float = 0.0
 
-    def mark(self, loader: Any) -> None:
-        """Keep the state of all generators, a loader's own among them."""
+    def mark(self, loader: Any, seconds: float) -> None:
+        """Keep the state of all generators, a loader's own among them, and the epoch's wall time so far."""
+        self.seconds = seconds
         own = getattr(loader, "generator", None)
         self.random = {
             **randomness_of(self.loss.device),

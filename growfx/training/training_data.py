@@ -8,6 +8,7 @@ from typing import Any, Final
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from growfx.distributed import ranks
 from growfx.notices import warn_once
 from growfx.options import TrainOptions
 from growfx.training.recipe import private_randomness
@@ -20,12 +21,13 @@ _LEFT_OUT: Final = -100  # `ignore_index` of torch's cross-entropy
 class TargetWatch:
     """Looks at the targets of each batch, and warns once of those that the loss leaves out or takes unsmoothed.
 
-    `look` waits for no device; `tell`, which does, is for now and then.
+    `look` waits for no device; `tell` and `saw_empty_batch`, which do, are for now and then.
     """
 
     def __init__(self, options: TrainOptions) -> None:
         self.smoothing = options.label_smoothing
         self._unlabelled: Tensor | None = None
+        self._empty: Tensor | None = None
         self._notes: list[str] = []
         self._told = False
 
@@ -37,9 +39,15 @@ class TargetWatch:
                 "training loader gives them: the loss takes them as given; smooth them there, or give class numbers",
                 self._notes,
             )
-        if targets.ndim == 1 and not self._told:
-            found = (targets == _LEFT_OUT).any()
-            self._unlabelled = found if self._unlabelled is None else self._unlabelled | found
+        if targets.ndim == 1:
+            left_out = targets == _LEFT_OUT
+            self._unlabelled = _either(self._unlabelled, left_out.any())
+            self._empty = _either(self._empty, left_out.all())
+
+    def saw_empty_batch(self) -> bool:
+        """Whether the loss left out all images of a batch, the mean of which is not a number; on any rank."""
+        (found,) = ranks.largest(self._empty is not None and bool(self._empty))
+        return bool(found)
 
     def tell(self) -> None:
         """Warn where images without a class were among the batches looked at."""
@@ -51,6 +59,10 @@ class TargetWatch:
             "cross-entropy does: they train nothing; leave them out of the data set, or give them a class",
             self._notes,
         )
+
+
+def _either(before: Tensor | None, found: Tensor) -> Tensor:
+    return found if before is None else before | found
 
 
 def warn_of_batches_left(loader: Any, batches: Iterator[Any]) -> None:

@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +167,24 @@ def test_what_is_left_of_an_artifact_is_replaced(tmp_path: Path, left: str):
     (tmp_path / "out" / left).write_bytes(b"{")
     growfx.save(net, tmp_path / "out")
     assert growfx.inspect(tmp_path / "out").nnz == net.nnz
+
+
+def test_a_save_that_was_killed_does_not_stand_in_the_way_of_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    net = make_net(0.5)
+    (tmp_path / "out").mkdir()
+    order: list[str] = []
+    replace = os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda source, target: (order.append(Path(target).name), replace(source, target)))
+        growfx.save(net, tmp_path / "out")
+    assert len(order) == 3
+    for done in range(1, 3):  # files that were in place when it was killed
+        left = tmp_path / str(done)
+        left.mkdir()
+        for name in order[:done]:
+            shutil.copy(tmp_path / "out" / name, left)
+        growfx.save(net, left)
+        assert growfx.inspect(left).nnz == net.nnz
 
 
 def test_dense_weights_beside_an_artifact_without_them_are_not_replaced(tmp_path: Path):

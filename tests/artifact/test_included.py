@@ -1,14 +1,18 @@
 """The networks that come with growfx."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from places import ROOT
 
 import growfx
 from growfx.artifact.hub import included_names, local_path
+from growfx.commands import inspection
 from growfx.commands.inspection import accuracy_of
+from growfx.data.sources import DataSource, open_data
 
 KEPT = json.loads((ROOT / "benchmarks" / "results" / "included.json").read_text())
 ROWS = {row["name"]: row for row in KEPT["networks"]}
@@ -59,3 +63,16 @@ def test_an_unknown_name_is_answered_by_the_list() -> None:
     for name in ("", "../included", "digits-resnet10t-grown/config.json"):
         with pytest.raises(growfx.ArtifactError, match="comes with growfx"):
             growfx.load(f"growfx:{name}")
+
+
+def test_an_evaluation_reads_each_image_once_and_keeps_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "val"):
+        for digit in range(10):
+            (tmp_path / split / str(digit)).mkdir(parents=True)
+            Image.new("L", (8, 8), digit).save(tmp_path / split / str(digit) / "0.png")
+    sources: list[DataSource] = []
+    monkeypatch.setattr(inspection, "open_data", lambda *given: sources.append(open_data(*given)) or sources[-1])
+    name = next(name for name in included_names() if name.startswith("digits"))
+    assert accuracy_of(Path(f"growfx:{name}"), str(tmp_path), "val")["images"] == 10
+    kept = [split.images.kept._images for source in sources for split in source.splits.values()]
+    assert kept == [{}, {}]

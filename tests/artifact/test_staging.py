@@ -52,10 +52,11 @@ def test_an_error_in_the_block_leaves_everything_as_it_was(tmp_path: Path, exist
     assert len(list(tmp_path.iterdir())) == exists
 
 
+@pytest.mark.parametrize("reason", [OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("failing", ["a", "b", "c"])
 def test_a_rename_that_fails_undoes_those_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, links: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, links: bool, reason: type[BaseException]
 ):
     write(tmp_path, a="old a", c="old c", gone="old", other="mine")
     before = read(tmp_path)
@@ -63,7 +64,7 @@ def test_a_rename_that_fails_undoes_those_before(
 
     def fail(source: Any, target: Any) -> None:
         if Path(source).parent.name.endswith(".tmp") and Path(source).name == failing:
-            raise OSError("no more renames")
+            raise reason("no more renames")
         replace(source, target)
 
     def no_link(*_: Any) -> None:
@@ -72,12 +73,14 @@ def test_a_rename_that_fails_undoes_those_before(
     monkeypatch.setattr(os, "replace", fail)
     if not links:
         monkeypatch.setattr(os, "link", no_link)
-    with pytest.raises(OSError, match="no more renames"), staged_folder(tmp_path, last="c", stale=["gone"]) as stage:
+    with pytest.raises(reason, match="no more renames"), staged_folder(tmp_path, last="c", stale=["gone"]) as stage:
         write(stage, a="new", b="new", c="new")
     assert read(tmp_path) == before
 
 
-def test_the_file_that_refers_to_the_others_is_replaced_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_files_are_replaced_from_the_first_to_the_one_that_refers_to_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     write(tmp_path, a="old")
     order: list[str] = []
     replace = os.replace
@@ -87,9 +90,9 @@ def test_the_file_that_refers_to_the_others_is_replaced_last(tmp_path: Path, mon
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", note)
-    with staged_folder(tmp_path, last="a") as stage:
+    with staged_folder(tmp_path, first="z", last="a") as stage:
         write(stage, a="1", b="2", z="3")
-    assert order == ["b", "z", "a"]
+    assert order == ["z", "b", "a"]
 
 
 @pytest.mark.parametrize("exists", [False, True])

@@ -20,7 +20,7 @@ from growfx.commands.compare.comparison import Comparison, FinishedRun, _open, p
 from growfx.commands.compare.pool import RunSpec, processes, run_all
 from growfx.commands.compare.progress import LogTail, Meter, epochs_logged
 from growfx.commands.compare.report import comparison_rows, comparison_text, summarise
-from growfx.errors import ConfigError
+from growfx.errors import CheckpointError, ConfigError
 from growfx.reporting import plots
 from growfx.runs.checkpoint import read
 
@@ -426,13 +426,33 @@ def test_what_runs_warn_of_is_passed_on_once(tmp_path, capsys):
 
 def test_overwriting_replaces_a_comparison_and_nothing_else(tmp_path):
     old, new = planned("dense", seeds=(0, 1)), planned("dense", seeds=(5,))
-    _open(tmp_path, old, resume=False, overwrite=False)
+    _open(tmp_path, old, resume=False, overwrite=False).close()
     (tmp_path / "runs" / "dense-s0").mkdir(parents=True)
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "table.txt").write_text("old")
-    _open(tmp_path, new, resume=False, overwrite=True)
+    _open(tmp_path, new, resume=False, overwrite=True).close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "notes.txt"]
     assert json.loads((tmp_path / "config.json").read_text())["seeds"] == [5]
+
+
+def test_a_comparison_under_way_is_neither_replaced_nor_continued_by_another(tmp_path):
+    pytest.importorskip("fcntl", reason="the system has no such locks")
+    with closing(_open(tmp_path, planned("dense"), resume=False, overwrite=False)):
+        (tmp_path / "runs" / "dense-s0").mkdir(parents=True)
+        for how in ({"resume": False, "overwrite": True}, {"resume": True, "overwrite": False}):
+            with pytest.raises(CheckpointError, match="is in use"):
+                _open(tmp_path, planned("dense"), **how)
+        assert (tmp_path / "runs" / "dense-s0").is_dir()
+    _open(tmp_path, planned("dense"), resume=True, overwrite=False).close()
+
+
+def test_ranks_of_torchrun_do_not_each_start_the_same_comparison(tmp_path, monkeypatch, capsys):
+    place = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    assert call("compare", *MODEL, *COMPARED, "--out", tmp_path / "out") == 1
+    assert "torchrun" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # -- tables and plots -----------------------------------------------------------------------------------------

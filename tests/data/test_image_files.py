@@ -154,3 +154,25 @@ def test_images_of_other_modes_are_read(folder, mode):
     Image.new(mode, (8, 8)).save(folder / "train" / "cat" / "other.tif")
     images, _ = next(iter(make_loader(open_data(str(folder)), "train", PLAIN, DataOptions(augment="none"))))
     assert images.shape[1:] == PLAIN.input_size
+
+
+def test_images_too_large_for_pillow_are_refused_by_name(folder, monkeypatch):
+    put(folder / "train" / "cat" / "large.png", np.zeros((40, 40), np.uint8))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(DataError, match=facts(1, 5, "large.png", "1,000", "MAX_IMAGE_PIXELS")):
+        open_data(str(folder))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert len(open_data(str(folder)).split("train")) == 5
+
+
+@pytest.mark.parametrize("change", ["removed", "grown"])
+def test_an_image_that_changed_since_the_start_is_named_when_it_is_read(folder, monkeypatch, change):
+    loader = make_loader(open_data(str(folder)), "val", PLAIN, DataOptions(cache_mb=0))
+    path = folder / "val" / "dog" / "1.png"
+    if change == "removed":
+        path.unlink()
+    else:
+        put(path, np.zeros((40, 40), np.uint8))
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(DataError, match=facts(str(path))):
+        list(loader)

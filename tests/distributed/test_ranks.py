@@ -13,7 +13,7 @@ from rank_processes import run_ranks, same
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Subset
 from training_nets import Tiny, loaders
 
 import growfx
@@ -22,7 +22,7 @@ from growfx.errors import ConfigError, DataError, GrowfxError, MaskError
 from growfx.methods.masks import dense_gradients
 from growfx.runs.checkpoint import content_digest
 from growfx.training.evaluation import evaluate
-from growfx.training.recipe import steps_of
+from growfx.training.recipe import seed_globally, steps_of
 from growfx.training.step import unused_parameters
 
 
@@ -232,6 +232,13 @@ def small_facts() -> dict:
     whole = evaluate(net, val_loader, "cpu").correct
     parts = [val_loader.dataset, DistributedSampler(val_loader.dataset, shuffle=False)]
     part = evaluate(net, DataLoader(parts[0], batch_size=8, sampler=parts[1]), "cpu").correct
+    elsewhere = DataLoader(parts[0], batch_sampler=BatchSampler(parts[1], 8, drop_last=False))
+    assert evaluate(net, elsewhere, "cpu").correct.tolist() == whole.tolist()
+    of_one = DistributedSampler(parts[0], num_replicas=1, rank=0, shuffle=False)
+    assert evaluate(net, DataLoader(parts[0], sampler=of_one), "cpu").correct.tolist() == whole.tolist()
+    own = Subset(parts[0], range(20) if ranks.rank() == 0 else range(20, 41))
+    assert evaluate(net, DataLoader(own, batch_size=8), "cpu").correct.tolist() == whole.tolist()
+    assert evaluate(net, list(DataLoader(own, batch_size=8)), "cpu").correct.tolist() == whole.tolist()
     numbers = torch.tensor([ranks.rank() + 1.0])
     ranks.average([numbers])
     errors = []
@@ -245,6 +252,14 @@ def small_facts() -> dict:
     with pytest.raises(ConfigError, match=facts("`Subset`")):
         steps_of(DataLoader(Subset(images, some)))
     assert steps_of(DataLoader(Subset(images, some[ranks.rank() :: 2]), shuffle=True)) == 20
+    sampled = DataLoader(images, batch_sampler=BatchSampler(DistributedSampler(images), 8, drop_last=True))
+    assert steps_of(sampled) == 96 // 2 // 8
+    seed_globally(0, 4, sampled)
+    before = list(sampled.batch_sampler)
+    seed_globally(0, 5, sampled)
+    assert list(sampled.batch_sampler) != before, "a sampler within another gets its epoch, too"
+    with pytest.raises(ConfigError, match=facts(2, "`sampler=")):
+        steps_of(DataLoader(images, sampler=DistributedSampler(images, num_replicas=1, rank=0)))
     lengths = steps_of([0] * (3 + ranks.rank()))
     return {
         "correct": whole.tolist() == part.tolist() and len(whole) == 41,

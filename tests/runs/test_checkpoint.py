@@ -1,4 +1,5 @@
 import errno
+import io
 import os
 import stat
 from contextlib import suppress
@@ -278,6 +279,22 @@ def test_a_disk_that_fills_up_under_torch_is_told_of_too(checkpoints, monkeypatc
     with pytest.raises(CheckpointError, match="cannot be written"):
         checkpoints.save(state(2), steps=2)
     assert checkpoints.load()[0]["epoch"] == 1
+
+
+class LittleSpace(io.FileIO):
+    """A file on a disk that has no space left for much at once, and some for a little."""
+
+    def write(self, data) -> int:
+        if len(memoryview(data).cast("B")) > 10_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
+def test_a_full_disk_is_named_where_torch_complains_of_something_else(checkpoints, monkeypatch):
+    little = lambda path, mode: io.BufferedWriter(LittleSpace(path, mode), 100)  # noqa: E731
+    monkeypatch.setattr(Path, "open", little)
+    with pytest.raises(CheckpointError, match=r"cannot be written .*No space left on device"):
+        checkpoints.save({"weights": torch.zeros(20_000)}, steps=2)
 
 
 def test_no_checkpoint_is_an_error_that_names_the_folder(checkpoints):

@@ -8,6 +8,7 @@ from training_nets import QUICK, fresh_net, interrupt_at, loaders
 import growfx
 from growfx.runs.folder import RunFolder
 from growfx.training.clock import Clock
+from growfx.training.step import TrainStep
 
 
 def busy(seconds: float) -> None:
@@ -55,3 +56,18 @@ def test_a_resumed_run_reports_the_seconds_of_all_its_parts(tmp_path, monkeypatc
     assert all(getattr(result, name) > before[name] for name in before)
     stored = RunFolder.open(out).read_json("result.json")
     assert all(stored[name] == getattr(result, name) for name in before)
+
+
+def test_the_time_of_an_epoch_is_that_of_all_its_parts(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    given = {"options": QUICK, "out": out, "progress": False, "checkpoint_minutes": 0}
+    train_on = TrainStep.__call__
+    monkeypatch.setattr(TrainStep, "__call__", lambda self, *window: (time.sleep(0.02), train_on(self, *window))[1])
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 0, 5)
+        with suppress(KeyboardInterrupt):
+            growfx.train(fresh_net(), *loaders(), **given)
+    assert RunFolder.open(out).checkpoints.load()[0]["part"]["done"] == 5
+    growfx.train(fresh_net(), *loaders(), **given, resume=True)
+    first = next(record for record in RunFolder.open(out).read_log() if record["event"] == "epoch")
+    assert first["seconds"] >= 6 * 0.02

@@ -7,14 +7,14 @@ import pytest
 import torch
 from breadth import some
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, Sampler
 from training_nets import QUICK, final_state, fresh_net, interrupt_at, loaders
 
 from growfx.errors import ConfigError
 from growfx.methods.session import Stage
 from growfx.options import TrainOptions
 from growfx.runs.checkpoint import content_digest
-from growfx.training.recipe import make_loss, make_mixup, schedule_of
+from growfx.training.recipe import make_loss, make_mixup, schedule_of, seed_globally
 from growfx.training.start import train
 
 
@@ -181,3 +181,29 @@ def test_mixing_leaves_batches_that_the_caller_keeps_alone():
     before = [images.clone() for images, _ in kept]
     train(fresh_net(), kept, val_loader, options=QUICK, epochs=1, mixup=1.0, cutmix=1.0, progress=False)
     assert all(torch.equal(images, own) for (images, _), own in zip(kept, before, strict=True))
+
+
+class OrderOfEpoch(Sampler[int]):
+    """Draws its order from the number of the epoch alone, as samplers do that repeat augmented images."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        return iter([(self.epoch + i) % 4 for i in range(4)])
+
+    def __len__(self) -> int:
+        return 4
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_sampler_that_draws_by_the_epoch_is_told_it(inside):
+    sampler = OrderOfEpoch()
+    order = {"batch_sampler": BatchSampler(sampler, 2, False)} if inside else {"sampler": sampler}
+    loader = DataLoader(range(4), **order)
+    seed_globally(0, -1, loader)
+    assert list(sampler) == [0, 1, 2, 3]
+    seed_globally(0, 2, loader)
+    assert list(sampler) == [2, 3, 0, 1]

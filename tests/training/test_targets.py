@@ -215,3 +215,9 @@ def test_a_network_that_is_frozen_whole_says_so():
     net = growfx.wrap(nn.Linear(8, 10).requires_grad_(False), torch.randn(2, 8))
     with pytest.raises(ConfigError, match="`requires_grad`"):
         growfx.train(net, loader(NUMBERS), loader(NUMBERS), **PLAIN)
+
+
+def test_a_batch_without_any_class_is_named_as_the_reason_of_a_loss_that_is_no_number():
+    second_left_out = torch.where(torch.arange(20) < 10, NUMBERS, -100)
+    with pytest.warns(growfx.GrowfxWarning, match="-100"), pytest.raises(DataError, match=facts("epoch 1", "-100")):
+        trained(second_left_out, val=NUMBERS)

@@ -23,6 +23,7 @@ from growfx.commands.compare.progress import Meter, finished
 from growfx.commands.compare.report import FORMAT, run_facts, write_comparison
 from growfx.commands.ray_cluster import Cluster
 from growfx.commands.starting_weights import file_digest
+from growfx.distributed.launch import launched
 from growfx.errors import CheckpointError, ConfigError, did_you_mean
 from growfx.machine import versions
 from growfx.methods.growth.rounds import Growing
@@ -317,13 +318,14 @@ def compare(
     heard = list[str]()
     with hearing(heard):
         folder = _open(Path(out), comparison, resume=resume, overwrite=overwrite)
-    work = Path(out) / "runs"
-    work.mkdir(exist_ok=True)
-    with closing(Meter(work, progress, heard)) as meter:
-        planned, errors = _train_and_control(comparison, planned, work, launch, meter)
-    runs = [_facts_of(run, work, errors.get(run.name)) for run in planned]
-    fingerprint = folder.config["data"]["fingerprint"]
-    return write_comparison(folder, {**folder.config, "data": data, "fingerprint": fingerprint, "jobs": jobs}, runs)
+    with closing(folder):
+        work = Path(out) / "runs"
+        work.mkdir(exist_ok=True)
+        with closing(Meter(work, progress, heard)) as meter:
+            planned, errors = _train_and_control(comparison, planned, work, launch, meter)
+        runs = [_facts_of(run, work, errors.get(run.name)) for run in planned]
+        fingerprint = folder.config["data"]["fingerprint"]
+        return write_comparison(folder, {**folder.config, "data": data, "fingerprint": fingerprint, "jobs": jobs}, runs)
 
 
 def _launcher(cluster: Cluster | None, jobs: int | None, device: str, logs: Path) -> tuple[Launch, int | None]:
@@ -391,7 +393,12 @@ def _expect(meter: Meter, planned: Iterable[Planned]) -> None:
 
 
 def _open(out: Path, comparison: Comparison, *, resume: bool, overwrite: bool) -> RunFolder:
-    """Open the folder of a comparison once all is sure that can be known before training."""
+    """Open the folder of a comparison, until it is closed, once all is sure that can be known before training."""
+    if launched():
+        raise ConfigError(
+            "a comparison starts its processes itself, one for each run, got several processes that start it together; "
+            "start it once, without torchrun, and say by `--jobs` how many runs there are at a time"
+        )
     refuse_existing(out, resume=resume, overwrite=overwrite)
     config = {"format": FORMAT, "versions": versions(), **comparison.config()}
     before = RunFolder(out, config).read_json("config.json")
@@ -405,13 +412,24 @@ def _open(out: Path, comparison: Comparison, *, resume: bool, overwrite: bool) -
         _require_same_data(out, before, config)
     folder = RunFolder(out, config)
     out.mkdir(parents=True, exist_ok=True)
-    if overwrite:
-        for name in ("runs", "logs"):
-            shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("table.txt", "compare.json", "accuracy_density.png", "accuracy_cost.png", "accuracy_seconds.png"):
-            (out / name).unlink(missing_ok=True)
-    folder.write_json("config.json", config)
+    folder.hold()
+    try:
+        if before is None:
+            refuse_existing(out, resume=resume, overwrite=overwrite)  # another process may have begun meanwhile
+        if overwrite:
+            _clear(out)
+        folder.write_json("config.json", config)
+    except BaseException:
+        folder.close()
+        raise
     return folder
+
+
+def _clear(out: Path) -> None:
+    for name in ("runs", "logs"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("table.txt", "compare.json", "accuracy_density.png", "accuracy_cost.png", "accuracy_seconds.png"):
+        (out / name).unlink(missing_ok=True)
 
 
 def _try_out(comparison: Comparison) -> dict[str, Any]:
