@@ -133,7 +133,7 @@ def inference_table() -> str:
 
 
 def native_table() -> str:
-    """Speed of the native runtime over the fastest dense runtime of the same turns: one thread, batches, two threads."""
+    """Speed of the native runtime over the fastest dense one of the same turns: one thread, batches, two threads."""
     names = ("native_speed", "native_speed_batch16", "native_speed_threads")
     return "\n\n".join(f"{table(native_rows(result(name)))}\n\n{where(result(name), name)}" for name in names)
 
