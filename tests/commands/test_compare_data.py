@@ -25,7 +25,7 @@ def write_folder(root: Path, images: int) -> Path:
 
 def opened(out: Path, data: Path, *, resume: bool, **options: object) -> None:
     comparison = Comparison("test_resnet", str(data), ("dense",), assignments=("img_size=16",), **options)
-    _open(out, comparison, resume=resume, overwrite=False)
+    _open(out, comparison, resume=resume, overwrite=False).close()
 
 
 def test_a_comparison_is_not_continued_on_other_data(tmp_path):
@@ -48,7 +48,7 @@ def test_a_comparison_goes_on_with_other_memory_for_images(tmp_path):
     data = write_folder(tmp_path / "data", 4)
     opened(tmp_path / "out", data, resume=False)
     comparison = Comparison("test_resnet", str(data), ("dense",), assignments=("img_size=16", "cache_mb=0"))
-    _open(tmp_path / "out", comparison, resume=True, overwrite=False)
+    _open(tmp_path / "out", comparison, resume=True, overwrite=False).close()
 
 
 def test_a_comparison_from_before_data_was_noted_is_continued(tmp_path):
