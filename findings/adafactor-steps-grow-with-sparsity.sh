@@ -4,7 +4,7 @@
 #           steps as long as a dense layer's: the learning rate carries over.
 # Happens:  the numbers of rows and columns are means over all their places, zeros of absent edges included. The second moment of a
 #           kept weight comes out too small by the density, and its step too long by one over the root of it: three times at 10 %,
-#           ten times at 1 %. Adafactor's clipping, by the mean square of the step over all places, does not see it, for the same
+#           nine times at 1 %. Adafactor's clipping, by the mean square of the step over all places, does not see it, for the same
 #           reason. So it is with timm's and with transformers' Adafactor as it is set for fine-tuning, scale_parameter off.
 #           torch's always multiplies the step by the weight's own mean square root, and transformers' by default: that one is too
 #           small for the same zeros, and the two errors cancel. Adam takes the same step at every density.
