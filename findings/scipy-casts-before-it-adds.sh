@@ -45,7 +45,8 @@ for name, make in forms.items():
     dense = make().toarray()
     whole, there = make().astype(int).toarray(), make().astype(bool).toarray()
     places = len(make().nonzero()[0])
-    print(f"{name}: as int {whole[whole != 0].tolist()}, of the dense one {dense.astype(int)[dense.astype(int) != 0].tolist()};", end=" ")
+    right = dense.astype(int)
+    print(f"{name}: as int {whole[whole != 0].tolist()}, of the dense one {right[right != 0].tolist()};", end=" ")
     print(f"edges as bool {there.sum()}, nonzero() {places}, count_nonzero() {make().count_nonzero()}, dense {(dense != 0).sum()}")
     assert sorted(whole.ravel()) == [-3] + [0] * 7 + [2], "this has changed"
     assert there.sum() == 4 and places == 6 and make().count_nonzero() == (dense != 0).sum() == 3, "this has changed"
