@@ -1,6 +1,8 @@
 """Options of the recipe: each has the effect that its name says, and a run continues bit for bit with it."""
 
 import math
+import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 from training_nets import QUICK, final_state, fresh_net, interrupt_at, loaders
 
-from growfx.errors import ConfigError
+import growfx
+from growfx.errors import ConfigError, GrowfxWarning
 from growfx.methods.session import Stage
 from growfx.options import TrainOptions
 from growfx.runs.checkpoint import content_digest
@@ -207,3 +210,22 @@ def test_a_sampler_that_draws_by_the_epoch_is_told_it(inside):
     assert list(sampler) == [0, 1, 2, 3]
     seed_globally(0, 2, loader)
     assert list(sampler) == [2, 3, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "storage", "density", "warns"),
+    [
+        ("cadamw", "dense", 0.3, True),
+        ("cadamw", "dense", None, False),
+        ("cadamw", "present", 0.3, False),
+        ("adamw", "dense", 0.3, False),
+    ],
+)
+def test_optimizers_whose_step_grows_where_edges_are_absent_are_warned_of(optimizer, storage, density, warns, tmp_path):
+    options = replace(QUICK, epochs=1, warmup_epochs=0, lr=1e-3, optimizer=optimizer, storage=storage, kernels="auto")
+    method = None if density is None else growfx.methods.create("static", density=density)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(fresh_net(), *loaders(), method=method, out=tmp_path / "run", options=options)
+    told = [str(warning.message) for warning in caught if issubclass(warning.category, GrowfxWarning)]
+    assert any("absent edges never move" in text for text in told) == warns
