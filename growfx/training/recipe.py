@@ -113,9 +113,9 @@ def warn_of_caution(optimizer: torch.optim.Optimizer, options: TrainOptions) -> 
     """Warn of timm's cautious optimizers, which divide a step by the share of a whole weight that takes part in it."""
     if options.storage == "dense" and any(group.get("caution") for group in optimizer.param_groups):
         warn_once(
-            f"`{options.optimizer}` divides the step of a layer by the share of its weights that move, and absent edges "
-            'never move: at a density of 10 % present edges take up to ten times the step; `storage` = "present" leaves '
-            "absent edges out",
+            f"`{options.optimizer}` divides the step of a layer by the share of its weights that move, and absent "
+            "edges never move: at a density of 10 % present edges take up to ten times the step; `storage` = "
+            '"present" leaves absent edges out',
             [],
         )
 
