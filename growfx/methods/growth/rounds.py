@@ -304,10 +304,11 @@ class Growing(Method):
             decision = self._decide()
         if decision is not None and decision.stop:
             return self._stop("plateau", decision)
+        held = self._is_held(len(growth.trace)) and self._has_room()
+        added = 0 if held else self._grow(paths)  # which reads the gradients
         growth.steps, growth.gradients, growth.cohort_gradients = 0, {}, []
-        if self._is_held(len(growth.trace)) and self._has_room():
+        if held:
             return False
-        added = self._grow(paths)
         return True if added else self._stop(self._why_no_growth(decision), decision)
 
     def _points(self) -> list[tuple[int, Point]]:
