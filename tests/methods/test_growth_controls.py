@@ -139,6 +139,21 @@ def test_the_gradient_of_absent_edges_is_asked_for_in_the_last_step_of_a_round_a
     assert asked == dense_steps  # 0.1 -> 0.13 -> 0.169 -> 0.2; the last round does not grow
 
 
+@pytest.mark.parametrize(("options", "grown"), [({}, [3, 4, 5, 6, 7]), ({"hold_every": 1}, [3, 5, 7])])
+def test_rounds_of_one_step_that_nobody_reports_grow_by_the_gradient_of_that_step(options, grown, monkeypatch):
+    net, optimizer, method = attached("gradient-growth", steps_per_epoch=1, seed_epochs=3, **options)
+    found, choose = [], type(method)._grown
+
+    def grow(own, growth, *rest):
+        found.append(set(growth.gradients))
+        return choose(own, growth, *rest)
+
+    monkeypatch.setattr(type(method), "_grown", grow)
+    changed = [number for number in range(8) if train_steps(net, optimizer, method, 1, number)[0]]
+    assert changed == grown
+    assert found == [set(net.layers)] * len(grown)
+
+
 @pytest.mark.parametrize("draw", ["top", "sampled"])
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_without_a_usable_gradient_a_round_still_has_its_edges(draw, value):

@@ -6,6 +6,7 @@ from method_nets import OPTIMIZERS, small_net, train_steps
 
 from growfx import methods
 from growfx.errors import CheckpointError
+from growfx.methods.growth.newborn import newest_cohorts
 
 
 def attached(name="pwmpr", net=None, **options):
@@ -100,3 +101,17 @@ def test_the_state_of_a_version_without_cohorts_is_continued():
     train_steps(net, optimizer, method, 2, 1)
     method.report(0.5, 0.01)
     assert [c["born"] for c in method.trace[-1]["cohorts"]] == [0, 1]
+
+
+def test_a_held_round_has_no_newborn_edges():
+    net, optimizer, method = attached(hold_every=1)
+    for number in range(4):
+        train_steps(net, optimizer, method, 2, number)
+        method.report(0.5, 0.01)
+    assert [entry["held"] for entry in method.trace] == [False, False, True, False]
+    assert [[c["edges"] > 0 for c in entry["cohorts"]] for entry in method.trace[1:]] == [
+        [True, True],
+        [True, True],  # those of round 1, a round older
+        [True, True, False, True],
+    ]
+    assert [row["round"] for row in newest_cohorts(method.trace)] == [1, 3]

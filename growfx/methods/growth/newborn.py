@@ -124,7 +124,7 @@ def newest_cohorts(trace: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for entry in trace:
         cohorts = entry.get("cohorts") or []
-        if len(cohorts) < 2 or not cohorts[-1]["edges"]:
+        if len(cohorts) < 2 or not cohorts[-1]["edges"] or entry.get("held"):  # then the last cohort is an older one
             continue
         newborn, older = cohorts[-1], cohorts[:-1]
         count = sum(cohort["edges"] for cohort in older)

@@ -240,14 +240,18 @@ class Growing(Method):
         growth = self._attachment.state
         if not self.reads_gradient or growth is None or not growth.growing:
             return False
-        last = growth.steps % self._round_steps == self._round_steps - 1
-        return last and self._has_room() and not self._is_held(len(growth.trace) + 1)
+        over = growth.steps >= self._round_steps  # without a report: the next step is the first of another round
+        number, done = len(growth.trace) + over, 0 if over else growth.steps
+        last = done + 1 == self._epochs_of(number) * growth.steps_per_epoch
+        return last and self._has_room() and not self._is_held(number + 1)
 
     @property
     def _round_epochs(self) -> int:
         """Length of the round under way."""
-        growth = self._attached()
-        return self.epochs_per_round if growth.trace else growth.first_epochs
+        return self._epochs_of(len(self._attached().trace))
+
+    def _epochs_of(self, number: int) -> int:
+        return self.epochs_per_round if number else self._attached().first_epochs
 
     @property
     def _round_steps(self) -> int:
@@ -304,10 +308,11 @@ class Growing(Method):
             decision = self._decide()
         if decision is not None and decision.stop:
             return self._stop("plateau", decision)
+        held = self._is_held(len(growth.trace)) and self._has_room()
+        added = 0 if held else self._grow(paths)  # which reads the gradients
         growth.steps, growth.gradients, growth.cohort_gradients = 0, {}, []
-        if self._is_held(len(growth.trace)) and self._has_room():
+        if held:
             return False
-        added = self._grow(paths)
         return True if added else self._stop(self._why_no_growth(decision), decision)
 
     def _points(self) -> list[tuple[int, Point]]:

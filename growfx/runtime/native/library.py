@@ -133,7 +133,7 @@ class NativeNetwork:
         """Compute with so many threads from now on.
 
         Raises:
-            ConfigError: a number of threads that it does not take.
+            ConfigError: a number of threads that it does not take, or that the system does not give.
         """
         if threads == self._threads:
             return

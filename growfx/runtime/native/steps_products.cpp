@@ -126,10 +126,13 @@ class ConvolutionStep final : public Ready {
       const int64_t least = std::min(c.out_height, ceil_div(4 * kernels->lanes, c.out_width));
       c.band = std::clamp(BAND_FLOATS / row - c.reach, least, c.out_height);
       c.band = ceil_div(c.out_height, ceil_div(c.out_height, c.band));
-      // Threads that share a band copy its planes each; bands for all of them are better where their rows are many.
+      // Threads that share a band copy its planes each; bands for all of them are better where their rows are many. A
+      // last band of few rows is added up in another order, and results would depend on the number of threads.
       const int64_t units = c.images * ceil_div(c.out_height, c.band), even = ceil_div(units, threads) * threads;
       const int64_t band = ceil_div(c.out_height, ceil_div(even, c.images));
-      if (shares_of(units, threads) > 1 && band >= std::max(least, 4 * c.reach)) c.band = band;
+      const auto evenly = [&](int64_t rows) { return (c.out_height - 1) % rows + 1 >= least; };
+      if (shares_of(units, threads) > 1 && band >= std::max(least, 4 * c.reach) && evenly(band) && evenly(c.band))
+        c.band = band;
     }
     // Room for a register past the end, and no half page: planes would share cache lines.
     c.plane_size = c.direct ? positions

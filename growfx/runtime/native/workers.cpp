@@ -41,6 +41,16 @@ void spin(int i) {
 }
 
 struct Workers::Pool {
+  // Also where a thread cannot be had: it ends those that there are.
+  ~Pool() {
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      closing = true;
+    }
+    begin.notify_all();
+    for (std::thread& thread : threads) thread.join();
+  }
+
   // The gate of a round of tasks: how many threads are inside, whether more may enter, the number of the round. The caller
   // waits for those inside alone, not for threads that come too late to help.
   static constexpr uint64_t INSIDE = 0xffff, OPEN = 0x10000, ROUND = 0x20000;
@@ -116,18 +126,10 @@ Workers::Workers(int threads) : threads_(threads) {
   if (threads_ == 1) return;
   pool_ = std::make_unique<Pool>();
   pool_->parts = std::vector<Pool::Part>(static_cast<size_t>(threads_));
-  for (int i = 1; i < threads_; ++i) pool_->threads.emplace_back([this, i] { pool_->loop(i); });
+  for (int i = 1; i < threads_; ++i) pool_->threads.emplace_back([pool = pool_.get(), i] { pool->loop(i); });
 }
 
-Workers::~Workers() {
-  if (!pool_) return;
-  {
-    std::lock_guard<std::mutex> lock(pool_->mutex);
-    pool_->closing = true;
-  }
-  pool_->begin.notify_all();
-  for (std::thread& thread : pool_->threads) thread.join();
-}
+Workers::~Workers() = default;
 
 void Workers::run(int64_t tasks, void (*function)(void*, int64_t, int), void* context) {
   if (!pool_ || tasks < 2) {

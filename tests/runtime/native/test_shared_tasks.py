@@ -1,6 +1,7 @@
 """Threads that share the tasks of a step: the same numbers for any number of them, however late they come."""
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growfx
+from growfx.errors import ConfigError
 from growfx.runtime.native.library import NativeNetwork, library_status
 
 pytestmark = pytest.mark.skipif(bool(library_status()), reason=library_status() or "the library is there")
@@ -66,3 +68,35 @@ def test_networks_with_more_threads_than_cores_do_not_wait_for_each_other(
         caller.join(timeout=120)
     assert not any(caller.is_alive() for caller in callers)
     assert not wrong
+
+
+@pytest.mark.parametrize(("rows", "columns", "stride", "threads"), [(57, 9, 1, 8), (10, 16, 2, 3)])
+def test_bands_that_end_in_a_short_one_add_up_in_the_same_order(
+    rows: int, columns: int, stride: int, threads: int
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 12, rows * stride, columns * stride)
+    window = 3 if stride == 1 else 1
+    net = growfx.wrap(nn.Sequential(nn.Conv2d(12, 16, window, stride, window // 2)), x, density=0.5).eval()
+    assert torch.equal(native(net, x, threads=threads)(x)[0], native(net, x)(x)[0])
+
+
+def test_threads_that_the_system_does_not_give_are_an_error_after_which_the_network_runs(
+    case: tuple[growfx.MaskedGraph, Tensor],
+) -> None:
+    resource = pytest.importorskip("resource")
+    sizes = Path("/proc/self/statm")
+    if not sizes.exists():
+        pytest.skip("how much memory is in use is not known here")
+    net, x = case
+    network = native(net, x[:1], threads=2)
+    expected = network(x)[0]
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(sizes.read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), before[1]))  # room for the stacks of some
+    try:
+        with pytest.raises(ConfigError):
+            network.set_threads(256)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert torch.equal(network(x)[0], expected)
