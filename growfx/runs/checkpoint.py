@@ -103,8 +103,8 @@ class Checkpoints:
             with suppress(OSError):
                 new.unlink(missing_ok=True)
             # torch's writer, closed after a failed write, complains of where it stands and hides the reason
-            hidden = error.__context__ if isinstance(error.__context__, OSError) else error
-            reason = " ".join(str(hidden).strip().splitlines()[:1])
+            hides = isinstance(error, RuntimeError) and isinstance(error.__context__, OSError)
+            reason = " ".join(str(error.__context__ if hides else error).strip().splitlines()[:1])
             raise CheckpointError(
                 f"checkpoint `{target}` cannot be written ({reason}); free space or make the folder "
                 "writable, then continue with resume"

@@ -70,7 +70,7 @@ def steps_of(loader: Any) -> int:
 
 
 def _shares_out(loader: Any) -> bool:
-    """Whether ranks may have different images: False for as many in the order of a sampler that shares nothing out."""
+    """Whether ranks may have different images; not where all have as many, by a sampler that shares nothing out."""
     sampler = sampler_of(loader)
     known = isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler)
     if not isinstance(loader, DataLoader) or not known or type(loader.batch_sampler) not in (BatchSampler, type(None)):

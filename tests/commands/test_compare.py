@@ -16,7 +16,7 @@ import torch
 from training_nets import untimed
 
 from growfx.cli import main
-from growfx.commands.compare.comparison import Comparison, FinishedRun, _open, plan_controls
+from growfx.commands.compare.comparison import Comparison, FinishedRun, _expected_epochs, _open, plan_controls
 from growfx.commands.compare.pool import RunSpec, processes, run_all
 from growfx.commands.compare.progress import LogTail, Meter, epochs_logged
 from growfx.commands.compare.report import comparison_rows, comparison_text, summarise
@@ -453,6 +453,21 @@ def test_ranks_of_torchrun_do_not_each_start_the_same_comparison(tmp_path, monke
     assert call("compare", *MODEL, *COMPARED, "--out", tmp_path / "out") == 1
     assert "torchrun" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("hold_every", "rounds"), [(0, 6), (1, 10), (2, 8), (4, 7), (5, 6)])
+def test_held_rounds_are_among_the_epochs_expected_up_to_the_last_that_grows(hold_every, rounds):
+    options = {
+        "seed_density": 0.1,
+        "max_density": 0.3,
+        "seed_epochs": 4,
+        "epochs_per_round": 1,
+        "hold_every": hold_every,
+    }
+    comparison = planned("pwmpr", assignments=[f"pwmpr.{name}={value}" for name, value in options.items()])
+    (run,) = comparison.runs()
+    # 0.1, 0.13, 0.169, 0.22, 0.286 and 0.3, and those held between
+    assert _expected_epochs(run.spec) == run.spec.train_options.epochs + 4 + rounds - 1
 
 
 # -- tables and plots -----------------------------------------------------------------------------------------

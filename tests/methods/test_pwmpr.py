@@ -171,6 +171,22 @@ def test_a_held_round_reads_no_dense_gradient_beforehand_and_is_resumed():
     assert [entry["held"] for entry in method.trace] == [False, False, True, False, True]
 
 
+def test_rounds_from_before_some_were_held_count_in_the_fit_with_their_time():
+    net, optimizer, method = attached(seed_epochs=3)
+    grow(net, optimizer, method, lambda density: 0.5 + density / 10, limit=7)
+    state = method.state_dict()
+    assert all("epochs" not in entry for entry in state["trace"])
+    method = methods.create("pwmpr", epochs_per_round=1, seed_epochs=3, hold_every=1, masks="given")
+    method.attach(net, optimizer, total_steps=10, steps_per_epoch=1)
+    method.load_state_dict(state)
+    before = len(method.trace)
+    grow(net, optimizer, method, lambda density: 0.6 + 0.01 * len(method.trace), limit=2)
+    assert len(method.trace) == before + 2
+    assert method.trace[-1]["held"]
+    assert method.trace[-1]["nnz"] == method.trace[-2]["nnz"]
+    assert method.trace[-1]["fit"]["time"] > 0
+
+
 @pytest.mark.parametrize("optimizer_name", sorted(OPTIMIZERS))
 def test_initial_weights_are_put_back_under_the_grown_masks(optimizer_name):
     initial = small_net().state_dict()

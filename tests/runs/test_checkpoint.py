@@ -297,6 +297,19 @@ def test_a_full_disk_is_named_where_torch_complains_of_something_else(checkpoint
         checkpoints.save({"weights": torch.zeros(20_000)}, steps=2)
 
 
+def test_a_full_disk_is_named_where_there_are_no_links_either(checkpoints, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr("growfx.runs.checkpoint.shutil.copyfile", full)
+    with pytest.raises(CheckpointError, match=r"cannot be written .*No space left on device"):
+        checkpoints.save(state(1), steps=1, best=True)
+
+
 def test_no_checkpoint_is_an_error_that_names_the_folder(checkpoints):
     assert not checkpoints.exists()
     with pytest.raises(CheckpointError, match="there is no checkpoint in"):

@@ -513,7 +513,7 @@ def _expected_epochs(spec: RunSpec) -> int:
         return epochs
     start = method.seed_density or 0.02
     rounds = math.ceil(math.log(max(method.max_density / start, 1.0)) / math.log(method.growth_ratio)) + 1
-    if method.hold_every:
-        rounds += (rounds - 1) // method.hold_every
+    if method.hold_every:  # the last that grows, at `max_density`, is followed by none that is held
+        rounds += max(rounds - 2, 0) // method.hold_every
     seed_epochs = method.seed_epochs or (method.epochs_per_round if method.growth_rounds == "published" else epochs)
     return epochs + seed_epochs + (rounds - 1) * method.epochs_per_round

@@ -257,15 +257,16 @@ class Growing(Method):
     def _round_steps(self) -> int:
         return self._round_epochs * self._attached().steps_per_epoch
 
-    @property
-    def _epochs_done(self) -> int:
-        """Epochs of all rounds so far, the one under way included."""
-        growth = self._attached()
-        return growth.first_epochs + self.epochs_per_round * len(growth.trace)
+    def _epochs_until(self, number: int) -> int | None:
+        """Epochs of all rounds up to the end of this one; None without held rounds, as nobody asks."""
+        return self._attached().first_epochs + self.epochs_per_round * number if self.hold_every else None
 
     def _is_held(self, number: int) -> bool:
         """Whether the round of this number adds no edges."""
         return self.hold_every > 0 and number > 0 and number % (self.hold_every + 1) == 0
+
+    def _held_facts(self, number: int) -> dict[str, Any]:
+        return {"held": self._is_held(number), "epochs": self._epochs_until(number)} if self.hold_every else {}
 
     def _look_ahead(self) -> None:
         """Collect dense gradients in the next step, if it is one that growth reads."""
@@ -289,7 +290,7 @@ class Growing(Method):
             "round": len(growth.trace),
             "density": growth.net.density,
             "nnz": growth.net.nnz,
-            **({} if not self.hold_every else {"held": self._is_held(len(growth.trace)), "epochs": self._epochs_done}),
+            **self._held_facts(len(growth.trace)),
             "val_accuracy": accuracy,
             "noise": noise,
             "fit": None,
@@ -317,7 +318,10 @@ class Growing(Method):
 
     def _points(self) -> list[tuple[int, Point]]:
         measured = [entry for entry in self._attached().trace if entry["val_accuracy"] is not None]
-        return [(e["round"], Point(grown_density(e), e["val_accuracy"], e["noise"], e.get("epochs"))) for e in measured]
+        return [
+            (e["round"], Point(grown_density(e), e["val_accuracy"], e["noise"], self._epochs_until(e["round"])))
+            for e in measured
+        ]
 
     def _decide(self) -> Decision:
         """Fit the rounds so far and write the decision to the trace, rounds by their number."""
