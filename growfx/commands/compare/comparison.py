@@ -18,9 +18,10 @@ from typing import Any
 
 from growfx import methods
 from growfx.commands.compare.cluster import run_all_on
-from growfx.commands.compare.pool import DENSE, Report, RunSpec, field_names, processes, run_all
+from growfx.commands.compare.pool import Report, RunSpec, field_names, processes, run_all
 from growfx.commands.compare.progress import Meter, finished
 from growfx.commands.compare.report import FORMAT, run_facts, write_comparison
+from growfx.commands.methods import DENSE
 from growfx.commands.ray_cluster import Cluster
 from growfx.commands.starting_weights import file_digest
 from growfx.distributed.launch import launched

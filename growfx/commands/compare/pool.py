@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from growfx import methods
 from growfx.commands.children import end_with_parent, fork_context
 from growfx.commands.compare.progress import LogTail
+from growfx.commands.methods import DENSE
 from growfx.commands.starting_weights import StartingWeights, split_arguments
 from growfx.errors import ConfigError, GrowfxError, one_line
 from growfx.methods.base import Method
@@ -30,9 +31,8 @@ from growfx.training.recipe import pick_device
 if TYPE_CHECKING:
     from growfx.runs.result import Result
 
-__all__ = ["DENSE", "PRELOAD", "Report", "RunSpec", "field_names", "processes", "run_all"]
+__all__ = ["PRELOAD", "Report", "RunSpec", "field_names", "processes", "run_all"]
 
-DENSE = "dense"  # no method: all weights are trained
 _ACCELERATOR_JOBS = 8  # small networks leave most of an accelerator idle
 _PATIENCE = 10.0  # seconds
 _POLL = 0.5  # seconds between looks at what the runs have logged
