@@ -34,6 +34,7 @@ from growfx.masked.mask_bits import pack
 from growfx.masked.present.optimizer_state import check_pointwise, check_state
 from growfx.masked.present.values import Move, on_move
 from growfx.masked.registry import LAYER_OF, is_replaced
+from growfx.notices import warn_once
 
 __all__ = [
     "GROUP_STEP",
@@ -54,6 +55,12 @@ _TORCH = ("sgd.SGD", "adam.Adam", "adamw.AdamW", "rmsprop.RMSprop", "nadam.NAdam
 _TIMM = ("lamb.Lamb", "lion.Lion", "lars.Lars", "adamp.AdamP", "adan.Adan", "adamw.AdamWLegacy", "nadamw.NAdamW")
 _KEEPS_ZEROS = {f"torch.optim.{name}" for name in _TORCH} | {f"timm.optim.{name}" for name in _TIMM}
 
+_CAUTION = (
+    "the optimizer's `caution` divides the step of a layer by the share of its weights that move, and absent edges "
+    'never move: at a density of 10 % present edges take up to ten times the step; `storage` = "present" (of '
+    "`growfx.train` and `growfx.use_kernels`) leaves absent edges out"
+)
+
 # Where optimizers such as timm's Lamb and Adan count steps by group, for the correction of moments that start at zero.
 GROUP_STEP = "step"
 
@@ -67,6 +74,7 @@ class _Record:
     `versions`: of the parameters, before each step under way (a subclass's step may call its base class's). `hidden`:
     before each, the gradients of parameters that are stepped already, which the optimizer must not see. `masks`: by
     parameter, the mask itself, packed, for LBFGS: what is lost for a mask written anew as it was cannot be had again.
+    `notes`: what was warned of.
     """
 
     steps: int = 0
@@ -75,6 +83,7 @@ class _Record:
     versions: list[dict[int, int]] = field(default_factory=list)
     hidden: list[list[tuple[nn.Parameter, Tensor | None]]] = field(default_factory=list)
     masks: dict[int, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 _RECORDS: weakref.WeakKeyDictionary[Optimizer, _Record] = weakref.WeakKeyDictionary()
@@ -285,6 +294,8 @@ def _clear_if_touched(optimizer: Optimizer, layer: MaskedLayer, record: _Record)
     parameter, marker = layer.parameter, layer.mask_marker()
     key = id(parameter)
     same_mask = record.cleared.get(key) == marker
+    if not same_mask:
+        _warn_of_caution(optimizer, layer, record)
     # The memory of LBFGS, of all edges at once, may be kept where it was loaded; its steps are cleaned up after.
     if isinstance(optimizer, LBFGS):
         if not same_mask:
@@ -295,6 +306,15 @@ def _clear_if_touched(optimizer: Optimizer, layer: MaskedLayer, record: _Record)
     elif not same_mask or record.state.get(key) != _versions(optimizer, parameter):
         clear_state(optimizer, parameter, ~layer.mask)
     record.cleared[key] = marker
+
+
+def _warn_of_caution(optimizer: Optimizer, layer: MaskedLayer, record: _Record) -> None:
+    """Warn of timm's cautious optimizers, which divide a step by the share of a whole weight that takes part in it."""
+    if not any(group.get("caution") for group in optimizer.param_groups) or layer.mask.all():
+        return
+    wrappers = [_RECORDS[each].notes for each in optimizers_of(layer.parameter) if each is not optimizer]
+    if not any(wrappers):
+        warn_once(_CAUTION, record.notes)
 
 
 def _versions(optimizer: Optimizer, parameter: nn.Parameter) -> list[tuple[int, int]]:

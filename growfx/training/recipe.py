@@ -18,7 +18,6 @@ from growfx.data.loaders import sampler_of
 from growfx.distributed import ranks
 from growfx.errors import ConfigError, DataError, did_you_mean
 from growfx.methods.session import Stage
-from growfx.notices import warn_once
 from growfx.options import TrainOptions
 from growfx.runs.checkpoint import content_digest
 from growfx.training.evaluation import explaining_class_numbers
@@ -33,7 +32,6 @@ __all__ = [
     "schedule_of",
     "seed_globally",
     "steps_of",
-    "warn_of_caution",
 ]
 
 
@@ -107,17 +105,6 @@ def make_optimizer(net: nn.Module, options: TrainOptions) -> torch.optim.Optimiz
         names = map(str, optim.list_optimizers())  # pyright: ignore[reportPrivateImportUsage]
         hint = did_you_mean(options.optimizer, names)
         raise ConfigError(f"`optimizer` = `{options.optimizer}` cannot be used ({error}){hint}") from error
-
-
-def warn_of_caution(optimizer: torch.optim.Optimizer, options: TrainOptions) -> None:
-    """Warn of timm's cautious optimizers, which divide a step by the share of a whole weight that takes part in it."""
-    if options.storage == "dense" and any(group.get("caution") for group in optimizer.param_groups):
-        warn_once(
-            f"`{options.optimizer}` divides the step of a layer by the share of its weights that move, and absent "
-            "edges never move: at a density of 10 % present edges take up to ten times the step; `storage` = "
-            '"present" leaves absent edges out',
-            [],
-        )
 
 
 def make_loss(options: TrainOptions) -> nn.Module:

@@ -21,7 +21,6 @@ from growfx.masked.present.optimizer_state import check_pointwise
 from growfx.masked.present.storage import follow_masks, set_storage, storage_of
 from growfx.methods.base import Method
 from growfx.methods.session import Session, Stage
-from growfx.methods.stepwise.fixed import Fixed
 from growfx.notices import warn_once
 from growfx.options import TrainOptions
 from growfx.reporting.run import write_report
@@ -42,7 +41,6 @@ from growfx.training.recipe import (
     schedule_of,
     seed_globally,
     steps_of,
-    warn_of_caution,
 )
 from growfx.training.scalars import Scalars
 from growfx.training.state import EpochPart, RunState
@@ -125,8 +123,6 @@ class Run:
         optimizer = make_optimizer(self.net, self.options)
         if self.options.storage == "present":
             check_pointwise(optimizer)
-        if not isinstance(self.method, Fixed) or self.net.density < 1:
-            warn_of_caution(optimizer, self.options)
         loss = make_loss(self.options).to(self.device)
         step = TrainStep(self.net, optimizer, self.method, loss, self.options)
         self.method.begin(

@@ -1,6 +1,7 @@
 """Edges outside the mask stay exactly +0.0, and carry no state, under whatever steps the weights."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 import growfx
 from growfx import methods
+from growfx.errors import GrowfxWarning
 from growfx.masked import layers as masked_layers
 from growfx.masked.optimizers import _KEEPS_ZEROS, forget_state
 from growfx.methods.masks import change_masks
@@ -482,3 +484,24 @@ def test_state_in_codes_is_cleared_to_the_level_of_zero():
             new = (layer.mask != before[name]) if changed else torch.zeros_like(layer.mask)
             assert not momentum[new].any()
             assert momentum[layer.mask].any()
+
+
+def _told_of_caution(caught: list[warnings.WarningMessage]) -> int:
+    return sum(issubclass(w.category, GrowfxWarning) and "absent edges never move" in str(w.message) for w in caught)
+
+
+@pytest.mark.parametrize(("name", "times"), [("cadamw", 1), ("clion", 1), ("adamw", 0), ("lookahead_cadamw", 1)])
+def test_optimizers_whose_step_grows_as_edges_become_fewer_are_warned_of_once(name: str, times: int):
+    net = small_net()
+    optimizer = create_optimizer_v2(net, opt=name, lr=1e-3)
+    method = methods.create("static", density=1.0)
+    method.attach(net, optimizer, total_steps=10, steps_per_epoch=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train_steps(net, optimizer, method, 2)
+        assert _told_of_caution(caught) == 0  # nothing is absent yet
+        change_masks(net, optimizer, {key: torch.rand(layer.mask.shape) < 0.3 for key, layer in net.layers.items()})
+        train_steps(net, optimizer, method, 2)
+        change_masks(net, optimizer, {key: torch.rand(layer.mask.shape) < 0.2 for key, layer in net.layers.items()})
+        train_steps(net, optimizer, method, 2)
+    assert _told_of_caution(caught) == times
