@@ -50,7 +50,7 @@ def grow(number: int, by_time: float, hold_every: int) -> Outcome:
 
     rule, draws = PlateauRule(tolerance=TOLERANCE), np.random.default_rng([4, number])
     density, epochs, points, streak = SEED_DENSITY, SEED_EPOCHS, [], 0
-    for round_number in range(1, 200):
+    while True:
         accuracy = curve(density) + by_time * math.log(epochs / SEED_EPOCHS) + draws.normal() * NOISE
         told = float(epochs) if hold_every else None
         points.append(Point(density, float(np.clip(accuracy, 0, 1)), NOISE, told))
@@ -58,7 +58,7 @@ def grow(number: int, by_time: float, hold_every: int) -> Outcome:
         streak = decision.streak
         if decision.stop or density == 1:
             break
-        if not hold_every or round_number % (hold_every + 1):
+        if not hold_every or len(points) % (hold_every + 1):
             density = min(RATIO * density, 1.0)
         epochs += ROUND_EPOCHS
     chosen = points[decision.operating_round].density
