@@ -123,6 +123,7 @@ def state_of(optimizer, layer) -> list[torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.filterwarnings("ignore:the optimizer's `caution`")
 @pytest.mark.parametrize("name", some(OPTIMIZERS, lambda one: one in list(OPTIMIZERS)[::3]))
 def test_absent_edges_are_plus_zero_and_without_state_under_steps_decay_clipping_and_updates(name):
     net = small_net().train()
