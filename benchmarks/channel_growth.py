@@ -1,7 +1,7 @@
 """Growth of width on scikit-learn's digits, against the dense network of the same final schedule, over several seeds.
 
     python benchmarks/channel_growth.py [--seeds 0 1 2] [--price flops] [--growth-ratio 2] [--epochs-per-round 6]
-        [--out runs/channel-growth] [--json FILE]
+        [--hold-every 2] [--out runs/channel-growth] [--json FILE]
 
 A quarter-width resnet10t (16 to 128 channels), 12 epochs. Both runs are commands of the command line, in folders of
 `--out`; those that are finished are not run again. The share of multiply-accumulates is that of the small dense model
@@ -57,16 +57,18 @@ def main() -> None:
     parser.add_argument("--price", choices=("flops", "weights"), default="flops")
     parser.add_argument("--growth-ratio", type=float, default=2.0)
     parser.add_argument("--epochs-per-round", type=int, default=6)
+    parser.add_argument("--hold-every", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/channel-growth"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     growth = {"price": options.price, "growth_ratio": options.growth_ratio, "tolerance": TOLERANCE}
-    growth["epochs_per_round"] = options.epochs_per_round
+    growth |= {"epochs_per_round": options.epochs_per_round, "hold_every": options.hold_every}
     settings = [part for key, value in growth.items() for part in ("--set", f"{key}={value}")]
     rows: list[dict[str, Any]] = []
     for seed in options.seeds:
-        folder = options.out / f"{options.price}-{options.growth_ratio:g}-{options.epochs_per_round}-{seed}"
+        name = f"{options.price}-{options.growth_ratio:g}-{options.epochs_per_round}-{options.hold_every}-{seed}"
+        folder = options.out / name
         grown = ran("channel-growth", settings, seed, folder)
         dense = ran("dense", [], seed, options.out / f"dense-{seed}")
         flops, params = share_of(folder)
