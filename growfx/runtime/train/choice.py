@@ -28,8 +28,13 @@ _STEP: Final = 1.2
 _ROUNDS, _SECONDS = 4, 0.05
 # The sparse kernel has to be this much faster than the dense one.
 _MARGIN: Final = 0.95
+# Microseconds by which a layer takes longer around a sparse kernel than around torch's: it looks at its mask and asks
+# for its entries. Found by layers of eight channels on 2x2 pixels; larger ones have their passes over weights in both.
+_AROUND: Final = 60.0
 # A flow may take this much longer in its layers, for what it saves in norms and pooling.
 _FLOW: Final = 1.05
+# The same without times: the values laid out anew between the layers, over those that they read and make.
+_MOST_TURNED: Final = 0.25
 # Two measurements give the time at a third density that is not further from them than this factor.
 _REACH: Final = 3.0
 # Without times: a sparse kernel is taken up to this density.
@@ -54,10 +59,11 @@ class Times:
     panels: float = math.inf
 
     def of(self, *, inner: bool) -> dict[str, float]:
-        """Times by kernel, of those that can be taken."""
+        """Times by kernel, of those that can be taken, with what a layer does around a kernel of growfx."""
         if not inner:
-            return {"dense": self.dense, "sparse": self.sparse}
-        return {"dense": self.dense_inner, "sparse": self.sparse_inner, "panels": self.panels}
+            return {"dense": self.dense, "sparse": self.sparse + _AROUND}
+        sparse, panels = self.sparse_inner + _AROUND, self.panels + _AROUND
+        return {"dense": self.dense_inner, "sparse": sparse, "panels": panels}
 
     def best(self, *, inner: bool) -> str:
         """The fastest kernel; torch's dense one, where no layout speaks for another, unless it is clearly slower."""
@@ -73,6 +79,7 @@ class _Known:
     density: float
     times: Times | None
     model: bool = False  # not timed, but chosen by density
+    values: int = 0  # of the images it reads and makes; 0 for a linear layer
 
     def kernel(self, inner: bool) -> str:
         if self.model:
@@ -100,6 +107,8 @@ class Chooser:
         table: key (geometry, batch) -> density -> times; what was measured or given.
         known: (layer, situation) -> what was chosen.
         last: layer -> what was chosen last.
+        turned: in the last flow, the values that were laid out anew between these layers, over those that the layers
+            read and make; None before the first.
     """
 
     kernels: str
@@ -107,6 +116,7 @@ class Chooser:
     table: dict[str, dict[float, Times]] = field(default_factory=dict)
     known: dict[tuple[str, Any], _Known] = field(default_factory=dict)
     last: dict[str, _Known] = field(default_factory=dict)
+    turned: float | None = None
     _flow_pays: bool | None = None  # what `flow_pays` found for `last`
     _rows_pay: bool | None = None  # what `rows_pay` found for `last`
 
@@ -129,6 +139,8 @@ class Chooser:
         density = entries.nnz / layer.numel
         if known is None or not known.density / _STEP < density < known.density * _STEP:
             known = self._choose(name, layer, geometry, entries, x, out_size)
+            if geometry.kernel:
+                known.values = x.numel() + x.shape[0] * layer.mask.shape[0] * math.prod(out_size)
             self.known[name, situation] = known
         if self.last.get(name) is not known:
             self.last[name] = known
@@ -142,6 +154,12 @@ class Chooser:
             self._flow_pays = self._compare_flow()
         return self._flow_pays
 
+    def note_turned(self, values: int) -> None:
+        """Learn how many values were laid out anew in a flow, between the layers that `last` tells of."""
+        turned = values / max(1, sum(known.values for known in self.last.values()))
+        if turned != self.turned:
+            self.turned, self._flow_pays = turned, None
+
     def rows_pay(self, names: Collection[str]) -> bool:
         """Whether any of the linear layers `names` took its sparse kernel last, which alone leaves rows to be kept."""
         if self.kernels == "sparse":
@@ -152,12 +170,16 @@ class Chooser:
         return self._rows_pay
 
     def _compare_flow(self) -> bool:
+        turned = self.turned or 0.0
         if not self.timed:
             sparse = sum(known.kernel(True) == "sparse" for known in self.last.values())
-            return sparse * 2 > len(self.last)
+            return sparse * 2 > len(self.last) and turned < _MOST_TURNED
         times = [known.times for known in self.last.values() if known.times is not None]
         plain, inner = (sum(min(t.of(inner=which).values()) for t in times) for which in (False, True))
-        return inner < _FLOW * plain
+        # What torch's kernel takes longer between images whose batch is innermost is that both are laid out anew. What
+        # is turned for something else is turned back for the next layer.
+        turn = sum(max(0.0, t.dense_inner - t.dense) for t in times)
+        return inner + 2 * turned * turn < _FLOW * plain
 
     def last_times(self, name: str) -> Times | None:
         """The times that decided what the layer `name` took last; None where nothing was timed."""
@@ -170,6 +192,7 @@ class Chooser:
             "table": {key: [[d, *astuple(times)] for d, times in row.items()] for key, row in self.table.items()},
             "known": known,
             "last": {name: _known_values(choice) for name, choice in self.last.items()},
+            "turned": self.turned,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -180,6 +203,7 @@ class Chooser:
             for name, at, *values in state["known"]
         }
         self.last = {name: _known(values) for name, values in state["last"].items()}
+        self.turned = state.get("turned")
         self._flow_pays = self._rows_pay = None
 
     def _choose(
@@ -216,12 +240,13 @@ def _plain(value: Any) -> Any:
 
 
 def _known_values(choice: _Known) -> list[Any]:
-    return [choice.density, None if choice.times is None else list(astuple(choice.times)), choice.model]
+    times = None if choice.times is None else list(astuple(choice.times))
+    return [choice.density, times, choice.model, choice.values]
 
 
 def _known(values: Sequence[Any]) -> _Known:
-    density, times, model = values
-    return _Known(density, None if times is None else Times(*times), model)
+    density, times, model, *images = values  # a checkpoint of before has no number of values
+    return _Known(density, None if times is None else Times(*times), model, *images)
 
 
 def _between(row: Mapping[float, Times], density: float) -> Times | None:

@@ -27,7 +27,7 @@ from growfx.errors import TraceError
 from growfx.runtime.train.chains import ADDITIONS, RECTIFICATIONS, Chain
 from growfx.runtime.train.rows import InnerRows
 
-__all__ = ["Flow", "is_flowing", "is_inner", "note_rows", "rows_may_stay"]
+__all__ = ["Flow", "is_flowing", "is_inner", "note_dense", "note_rows", "rows_may_stay"]
 
 _LOCAL = threading.local()
 
@@ -75,6 +75,13 @@ def note_rows(out: Tensor) -> None:
     flow.rows.add(out)
 
 
+def note_dense() -> None:
+    """Remember that the convolution which comes next is of a layer whose time with its turns is known."""
+    flow = _flow()
+    if flow is not None:
+        flow.turn_is_known = True
+
+
 def _flow() -> Flow | None:
     """The flow of this thread.
 
@@ -114,6 +121,10 @@ class Flow(TorchFunctionMode):
     Args:
         chains: what follows each norm, by the id of its weight. What a call does otherwise gets the norm's own values.
         images: whether images keep their batch innermost; else linear layers alone leave their outputs as they lie.
+
+    Attributes:
+        turned: values that were laid out anew for what needs torch's layout, layers with a choice of kernels aside.
+        turn_is_known: whether the next to need it is such a layer.
     """
 
     def __init__(self, chains: Mapping[int, Chain], *, images: bool = True) -> None:
@@ -121,6 +132,7 @@ class Flow(TorchFunctionMode):
         self.chains, self.images = chains, images
         self.rows = InnerRows()
         self.waiting: dict[int, _Waiting] = {}
+        self.turned, self.turn_is_known = 0, False
 
     def run(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         """What `model` returns, laid out as torch lays it out.
@@ -165,6 +177,10 @@ class Flow(TorchFunctionMode):
             if found is not None:
                 return found
         if self.images and func in _OUTER:
+            if not self.turn_is_known:
+                values = pytree.tree_leaves((args, kwargs))
+                self.turned += sum(v.numel() for v in values if isinstance(v, Tensor) and is_inner(v))
+            self.turn_is_known = False
             args, kwargs = pytree.tree_map_only(Tensor, _outer, (args, kwargs))
         return func(*args, **kwargs)
 

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from growfx.masked.layers import MaskedLayer
 from growfx.runtime.train.choice import Chooser
 from growfx.runtime.train.entries import LIMIT, Entries, Geometry, geometry_of, product
-from growfx.runtime.train.flow import is_flowing, note_rows, rows_may_stay
+from growfx.runtime.train.flow import is_flowing, note_dense, note_rows, rows_may_stay
 
 __all__ = ["LayerKernel"]
 
@@ -57,6 +57,7 @@ class LayerKernel:
         situation = () if self.never or type(x) is not Tensor else self._situation(layer, x)
         if situation and situation == self._dense_at:
             self.reason = self._dense_reason
+            note_dense()
             return None
         self.reason = self.never or self._reason_of_call(layer, x)
         if self.reason:
@@ -76,6 +77,7 @@ class LayerKernel:
             self.took_sparse = kernel == "sparse"
             if kernel == "dense":
                 self._dense_at, self._dense_reason = situation, self.reason
+                note_dense()
                 return None
             bias: Any = layer.bias
             weight = layer.weight_of_entries() if layer.present is None else layer.present.of_entries()

@@ -95,7 +95,11 @@ class NetworkKernels:
         if not (images or (plan.rows and chooser.rows_pay(plan.rows))) or self._reason_of_call(model):
             return model(*args, **kwargs)
         # The chains were recorded in training; a forward may do something else in evaluation.
-        return Flow(plan.chains if model.training else {}, images=images).run(model, args, kwargs)
+        flow = Flow(plan.chains if model.training else {}, images=images)
+        found = flow.run(model, args, kwargs)
+        if images:
+            chooser.note_turned(flow.turned)
+        return found
 
     def _reason_of_call(self, model: nn.Module) -> str:
         """Why this call keeps torch's layout; "" where it need not."""

@@ -162,9 +162,66 @@ def test_each_layer_takes_what_was_measured_to_be_faster(monkeypatch: pytest.Mon
 
 
 def test_kernels_for_the_inner_layout_are_taken_within_a_flow_alone() -> None:
-    times = choice.Times(dense=10.0, sparse=9.8, dense_inner=30.0, sparse_inner=25.0, panels=20.0)
+    times = choice.Times(dense=1000.0, sparse=900.0, dense_inner=3000.0, sparse_inner=2500.0, panels=2000.0)
     assert (times.best(inner=False), times.best(inner=True)) == ("dense", "panels")
-    assert choice.Times(10.0, 9.0, 30.0, 25.0).best(inner=True) == "sparse"
+    assert choice.Times(1000.0, 900.0, 3000.0, 2500.0).best(inner=True) == "sparse"
+
+
+def test_a_gain_smaller_than_what_a_layer_does_around_a_sparse_kernel_is_none() -> None:
+    assert choice.Times(100.0, 55.0, 100.0, 55.0, 55.0).best(inner=False) == "dense"
+    assert choice.Times(100.0, 55.0, 100.0, 55.0, 55.0).best(inner=True) == "dense"
+    assert choice.Times(1100.0, 955.0, 1100.0, 955.0).best(inner=False) == "sparse"
+
+
+class Between(nn.Module):
+    """Two convolutions with norms, and one by channel that has no sparse kernel, if `by_channel`."""
+
+    def __init__(self, by_channel: bool) -> None:
+        super().__init__()
+        self.a, self.norm_a = nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.between = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False) if by_channel else nn.Identity()
+        self.b, self.norm_b = nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm_b(self.b(self.between(self.norm_a(self.a(x)))))
+
+
+@built
+@pytest.mark.parametrize("by_channel", [False, True])
+def test_a_flow_ends_that_turns_more_between_its_layers_than_it_gains(
+    monkeypatch: pytest.MonkeyPatch, by_channel: bool
+) -> None:
+    # By its layers alone the flow takes 0.8 of the time; a turn of what a layer reads and makes takes 500 us.
+    monkeypatch.setattr(choice, "_measure", lambda *_: choice.Times(1000.0, 900.0, 1500.0, 740.0))
+    flows: list[object] = []
+    run = network.Flow.run
+    monkeypatch.setattr(network.Flow, "run", lambda self, *args: flows.append(self) or run(self, *args))
+    torch.manual_seed(0)
+    net, x = growfx.wrap(Between(by_channel), torch.randn(2, 3, 8, 8), density=0.7), torch.randn(16, 3, 8, 8)
+    growfx.use_kernels(net, "auto")
+    for _ in range(4):
+        net(x)
+    assert len(flows) == (1 if by_channel else 3)  # the first call measures
+    assert net.kernels.chooser.turned == (16 * 8 * 64 / (16 * (3 + 8 + 8 + 8) * 64) if by_channel else 0)
+    again = growfx.use_kernels(copy.deepcopy(net), "auto")
+    again.kernels.chooser.load_state_dict(net.kernels.chooser.state_dict())
+    flows.clear()
+    again(x)
+    assert len(flows) == (0 if by_channel else 1)
+
+
+@built
+def test_what_was_chosen_before_flows_counted_their_turns_is_still_read() -> None:
+    net, x = wrapped()
+    growfx.use_kernels(net, example_inputs=x)
+    state = net.kernels.chooser.state_dict()
+    del state["turned"]
+    state["known"] = [row[:-1] for row in state["known"]]
+    state["last"] = {name: row[:-1] for name, row in state["last"].items()}
+    again = growfx.use_kernels(wrapped()[0])
+    again.kernels.chooser.load_state_dict(state)
+    again(x)
+    assert again.kernel_report.layers == net.kernel_report.layers
 
 
 @built
@@ -186,7 +243,7 @@ def test_linear_layers_flow_only_where_one_of_them_is_sparse(monkeypatch: pytest
 
 @built
 def test_a_layer_by_panels_gives_the_step_of_a_dense_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "_measure", lambda *_: choice.Times(50.0, 90.0, 90.0, 80.0, 10.0))
+    monkeypatch.setattr(choice, "_measure", lambda *_: choice.Times(500.0, 900.0, 900.0, 800.0, 100.0))
     torch.manual_seed(0)
     layers = (nn.Conv2d(3, 10, 3, padding=1), nn.BatchNorm2d(10), nn.ReLU(), nn.Conv2d(10, 6, 3), nn.BatchNorm2d(6))
     net, x = growfx.wrap(nn.Sequential(*layers), torch.randn(2, 3, 8, 8), density=0.7), torch.randn(32, 3, 8, 8)
