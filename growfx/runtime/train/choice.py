@@ -49,7 +49,7 @@ class Times:
     Attributes:
         dense, sparse: between tensors laid out as torch lays them out.
         dense_inner, sparse_inner: between tensors whose batch is innermost; as the others for linear layers.
-        panels: of the dense kernel between tensors whose batch is innermost; infinite where there is none.
+        panels: of the dense kernel between tensors whose batch is innermost; where there is none, as `dense_inner`.
     """
 
     dense: float
@@ -80,14 +80,18 @@ class _Known:
     times: Times | None
     model: bool = False  # not timed, but chosen by density
     values: int = 0  # of the images it reads and makes; 0 for a linear layer
+    grouped: bool = False
 
     def kernel(self, inner: bool) -> str:
         if self.model:
-            return "sparse" if self.density <= _MODEL_DENSITY else "dense"
+            # Of groups an output channel reads few channels at any density: what is laid out anew for it costs more.
+            return "sparse" if self.density <= _MODEL_DENSITY or (inner and self.grouped) else "dense"
         return "sparse" if self.times is None else self.times.best(inner=inner)
 
     def reason(self, kernel: str) -> str:
         if self.model:
+            if kernel == "sparse" and self.density > _MODEL_DENSITY:
+                return "it has groups, between activations with the batch innermost"
             return f"its density is {'below' if kernel == 'sparse' else 'above'} {_MODEL_DENSITY:g}"
         if kernel == "panels":
             return "the dense kernel for activations with the batch innermost is faster"
@@ -139,6 +143,7 @@ class Chooser:
         density = entries.nnz / layer.numel
         if known is None or not known.density / _STEP < density < known.density * _STEP:
             known = self._choose(name, layer, geometry, entries, x, out_size)
+            known.grouped = geometry.groups > 1
             if geometry.kernel:
                 known.values = x.numel() + x.shape[0] * layer.mask.shape[0] * math.prod(out_size)
             self.known[name, situation] = known
@@ -241,12 +246,12 @@ def _plain(value: Any) -> Any:
 
 def _known_values(choice: _Known) -> list[Any]:
     times = None if choice.times is None else list(astuple(choice.times))
-    return [choice.density, times, choice.model, choice.values]
+    return [choice.density, times, choice.model, choice.values, choice.grouped]
 
 
 def _known(values: Sequence[Any]) -> _Known:
-    density, times, model, *images = values  # a checkpoint of before has no number of values
-    return _Known(density, None if times is None else Times(*times), model, *images)
+    density, times, *more = values  # a checkpoint of before has fewer of them
+    return _Known(density, None if times is None else Times(*times), *more)
 
 
 def _between(row: Mapping[float, Times], density: float) -> Times | None:
@@ -312,10 +317,11 @@ def _measure(layer: Any, geometry: Geometry, entries: Entries, x: Tensor, out_si
             "sparse_inner": lambda: _step(
                 product(inner, weight, bias, entries, geometry, out_size, inner=True), weight, inner
             ),
-            "panels": lambda: _step(
-                product(inner, weight, bias, entries, geometry, out_size, inner=True, panels=True), weight, inner
-            ),
         }
+        if geometry.groups == 1:
+            calls["panels"] = lambda: _step(
+                product(inner, weight, bias, entries, geometry, out_size, inner=True, panels=True), weight, inner
+            )
     with torch.enable_grad() if gradient else torch.no_grad(), torch.autocast("cpu", enabled=False):
         # Of one thread, the time that others do not take from it.
         clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
@@ -323,7 +329,7 @@ def _measure(layer: Any, geometry: Geometry, entries: Entries, x: Tensor, out_si
     return Times(
         *(found["dense"], found["sparse"]),
         *(found.get("dense_inner", found["dense"]), found.get("sparse_inner", found["sparse"])),
-        found.get("panels", found["dense"]),
+        found.get("panels", found.get("dense_inner", found["dense"])),
     )
 
 

@@ -43,15 +43,17 @@ void for_active(const uint8_t* mask, int64_t rows, int64_t columns, int64_t taps
 
 using Tables = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
+// Groups of channels are blocks of a whole matrix: `columns` channels each, and nothing is active outside of them.
+//
 // start (blocks * O * taps + 1), source (nnz), index (nnz): entries in the order (block of `block[0]` input channels,
 // output channel, tap, input channel), what each reads (input channel * taps + tap), and where each lies in the weight's
 // memory. back_start (blocks * I * taps + 1), back_source (nnz), back_order (nnz): entries in the order (block of
 // `block[1]` output channels, input channel, tap of the writing order, output channel), what each reads (output channel
 // * taps + tap in that order), and which of the former each is.
 inline Tables index_mask(const at::Tensor& mask, at::IntArrayRef weight_strides, at::IntArrayRef stride,
-                         at::IntArrayRef dilation, at::IntArrayRef block) {
+                         at::IntArrayRef dilation, at::IntArrayRef block, int64_t groups) {
   const at::Tensor whole = mask.contiguous();
-  const int64_t rows = mask.size(0), columns = mask.size(1);
+  const int64_t rows = mask.size(0), columns = mask.size(1), channels = columns * groups, of_group = rows / groups;
   std::array<std::vector<int32_t>, 3> order;
   std::array<int64_t, 3> kernel;
   for (int a = 0; a < 3; ++a) {
@@ -70,18 +72,20 @@ inline Tables index_mask(const at::Tensor& mask, at::IntArrayRef weight_strides,
         step[tap] = z * axis_of(steps, 0, 0) + y * axis_of(steps, 1, 0) + x * axis_of(steps, 2, 0);
       }
   const auto ints = at::TensorOptions().dtype(at::kInt);
-  const int64_t segments = (columns + block[0] - 1) / block[0] * rows * taps;
-  const int64_t back_segments = (rows + block[1] - 1) / block[1] * columns * taps;
+  const int64_t segments = (channels + block[0] - 1) / block[0] * rows * taps;
+  const int64_t back_segments = (rows + block[1] - 1) / block[1] * channels * taps;
   at::Tensor start = at::zeros({segments + 1}, ints), back_start = at::zeros({back_segments + 1}, ints);
   const auto segment = [&](int64_t o, int64_t i, int64_t t) { return (i / block[0] * rows + o) * taps + t; };
   const auto back_segment = [&](int64_t o, int64_t i, int64_t t) {
-    return (o / block[1] * columns + i) * taps + back[t];
+    return (o / block[1] * channels + i) * taps + back[t];
   };
+  const auto channel = [&](int64_t o, int64_t i) { return o / of_group * columns + i; };
   int32_t* const s = start.mutable_data_ptr<int32_t>();
   int32_t* const b = back_start.mutable_data_ptr<int32_t>();
   const uint8_t* const m = reinterpret_cast<const uint8_t*>(whole.const_data_ptr<bool>());
-  for_active(m, rows, columns, taps,
-             [&](int64_t o, int64_t i, int64_t t) { ++s[segment(o, i, t) + 1], ++b[back_segment(o, i, t) + 1]; });
+  for_active(m, rows, columns, taps, [&](int64_t o, int64_t i, int64_t t) {
+    ++s[segment(o, channel(o, i), t) + 1], ++b[back_segment(o, channel(o, i), t) + 1];
+  });
   for (int64_t j = 0; j < segments; ++j) s[j + 1] += s[j];
   for (int64_t j = 0; j < back_segments; ++j) b[j + 1] += b[j];
   const int64_t nnz = s[segments];
@@ -93,8 +97,9 @@ inline Tables index_mask(const at::Tensor& mask, at::IntArrayRef weight_strides,
   int32_t* const e = back_order.mutable_data_ptr<int32_t>();
   std::vector<int32_t> next(s, s + segments), back_next(b, b + back_segments);
   for_active(m, rows, columns, taps, [&](int64_t o, int64_t i, int64_t t) {
-    const int32_t k = next[segment(o, i, t)]++, j = back_next[back_segment(o, i, t)]++;
-    c[k] = i * taps + t, n[k] = o * weight_strides[0] + i * weight_strides[1] + step[t];
+    const int64_t read = channel(o, i);
+    const int32_t k = next[segment(o, read, t)]++, j = back_next[back_segment(o, read, t)]++;
+    c[k] = read * taps + t, n[k] = o * weight_strides[0] + i * weight_strides[1] + step[t];
     d[j] = o * taps + back[t], e[j] = k;
   });
   return {start, source, index, back_start, back_source, back_order};

@@ -30,6 +30,7 @@ class Geometry:
     Attributes:
         kernel, stride, dilation: sizes.
         front, back: zeros added before and after the images.
+        groups: of channels; the entries alone know them.
     """
 
     kernel: tuple[int, ...]
@@ -37,6 +38,7 @@ class Geometry:
     dilation: tuple[int, ...]
     front: tuple[int, ...]
     back: tuple[int, ...]
+    groups: int = 1
 
     def out_size(self, size: tuple[int, ...]) -> list[int]:
         """Sizes of the output for images of `size`; below 1 where the kernel does not fit."""
@@ -66,17 +68,16 @@ def geometry_of(layer: nn.Module) -> Geometry | str:
         return Geometry((), (), (), (), ())
     if not isinstance(layer, _ConvNd) or layer.transposed:
         return f"there is no sparse kernel for `{type(layer).__name__}`"
-    if layer.groups != 1:
-        return f"it has {layer.groups} groups"
     if layer.padding_mode != "zeros":
         return f"its padding is `{layer.padding_mode}`"
     kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
     if layer.padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         front = tuple(n // 2 for n in total)
-        return Geometry(kernel, stride, dilation, front, tuple(n - p for n, p in zip(total, front, strict=True)))
+        back = tuple(n - p for n, p in zip(total, front, strict=True))
+        return Geometry(kernel, stride, dilation, front, back, layer.groups)
     padding = (0,) * len(kernel) if layer.padding == "valid" else tuple(int(p) for p in layer.padding)
-    return Geometry(kernel, stride, dilation, padding, padding)
+    return Geometry(kernel, stride, dilation, padding, padding, layer.groups)
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,10 @@ class Entries:
     def of(cls, mask: Tensor, strides: tuple[int, ...], geometry: Geometry, out_size: list[int]) -> Entries:
         """The entries of `mask` for a weight with these strides and outputs of `out_size`; a pass over the mask."""
         taps_read = geometry.taps_read(out_size)
-        found = torch.ops.growfx.index_mask(mask, strides, geometry.stride, geometry.dilation, _blocks(mask, taps_read))
+        blocks = _blocks(mask, taps_read, geometry.groups)
+        found = torch.ops.growfx.index_mask(
+            mask, strides, geometry.stride, geometry.dilation, blocks, groups=geometry.groups
+        )
         start, source, index, back_start, back_source, back_order = found
         shape = tuple(mask.shape)
         return cls(index, start, source, back_start, back_source, back_order, shape, strides, taps_read)
@@ -141,13 +145,15 @@ class Entries:
         return torch.ops.growfx.has_entries(mask, self.index)
 
 
-def _blocks(mask: Tensor, taps_read: int) -> list[int]:
+def _blocks(mask: Tensor, taps_read: int, groups: int) -> list[int]:
     """How many input channels, and output channels, are worked on at a time.
 
     What a tile of outputs reads of them stays in the first cache then, or nearly, at the price of reading and writing
     the tile once for each block: worth it where a block has many entries of each output channel.
     """
-    outputs, inputs = mask.shape[:2]
+    outputs, inputs = mask.shape[0], mask.shape[1] * groups
+    if groups > 1:  # an output channel reads few as it is
+        return [max(inputs, 1), max(outputs, 1)]
     entries = float(torch.count_nonzero(mask)) / max(mask.numel(), 1) * taps_read  # of a channel, for one place
     bytes_read = _TILE_BYTES * taps_read
     least, most = (max(1, round(size / bytes_read)) for size in _BLOCK_BYTES)

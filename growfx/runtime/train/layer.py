@@ -154,7 +154,7 @@ class LayerKernel:
             return "a forward derivative is wanted"
         weight, dtype = layer.mask, layer.trained.dtype
         channel = 1 if self.geometry.kernel else -1
-        if x.dim() <= len(self.geometry.kernel) or x.shape[channel] != weight.shape[1]:
+        if x.dim() <= len(self.geometry.kernel) or x.shape[channel] != weight.shape[1] * self.geometry.groups:
             return f"its input has the shape {tuple(x.shape)}"
         if torch.is_autocast_enabled("cpu"):
             if torch.get_autocast_dtype("cpu") != torch.bfloat16:

@@ -13,8 +13,8 @@
 
 TORCH_LIBRARY_FRAGMENT(growfx, library) {
   library.def(
-      "index_mask(Tensor mask, int[] weight_strides, int[] stride, int[] dilation, int[] block) -> (Tensor, Tensor, "
-      "Tensor, Tensor, Tensor, Tensor)");
+      "index_mask(Tensor mask, int[] weight_strides, int[] stride, int[] dilation, int[] block, int groups=1) -> (Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "max_pool(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, int[] out_size) -> (Tensor, "
       "Tensor)");

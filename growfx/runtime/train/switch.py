@@ -34,7 +34,7 @@ def use_kernels(
     """Let each masked layer compute by the fastest of dense-masked and sparse kernels, forward and backward, on a CPU.
 
     Sparse kernels compute over active entries alone: the same sums as the masked dense layer, in another order. They
-    are bit-identical for any number of threads. Whatever has no sparse kernel (groups, transposed convolutions, other
+    are bit-identical for any number of threads. Whatever has no sparse kernel (transposed convolutions, other
     devices and dtypes, steps that need the gradient of absent edges) takes dense kernels; `net.kernel_report` says
     what was taken and why. The kernels are compiled on first use; without a compiler all layers stay dense.
 

@@ -41,6 +41,22 @@ def test_each_entry_knows_its_place_in_memory_and_what_it_reads_in_every_block()
 
 
 @built
+def test_entries_of_groups_read_the_channels_of_their_group() -> None:
+    torch.manual_seed(0)
+    mask = torch.rand(6, 4, 2, 2) < 0.5  # three groups of two outputs and four inputs
+    geometry = Geometry((2, 2), (1, 1), (1, 1), (0, 0), (0, 0), groups=3)
+    entries = Entries.of(mask, mask.stride(), geometry, [5, 5])
+    segments = torch.repeat_interleave(torch.arange(entries.start.numel() - 1), entries.start.diff())
+    row, channel = segments // 4, entries.source // 4
+    assert torch.equal(channel // 4, row.int() // 2)
+    assert torch.equal(entries.index, (row * 16 + channel % 4 * 4 + entries.source % 4).int())
+    assert torch.equal(entries.places, mask.view(-1).nonzero().view(-1).int())
+    assert entries.back_start.numel() == 3 * 4 * 4 + 1
+    back = torch.repeat_interleave(torch.arange(entries.back_start.numel() - 1), entries.back_start.diff())
+    assert torch.equal(back // 4, channel[entries.back_order.long()])
+
+
+@built
 def test_an_empty_mask_has_no_entries_and_no_places() -> None:
     mask = torch.zeros(4, 3, dtype=torch.bool)
     entries = Entries.of(mask, mask.stride(), Geometry((), (), (), (), ()), [])

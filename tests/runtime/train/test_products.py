@@ -41,6 +41,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "size": size,
         "batch": draw(st.sampled_from([1, 2, 7, 16, 17, 33, 48, 130])),
         "channels": (draw(st.integers(1, 6)), draw(st.integers(1, 6))),
+        "groups": draw(st.sampled_from([1, 1, 2, 5])) if axes else 1,  # each has those channels
         "density": draw(st.sampled_from([0.0, 0.05, 0.3, 1.0])),
         "bias": draw(st.booleans()),
         "same": draw(st.booleans()),
@@ -50,12 +51,15 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def layer_of(case: dict[str, Any]) -> nn.Module:
-    inputs, outputs = case["channels"]
+    groups = case["groups"]
+    inputs, outputs = (count * groups for count in case["channels"])
     if not case["kernel"]:
         return nn.Linear(inputs, outputs, bias=case["bias"])
     same = case["same"] and all(s == 1 for s in case["stride"])
     geometry = {"stride": case["stride"], "dilation": case["dilation"], "padding": "same" if same else case["padding"]}
-    return CONVOLUTIONS[len(case["size"])](inputs, outputs, case["kernel"], bias=case["bias"], **geometry)
+    return CONVOLUTIONS[len(case["size"])](
+        inputs, outputs, case["kernel"], bias=case["bias"], groups=groups, **geometry
+    )
 
 
 def results(net: nn.Module, x: Tensor, gradient: Tensor | None = None) -> dict[str, Tensor]:
@@ -79,7 +83,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], relative
 
 def masked_layer(case: dict[str, Any]) -> tuple[growfx.MaskedGraph, Tensor]:
     torch.manual_seed(case["seed"])
-    inputs = case["channels"][0]
+    inputs = case["channels"][0] * case["groups"]
     shape = (
         (case["batch"], *(case["size"] or [3]), inputs)
         if not case["kernel"]

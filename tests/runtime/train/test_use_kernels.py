@@ -68,6 +68,37 @@ def test_sparse_kernels_are_refused_for_other_devices_and_dtypes(moved: dict[str
 
 
 @built
+@pytest.mark.parametrize(("storage", "groups"), [("dense", 4), ("dense", 2), ("present", 4)])
+def test_layers_with_groups_train_with_sparse_kernels_as_with_dense_ones(storage: str, groups: int) -> None:
+    net, x = wrapped(groups=groups)
+    growfx.use_kernels(net, "sparse", storage=storage)
+    dense, _ = wrapped(groups=groups)
+    for one in (net, dense):
+        optimizer = torch.optim.SGD(one.parameters(), 0.1, momentum=0.9)
+        for _ in range(5):
+            optimizer.zero_grad()
+            one(x).square().sum().backward()
+            optimizer.step()
+    assert kernels_of(net) == {"conv": "sparse", "fc": "sparse"}
+    for name, value in dense.state_dict().items():
+        torch.testing.assert_close(net.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+@built
+def test_a_second_derivative_goes_through_a_layer_with_groups() -> None:
+    net, x = wrapped(groups=4)
+    growfx.use_kernels(net, "sparse")
+    found = []
+    for one in (net, wrapped(groups=4)[0]):
+        images = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(one(images).square().sum(), images, create_graph=True)
+        first.square().sum().backward()
+        found.append((images.grad, one.get_parameter("conv.weight").grad))
+    for sparse, dense in zip(*found, strict=True):
+        torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-4)
+
+
+@built
 def test_dense_undoes_it() -> None:
     net, x = wrapped()
     before = net(x)
@@ -134,9 +165,7 @@ def test_gradients_need_no_masking_after_sparse_kernels() -> None:
 
 
 @built
-@pytest.mark.parametrize(
-    ("geometry", "reason"), [({"groups": 2}, "2 groups"), ({"padding_mode": "reflect"}, "padding is `reflect`")]
-)
+@pytest.mark.parametrize(("geometry", "reason"), [({"padding_mode": "reflect"}, "padding is `reflect`")])
 def test_layers_without_a_sparse_kernel_stay_dense_and_say_why(geometry: dict[str, object], reason: str) -> None:
     net, x = wrapped(**geometry)
     expected = net(x)
@@ -174,12 +203,12 @@ def test_a_gain_smaller_than_what_a_layer_does_around_a_sparse_kernel_is_none() 
 
 
 class Between(nn.Module):
-    """Two convolutions with norms, and one by channel that has no sparse kernel, if `by_channel`."""
+    """Two convolutions with norms, and a pooling that needs torch's layout, if `pools`."""
 
-    def __init__(self, by_channel: bool) -> None:
+    def __init__(self, pools: bool) -> None:
         super().__init__()
         self.a, self.norm_a = nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8)
-        self.between = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False) if by_channel else nn.Identity()
+        self.between = nn.AvgPool2d(3, 1, 1) if pools else nn.Identity()
         self.b, self.norm_b = nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -187,9 +216,9 @@ class Between(nn.Module):
 
 
 @built
-@pytest.mark.parametrize("by_channel", [False, True])
+@pytest.mark.parametrize("pools", [False, True])
 def test_a_flow_ends_that_turns_more_between_its_layers_than_it_gains(
-    monkeypatch: pytest.MonkeyPatch, by_channel: bool
+    monkeypatch: pytest.MonkeyPatch, pools: bool
 ) -> None:
     # By its layers alone the flow takes 0.8 of the time; a turn of what a layer reads and makes takes 500 us.
     monkeypatch.setattr(choice, "_measure", lambda *_: choice.Times(1000.0, 900.0, 1500.0, 740.0))
@@ -197,17 +226,34 @@ def test_a_flow_ends_that_turns_more_between_its_layers_than_it_gains(
     run = network.Flow.run
     monkeypatch.setattr(network.Flow, "run", lambda self, *args: flows.append(self) or run(self, *args))
     torch.manual_seed(0)
-    net, x = growfx.wrap(Between(by_channel), torch.randn(2, 3, 8, 8), density=0.7), torch.randn(16, 3, 8, 8)
+    net, x = growfx.wrap(Between(pools), torch.randn(2, 3, 8, 8), density=0.7), torch.randn(16, 3, 8, 8)
     growfx.use_kernels(net, "auto")
     for _ in range(4):
         net(x)
-    assert len(flows) == (1 if by_channel else 3)  # the first call measures
-    assert net.kernels.chooser.turned == (16 * 8 * 64 / (16 * (3 + 8 + 8 + 8) * 64) if by_channel else 0)
+    assert len(flows) == (1 if pools else 3)  # the first call measures
+    assert net.kernels.chooser.turned == (16 * 8 * 64 / (16 * (3 + 8 + 8 + 8) * 64) if pools else 0)
     again = growfx.use_kernels(copy.deepcopy(net), "auto")
     again.kernels.chooser.load_state_dict(net.kernels.chooser.state_dict())
     flows.clear()
     again(x)
-    assert len(flows) == (0 if by_channel else 1)
+    assert len(flows) == (0 if pools else 1)
+
+
+@built
+def test_without_times_layers_with_groups_stay_within_a_flow_and_say_why() -> None:
+    torch.manual_seed(0)
+    layers = []
+    for inputs, outputs, groups in ((3, 8, 1), (8, 8, 8), (8, 8, 1)):
+        layers += [nn.Conv2d(inputs, outputs, 1, groups=groups, bias=False), nn.BatchNorm2d(outputs)]
+    net, x = growfx.wrap(nn.Sequential(*layers), torch.randn(2, 3, 8, 8)), torch.randn(16, 3, 8, 8)
+    net.set_masks({name: torch.rand(net.layers[name].mask.shape) < 0.1 for name in ("0", "4")})
+    expected = net(x)
+    growfx.use_kernels(net, deterministic=True)
+    assert kernels_of(net)["2"] == "dense"
+    for _ in range(2):  # the first call measures
+        torch.testing.assert_close(net(x), expected)
+    assert kernels_of(net)["2"] == "sparse"
+    assert "it has groups" in net.kernel_report.layers["2"].reason
 
 
 @built
@@ -216,8 +262,8 @@ def test_what_was_chosen_before_flows_counted_their_turns_is_still_read() -> Non
     growfx.use_kernels(net, example_inputs=x)
     state = net.kernels.chooser.state_dict()
     del state["turned"]
-    state["known"] = [row[:-1] for row in state["known"]]
-    state["last"] = {name: row[:-1] for name, row in state["last"].items()}
+    state["known"] = [row[:-2] for row in state["known"]]
+    state["last"] = {name: row[:-2] for name, row in state["last"].items()}
     again = growfx.use_kernels(wrapped()[0])
     again.kernels.chooser.load_state_dict(state)
     again(x)
