@@ -27,15 +27,18 @@ from growfx.errors import TraceError
 from growfx.runtime.train.chains import ADDITIONS, RECTIFICATIONS, Chain
 from growfx.runtime.train.rows import InnerRows
 
-__all__ = ["Flow", "is_flowing", "is_inner", "note_dense", "note_rows", "rows_may_stay"]
+__all__ = ["Flow", "hand_over", "is_flowing", "is_inner", "note_dense", "note_rows", "rows_may_stay"]
 
 _LOCAL = threading.local()
 
+_CONCATENATIONS: set[Any] = {torch.cat, torch.concat, torch.concatenate}
+_CHUNKS: set[Any] = {torch.chunk, torch.Tensor.chunk}
+_SPLITS: set[Any] = {torch.split, torch.Tensor.split, *_CHUNKS}
 # What torch computes slowly, or not at all, on tensors whose batch is innermost.
 _OUTER: set[Any] = {
     *(torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
     *(F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d),
-    *(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.interpolate, F.pad, torch.cat, torch.concat, F.pixel_shuffle),
+    *(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.interpolate, F.pad, *_CONCATENATIONS, F.pixel_shuffle),
     *(F.group_norm, F.layer_norm, F.instance_norm, F.unfold, F.linear, torch.matmul, F.channel_shuffle),
     *(torch.Tensor.view, torch.Tensor.contiguous, torch.Tensor.flatten, torch.Tensor.reshape),
     *(torch.flatten, torch.reshape, F.scaled_dot_product_attention, torch.Tensor.__matmul__, torch.bmm),
@@ -73,6 +76,16 @@ def note_rows(out: Tensor) -> None:
     flow = _flow()
     assert flow is not None
     flow.rows.add(out)
+
+
+def hand_over(x: Tensor) -> None:
+    """Give a tensor that a layer of images is about to read outside of the flow's sight its values."""
+    flow: Flow | None = getattr(_LOCAL, "flow", None)
+    if flow is None:
+        return
+    if flow.rows:
+        flow.rows.before(hand_over, (x,), {})
+    flow._fill(x)
 
 
 def note_dense() -> None:
@@ -176,6 +189,14 @@ class Flow(TorchFunctionMode):
             found = self._pool(*args, **kwargs)
             if found is not None:
                 return found
+        if func in _CONCATENATIONS and is_flowing():
+            joined = _concatenated(*args, **kwargs)
+            if joined is not None:
+                return joined
+        if func in _SPLITS and is_flowing():
+            parts = _split(func, *args, **kwargs)
+            if parts is not None:
+                return parts
         if self.images and func in _OUTER:
             if not self.turn_is_known:
                 values = pytree.tree_leaves((args, kwargs))
@@ -349,6 +370,74 @@ class Flow(TorchFunctionMode):
         reads = tuple(t for t in (x, weight, bias) if t is not None)
         tensor = weakref.ref(place)
         return self._wait(place, _Waiting(tensor, compute, chain, out, reads, torch.is_grad_enabled(), moved))
+
+
+class _Joined(torch.autograd.Function):
+    """Tensors (N, C, ...) with their batch innermost one after another by channel, with it innermost."""
+
+    @staticmethod
+    def forward(ctx: Any, *parts: Tensor) -> Tensor:
+        ctx.channels = [part.shape[1] for part in parts]
+        size, steps = parts[0].shape, parts[0].stride()
+        out = parts[0].new_empty_strided((size[0], sum(ctx.channels), *size[2:]), steps)
+        for place, part in zip(out.split(ctx.channels, 1), parts, strict=True):
+            place.copy_(part)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads[0].split(ctx.channels, 1)
+
+
+def _concatenated(tensors: Any, dim: Any = 0, **others: Any) -> Tensor | None:
+    """`torch.cat` by channel of images most of which lie with their batch innermost; None where torch is to do it."""
+    if others or not isinstance(tensors, (list, tuple)) or len(tensors) < 2 or type(dim) is not int:
+        return None
+    if not all(type(part) is Tensor and part.dtype == torch.float32 and part.is_cpu for part in tensors):
+        return None
+    size = tensors[0].shape
+    alike = all(part.shape[0] == size[0] and part.shape[2:] == size[2:] for part in tensors)
+    if len(size) < 3 or dim not in (1, 1 - len(size)) or not alike:
+        return None
+    inner = [is_inner(part) for part in tensors]
+    if 2 * sum(part.numel() for part, lies in zip(tensors, inner, strict=True) if lies) < sum(
+        map(Tensor.numel, tensors)
+    ):
+        return None
+    return _Joined.apply(
+        *(part if lies else torch.ops.growfx.batch_inner(part) for part, lies in zip(tensors, inner, strict=True))
+    )
+
+
+class _Split(torch.autograd.Function):
+    """Parts by channel of a tensor (N, C, ...) with its batch innermost, whose gradient has it there too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, channels: list[int]) -> tuple[Tensor, ...]:
+        return x.split(channels, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        joined = _concatenated(grads, 1)
+        return torch.cat(grads, 1) if joined is None else joined, None
+
+
+def _split(func: Any, x: Any, sizes: Any = None, dim: Any = 0, **others: Any) -> tuple[Tensor, ...] | None:
+    """`torch.split` and `torch.chunk` by channel of images with their batch innermost; None where torch is to do it.
+
+    Torch's gradient of a split is a concatenation, which would not lie so.
+    """
+    if others or type(x) is not Tensor or type(dim) is not int or not is_inner(x) or dim not in (1, 1 - x.dim()):
+        return None
+    channels = x.shape[1]
+    if type(sizes) is int and sizes > 0 and channels > 0:
+        size = -(-channels // sizes) if func in _CHUNKS else sizes
+        sizes = [min(size, channels - first) for first in range(0, channels, size)]
+    if func in _CHUNKS and type(sizes) is not list:
+        return None
+    if not isinstance(sizes, (list, tuple)) or sum(sizes) != channels or not x.requires_grad:
+        return None
+    return _Split.apply(x, list(sizes)) if torch.is_grad_enabled() else None
 
 
 def _become(value: Tensor, found: Tensor) -> None:

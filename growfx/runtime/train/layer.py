@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from growfx.masked.layers import MaskedLayer
 from growfx.runtime.train.choice import Chooser
 from growfx.runtime.train.entries import LIMIT, Entries, Geometry, geometry_of, product
-from growfx.runtime.train.flow import is_flowing, note_dense, note_rows, rows_may_stay
+from growfx.runtime.train.flow import hand_over, is_flowing, note_dense, note_rows, rows_may_stay
 
 __all__ = ["LayerKernel"]
 
@@ -52,6 +52,14 @@ class LayerKernel:
 
     def __call__(self, layer: MaskedLayer, x: Tensor) -> Tensor | None:
         """The output over active entries alone, with its gradients; None: dense kernels are to compute it."""
+        if not self.geometry.kernel:
+            return self._computed(layer, x)
+        # A flow looks at every question about a tensor, and there are many here.
+        hand_over(x)
+        with torch._C.DisableTorchFunction():
+            return self._computed(layer, x)
+
+    def _computed(self, layer: MaskedLayer, x: Tensor) -> Tensor | None:
         self.took_sparse = False
         # What would refuse sparse kernels now leads to dense ones too: of layers that take these nothing more is asked.
         situation = () if self.never or type(x) is not Tensor else self._situation(layer, x)

@@ -86,7 +86,17 @@ def inner_checkpoint(m: Block, x: Tensor) -> Tensor:
     return checkpoint(lambda t: residual(m, t), x, use_reentrant=False)
 
 
-JOINS = [residual, plain_sum, added_in_place, seen_twice, pooled, viewed, sum_of_three, inner_checkpoint]
+def joined_and_split(m: Block, x: Tensor) -> Tensor:
+    y, way = m.norm_a(m.a(x)), m.norm_way(m.way(x))
+    first, _, rest = torch.cat((y, m.norm_b(m.b(F.relu(y))), way), dim=-3).split([12, 5, 19], 1)
+    halves = torch.concat([first, F.avg_pool2d(way, 1), rest[:, :3]], 1).chunk(2, 1)
+    return halves[0][:, 1:13].relu() + torch.split(torch.cat([*halves[1].chunk(4, -3), way], 1), 12, dim=1)[0]
+
+
+JOINS = [
+    *(residual, plain_sum, added_in_place, seen_twice, pooled, viewed, sum_of_three, inner_checkpoint),
+    joined_and_split,
+]
 
 
 def results(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -355,3 +365,38 @@ def test_a_norm_that_stays_constant_and_one_value_a_channel_are_left_to_torch() 
     growfx.use_kernels(net, "sparse")
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         net(torch.randn(1, 3, 3, 3))
+
+
+def test_what_is_joined_and_split_by_channel_lies_as_before_and_so_do_gradients() -> None:
+    torch.manual_seed(0)
+    a, b = (torch.randn(c, 3, 4, 20).permute(3, 0, 1, 2).requires_grad_() for c in (5, 8))
+    lies: dict[str, bool] = {}
+
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        whole = torch.cat([x, y.contiguous(), y], 1)
+        head, _, tail = whole.split([4, 7, 10], 1)
+        halves = tail.chunk(2, 1)
+        lies.update({"whole": flow.is_inner(whole), "half": flow.is_inner(halves[1])})
+        whole.register_hook(lambda grad: lies.update(gradient=flow.is_inner(grad)))
+        return (head.square().sum() + (halves[0] * halves[1]).sum())[None]
+
+    model = nn.Module()
+    model.forward = forward
+    found = torch.autograd.grad(flow.Flow({}).run(model, (a, b), {}), (a, b))
+    assert lies == {"whole": True, "half": True, "gradient": True}
+    for value, expected in zip(found, torch.autograd.grad(forward(a, b), (a, b)), strict=True):
+        torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda x: x.split([1, 2], 1), lambda x: torch.cat([x, x[:3]], 1), lambda x: x.chunk(0, 1), torch.cat]
+)
+def test_wrong_joins_and_splits_raise_as_in_torch(wrong: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(5, 3, 4, 20).permute(3, 0, 1, 2).requires_grad_()
+    with pytest.raises((RuntimeError, TypeError)) as plain:
+        wrong(x)
+    model = nn.Module()
+    model.forward = wrong
+    with pytest.raises(plain.type) as within:
+        flow.Flow({}).run(model, (x,), {})
+    assert str(within.value) == str(plain.value)
