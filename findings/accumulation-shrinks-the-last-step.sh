@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Guess:    gradient accumulation over four micro-batches averages over the micro-batches of a step; where an epoch has ten, its last
-#           step averages over two, and the three training loops that offer it, Lightning, accelerate and transformers' Trainer,
-#           agree.
-# Happens:  Lightning and accelerate divide each loss by four whatever the step holds, and make the step at the end of the epoch with
-#           what is there: its gradient is half as long, a quarter with one micro-batch left over. transformers' Trainer divides
-#           by the number that there are. For plain SGD the last samples of each epoch count half; a pruning score or a growth
-#           taken from the gradient at the end of an epoch is half of that a step before. Nothing is said.
+# Guess:    gradient accumulation over four micro-batches averages over the micro-batches of a step; where an epoch has ten, its
+#           last step averages over two, and the three training loops that offer it, Lightning, accelerate and transformers'
+#           Trainer, agree.
+# Happens:  Lightning and accelerate divide each loss by four whatever the step holds, and make the step at the end of the epoch
+#           with what is there: its gradient is half as long, a quarter with one micro-batch left over. transformers' Trainer
+#           divides by the number that there are. For plain SGD the last samples of each epoch count half; a pruning score or a
+#           growth taken from the gradient at the end of an epoch is half of that a step before. Nothing is said.
 # Seen with lightning 2.6.6, accelerate 1.15.0, transformers 5.24.0, torch 2.15.0 and numpy 2.4.6, CPU, Python 3.11.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/python" -m pip install --quiet 'torch==2.15.0' 'lightning==2.6.6' 'accelerate==1.15.0' 'transformers==5.24.0' 'numpy==2.4.6'
+"$folder/venv/bin/python" -m pip install --quiet 'torch==2.15.0' 'lightning==2.6.6' 'accelerate==1.15.0' \
+    'transformers==5.24.0' 'numpy==2.4.6'
 "$folder/venv/bin/python" - <<'PY'
 import logging
 import tempfile
@@ -50,7 +51,12 @@ class Lit(lightning.LightningModule):
 
 def by_lightning(samples):
     module = Lit()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = lightning.Trainer(accelerator="cpu", max_epochs=2, accumulate_grad_batches=every, **quiet)
     trainer.fit(module, DataLoader(samples, batch_size=1))
     return module.seen
@@ -95,8 +101,16 @@ def by_transformers(samples):
     net = Net()
     watch = Watch(net)
     options = transformers.TrainingArguments(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=1, gradient_accumulation_steps=every, num_train_epochs=2,
-        use_cpu=True, report_to=[], max_grad_norm=0, disable_tqdm=True, save_strategy="no", logging_strategy="no",
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=every,
+        num_train_epochs=2,
+        use_cpu=True,
+        report_to=[],
+        max_grad_norm=0,
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
     )
     transformers.Trainer(model=net, args=options, train_dataset=[{"x": x} for x in samples], callbacks=[watch]).train()
     return watch.seen

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Guess:    calflops counts `x @ w` as it counts F.linear(x, w) and torch.matmul(x, w); a model it has counted before, and one that
-#           it could not count, leave no trace in what it says of the next.
-# Happens:  the operator @ counts as nothing: an attention that is written with it, as most are, shows its projections only, and so does a
-#           layer that multiplies by its weight. torch.matmul and x.matmul(w) count; torch.bmm, torch.tensordot and F.linear imported
-#           by name do not. A grouped transposed convolution is divided by its groups once too often. Where counting a model raises,
-#           here one without parameters, every model counted after that in the process has twice its FLOPs. Nothing is said.
+# Guess:    calflops counts `x @ w` as it counts F.linear(x, w) and torch.matmul(x, w); a model it has counted before, and one
+#           that it could not count, leave no trace in what it says of the next.
+# Happens:  the operator @ counts as nothing: an attention that is written with it, as most are, shows its projections only, and
+#           so does a layer that multiplies by its weight. torch.matmul and x.matmul(w) count; torch.bmm, torch.tensordot and
+#           F.linear imported by name do not. A grouped transposed convolution is divided by its groups once too often. Where
+#           counting a model raises, here one without parameters, every model counted after that in the process has twice its
+#           FLOPs. Nothing is said.
 # Seen with calflops 0.3.2, transformers 5.24.0, torch 2.15.0 and numpy 2.4.6, CPU, Python 3.11.
 set -euo pipefail
 folder=$(mktemp -d)
@@ -68,7 +69,9 @@ for name in ("F.linear", "torch.matmul", "x.matmul(w)", "transposed convolution"
     assert seen[name][0] == seen[name][1], "this has changed"
 for name in ("x @ w", "linear, imported by name", "torch.bmm", "torch.tensordot"):
     assert seen[name][0] == 0 < seen[name][1], "this has changed"
-assert seen["transposed convolution in 4 groups"][0] * 4 == seen["transposed convolution in 4 groups"][1], "this has changed"
+assert seen["transposed convolution in 4 groups"][0] * 4 == seen["transposed convolution in 4 groups"][1], (
+    "this has changed"
+)
 for failures in (1, 2):
     try:
         count(nn.Flatten(), image)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Guess:    from_pretrained of a class with huggingface_hub's PyTorchModelHubMixin raises, or warns as transformers does, where the
-#           checkpoint does not fit the class: a network saved under torch.nn.utils.prune, whose file has weight_orig and
+# Guess:    from_pretrained of a class with huggingface_hub's PyTorchModelHubMixin raises, or warns as transformers does, where
+#           the checkpoint does not fit the class: a network saved under torch.nn.utils.prune, whose file has weight_orig and
 #           weight_mask, and loaded by a class that has weight.
-# Happens:  strict is off unless asked for, and what was missing or left over is not reported. The network comes back with its biases
-#           and norms as saved and its pruned weights as __init__ drew them, other ones in each call, in evaluation mode, ready to
-#           use; no warning, no log. save_pretrained of the pruned network says nothing either. strict=True raises for the keys.
-#           After prune.remove it loads as saved. safetensors' own load_model and load_state_dict raise.
+# Happens:  strict is off unless asked for, and what was missing or left over is not reported. The network comes back with its
+#           biases and norms as saved and its pruned weights as __init__ drew them, other ones in each call, in evaluation mode,
+#           ready to use; no warning, no log. save_pretrained of the pruned network says nothing either. strict=True raises for
+#           the keys. After prune.remove it loads as saved. safetensors' own load_model and load_state_dict raise.
 # Seen with huggingface_hub 2.4.0, safetensors 0.8.0, torch 2.15.0 and numpy 2.4.6, CPU, Python 3.11.
 set -euo pipefail
 folder=$(mktemp -d)
@@ -42,7 +42,9 @@ class Net(nn.Module, PyTorchModelHubMixin):
         return self.second(self.first(x).relu())
 
 
-print("huggingface_hub", huggingface_hub.__version__, "safetensors", safetensors.__version__, "torch", torch.__version__)
+print(
+    "huggingface_hub", huggingface_hub.__version__, "safetensors", safetensors.__version__, "torch", torch.__version__
+)
 torch.manual_seed(0)
 net = Net()
 for layer in (net.first, net.second):
@@ -54,11 +56,14 @@ with contextlib.redirect_stdout(printed):
     loaded, again = Net.from_pretrained(folder), Net.from_pretrained(folder)
 share = [float((model.first.weight == 0).float().mean()) for model in (net, loaded)]
 print("zeros in the weight: saved", round(share[0], 2), "loaded", round(share[1], 2))
-print("biases as saved:", torch.equal(net.first.bias, loaded.first.bias), "two loads alike:", torch.equal(loaded.first.weight, again.first.weight))
+print("biases as saved:", torch.equal(net.first.bias, loaded.first.bias))
+print("two loads alike:", torch.equal(loaded.first.weight, again.first.weight))
 print("said:", repr(printed.getvalue()), "logged:", repr(logs.getvalue()))
 assert share[0] > 0.89 and share[1] < 0.01 and torch.equal(net.first.bias, loaded.first.bias), "this has changed"
 assert not torch.equal(loaded.first.weight, again.first.weight), "this has changed"
-assert "weight" not in printed.getvalue().replace("Loading weights from local directory", "") + logs.getvalue(), "changed"
+assert "weight" not in printed.getvalue().replace("Loading weights from local directory", "") + logs.getvalue(), (
+    "changed"
+)
 for name, load in {
     "strict=True": lambda: Net.from_pretrained(folder, strict=True),
     "safetensors.torch.load_model": lambda: load_model(Net(), folder + "/model.safetensors"),

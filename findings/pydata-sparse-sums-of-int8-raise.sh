@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Guess:    sum, mean and std of a pydata/sparse matrix of quantized weights, in int8 or uint8, are those of the array that it stands
-#           for, kept in 64 bits as numpy keeps them, whatever the size of the matrix.
-# Happens:  they raise an OverflowError once the matrix has more places, absent ones included, than its type can count: 128 in int8, 256
-#           in uint8, 32,768 in int16. The number of places goes into a product with the fill value as a Python integer, which
-#           numpy 2 refuses to make an int8. A small layer works and a larger one does not; a sum over one axis fails where that
-#           axis is long. max works, and so do sums of booleans, of float16 and of int64, and scipy's of int8.
+# Guess:    sum, mean and std of a pydata/sparse matrix of quantized weights, in int8 or uint8, are those of the array that it
+#           stands for, kept in 64 bits as numpy keeps them, whatever the size of the matrix.
+# Happens:  they raise an OverflowError once the matrix has more places, absent ones included, than its type can count: 128 in
+#           int8, 256 in uint8, 32,768 in int16. The number of places goes into a product with the fill value as a Python
+#           integer, which numpy 2 refuses to make an int8. A small layer works and a larger one does not; a sum over one axis
+#           fails where that axis is long. max works, and so do sums of booleans, of float16 and of int64, and scipy's of int8.
 # Seen with sparse 0.19.3, scipy 1.17.1, numba 0.68.1 and numpy 2.4.6, CPU, Python 3.11.
 set -euo pipefail
 folder=$(mktemp -d)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Guess:    torch_geometric's std and var of a node's neighbours ("std" and "var" as aggr, as in PNA) are those of torch.std and torch.var
-#           to a few digits of float32, whatever the mean of the feature is.
-# Happens:  the variance is the mean of the squares less the square of the mean, in float32. Where the mean is a thousand times the
-#           spread, as of a year, a coordinate or a count, one std in seven is off by a tenth; at ten thousand times all are, more than
-#           half are 0 and have no gradient, and there are negative variances. In bfloat16 a mean of twenty times the spread is
-#           enough. Nothing is said. torch.std of the same numbers is right, and so is the aggregation where the mean is subtracted
-#           from the features before, and in float64.
+# Guess:    torch_geometric's std and var of a node's neighbours ("std" and "var" as aggr, as in PNA) are those of torch.std and
+#           torch.var to a few digits of float32, whatever the mean of the feature is.
+# Happens:  the variance is the mean of the squares less the square of the mean, in float32. Where the mean is a thousand times
+#           the spread, as of a year, a coordinate or a count, one std in seven is off by a tenth; at ten thousand times all
+#           are, more than half are 0 and have no gradient, and there are negative variances. In bfloat16 a mean of twenty times
+#           the spread is enough. Nothing is said. torch.std of the same numbers is right, and so is the aggregation where the
+#           mean is subtracted from the features before, and in float64.
 # Seen with torch_geometric 2.8.1, torch 2.15.0 and numpy 2.4.6, CPU, Python 3.11.
 set -euo pipefail
 folder=$(mktemp -d)
@@ -42,11 +42,15 @@ for dtype, means in {torch.float32: (0, 100, 1e3, 1e4, 1e5), torch.float64: (0, 
     for mean in means:
         seen[dtype, mean] = look(mean, dtype)
         zero, off, torch_off = seen[dtype, mean]
-        print(f"{dtype}, mean {mean:g}, spread 1: std is 0 for {zero:.0%}, off by a tenth for {off:.0%}, torch.std {torch_off:.0%}")
+        print(
+            f"{dtype}, mean {mean:g}, spread 1: std is 0 for {zero:.0%}, off by a tenth for {off:.0%}, torch.std {torch_off:.0%}"
+        )
 assert seen[torch.float32, 0][1] == seen[torch.float64, 1e4][1] == 0, "this has changed"
 assert seen[torch.float32, 1e4][1] > 0.9 and seen[torch.float32, 1e4][0] > 0.3, "this has changed"
 assert seen[torch.bfloat16, 20][1] > 0.5 and seen[torch.float32, 1e3][1] > 0.02, "this has changed"
-assert all(torch_off < 0.01 for (dtype, _), (_, _, torch_off) in seen.items() if dtype != torch.bfloat16), "this has changed"
+assert all(torch_off < 0.01 for (dtype, _), (_, _, torch_off) in seen.items() if dtype != torch.bfloat16), (
+    "this has changed"
+)
 features = (spread + 1e4).float().reshape(-1, 1).requires_grad_()
 gradient = torch.autograd.grad(StdAggregation()(features, index).sum(), features)[0].reshape(nodes, neighbours)
 print(f"nodes without a gradient at mean 1e4: {float((gradient == 0).all(1).double().mean()):.0%}")

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Guess:    torch_geometric's to_undirected of a weighted graph adds the missing directions, with the weight of the other one, and leaves
-#           a graph that is undirected already as it is, as it does where there are no weights.
-# Happens:  every edge is mirrored and the weights of an edge and its mirror are added up: an undirected graph comes back with all its
-#           weights doubled, four times as large after two calls, and every loop is doubled in any graph. Edges that had one direction
-#           keep their weight, so that in a graph of both kinds weights that were equal are not any more. The transform ToUndirected
-#           does the same. Without weights the graph does not change. reduce="mean" leaves the weights alone. Nothing is said.
+# Guess:    torch_geometric's to_undirected of a weighted graph adds the missing directions, with the weight of the other one,
+#           and leaves a graph that is undirected already as it is, as it does where there are no weights.
+# Happens:  every edge is mirrored and the weights of an edge and its mirror are added up: an undirected graph comes back with
+#           all its weights doubled, four times as large after two calls, and every loop is doubled in any graph. Edges that had
+#           one direction keep their weight, so that in a graph of both kinds weights that were equal are not any more. The
+#           transform ToUndirected does the same. Without weights the graph does not change. reduce="mean" leaves the weights
+#           alone. Nothing is said.
 # Seen with torch_geometric 2.8.1, torch 2.15.0 and numpy 2.4.6, CPU, Python 3.11.
 set -euo pipefail
 folder=$(mktemp -d)

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Guess:    the regression metrics of scikit-learn treat integers alike: where mean_absolute_error and mean_squared_error of pixels in
-#           uint8, or of quantized weights in int8, are right, max_error and median_absolute_error of the same arrays are too.
-# Happens:  the means are kept in float64, and the other two subtract in 8 bits and wrap around. Predictions in uint8 that are one too
-#           small everywhere have a median error of 255, and one too large a largest error of 255; where one pixel is off by 255
-#           the largest error is 1. In int8 the largest error between weights of -127 and 127 is 2, far below the mean one. As
-#           scorers of a search ("neg_max_error", "neg_median_absolute_error") they rank the worse model first. Nothing is said.
+# Guess:    the regression metrics of scikit-learn treat integers alike: where mean_absolute_error and mean_squared_error of
+#           pixels in uint8, or of quantized weights in int8, are right, max_error and median_absolute_error of the same arrays
+#           are too.
+# Happens:  the means are kept in float64, and the other two subtract in 8 bits and wrap around. Predictions in uint8 that are
+#           one too small everywhere have a median error of 255, and one too large a largest error of 255; where one pixel is
+#           off by 255 the largest error is 1. In int8 the largest error between weights of -127 and 127 is 2, far below the
+#           mean one. As scorers of a search ("neg_max_error", "neg_median_absolute_error") they rank the worse model first.
+#           Nothing is said.
 # Seen with scikit-learn 1.9.1, scipy 1.17.1 and numpy 2.4.6, CPU, Python 3.11.
 set -euo pipefail
 folder=$(mktemp -d)
@@ -38,7 +40,10 @@ seen = {}
 for name, (target, output) in cases.items():
     for metric in metrics:
         seen[name, metric] = float(metric(target, output)), float(metric(target.astype(float), output.astype(float)))
-    print(f"{name}:", ", ".join(f"{metric.__name__} {seen[name, metric][0]:g} ({seen[name, metric][1]:g})" for metric in metrics))
+    print(
+        f"{name}:",
+        ", ".join(f"{metric.__name__} {seen[name, metric][0]:g} ({seen[name, metric][1]:g})" for metric in metrics),
+    )
 print("(in brackets: of the same numbers in float64)")
 for (name, metric), (found, expected) in seen.items():
     if metric in metrics[:2]:
@@ -69,7 +74,9 @@ for scorer, good_output, bad_output in (
     ("neg_mean_absolute_error", target - np.uint8(1), target - np.uint8(99)),
 ):
     good, bad = (get_scorer(scorer)(Constant(output), np.zeros((9, 1)), target) for output in (good_output, bad_output))
-    print(f"{scorer} of {target[0]}: model that says {good_output[0]} {good:g}, model that says {bad_output[0]} {bad:g}")
+    print(
+        f"{scorer} of {target[0]}: model that says {good_output[0]} {good:g}, model that says {bad_output[0]} {bad:g}"
+    )
     assert (good < bad) == (scorer != "neg_mean_absolute_error"), "this has changed"
 print("as described")
 PY

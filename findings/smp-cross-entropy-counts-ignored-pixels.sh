@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # Guess:    SoftCrossEntropyLoss(smooth_factor=0, ignore_index=255) of segmentation_models_pytorch is torch's cross_entropy with
 #           ignore_index=255: the mean over the pixels that count, however many are left out.
-# Happens:  ignored pixels have a loss of zero and are counted in the mean: with nine tenths of the pixels unlabelled the loss and its
-#           gradient are a tenth of torch's, so that images with few labels count little and the learning rate depends on how much
-#           is labelled. It is so with smoothing and without. The library's FocalLoss divides by the pixels that count, and is NaN
-#           where there are none. Without ignored pixels SoftCrossEntropyLoss is torch's. Nothing is said.
+# Happens:  ignored pixels have a loss of zero and are counted in the mean: with nine tenths of the pixels unlabelled the loss
+#           and its gradient are a tenth of torch's, so that images with few labels count little and the learning rate depends
+#           on how much is labelled. It is so with smoothing and without. The library's FocalLoss divides by the pixels that
+#           count, and is NaN where there are none. Without ignored pixels SoftCrossEntropyLoss is torch's. Nothing is said.
 # Seen with segmentation_models_pytorch 0.6.0, timm 1.0.31, torch 2.15.0 and numpy 2.4.6, CPU, Python 3.11.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/python" -m pip install --quiet 'torch==2.15.0' 'torchvision==0.29.2' 'timm==1.0.31' 'segmentation_models_pytorch==0.6.0' 'numpy==2.4.6'
+"$folder/venv/bin/python" -m pip install --quiet 'torch==2.15.0' 'torchvision==0.29.2' 'timm==1.0.31' \
+    'segmentation_models_pytorch==0.6.0' 'numpy==2.4.6'
 "$folder/venv/bin/python" - <<'PY'
 import warnings
 from importlib.metadata import version

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Guess:    torchdata's StatefulDataLoader, saved in the middle of an epoch with state_dict() and loaded into a new one made alike, goes
-#           on as if there had been no break: the rest of the epoch, and the epochs after it, whatever the number of workers.
-# Happens:  with shuffle=True and a generator, the usual way to make the order repeatable, only the rest of the epoch is right. Without
-#           workers the next epochs come in other orders than in the run without a break, also from a state that is saved
-#           at the end of an epoch; with two workers, or without a generator, where the global one is not even seeded alike,
-#           all of them are right. So a resumed run differs from its twin from the next epoch on, by an option that has no bearing
-#           on the order otherwise. Each epoch is a shuffle of all samples, so nothing shows it.
+# Guess:    torchdata's StatefulDataLoader, saved in the middle of an epoch with state_dict() and loaded into a new one made
+#           alike, goes on as if there had been no break: the rest of the epoch, and the epochs after it, whatever the number of
+#           workers.
+# Happens:  with shuffle=True and a generator, the usual way to make the order repeatable, only the rest of the epoch is right.
+#           Without workers the next epochs come in other orders than in the run without a break, also from a state that is
+#           saved at the end of an epoch; with two workers, or without a generator, where the global one is not even seeded
+#           alike, all of them are right. So a resumed run differs from its twin from the next epoch on, by an option that has
+#           no bearing on the order otherwise. Each epoch is a shuffle of all samples, so nothing shows it.
 # Seen with torchdata 0.11.0, torch 2.15.0 and numpy 2.4.6, CPU, Python 3.11.
 set -euo pipefail
 folder=$(mktemp -d)

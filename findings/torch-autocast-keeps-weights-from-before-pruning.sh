@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Guess:    under autocast each forward computes with the weights as they are: pruned in place between two forwards of one autocast
-#           region, a network is evaluated as pruned. Casts that autocast keeps are checked by the weight's version counter.
-# Happens:  autocast keeps the cast of a weight until its region ends and does not look whether the weight has changed. A network
-#           pruned to 90 %, or set to zero altogether, gives bit for bit the outputs of the dense one; a search for the best
-#           sparsity in one region finds that all cost nothing. Optimizer steps and load_state_dict in a region are not seen
-#           either. no_grad does not help, as the parameter still asks for gradients; nothing is said. It is right in
+# Guess:    under autocast each forward computes with the weights as they are: pruned in place between two forwards of one
+#           autocast region, a network is evaluated as pruned. Casts that autocast keeps are checked by the weight's version
+#           counter.
+# Happens:  autocast keeps the cast of a weight until its region ends and does not look whether the weight has changed. A
+#           network pruned to 90 %, or set to zero altogether, gives bit for bit the outputs of the dense one; a search for the
+#           best sparsity in one region finds that all cost nothing. Optimizer steps and load_state_dict in a region are not
+#           seen either. no_grad does not help, as the parameter still asks for gradients; nothing is said. It is right in
 #           inference_mode, with cache_enabled=False, in a region for each forward, and where a mask is part of the forward.
 # Seen with torch 2.15.0 and numpy 2.4.6, CPU, Python 3.11.
 set -euo pipefail

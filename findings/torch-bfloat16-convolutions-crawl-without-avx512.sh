@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Guess:    on a CPU without instructions for bfloat16 a convolution in bfloat16 costs at most two or three times one in float32, the
-#           time to convert its operands and back; so do float16 and a training step under autocast, whatever the layout.
-# Happens:  where the CPU has no AVX-512, the forward of a convolution falls back to a kernel that takes twenty to thirty times as long
-#           as float32's, and a training step under autocast ten times and more. It is the layout: in channels_last the same
-#           convolution takes about three times as long as in float32, and its backward does so in any layout. Converting to
-#           float32, convolving and rounding the result takes as long as float32 does and gives the same numbers but for a rounding
-#           here and there. Nothing is said.
-#           Ratios are taken in one run, with one thread; a CPU with AVX-512 or one that is not x86 has nothing to show.
+# Guess:    on a CPU without instructions for bfloat16 a convolution in bfloat16 costs at most two or three times one in
+#           float32, the time to convert its operands and back; so do float16 and a training step under autocast, whatever the
+#           layout.
+# Happens:  where the CPU has no AVX-512, the forward of a convolution falls back to a kernel that takes twenty to thirty times
+#           as long as float32's, and a training step under autocast ten times and more. It is the layout: in channels_last the
+#           same convolution takes about three times as long as in float32, and its backward does so in any layout. Converting
+#           to float32, convolving and rounding the result takes as long as float32 does and gives the same numbers but for a
+#           rounding here and there. Nothing is said. Ratios are taken in one run, with one thread; a CPU with AVX-512 or one
+#           that is not x86 has nothing to show.
 # Seen with torch 2.15.0 and numpy 2.4.6, CPU (AVX2), Python 3.11.
 set -euo pipefail
 folder=$(mktemp -d)

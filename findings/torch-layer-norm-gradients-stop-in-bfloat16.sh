@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Guess:    the gradients of a layer norm's weight and bias in bfloat16 are sums kept in float32 and rounded once, as those of a
-#           batch norm, a group norm, an rms norm and of a linear layer's bias are; training in bfloat16 has rounding errors of 1 %.
-# Happens:  on a CPU they are added up in bfloat16 itself, over all tokens of the batch, and stop growing at 256 times the size of a
-#           summand: of 5,000 tokens with a gradient of 1 each the bias gets 256, with two threads 512, in float16 2,048. Where the
-#           gradients have one sign nine tenths of the sum are lost; random ones, which cancel, are off by a tenth. Weight and bias
-#           in float32 do not help, as the sums are kept in the input's type: a float32 network under autocast, whose norm reads the
-#           bfloat16 output of a linear layer, has a float32 gradient of 256 too. Nothing is said.
+#           batch norm, a group norm, an rms norm and of a linear layer's bias are; training in bfloat16 has rounding errors of
+#           1 %.
+# Happens:  on a CPU they are added up in bfloat16 itself, over all tokens of the batch, and stop growing at 256 times the size
+#           of a summand: of 5,000 tokens with a gradient of 1 each the bias gets 256, with two threads 512, in float16 2,048.
+#           Where the gradients have one sign nine tenths of the sum are lost; random ones, which cancel, are off by a tenth.
+#           Weight and bias in float32 do not help, as the sums are kept in the input's type: a float32 network under autocast,
+#           whose norm reads the bfloat16 output of a linear layer, has a float32 gradient of 256 too. Nothing is said.
 # Seen with torch 2.15.0 and numpy 2.4.6, CPU, Python 3.11.
 set -euo pipefail
 folder=$(mktemp -d)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Guess:    torch.segment_reduce and Tensor.index_reduce_, the reductions for graphs and ragged batches, keep their sums in float32 for
-#           bfloat16 and float16, as sum, mean, scatter_add_ and scatter_reduce_ do; so does torch.histc its counts.
-# Happens:  on a CPU they add up in the tensor's own type and stop at 256 (2,048 in float16). The mean of 5,000 numbers from 0 to 1 by
-#           segment_reduce is 0.05 in bfloat16: the longer the segment, the closer to zero. index_reduce_ with "mean" counts in that
-#           type too, divides one stopped sum by another, and says 1.0 of the same numbers. torch.histc of a bfloat16 weight has no bin
-#           above 256. Gradients of grid_sample, of replicate padding and of Tensor.unfold, where one number is read many times,
-#           stop likewise. Nothing is said.
+# Guess:    torch.segment_reduce and Tensor.index_reduce_, the reductions for graphs and ragged batches, keep their sums in
+#           float32 for bfloat16 and float16, as sum, mean, scatter_add_ and scatter_reduce_ do; so does torch.histc its counts.
+# Happens:  on a CPU they add up in the tensor's own type and stop at 256 (2,048 in float16). The mean of 5,000 numbers from 0
+#           to 1 by segment_reduce is 0.05 in bfloat16: the longer the segment, the closer to zero. index_reduce_ with "mean"
+#           counts in that type too, divides one stopped sum by another, and says 1.0 of the same numbers. torch.histc of a
+#           bfloat16 weight has no bin above 256. Gradients of grid_sample, of replicate padding and of Tensor.unfold, where one
+#           number is read many times, stop likewise. Nothing is said.
 # Seen with torch 2.15.0 and numpy 2.4.6, CPU, Python 3.11.
 set -euo pipefail
 folder=$(mktemp -d)
@@ -74,7 +74,9 @@ assert bins[torch.bfloat16] == [256, 256] and bins[torch.float16] == [2048, 2048
 gradients = {dtype: reads(dtype) for dtype in (torch.float32, torch.bfloat16)}
 for dtype, found in gradients.items():
     print(f"gradients in {dtype}: {found}")
-assert all(gradients[torch.bfloat16][name] == 256 for name in ("grid_sample", "replicate padding", "unfold")), "this has changed"
+assert all(gradients[torch.bfloat16][name] == 256 for name in ("grid_sample", "replicate padding", "unfold")), (
+    "this has changed"
+)
 assert abs(gradients[torch.bfloat16]["expand"] / count - 1) < 0.01, "this has changed"
 print("as described")
 PY

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Guess:    the top-5 accuracy, the hit rate and the reciprocal rank of a network whose outputs are all NaN, as after a step that
-#           diverged, are about chance in torcheval, or zero, or NaN, as its loss is; those of one that gives all classes the same
-#           score, as an output layer that is pruned away does, are chance.
-# Happens:  all are perfect. The rank of the right class is the number of classes with a larger score, and neither an equal score nor NaN
-#           is larger: with k of two or more the accuracy is 1.0, the hit rate and the reciprocal rank are 1.0 for every sample, and
-#           the best checkpoint by them is a broken one. With k=1 the accuracy, by argmax, is that of the first class. Classes that
-#           tie in float16 or bfloat16 count as hits too. torchmetrics' top-5 accuracy of the same outputs is about chance.
+# Guess:    the top-5 accuracy, the hit rate and the reciprocal rank of a network whose outputs are all NaN, as after a step
+#           that diverged, are about chance in torcheval, or zero, or NaN, as its loss is; those of one that gives all classes
+#           the same score, as an output layer that is pruned away does, are chance.
+# Happens:  all are perfect. The rank of the right class is the number of classes with a larger score, and neither an equal
+#           score nor NaN is larger: with k of two or more the accuracy is 1.0, the hit rate and the reciprocal rank are 1.0 for
+#           every sample, and the best checkpoint by them is a broken one. With k=1 the accuracy, by argmax, is that of the
+#           first class. Classes that tie in float16 or bfloat16 count as hits too. torchmetrics' top-5 accuracy of the same
+#           outputs is about chance.
 # Seen with torcheval 0.0.7, torchmetrics 1.9.0, torch 2.15.0 and numpy 2.4.6, CPU, Python 3.11.
 set -euo pipefail
 folder=$(mktemp -d)
@@ -49,7 +50,9 @@ for name, given in outputs.items():
 perfect = ("top-2", "top-5", "hit rate 5", "reciprocal rank")
 assert all(seen["random"][key] < 0.07 for key in seen["random"]), "this has changed"
 assert all(seen[name][key] == 1 for name in ("all equal", "all NaN") for key in perfect), "this has changed"
-assert all(seen[name]["torchmetrics top-5"] < 0.1 and seen[name]["top-1"] < 0.03 for name in outputs), "this has changed"
+assert all(seen[name]["torchmetrics top-5"] < 0.1 and seen[name]["top-1"] < 0.03 for name in outputs), (
+    "this has changed"
+)
 tied = seen["random, all within 1 +- 0.01, bfloat16"]
 assert tied["top-5"] > 3 * seen["random"]["top-5"], "this has changed"
 print("as described")

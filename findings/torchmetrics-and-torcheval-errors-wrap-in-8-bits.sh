@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Guess:    the mean squared and mean absolute error of torchmetrics and torcheval are right for images in uint8 and quantized weights
-#           in int8, or refuse them: torchmetrics' peak_signal_noise_ratio takes such images and is right. A squared error
-#           is not below zero.
-# Happens:  the difference and its square are taken in 8 bits and wrap around. Of images in uint8 torchmetrics' squared error is about
-#           106 where it is 11,000; of weights in int8 both libraries give a negative mean squared error. The absolute error, the
-#           explained variance, the relative errors and the total variation of an image are off too. torcheval's
-#           peak_signal_noise_ratio of two images is -20 dB instead of 8, its r2_score of noise is 1.0: a perfect fit, or better.
-#           Identical images have errors of 0 and hide it. Nothing is said. float() beforehand gives the right numbers.
+# Guess:    the mean squared and mean absolute error of torchmetrics and torcheval are right for images in uint8 and quantized
+#           weights in int8, or refuse them: torchmetrics' peak_signal_noise_ratio takes such images and is right. A squared
+#           error is not below zero.
+# Happens:  the difference and its square are taken in 8 bits and wrap around. Of images in uint8 torchmetrics' squared error is
+#           about 106 where it is 11,000; of weights in int8 both libraries give a negative mean squared error. The absolute
+#           error, the explained variance, the relative errors and the total variation of an image are off too. torcheval's
+#           peak_signal_noise_ratio of two images is -20 dB instead of 8, its r2_score of noise is 1.0: a perfect fit, or
+#           better. Identical images have errors of 0 and hide it. Nothing is said. float() beforehand gives the right numbers.
 # Seen with torchmetrics 1.9.0, torcheval 0.0.7, torch 2.15.0 and numpy 2.4.6, CPU, Python 3.11.
 set -euo pipefail
 folder=$(mktemp -d)
@@ -54,7 +54,9 @@ for (kind, name), (found, expected) in seen.items():
     assert abs(found - expected) > 0.2 * abs(expected), "this has changed"
 print("torchmetrics PSNR of uint8:", right)
 assert right[0] == right[1], "this has changed"
-assert all(seen["int8", f"{library} squared error"][0] < 0 for library in ("torchmetrics", "torcheval")), "this has changed"
+assert all(seen["int8", f"{library} squared error"][0] < 0 for library in ("torchmetrics", "torcheval")), (
+    "this has changed"
+)
 assert seen["uint8", "torcheval PSNR"][0] < 0 < seen["uint8", "torcheval PSNR"][1], "this has changed"
 assert seen["uint8", "torcheval r2"][0] > 0.95 and seen["uint8", "torcheval r2"][1] < 0, "this has changed"
 print("as described")
