@@ -182,7 +182,8 @@ class _Walker:
         if units.mixes_positions:
             return False
         if layer is None:
-            return len(units.outputs) % units.groups == len(units.sources) % units.groups == 0
+            even = len(units.outputs) % units.groups == len(units.sources) % units.groups == 0
+            return even and len(units.outputs) > 0 < len(units.sources)
         groups, outputs, inputs, _ = canonical(layer, layer.mask).shape
         return (len(units.outputs), len(units.sources)) == (groups * outputs, groups * inputs)
 

@@ -170,6 +170,8 @@ def maskable_reason(module: nn.Module) -> str | None:
         return "its weight has no shape before the first call"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not a floating-point tensor"
+    if not weight.numel():
+        return "its weight has no elements"
     return None
 
 

@@ -154,6 +154,12 @@ def make_mixup(options: TrainOptions, classes: int) -> Callable[[Tensor, Tensor]
                 f"`cutmix` cuts rectangles out of images (B, C, H, W), and a batch has shape {tuple(images.shape)}; "
                 "`mixup` alone takes any shape"
             )
+        floating = images.is_floating_point()
+        if not floating and (images.dtype == torch.bool or images.ndim != 4):
+            raise ConfigError(
+                f"`mixup` and `cutmix` blend numbers, and a batch is {images.dtype} of shape {tuple(images.shape)}; "
+                "give floating-point inputs, or images (B, C, H, W) of whole numbers, whose blends are rounded"
+            )
         if targets.ndim != 1:
             raise DataError(
                 f"`mixup` and `cutmix` mix class numbers (batch,), and the training loader gives targets of shape "
@@ -161,7 +167,8 @@ def make_mixup(options: TrainOptions, classes: int) -> Callable[[Tensor, Tensor]
             )
         with explaining_class_numbers(targets, classes):
             # timm mixes in place, and the images may be the caller's own.
-            return mix(images.clone(), targets)
+            blended, soft = mix(images.clone() if floating else images.float(), targets)
+            return blended if floating else blended.round().to(images.dtype), soft
 
     return mixed
 

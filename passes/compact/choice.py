@@ -153,9 +153,9 @@ class Chooser:
             yield from self._noticed(name, removed, acting)
             yield from self._grouped(name, removed)
             coupled = self.found.coupled(name)
-            if removed[coupled].all():
+            if len(coupled) and removed[coupled].all():
                 yield int(coupled[0]), f"a unit of `{name}` has to stay"
-            if removed[self.leads[name]].all():
+            if len(self.leads[name]) and removed[self.leads[name]].all():
                 yield int(self.leads[name][0]), f"an input of `{name}` has to stay"
         for head in self.found.scaled:
             gone = removed[head]

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from growfx.masked.layers import MaskedLayer
 from growfx.passes.connect.run import UnitRun
@@ -15,7 +14,7 @@ from growfx.passes.connect.signals import MIX, UNIT, filled, narrowed, numbers, 
 from growfx.passes.connect.values import Ids, Token, Unknown, WeightPart
 from growfx.passes.operators.nests import leaves, map_leaves
 
-__all__ = ["begin", "embeds", "lose", "pin_layers", "selects", "source"]
+__all__ = ["begin", "begin_behind", "lose", "pin_layers", "selects", "source"]
 
 _MIDDLE = (nn.Conv1d, nn.BatchNorm1d, nn.ConvTranspose1d)
 _BY_INDEX = frozenset(
@@ -34,13 +33,29 @@ def begin(run: UnitRun, node: fx.Node, value: Any) -> Any:
         part = item[:1] if alone and item.ndim and not (run.flat and item.is_floating_point()) else item
         if not item.is_floating_point() and not item.is_complex():
             return Token(part) if item.dtype != torch.bool else part
-        axes = part.ndim if alone else part.ndim + 1  # images in a list have no batch axis
-        middle = axes > 3 or (axes == 3 and alone and _is_convolved(run, node))
         name = str(node.target)
         name = name if name not in run.inputs else f"{name}.{len(run.inputs)}"
-        return source(run, name, part.shape, (1 if alone else 0) if middle else part.ndim - 1)
+        return source(run, name, part.shape, _axis(run, node, part, alone))
 
     return map_leaves(start, value)
+
+
+def begin_behind(run: UnitRun, node: fx.Node, result: Any) -> Any:
+    """Units of the data that a node makes of an input's integers: along the same axes as those of an input."""
+
+    def start(item: Any) -> Any:
+        if not isinstance(item, Tensor) or not item.is_floating_point():
+            return item
+        name = node.name if node.name not in run.inputs else f"{node.name}.{len(run.inputs)}"
+        return source(run, name, item.shape, _axis(run, node, item, True))
+
+    return map_leaves(start, result)
+
+
+def _axis(run: UnitRun, node: fx.Node, tensor: Tensor, alone: bool) -> int:
+    axes = tensor.ndim if alone else tensor.ndim + 1  # images in a list have no batch axis
+    middle = axes > 3 or (axes == 3 and alone and _is_convolved(run, node))
+    return (1 if alone else 0) if middle else tensor.ndim - 1
 
 
 def source(run: UnitRun, name: str, shape: Any, axis: int) -> Ids:
@@ -60,11 +75,6 @@ def _is_convolved(run: UnitRun, node: fx.Node) -> bool:
     """Whether the first layer after a three-dimensional input takes its middle axis for channels."""
     modules = (run.net.get_submodule(str(user.target)) for user in node.users if user.op == "call_module")
     return any(isinstance(module, _MIDDLE) for module in modules)
-
-
-def embeds(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether a node turns token ids into features: there paths begin."""
-    return isinstance(module, nn.Embedding) or node.target in (F.embedding, torch.embedding)
 
 
 def selects(run: UnitRun, args: Any, kwargs: Any) -> bool:

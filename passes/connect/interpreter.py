@@ -18,7 +18,7 @@ from growfx.errors import TraceError
 from growfx.masked.graph import MaskedGraph
 from growfx.masked.layers import MaskedLayer
 from growfx.masked.present.storage import on_whole_weights
-from growfx.passes.connect.ends import begin, embeds, lose, pin_layers, selects, source
+from growfx.passes.connect.ends import begin, begin_behind, lose, pin_layers, selects, source
 from growfx.passes.connect.operations import has_meta, of_shapes, operation, paired
 from growfx.passes.connect.results import found
 from growfx.passes.connect.rules import elementwise as connect_rules
@@ -32,6 +32,7 @@ from growfx.passes.operators.classes import APPLIED, row_of
 from growfx.passes.operators.constants import evaluating_copy, execute
 from growfx.passes.operators.names import CASTS, describe, is_moving, short_name, writes_in_place
 from growfx.passes.operators.nests import leaves, map_leaves
+from growfx.passes.path_products.integer_data import embeds, where_data_begins
 from growfx.passes.path_products.rules.table import family_of, module_rule, node_rule
 from growfx.passes.record.recording import meta_copy
 
@@ -78,10 +79,12 @@ class UnitGraph(UnitRun):
         super().__init__(net)
         self.graph = graph
         self._environment: dict[fx.Node, Any] = {}
+        self._begins: frozenset[fx.Node] = frozenset()
         self._writes = any(writes_in_place(node) for node in graph.nodes)
 
     def run(self, inputs: Sequence[Any]) -> None:
         """Interpret the graph."""
+        self._begins = where_data_begins(self.net, self.graph, inputs)
         waiting = iter(inputs)
         self.flat = all(item.ndim < 2 for item in leaves(tuple(inputs)) if isinstance(item, Tensor))
         last: dict[fx.Node, fx.Node] = {}
@@ -184,6 +187,8 @@ class UnitGraph(UnitRun):
         if not any(isinstance(item, Ids) for item in items):
             pin_layers(self, module, target, "it is fed by constants only")
             result = evaluating_copy(module)(*real(args), **real(kwargs))
+            if node in self._begins:
+                return begin_behind(self, node, result)
             tokens = any(isinstance(item, Token) for item in items)
             return source(self, target, result.shape, -1) if tokens and embeds(node, module) else result
         return self.call(module, target, *args, **kwargs)
@@ -242,8 +247,13 @@ class UnitGraph(UnitRun):
         if self.name in ("_set_grad_enabled", "swap_grad_enabled"):
             return True
         if any(isinstance(item, WeightPart) for item in leaves((args, kwargs))):
-            return self._lost_weight(op, args, kwargs)
+            if self.name not in CASTS:
+                return self._lost_weight(op, args, kwargs)
+            like = torch.empty(0, dtype=self.model_dtype, device=real(args[0]).device)  # a weight lends its type alone
+            args, kwargs = map_leaves(lambda item: like if isinstance(item, WeightPart) else item, (args, kwargs))
         result = execute(node, real(args), real(kwargs))
+        if node in self._begins:
+            return begin_behind(self, node, result)
         named = [item for item in leaves((args, kwargs)) if isinstance(item, Named)]
         if any(isinstance(item, Token) for item in named):
             if embeds(node, None):

@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from growfx.errors import TraceError, UnsupportedOperatorError
 from growfx.masked.layers import MaskedLayer
 from growfx.passes.operators.constants import evaluating_copy, execute
-from growfx.passes.operators.names import describe, is_moving, writes_in_place
+from growfx.passes.operators.names import CASTS, describe, is_moving, short_name, writes_in_place
 from growfx.passes.operators.nests import leaves, map_leaves
 from growfx.passes.path_products.endings import ended_by, is_selection, placeholder, without_ends
+from growfx.passes.path_products.integer_data import embeds, where_data_begins
 from growfx.passes.path_products.rules.arithmetic import bounded, identity
 from growfx.passes.path_products.rules.table import carries_steps, method_rule, module_rule, node_rule, sees_ends
 from growfx.passes.path_products.run import PathRun
@@ -52,7 +53,6 @@ __all__ = ["PathGraph"]
 _RESCALE_AT = 2.0**43
 _SWITCHES = (torch._C._set_grad_enabled, graph_ops.swap_grad_enabled)
 _LAYERS = (F.linear, torch.conv1d, torch.conv2d, torch.conv3d)
-_EMBEDDINGS = (F.embedding, torch.embedding)
 
 
 class PathGraph(PathRun):
@@ -80,6 +80,7 @@ class PathGraph(PathRun):
         self.total: Tensor | None = None
         self._environment: dict[fx.Node, Any] = {}
         self._ends: list[PathValue] = []
+        self._begins: frozenset[fx.Node] = frozenset()
         self._position = {node: position for position, node in enumerate(graph.nodes)}
         self._writes = any(writes_in_place(node) for node in graph.nodes)
 
@@ -99,7 +100,9 @@ class PathGraph(PathRun):
             UnsupportedOperatorError: an operator on a path value has no rule.
             TraceError: a value is not finite, a rule cannot be applied, or no path reaches an output.
         """
-        waiting = iter(inputs)
+        given = list(inputs)
+        self._begins = where_data_begins(self.net, self.graph, given)
+        waiting = iter(given)
         last_use = self._last_uses()
         for node in self.graph.nodes:
             if node.op == "output":
@@ -299,19 +302,22 @@ class PathGraph(PathRun):
             result = evaluating_copy(module)(*raw(args), **raw(kwargs))
             learned = next(module.parameters(), None) is not None
         else:
-            if any(isinstance(item, (Weight, Combined)) for item in inputs):
+            alike = short_name(node) in CASTS and not isinstance(args[0], (Weight, Combined))  # of a weight's type
+            if not alike and any(isinstance(item, (Weight, Combined)) for item in inputs):
                 return changed_weights(self, node, args, kwargs)
             result = execute(node, raw(args), raw(kwargs))
             learned = any(isinstance(item, Learned) for item in inputs)
-        if token and self._embeds(node):
-            return self._source(result.shape)
+        if node in self._begins or (token and self._embeds(node)):
+            with torch.enable_grad():
+                return map_leaves(self._begun, result)
         kind = Token if token else Learned
         return map_leaves(lambda item: kind(item) if isinstance(item, Tensor) and (learned or token) else item, result)
 
+    def _begun(self, item: Any) -> Any:
+        return self._source(item.shape) if isinstance(item, Tensor) and item.is_floating_point() else item
+
     def _embeds(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return isinstance(self.net.get_submodule(str(node.target)), nn.Embedding)
-        return node.target in _EMBEDDINGS
+        return embeds(node, self.net.get_submodule(str(node.target)) if node.op == "call_module" else None)
 
     def _note_fed(self, fed: set[str], module: nn.Module) -> None:
         fed.update(name for part in module.modules() if (name := self.layer_of(part)) is not None)

@@ -22,14 +22,14 @@ from growfx.passes.path_products.rules.table import node_rule
 from growfx.passes.path_products.run import PathRun
 from growfx.passes.path_products.values import Combined, Learned, NoPathRuleError, PathValue, Weight, is_tensor, raw
 
-__all__ = ["changed_weights"]
+__all__ = ["CONTRACTIONS", "changed_weights"]
 
 _TIMES = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "__mul__", "__rmul__", "multiply"}
 _LAYERS = {
     F.linear, torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d,
     torch.conv_transpose3d,
 }  # fmt: skip
-_CONTRACTIONS = {
+CONTRACTIONS = {
     operator.matmul, torch.matmul, torch.mm, torch.bmm, "matmul", "mm", "bmm", "__matmul__", "__rmatmul__",
     torch.einsum, torch.functional.einsum, *_LAYERS,
 }  # fmt: skip
@@ -62,7 +62,7 @@ def changed_weights(run: PathRun, node: fx.Node, args: tuple[Any, ...], kwargs: 
             return Learned(result)
     several = len({name for item in weights for name in _layers(item)}) > 1
     own = next((item for item in weights if isinstance(item, Weight)), None)
-    changed = None if own is None or several or target in _CONTRACTIONS else _applied(run, own, result)
+    changed = None if own is None or several or target in CONTRACTIONS else _applied(run, own, result)
     if changed is not None and target in _TIMES and len(weights) == 1:
         return _where_multiplied(changed, next((item for item in args if is_tensor(item) and item is not own), None))
     return _combined(node, weights, args, kwargs, result) if changed is None else changed
@@ -140,7 +140,7 @@ def _combined(node: fx.Node, weights: list[Any], args: tuple[Any, ...], kwargs: 
     """Weights in series are multiplied; for all else the magnitudes follow the operator's path rule."""
     names = tuple(dict.fromkeys(name for item in weights for name in _layers(item)))
     target = operator_name(node.target)
-    series = target in _TIMES | _CONTRACTIONS
+    series = target in _TIMES | CONTRACTIONS
     rule = node_rule(node)
     if not series and rule is None:
         raise NoPathRuleError(f"the weight of layer `{names[0]}` is transformed in a way that hides its edges")

@@ -111,7 +111,7 @@ def cost_table(net: MaskedGraph, units: WholeUnits, macs: Mapping[str, float], r
         -1, 2
     )
     base = np.stack([total[:, 0] - outputs @ sizes, total[:, 1] - columns @ sizes])
-    pairs = total[:, 0] * total[:, 1] / groups
+    pairs = np.maximum(total[:, 0] * total[:, 1] / groups, 1.0)  # a layer without units costs nothing
     weights = np.array([net.layers[name].numel if name in net.layers else 0.0 for name in names])
     counted = np.array([macs.get(name, 0.0) for name in names])
     vectors, every = _vectors(net, units)

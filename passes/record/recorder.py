@@ -280,7 +280,7 @@ class Recorder(TorchFunctionMode):
             return slice(*(self.as_argument(v) for v in (value.start, value.stop, value.step)))
         if isinstance(value, tuple):
             items = [self.as_argument(v, build) for v in value]
-            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+            return _named(type(value), items) if hasattr(value, "_fields") else tuple(items)
         if isinstance(value, list):
             return [self.as_argument(v, build) for v in value]
         if build and dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -576,7 +576,12 @@ class Recorder(TorchFunctionMode):
 
     def as_one_node(self, op: str, target: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run something without looking inside."""
-        node_args, node_kwargs = self.as_argument(tuple(args)), self.as_argument(kwargs)
+        level = -2 if op == "call_module" else -1
+        try:
+            node_args, node_kwargs = self.as_argument(tuple(args)), self.as_argument(kwargs)
+        except _UnheldError as problem:
+            self._refuse_data(level, f"`{target}` takes {problem}")
+            raise
         given = plain_arguments(tuple(args)), plain_arguments(kwargs)
         before = contents(given)
         self.inside_leaf += 1
@@ -585,7 +590,6 @@ class Recorder(TorchFunctionMode):
         finally:
             self.inside_leaf -= 1
         if contents(given) != before:  # which no node says; where the module that called it is whole, nobody need know
-            level = -2 if op == "call_module" else -1
             self._refuse_data(level, f"`{target}` writes into a list or dict that it is given")
         node = self._emit(op, target, node_args, node_kwargs, value)
         self._track(value, lambda: node)
@@ -595,3 +599,15 @@ class Recorder(TorchFunctionMode):
     def is_leaf(self, module: nn.Module, name: str) -> bool:
         """Whether a call of `module` is one node."""
         return name in self.opaque or is_one_operator(module)
+
+
+class _UnheldError(TypeError):
+    """A container that cannot be made of nodes."""
+
+
+def _named(kind: type, items: list[Any]) -> Any:
+    """A named tuple of nodes."""
+    try:
+        return kind(*items)
+    except Exception as problem:
+        raise _UnheldError(f"a `{kind.__name__}`, which computes with what it holds ({problem})") from problem

@@ -126,6 +126,23 @@ def test_targets_are_smoothed_before_they_are_mixed():
     torch.testing.assert_close(soft, torch.tensor([[0.1, 0.7, 0.1, 0.1]] * 2))
 
 
+def test_images_of_bytes_are_blended_and_rounded():
+    images = torch.randint(0, 256, (4, 3, 5, 5), dtype=torch.uint8)
+    for options in (TrainOptions(mixup=1.0), TrainOptions(cutmix=1.0)):
+        targets = torch.tensor([0, 1, 2, 3])
+        mixed, soft = mixed_with(options, images, targets)
+        expected, same = mixed_with(options, images.float(), targets)
+        assert mixed.dtype == torch.uint8
+        assert torch.equal(mixed.float(), expected.round())
+        assert torch.equal(soft, same)
+
+
+@pytest.mark.parametrize("given", [torch.ones(2, 1, 4, 4, dtype=torch.bool), torch.ones(2, 7, dtype=torch.long)])
+def test_what_is_not_an_amount_is_not_blended(given: torch.Tensor):
+    with pytest.raises(ConfigError, match=r"blend numbers, and a batch is torch\.(bool|int64) of shape"):
+        mixed_with(TrainOptions(mixup=1.0), given, torch.tensor([0, 1]))
+
+
 def test_without_mixup_and_cutmix_nothing_is_mixed():
     assert make_mixup(TrainOptions(), 4) is None
 

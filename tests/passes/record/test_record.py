@@ -667,3 +667,33 @@ def test_adding_to_a_part_that_nobody_else_sees_is_recorded_as_it_is() -> None:
     assert "clone" not in {node.target for node in net.graph_at(torch.randn(2, 4)).nodes}
     x = torch.randn(3, 4)
     assert torch.equal(net(x), growfx.unwrap(net)(x))
+
+
+def test_a_module_that_packs_sequences_is_recorded_whole() -> None:
+    """`PackedSequence` computes with the tensors it is given, so no graph holds one; what is around is followed."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.GRU(8, 6, batch_first=True)
+
+        def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            return self.rnn(packed)[1][-1]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.encoder, self.head = nn.Embedding(9, 8), Encoder(), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            return self.head(self.encoder(self.table(x), lengths))
+
+    model = Net().eval()
+    given = torch.randint(0, 9, (2, 5)), torch.tensor([3, 5])
+    expected = model(*given)
+    net = growfx.wrap(model, given)
+    assert net.trace_report.faithful
+    assert list(net.trace_report.opaque) == ["encoder"]
+    assert "`encoder.rnn` takes a `PackedSequence`" in net.trace_report.opaque["encoder"]
+    assert torch.equal(net(*given), expected)
