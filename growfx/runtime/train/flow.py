@@ -202,7 +202,9 @@ class Flow(TorchFunctionMode):
                 values = pytree.tree_leaves((args, kwargs))
                 self.turned += sum(v.numel() for v in values if isinstance(v, Tensor) and is_inner(v))
             self.turn_is_known = False
+            written = {name: kwargs[name] for name in ("out",) if name in kwargs}
             args, kwargs = pytree.tree_map_only(Tensor, _outer, (args, kwargs))
+            kwargs |= written
         return func(*args, **kwargs)
 
     def _state_of(self, value: Any) -> _Waiting | None:
@@ -307,16 +309,19 @@ class Flow(TorchFunctionMode):
 
     def _pool(
         self,
-        x: Tensor,
-        kernel_size: Any,
+        x: Any = None,
+        kernel_size: Any = None,
         stride: Any = None,
         padding: Any = 0,
         dilation: Any = 1,
         ceil_mode: bool = False,
         return_indices: bool = False,
+        **others: Any,
     ) -> Tensor | None:
         """`F.max_pool2d` where the batch is innermost; None where torch is to compute it."""
-        if not is_inner(x) or x.dim() != 4 or x.dtype != torch.float32 or ceil_mode or return_indices:
+        if others or kernel_size is None or type(x) is not Tensor or not is_inner(x):
+            return None
+        if x.dim() != 4 or x.dtype != torch.float32 or ceil_mode or return_indices:
             return None
         kernel, steps, pads, spread = (_pair(v) for v in (kernel_size, stride or kernel_size, padding, dilation))
         axes = zip(x.shape[2:], kernel, steps, pads, spread, strict=True)
@@ -378,8 +383,10 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *parts: Tensor) -> Tensor:
         ctx.channels = [part.shape[1] for part in parts]
-        size, steps = parts[0].shape, parts[0].stride()
-        out = parts[0].new_empty_strided((size[0], sum(ctx.channels), *size[2:]), steps)
+        size, steps = parts[0].shape, [parts[0].shape[0]]
+        for length in reversed(size[2:]):
+            steps.insert(0, steps[0] * length)
+        out = parts[0].new_empty_strided((size[0], sum(ctx.channels), *size[2:]), (1, *steps))
         for place, part in zip(out.split(ctx.channels, 1), parts, strict=True):
             place.copy_(part)
         return out
@@ -396,7 +403,7 @@ def _concatenated(tensors: Any, dim: Any = 0, **others: Any) -> Tensor | None:
     if not all(type(part) is Tensor and part.dtype == torch.float32 and part.is_cpu for part in tensors):
         return None
     size = tensors[0].shape
-    alike = all(part.shape[0] == size[0] and part.shape[2:] == size[2:] for part in tensors)
+    alike = all(part.shape[:1] == size[:1] and part.shape[2:] == size[2:] for part in tensors)
     if len(size) < 3 or dim not in (1, 1 - len(size)) or not alike:
         return None
     inner = [is_inner(part) for part in tensors]
@@ -422,7 +429,7 @@ class _Split(torch.autograd.Function):
         return torch.cat(grads, 1) if joined is None else joined, None
 
 
-def _split(func: Any, x: Any, sizes: Any = None, dim: Any = 0, **others: Any) -> tuple[Tensor, ...] | None:
+def _split(func: Any, x: Any = None, sizes: Any = None, dim: Any = 0, **others: Any) -> tuple[Tensor, ...] | None:
     """`torch.split` and `torch.chunk` by channel of images with their batch innermost; None where torch is to do it.
 
     Torch's gradient of a split is a concatenation, which would not lie so.

@@ -388,8 +388,41 @@ def test_what_is_joined_and_split_by_channel_lies_as_before_and_so_do_gradients(
         torch.testing.assert_close(value, expected)
 
 
+def written(x: Tensor) -> Tensor:
+    place = torch.empty(6, 4, 20, 5).permute(3, 0, 1, 2)
+    torch.cat([x.detach(), x.detach()], 1, out=place)
+    return place * x.sum()
+
+
 @pytest.mark.parametrize(
-    "wrong", [lambda x: x.split([1, 2], 1), lambda x: torch.cat([x, x[:3]], 1), lambda x: x.chunk(0, 1), torch.cat]
+    "join",
+    [
+        lambda x: torch.cat([x[:, :1].expand(-1, 5, -1, -1), x], 1),
+        lambda x: torch.cat([x[:, :, :1].expand(-1, -1, 4, -1), x], 1),
+        lambda x: torch.cat([x.transpose(1, 2), x.transpose(1, 2)], 1),
+        lambda x: torch.cat([x[..., :3], x[:, ::2, :, 1:4]], 1).relu_(),
+        lambda x: torch.cat(torch.chunk(input=x, chunks=2, dim=1)[::-1], 1),
+        lambda x: torch.max_pool2d(input=x, kernel_size=2),
+        written,
+    ],
+)
+def test_joined_split_and_pooled_views_have_the_values_of_torch(join: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(3, 4, 20, 5).permute(3, 0, 1, 2).requires_grad_()
+    model = nn.Module()
+    model.forward = join
+    expected, found = join(x), flow.Flow({}).run(model, (x,), {})
+    torch.testing.assert_close(found, expected)
+    wanted = torch.randn(expected.shape)
+    gradients = (torch.autograd.grad(one, x, wanted)[0] for one in (found, expected))
+    torch.testing.assert_close(next(gradients), next(gradients))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(lambda x: x.split([1, 2], 1), lambda x: torch.cat([x, x[:3]], 1), lambda x: x.chunk(0, 1), torch.cat),
+        lambda x: torch.cat([x, torch.tensor(1.0)], 1),
+    ],
 )
 def test_wrong_joins_and_splits_raise_as_in_torch(wrong: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(5, 3, 4, 20).permute(3, 0, 1, 2).requires_grad_()
