@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -142,11 +142,11 @@ class Chooser:
         known = self.known.get((name, situation))
         density = entries.nnz / layer.numel
         if known is None or not known.density / _STEP < density < known.density * _STEP:
-            known = self._choose(name, layer, geometry, entries, x, out_size)
-            known.grouped = geometry.groups > 1
-            if geometry.kernel:
-                known.values = x.numel() + x.shape[0] * layer.mask.shape[0] * math.prod(out_size)
+            known = replace(self._choose(name, layer, geometry, entries, x, out_size), values=0)
             self.known[name, situation] = known
+        if geometry.kernel and not known.values:  # or read from a checkpoint of before it was counted
+            known.values = x.numel() + x.shape[0] * layer.mask.shape[0] * math.prod(out_size)
+            known.grouped = geometry.groups > 1
         if self.last.get(name) is not known:
             self.last[name] = known
             self._flow_pays = self._rows_pay = None

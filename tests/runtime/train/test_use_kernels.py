@@ -240,6 +240,43 @@ def test_a_flow_ends_that_turns_more_between_its_layers_than_it_gains(
 
 
 @built
+@pytest.mark.parametrize("before", ["a smaller batch", "an old checkpoint"])
+def test_what_a_flow_turns_is_compared_with_the_images_of_its_own_batch(
+    monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    monkeypatch.setattr(choice, "_measure", lambda *_: choice.Times(1000.0, 900.0, 1500.0, 740.0))
+    monkeypatch.setattr(choice, "_read", lambda *_: {})
+    torch.manual_seed(0)
+    net, x = growfx.wrap(Between(True), torch.randn(2, 3, 8, 8), density=0.7).eval(), torch.randn(16, 3, 8, 8)
+    growfx.use_kernels(net, "auto")
+    with torch.no_grad():
+        net(x)
+        net(x)
+        turned = net.kernels.chooser.turned
+        assert turned
+        if before == "a smaller batch":
+            net(x[:2])
+        else:
+            state = _before_turns_were_counted(net)
+            net = growfx.use_kernels(copy.deepcopy(net), "auto")
+            net.kernels.chooser.load_state_dict(state)
+        net.kernels.chooser._flow_pays = True
+        net(x)
+        net.kernels.chooser._flow_pays = True
+        net(x)
+    assert net.kernels.chooser.turned == turned
+
+
+def _before_turns_were_counted(net: growfx.MaskedGraph) -> dict[str, object]:
+    """What the chooser of a release wrote that did not count turns."""
+    state = net.kernels.chooser.state_dict()
+    del state["turned"]
+    state["known"] = [row[:-2] for row in state["known"]]
+    state["last"] = {name: row[:-2] for name, row in state["last"].items()}
+    return state
+
+
+@built
 def test_without_times_layers_with_groups_stay_within_a_flow_and_say_why() -> None:
     torch.manual_seed(0)
     layers = []
@@ -260,10 +297,7 @@ def test_without_times_layers_with_groups_stay_within_a_flow_and_say_why() -> No
 def test_what_was_chosen_before_flows_counted_their_turns_is_still_read() -> None:
     net, x = wrapped()
     growfx.use_kernels(net, example_inputs=x)
-    state = net.kernels.chooser.state_dict()
-    del state["turned"]
-    state["known"] = [row[:-2] for row in state["known"]]
-    state["last"] = {name: row[:-2] for name, row in state["last"].items()}
+    state = _before_turns_were_counted(net)
     again = growfx.use_kernels(wrapped()[0])
     again.kernels.chooser.load_state_dict(state)
     again(x)
