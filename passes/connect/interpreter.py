@@ -247,7 +247,7 @@ class UnitGraph(UnitRun):
         if self.name in ("_set_grad_enabled", "swap_grad_enabled"):
             return True
         if any(isinstance(item, WeightPart) for item in leaves((args, kwargs))):
-            if self.name not in CASTS:
+            if self.name not in CASTS or "input" in kwargs:
                 return self._lost_weight(op, args, kwargs)
             like = torch.empty(0, dtype=self.model_dtype, device=real(args[0]).device)  # a weight lends its type alone
             args, kwargs = map_leaves(lambda item: like if isinstance(item, WeightPart) else item, (args, kwargs))

@@ -2,7 +2,8 @@
 
 Images of bytes, counts and one-hot codes are data as floating-point inputs are; token ids and attention masks are not.
 What tells them apart is who reads the floating-point numbers made of them: a layer multiplies data by its weights.
-Paths begin at the operator that makes these numbers or, where an operator without a path rule follows, behind it.
+What is joined with a value that paths lead to is read with it. Paths begin at the operator that makes these numbers
+or, where an operator without a path rule follows, behind it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from torch.nn import functional as F
 
 from growfx.masked.layers import MaskedLayer
 from growfx.passes.operators.constants import evaluating_copy, execute
-from growfx.passes.operators.names import operator_name, writes_in_place
+from growfx.passes.operators.names import operator_name, short_name, writes_in_place
 from growfx.passes.operators.nests import Leaf, leaves, map_leaves
+from growfx.passes.path_products.rules.shape import JOINING
 from growfx.passes.path_products.rules.table import module_rule, node_rule
 from growfx.passes.path_products.weights import CONTRACTIONS
 
@@ -31,6 +33,10 @@ __all__ = ["embeds", "where_data_begins"]
 
 _EMBEDDINGS = (F.embedding, torch.embedding, F.embedding_bag, torch.embedding_bag)
 _LOOK_UPS = frozenset({"getitem", "__getitem__", "index_select", operator.getitem, torch.index_select})
+# What takes the shape of a tensor, and none of its values.
+_ALIKE = frozenset(f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn"))
+_NEW = frozenset(f"new_{kind}" for kind in ("zeros", "ones", "full", "empty"))
+_PLAIN = (int, float, str, torch.dtype, torch.device, torch.layout, type(None))
 
 
 def embeds(node: fx.Node, module: nn.Module | None) -> bool:
@@ -65,7 +71,7 @@ class _Known(Leaf):
 
     Attributes:
         value: what the network computes.
-        data: whether it was made of an input.
+        data: whether it was made of an input; its shape alone makes none.
         learned: whether a parameter is in it.
         origins: the nodes at which its data became floating-point numbers.
     """
@@ -125,6 +131,8 @@ class _Scan:
         args: Any = map_arg(node.args, self._value)
         kwargs: Any = map_arg(node.kwargs, self._value)
         if args and isinstance(args[0], (tuple, list, dict)) and any(isinstance(item, _Path) for item in leaves(args)):
+            if node.target in JOINING:  # what reads the one reads the other
+                self.begins |= frozenset[fx.Node]().union(*(item.origins for item in known if isinstance(item, _Known)))
             result = self._from_container(node, args, kwargs)
             return result if isinstance(result, _Path) else _Known(result, data=True)
         if any(isinstance(item, _Path) for item in leaves((args, kwargs))):
@@ -137,6 +145,8 @@ class _Scan:
         if data and self._begins_here(node, module, inputs, origins, ruled):
             return _Path()
         result = execute(node, args, kwargs) if module is None else evaluating_copy(module)(*args, **kwargs)
+        if short_name(node) in _ALIKE | _NEW or all(isinstance(item, _PLAIN) for item in leaves(result)):
+            data = False
         if not data or not any(isinstance(item, Tensor) and item.is_floating_point() for item in leaves(result)):
             origins = frozenset()
         elif not origins or not ruled:

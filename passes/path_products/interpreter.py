@@ -302,7 +302,12 @@ class PathGraph(PathRun):
             result = evaluating_copy(module)(*raw(args), **raw(kwargs))
             learned = next(module.parameters(), None) is not None
         else:
-            alike = short_name(node) in CASTS and not isinstance(args[0], (Weight, Combined))  # of a weight's type
+            alike = (
+                short_name(node) in CASTS
+                and not any(  # of a weight's type
+                    isinstance(item, (Weight, Combined)) for item in (*args[:1], kwargs.get("input"))
+                )
+            )
             if not alike and any(isinstance(item, (Weight, Combined)) for item in inputs):
                 return changed_weights(self, node, args, kwargs)
             result = execute(node, raw(args), raw(kwargs))

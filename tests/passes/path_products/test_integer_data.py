@@ -115,6 +115,58 @@ def test_masks_and_counts_beside_the_data_stay_constants() -> None:
         torch.testing.assert_close(found[name] / found[name].sum(), score / score.sum())
 
 
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda m, x, ids: torch.cat([x[:, :4], F.one_hot(ids[:, 0], 4).float()], 1),
+        lambda m, x, ids: torch.stack([ids[:, :4].float(), x[:, :4]], 1).flatten(1),
+        lambda m, x, ids: torch.cat([m.table(ids[:, 0])[:, :4], ids[:, :4].float()], 1),
+    ],
+)
+def test_integers_joined_with_what_paths_lead_to_are_data_too(join: Callable[..., Tensor]) -> None:
+    floating = scores_of(lambda m, x: x, torch.randn(2, 8))
+    found = scores_of(join, torch.randn(2, 8), torch.randint(0, 4, (2, 8)))
+    for name, score in floating.items():
+        torch.testing.assert_close(found[name], score)
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        lambda ids: torch.arange(ids.shape[1]),
+        lambda ids: torch.arange(ids.size(-1), device=ids.device),
+        lambda ids: torch.ones_like(ids[0]).cumsum(0),
+        lambda ids: ids.new_zeros(8),
+    ],
+)
+def test_a_layer_that_reads_positions_alone_stays_off_the_paths(positions: Callable[[Tensor], Tensor]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.where, self.head = nn.Embedding(20, 6), nn.Linear(1, 6), nn.Linear(6, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head((self.table(ids) + self.where(positions(ids).float()[:, None].sin())).mean(1))
+
+    paths = path_products(growfx.wrap(Net().eval(), torch.randint(0, 20, (2, 8))))
+    assert set(paths.scores) == {"head"}
+    assert set(paths.off_path) == {"where"}
+
+
+def test_constants_and_weights_copied_by_keyword_are_followed_as_before() -> None:
+    def copied(model: Any, x: Tensor) -> Tensor:
+        kept = torch.clone(input=model.fc.weight)
+        return F.linear(F.linear(x, kept), model.head.weight) + torch.clone(input=model.scale)[:3]
+
+    class Net(Reader):
+        def forward(self, x: Tensor) -> Tensor:
+            return copied(self, x)
+
+    torch.manual_seed(0)
+    net = growfx.wrap(Net(copied).eval(), torch.randn(2, 8))
+    assert set(path_products(net).scores) == set(connect(net).layers) == {"fc", "head"}
+
+
 def test_an_operator_without_a_path_rule_before_the_first_layer_is_no_obstacle() -> None:
     floating = scores_of(lambda m, x: x, torch.randn(2, 8))
     found = scores_of(lambda m, x: torch.lgamma(x.float() + 1), ROWS)
