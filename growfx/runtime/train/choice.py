@@ -31,6 +31,8 @@ _MARGIN: Final = 0.95
 # Microseconds by which a layer takes longer around a sparse kernel than around torch's: it looks at its mask and asks
 # for its entries. Found by layers of eight channels on 2x2 pixels; larger ones have their passes over weights in both.
 _AROUND: Final = 60.0
+# Microseconds that a flow takes for each call of torch that it looks at.
+_LOOK: Final = 3.0
 # A flow may take this much longer in its layers, for what it saves in norms and pooling.
 _FLOW: Final = 1.05
 # The same without times: the values laid out anew between the layers, over those that they read and make.
@@ -113,6 +115,7 @@ class Chooser:
         last: layer -> what was chosen last.
         turned: in the last flow, the values that were laid out anew between these layers, over those that the layers
             read and make; None before the first.
+        calls: of torch that the last flow looked at.
     """
 
     kernels: str
@@ -121,6 +124,7 @@ class Chooser:
     known: dict[tuple[str, Any], _Known] = field(default_factory=dict)
     last: dict[str, _Known] = field(default_factory=dict)
     turned: float | None = None
+    calls: int = 0
     _flow_pays: bool | None = None  # what `flow_pays` found for `last`
     _rows_pay: bool | None = None  # what `rows_pay` found for `last`
 
@@ -159,11 +163,21 @@ class Chooser:
             self._flow_pays = self._compare_flow()
         return self._flow_pays
 
-    def note_turned(self, values: int) -> None:
-        """Learn how many values were laid out anew in a flow, between the layers that `last` tells of."""
-        turned = values / max(1, sum(known.values for known in self.last.values()))
-        if turned != self.turned:
-            self.turned, self._flow_pays = turned, None
+    def note_flow(self, turned: int, calls: int) -> None:
+        """Learn what a flow cost beside its layers: values laid out anew between those of `last`, and calls seen."""
+        share = turned / max(1, sum(known.values for known in self.last.values()))
+        if (share, calls) != (self.turned, self.calls):
+            self.turned, self.calls, self._flow_pays = share, calls, None
+
+    def feeds_rows(self, readers: Collection[str]) -> bool:
+        """Whether the linear layers `readers` all took their sparse kernels last, which read rows as another left them.
+
+        True for those that have not been called.
+        """
+        if self.kernels == "sparse":
+            return True
+        found = (self.last.get(name) for name in readers)
+        return all(known is None or known.kernel(False) == "sparse" for known in found)
 
     def rows_pay(self, names: Collection[str]) -> bool:
         """Whether any of the linear layers `names` took its sparse kernel last, which alone leaves rows to be kept."""
@@ -184,7 +198,7 @@ class Chooser:
         # What torch's kernel takes longer between images whose batch is innermost is that both are laid out anew. What
         # is turned for something else is turned back for the next layer.
         turn = sum(max(0.0, t.dense_inner - t.dense) for t in times)
-        return inner + 2 * turned * turn < _FLOW * plain
+        return inner + 2 * turned * turn + _LOOK * self.calls < _FLOW * plain
 
     def last_times(self, name: str) -> Times | None:
         """The times that decided what the layer `name` took last; None where nothing was timed."""
@@ -198,6 +212,7 @@ class Chooser:
             "known": known,
             "last": {name: _known_values(choice) for name, choice in self.last.items()},
             "turned": self.turned,
+            "calls": self.calls,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -208,7 +223,7 @@ class Chooser:
             for name, at, *values in state["known"]
         }
         self.last = {name: _known(values) for name, values in state["last"].items()}
-        self.turned = state.get("turned")
+        self.turned, self.calls = state.get("turned"), state.get("calls", 0)
         self._flow_pays = self._rows_pay = None
 
     def _choose(

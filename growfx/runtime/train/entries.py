@@ -19,6 +19,8 @@ __all__ = ["LIMIT", "Entries", "Geometry", "geometry_of", "product"]
 _TILE_BYTES, _BLOCK_BYTES = 512, (24576, 57344)
 # Entries of an output channel that a block should have, and must have to be worth it.
 _BLOCK_ENTRIES, _LEAST_ENTRIES = 18.0, 14.0
+# Of all weights: to look up one entry takes about as long as to compare ten values of a mask.
+_MANY = 0.1
 # Offsets are 32-bit.
 LIMIT = 2**31 - 1
 
@@ -82,7 +84,7 @@ def geometry_of(layer: nn.Module) -> Geometry | str:
 
 @dataclass(frozen=True)
 class Entries:
-    """The entries of a mask, in the orders that `entries.h` gives; all int32.
+    """The entries of a mask, in the orders that `entries.h` gives; tables are int32.
 
     Attributes:
         index: (nnz), where each entry lies in the weight's memory.
@@ -91,6 +93,7 @@ class Entries:
         shape, strides: of the weight, and of the memory and mask they were made for.
         taps_read: of the images they are for; blocks of channels are made for it.
         of_values: whether `index` is into the values of present edges (`growfx.masked.present`), not into the weight.
+        mask: a copy of the mask, where it is so dense that to compare all of it is faster than to look up its entries.
     """
 
     index: Tensor
@@ -103,6 +106,7 @@ class Entries:
     strides: tuple[int, ...]
     taps_read: int
     of_values: bool = False
+    mask: Tensor | None = None
 
     @classmethod
     def of(cls, mask: Tensor, strides: tuple[int, ...], geometry: Geometry, out_size: list[int]) -> Entries:
@@ -113,8 +117,8 @@ class Entries:
             mask, strides, geometry.stride, geometry.dilation, blocks, groups=geometry.groups
         )
         start, source, index, back_start, back_source, back_order = found
-        shape = tuple(mask.shape)
-        return cls(index, start, source, back_start, back_source, back_order, shape, strides, taps_read)
+        shape, kept = tuple(mask.shape), mask.clone() if index.numel() > _MANY * mask.numel() else None
+        return cls(index, start, source, back_start, back_source, back_order, shape, strides, taps_read, mask=kept)
 
     @classmethod
     def of_present(cls, mask: Tensor, geometry: Geometry, out_size: list[int]) -> Entries:
@@ -122,7 +126,7 @@ class Entries:
         whole = mask.contiguous()
         found = cls.of(whole, whole.stride(), geometry, out_size)
         places = whole.view(-1).cumsum(0, dtype=torch.int32)
-        return replace(found, index=places[found.index].sub_(1), of_values=True)
+        return replace(found, index=places[found.index].sub_(1), of_values=True, mask=None)
 
     @property
     def nnz(self) -> int:
@@ -140,6 +144,8 @@ class Entries:
         """Whether these are the entries of the current `mask`, whoever wrote to it; reads the mask once."""
         if self.of_values or self.strides != strides or self.taps_read != taps_read:
             return False
+        if self.mask is not None:
+            return torch.equal(mask, self.mask)
         if mask.stride() != strides:
             mask = torch.empty_strided(mask.shape, strides, dtype=mask.dtype).copy_(mask)
         return torch.ops.growfx.has_entries(mask, self.index)

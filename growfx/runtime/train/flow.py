@@ -138,6 +138,7 @@ class Flow(TorchFunctionMode):
     Attributes:
         turned: values that were laid out anew for what needs torch's layout, layers with a choice of kernels aside.
         turn_is_known: whether the next to need it is such a layer.
+        calls: of torch that were looked at.
     """
 
     def __init__(self, chains: Mapping[int, Chain], *, images: bool = True) -> None:
@@ -145,7 +146,7 @@ class Flow(TorchFunctionMode):
         self.chains, self.images = chains, images
         self.rows = InnerRows()
         self.waiting: dict[int, _Waiting] = {}
-        self.turned, self.turn_is_known = 0, False
+        self.turned, self.turn_is_known, self.calls = 0, False, 0
 
     def run(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         """What `model` returns, laid out as torch lays it out.
@@ -167,6 +168,7 @@ class Flow(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.calls += 1
         if func in _SHAPES:
             if func in _LAYOUTS and self.rows:
                 self.rows.before(func, args, kwargs)
@@ -386,6 +388,7 @@ class _Joined(torch.autograd.Function):
         size, steps = parts[0].shape, [parts[0].shape[0]]
         for length in reversed(size[2:]):
             steps.insert(0, steps[0] * length)
+        steps[0] = _padded(steps[0])
         out = parts[0].new_empty_strided((size[0], sum(ctx.channels), *size[2:]), (1, *steps))
         for place, part in zip(out.split(ctx.channels, 1), parts, strict=True):
             place.copy_(part)
@@ -394,6 +397,12 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         return grads[0].split(ctx.channels, 1)
+
+
+def _padded(plane: int) -> int:
+    """Values from one channel's plane to the next, as `padded_plane` of layout.h has them."""
+    lines, rest = divmod(plane, 16)
+    return plane if rest or lines % 8 else plane + 16 * (1 if lines < 64 else 9 - lines % 16)
 
 
 def _concatenated(tensors: Any, dim: Any = 0, **others: Any) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -25,14 +26,17 @@ class LayerKernel:
 
     Attributes:
         name: of the layer.
-        keeps_rows: whether, within a flow, the output of a linear layer stays as the kernel lays it out.
+        readers: of a linear layer, the linear layers that read its output, which stays within a flow as the kernel lays
+            it out where all of them read it so; None where others may read it.
         never: why the layer never has a sparse kernel; "" where it can.
         reason: why the last call took the kernel that it took.
         took_sparse: whether the last call took the sparse kernel.
     """
 
-    def __init__(self, name: str, layer: MaskedLayer, chooser: Chooser, *, keeps_rows: bool = False) -> None:
-        self.name, self.chooser, self.keeps_rows = name, chooser, keeps_rows
+    def __init__(
+        self, name: str, layer: MaskedLayer, chooser: Chooser, *, readers: Collection[str] | None = None
+    ) -> None:
+        self.name, self.chooser, self.readers = name, chooser, readers
         found = geometry_of(layer)
         self.geometry = found if isinstance(found, Geometry) else Geometry((), (), (), (), ())
         self.never = found if isinstance(found, str) else _refusal(layer)
@@ -105,7 +109,9 @@ class LayerKernel:
         """Whether the output is to stay as the kernel lays it out: with the batch, or all rows, innermost."""
         if x.dtype != torch.float32:
             return False
-        return is_flowing() if self.geometry.kernel else self.keeps_rows and rows_may_stay()
+        if self.geometry.kernel:
+            return is_flowing()
+        return self.readers is not None and rows_may_stay() and self.chooser.feeds_rows(self.readers)
 
     def _entries_for(self, layer: MaskedLayer, out_size: list[int]) -> Entries:
         """The entries of the current mask, for outputs of `out_size`: checked or made anew."""

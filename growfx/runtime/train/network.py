@@ -38,12 +38,12 @@ class FlowPlan:
 
     Attributes:
         chains: what follows each batch norm, by the id of its weight.
-        rows: linear layers whose outputs may stay as their kernels leave them.
+        rows: linear layers whose outputs may stay as their kernels leave them -> the linear layers that read these.
         images: whether there are batch norms, without which images gain nothing.
     """
 
     chains: Mapping[int, Chain] = field(default_factory=dict)
-    rows: frozenset[str] = frozenset()
+    rows: Mapping[str, frozenset[str]] = field(default_factory=dict)
     images: bool = False
 
     @classmethod
@@ -65,7 +65,7 @@ class FlowPlan:
         return cls(
             {key: chain for key, chain in chains.items() if key in once},
             # What a model keeps is not to be found in another layout later.
-            frozenset() if net.trace_report.side_effects else frozenset(rows_kept(recording.graph, net.shell, linear)),
+            {} if net.trace_report.side_effects else rows_kept(recording.graph, net.shell, linear),
             images,
         )
 
@@ -98,7 +98,7 @@ class NetworkKernels:
         flow = Flow(plan.chains if model.training else {}, images=images)
         found = flow.run(model, args, kwargs)
         if images:
-            chooser.note_turned(flow.turned)
+            chooser.note_flow(flow.turned, flow.calls)
         return found
 
     def _reason_of_call(self, model: nn.Module) -> str:

@@ -50,8 +50,8 @@ def rows_are_inner(x: Tensor) -> bool:
     return x.dim() > 1 and rows > 1 and x.shape[-1] > 1 and x.stride(-1) >= rows
 
 
-def rows_kept(graph: fx.Graph, root: nn.Module, layers: Container[str]) -> set[str]:
-    """Linear layers whose outputs nothing reads but pointwise functions on the way to further linear layers.
+def rows_kept(graph: fx.Graph, root: nn.Module, layers: Container[str]) -> dict[str, frozenset[str]]:
+    """Linear layers whose outputs nothing reads but pointwise functions on the way to further linear layers: to which.
 
     Args:
         graph: recorded from `root`.
@@ -72,7 +72,16 @@ def rows_kept(graph: fx.Graph, root: nn.Module, layers: Container[str]) -> set[s
         lost = {n for n in kept if not n.users or not all(is_layer(user) or user in kept for user in n.users)}
         kept = kept - lost
     called = [node for node in graph.nodes if is_layer(node)]
-    return {str(node.target) for node in called} - {str(node.target) for node in called if node not in kept}
+    lost = {str(node.target) for node in called if node not in kept}
+    found: dict[str, frozenset[str]] = {}
+    reached: dict[fx.Node, frozenset[str]] = {}
+    for node in reversed(graph.nodes):
+        if node in kept:
+            ways = (frozenset({str(u.target)}) if is_layer(u) else reached[u] for u in node.users)
+            reached[node] = frozenset[str]().union(*ways)
+            if is_layer(node) and str(node.target) not in lost:
+                found[str(node.target)] = found.get(str(node.target), frozenset()) | reached[node]
+    return found
 
 
 def _is_pointwise(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

@@ -84,8 +84,7 @@ def use_kernels(
     before = found.kernels, {name: layer.kernel for name, layer in found.layers.items()}
     plan = FlowPlan() if chooser is None else FlowPlan.of(found)
     for name, layer in found.layers.items():
-        rows = name in plan.rows
-        layer.kernel = None if chooser is None else LayerKernel(name, layer, chooser, keeps_rows=rows)
+        layer.kernel = None if chooser is None else LayerKernel(name, layer, chooser, readers=plan.rows.get(name))
     found.kernels = NetworkKernels(chooser, plan, missing, whole)
     if inputs is not None and chooser is not None:
         try:

@@ -57,6 +57,22 @@ def test_entries_of_groups_read_the_channels_of_their_group() -> None:
 
 
 @built
+@pytest.mark.parametrize("density", [0.05, 0.6, 1.0])
+def test_entries_are_not_those_of_a_mask_that_another_has_written_to(density: float) -> None:
+    torch.manual_seed(0)
+    mask = torch.rand(40, 50) < density
+    entries = Entries.of(mask, mask.stride(), Geometry((), (), (), (), ()), [])
+    assert entries.are_of(mask.clone(), mask.stride(), taps_read=1)
+    for change in (lambda m: m.view(-1)[3].logical_not_(), lambda m: m.copy_(m.flip(0)), lambda m: m.zero_()):
+        changed = mask.clone()
+        change(changed)
+        assert entries.are_of(changed, mask.stride(), taps_read=1) == torch.equal(changed, mask)
+    with torch.no_grad():
+        mask.view(-1)[7].logical_not_()  # the very tensor they were made of
+    assert not entries.are_of(mask, mask.stride(), taps_read=1)
+
+
+@built
 def test_an_empty_mask_has_no_entries_and_no_places() -> None:
     mask = torch.zeros(4, 3, dtype=torch.bool)
     entries = Entries.of(mask, mask.stride(), Geometry((), (), (), (), ()), [])

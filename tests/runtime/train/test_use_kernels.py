@@ -12,6 +12,7 @@ import growfx
 from growfx.errors import ConfigError
 from growfx.methods.masks import collect_gradients
 from growfx.runtime.train import choice, network, switch
+from growfx.runtime.train import layer as layer_module
 from growfx.runtime.train.library import training_status
 
 built = pytest.mark.skipif(bool(training_status()), reason=training_status() or "the kernels are there")
@@ -274,6 +275,44 @@ def _before_turns_were_counted(net: growfx.MaskedGraph) -> dict[str, object]:
     state["known"] = [row[:-2] for row in state["known"]]
     state["last"] = {name: row[:-2] for name, row in state["last"].items()}
     return state
+
+
+@built
+def test_a_linear_layer_leaves_its_rows_only_to_layers_that_read_them_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dense kernel reads torch's layout, and its gradient comes back in that: each activation would be turned."""
+    times = {32: choice.Times(1000.0, 100.0, 1000.0, 100.0), 3: choice.Times(1000.0, 100.0, 1000.0, 100.0)}
+    monkeypatch.setattr(choice, "_measure", lambda layer, *_: times[layer.out_features])
+    noted: list[torch.Size] = []
+    before = layer_module.note_rows
+    monkeypatch.setattr(layer_module, "note_rows", lambda out: noted.append(out.shape) or before(out))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3))
+    x = torch.randn(20, 6)
+    for last, left in ((100.0, 2), (2000.0, 0)):
+        times[3] = choice.Times(1000.0, last, 1000.0, last)
+        net = growfx.wrap(copy.deepcopy(model), x[:2], density=0.5)
+        expected = net(x)
+        growfx.use_kernels(net, "auto")
+        assert net.kernels.plan.rows == {"0": frozenset({"2"})}
+        net(x)
+        noted.clear()
+        for _ in range(2):
+            torch.testing.assert_close(net(x), expected)
+        assert noted == [torch.Size([20, 32])] * left, last
+
+
+@built
+def test_a_flow_that_looks_at_more_calls_than_it_gains_ends() -> None:
+    chooser = choice.Chooser("auto")
+    chooser.last["0"] = choice._Known(0.5, choice.Times(1000.0, 2000.0, 1000.0, 900.0), values=100)
+    assert chooser.flow_pays()
+    chooser.note_flow(0, 20)
+    assert chooser.flow_pays()
+    chooser.note_flow(0, 100)
+    assert not chooser.flow_pays()
+    again = choice.Chooser("auto")
+    again.load_state_dict(chooser.state_dict())
+    assert not again.flow_pays()
 
 
 @built
