@@ -7,6 +7,7 @@ import pytest
 import torch
 from breadth import some
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -386,6 +387,17 @@ def test_what_is_joined_and_split_by_channel_lies_as_before_and_so_do_gradients(
     assert lies == {"whole": True, "half": True, "gradient": True}
     for value, expected in zip(found, torch.autograd.grad(forward(a, b), (a, b)), strict=True):
         torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, about its scripts
+def test_forward_derivatives_go_by_the_operators_of_torch() -> None:
+    torch.manual_seed(0)
+    net, x = growfx.wrap(Block(residual), torch.randn(2, 3, 6, 6), density=0.5), torch.randn(8, 3, 6, 6)
+    found = []
+    for one in (net, growfx.use_kernels(copy.deepcopy(net), "sparse")):
+        with forward_ad.dual_level():
+            found.append(forward_ad.unpack_dual(one(forward_ad.make_dual(x, torch.ones_like(x)))).tangent)
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_hooks_see_each_gradient_once_where_it_is_differentiated() -> None:
