@@ -154,10 +154,10 @@ def make_mixup(options: TrainOptions, classes: int) -> Callable[[Tensor, Tensor]
                 f"`cutmix` cuts rectangles out of images (B, C, H, W), and a batch has shape {tuple(images.shape)}; "
                 "`mixup` alone takes any shape"
             )
-        floating = images.is_floating_point()
-        if not floating and (images.dtype == torch.bool or images.ndim != 4):
+        rounds = bool(options.mixup) and not images.is_floating_point()  # cutmix alone only moves what there is
+        if rounds and (images.dtype == torch.bool or images.ndim != 4):
             raise ConfigError(
-                f"`mixup` and `cutmix` blend numbers, and a batch is {images.dtype} of shape {tuple(images.shape)}; "
+                f"`mixup` blends numbers, and a batch is {images.dtype} of shape {tuple(images.shape)}; "
                 "give floating-point inputs, or images (B, C, H, W) of whole numbers, whose blends are rounded"
             )
         if targets.ndim != 1:
@@ -167,8 +167,8 @@ def make_mixup(options: TrainOptions, classes: int) -> Callable[[Tensor, Tensor]
             )
         with explaining_class_numbers(targets, classes):
             # timm mixes in place, and the images may be the caller's own.
-            blended, soft = mix(images.clone() if floating else images.float(), targets)
-            return blended if floating else blended.round().to(images.dtype), soft
+            blended, soft = mix(images.float() if rounds else images.clone(), targets)
+            return blended.round().to(images.dtype) if rounds else blended, soft
 
     return mixed
 

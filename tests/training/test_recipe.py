@@ -137,9 +137,18 @@ def test_images_of_bytes_are_blended_and_rounded():
         assert torch.equal(soft, same)
 
 
+def test_cutmix_alone_moves_images_of_any_type_as_they_are():
+    targets = torch.tensor([0, 1, 2, 3])
+    for images in (torch.rand(4, 1, 9, 9) < 0.5, 2**40 + torch.arange(4 * 81).view(4, 1, 9, 9)):
+        mixed, _ = mixed_with(TrainOptions(cutmix=1.0), images, targets)
+        assert mixed.dtype == images.dtype
+        assert not torch.equal(mixed, images)
+        assert ((mixed == images) | (mixed == images.flip(0))).all()
+
+
 @pytest.mark.parametrize("given", [torch.ones(2, 1, 4, 4, dtype=torch.bool), torch.ones(2, 7, dtype=torch.long)])
 def test_what_is_not_an_amount_is_not_blended(given: torch.Tensor):
-    with pytest.raises(ConfigError, match=r"blend numbers, and a batch is torch\.(bool|int64) of shape"):
+    with pytest.raises(ConfigError, match=r"blends numbers, and a batch is torch\.(bool|int64) of shape"):
         mixed_with(TrainOptions(mixup=1.0), given, torch.tensor([0, 1]))
 
 

@@ -2,6 +2,7 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/alias.h>
 #include <ATen/ops/batch_norm.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/convolution.h>
@@ -51,6 +52,9 @@ inline at::Tensor call_scatter(const at::Tensor& values, const at::Tensor& index
       handle<at::Tensor(const at::Tensor&, const at::Tensor&, Ints, Ints)>("growfx::scatter_entries");
   return op.call(values, index, sizes, strides);
 }
+
+// The same tensor to differentiate by within a backward pass, without the hooks that the model gave its gradient.
+inline at::Tensor without_hooks(const at::Tensor& x) { return x.defined() ? at::alias(x) : x; }
 
 struct BatchInner : Function<BatchInner> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x) {
@@ -190,12 +194,13 @@ struct SparseProduct : Function<SparseProduct> {
                                 ctx->saved_data["panels"].toBool());
       return found;
     }
+    const std::array<at::Tensor, 2> own{without_hooks(x), without_hooks(values)};
     variable_list inputs;
     for (int i = 0; i < 2; ++i)
-      if (wanted[i]) inputs.push_back(saved[i]);
+      if (wanted[i]) inputs.push_back(own[i]);
     if (!inputs.empty()) {
       variable_list result =
-          torch::autograd::grad({dense_product(x, values, a, grad.sizes())}, inputs, {grad}, true, true);
+          torch::autograd::grad({dense_product(own[0], own[1], a, grad.sizes())}, inputs, {grad}, true, true);
       for (int i = 1; i >= 0; --i)
         if (wanted[i]) found[i] = result.back(), result.pop_back();
     }
@@ -256,7 +261,8 @@ struct Norm : Function<Norm> {
   // The gradients by torch's operators, to be differentiated.
   static variable_list again(const variable_list& saved, const std::vector<int64_t>& wanted, const at::Tensor& grad,
                              double eps, bool relu, bool fixed) {
-    const at::Tensor &x = saved[0], &weight = saved[1], &bias = saved[2], &added = saved[6];
+    const at::Tensor x = without_hooks(saved[0]), weight = without_hooks(saved[1]);
+    const at::Tensor bias = without_hooks(saved[2]), added = without_hooks(saved[6]);
     const at::Tensor mean = fixed ? saved[3] : at::Tensor(), variance = fixed ? saved[4] : at::Tensor();
     at::Tensor out = at::batch_norm(x, weight, bias, mean, variance, !fixed, 0.0, eps, false);
     if (added.defined()) out = out + added;
@@ -294,8 +300,8 @@ struct MaxPool : Function<MaxPool> {
     const auto kernel = ints("kernel"), stride = ints("stride"), padding = ints("padding"), dilation = ints("dilation");
     variable_list found(6);
     if (at::GradMode::is_enabled()) {
-      const at::Tensor out = at::max_pool2d(saved[0], kernel, stride, padding, dilation);
-      found[0] = torch::autograd::grad({out}, {saved[0]}, {grads[0]}, true, true)[0];
+      const at::Tensor x = without_hooks(saved[0]), out = at::max_pool2d(x, kernel, stride, padding, dilation);
+      found[0] = torch::autograd::grad({out}, {x}, {grads[0]}, true, true)[0];
     } else {
       found[0] = op.call(grads[0], saved[1], saved[0].sizes(), kernel, stride, padding, dilation);
     }

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -105,6 +106,8 @@ class NetworkKernels:
         """Why this call keeps torch's layout; "" where it need not."""
         if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
             return "a transform or dispatch mode is active"
+        if forward_ad._current_level >= 0:
+            return "a forward derivative is wanted"
         if any(_GLOBAL_HOOKS):
             return "modules have hooks"
         for module in model.modules():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from breadth import some
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -386,6 +387,40 @@ def test_what_is_joined_and_split_by_channel_lies_as_before_and_so_do_gradients(
     assert lies == {"whole": True, "half": True, "gradient": True}
     for value, expected in zip(found, torch.autograd.grad(forward(a, b), (a, b)), strict=True):
         torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, about its scripts
+def test_forward_derivatives_go_by_the_operators_of_torch() -> None:
+    torch.manual_seed(0)
+    net, x = growfx.wrap(Block(residual), torch.randn(2, 3, 6, 6), density=0.5), torch.randn(8, 3, 6, 6)
+    found = []
+    for one in (net, growfx.use_kernels(copy.deepcopy(net), "sparse")):
+        with forward_ad.dual_level():
+            found.append(forward_ad.unpack_dual(one(forward_ad.make_dual(x, torch.ones_like(x)))).tangent)
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_hooks_see_each_gradient_once_where_it_is_differentiated() -> None:
+    def join(m: Block, x: Tensor) -> Tensor:
+        values = [x, m.a(x)]
+        values += [m.norm_a(values[-1])]
+        values += [F.max_pool2d(values[-1], 2), torch.cat([values[-1], values[-1]], 1).chunk(2, 1)[1]]
+        values += [m.b(values[-1]), m.norm_way(m.way(x))]
+        values += [m.norm_b(values[-2]) + values[-1]]
+        for value in values if x.requires_grad else ():
+            value.register_hook(lambda gradient: 2 * gradient)
+        return F.relu(values[-1]) + values[3].mean()
+
+    torch.manual_seed(0)
+    net, x = growfx.wrap(Block(join), torch.randn(2, 3, 8, 8), density=0.5), torch.randn(8, 3, 8, 8)
+    found = []
+    for one in (growfx.use_kernels(copy.deepcopy(net), "sparse"), net):
+        images = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(one(images).square().sum(), images, create_graph=True)
+        first.square().sum().sqrt().backward()
+        found.append({"images": images.grad, **{name: p.grad for name, p in one.named_parameters()}})
+    for name, gradient in found[1].items():
+        torch.testing.assert_close(found[0][name], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
 
 
 def written(x: Tensor) -> Tensor:
