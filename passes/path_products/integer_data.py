@@ -130,9 +130,9 @@ class _Scan:
         known = [self._values[used] for used in node.all_input_nodes]
         args: Any = map_arg(node.args, self._value)
         kwargs: Any = map_arg(node.kwargs, self._value)
+        if node.target in JOINING and any(isinstance(item, _Path) for item in known):  # what reads one reads them all
+            self.begins |= frozenset[fx.Node]().union(*(item.origins for item in known if isinstance(item, _Known)))
         if args and isinstance(args[0], (tuple, list, dict)) and any(isinstance(item, _Path) for item in leaves(args)):
-            if node.target in JOINING:  # what reads the one reads the other
-                self.begins |= frozenset[fx.Node]().union(*(item.origins for item in known if isinstance(item, _Known)))
             result = self._from_container(node, args, kwargs)
             return result if isinstance(result, _Path) else _Known(result, data=True)
         if any(isinstance(item, _Path) for item in leaves((args, kwargs))):

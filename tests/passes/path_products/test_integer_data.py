@@ -120,6 +120,7 @@ def test_masks_and_counts_beside_the_data_stay_constants() -> None:
     [
         lambda m, x, ids: torch.cat([x[:, :4], F.one_hot(ids[:, 0], 4).float()], 1),
         lambda m, x, ids: torch.stack([ids[:, :4].float(), x[:, :4]], 1).flatten(1),
+        lambda m, x, ids: torch.cat(tensors=(x[:, :4], ids[:, :4].float()), dim=1),
         lambda m, x, ids: torch.cat([m.table(ids[:, 0])[:, :4], ids[:, :4].float()], 1),
     ],
 )
