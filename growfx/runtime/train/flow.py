@@ -34,14 +34,19 @@ _LOCAL = threading.local()
 _CONCATENATIONS: set[Any] = {torch.cat, torch.concat, torch.concatenate}
 _CHUNKS: set[Any] = {torch.chunk, torch.Tensor.chunk}
 _SPLITS: set[Any] = {torch.split, torch.Tensor.split, *_CHUNKS}
+# What gives a tensor the memory of another that lies as torch lays it out.
+_VIEWS: set[Any] = {
+    *(torch.Tensor.view, torch.Tensor.contiguous, torch.Tensor.flatten, torch.Tensor.reshape),
+    *(torch.flatten, torch.reshape),
+}
 # What torch computes slowly, or not at all, on tensors whose batch is innermost.
 _OUTER: set[Any] = {
     *(torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
     *(F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d),
     *(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.interpolate, F.pad, *_CONCATENATIONS, F.pixel_shuffle),
     *(F.group_norm, F.layer_norm, F.instance_norm, F.unfold, F.linear, torch.matmul, F.channel_shuffle),
-    *(torch.Tensor.view, torch.Tensor.contiguous, torch.Tensor.flatten, torch.Tensor.reshape),
-    *(torch.flatten, torch.reshape, F.scaled_dot_product_attention, torch.Tensor.__matmul__, torch.bmm),
+    *_VIEWS,
+    *(F.scaled_dot_product_attention, torch.Tensor.__matmul__, torch.bmm),
 }
 _IN_PLACE: set[Any] = {torch.relu_, torch.Tensor.relu_, torch.Tensor.add_, torch.Tensor.__iadd__, operator.iadd}
 _MOST_TAPS = 255  # that a byte can tell apart
@@ -204,6 +209,8 @@ class Flow(TorchFunctionMode):
                 values = pytree.tree_leaves((args, kwargs))
                 self.turned += sum(v.numel() for v in values if isinstance(v, Tensor) and is_inner(v))
             self.turn_is_known = False
+            if func in _VIEWS:
+                _turn(args[0] if args else kwargs.get("input"))
             written = {name: kwargs[name] for name in ("out",) if name in kwargs}
             args, kwargs = pytree.tree_map_only(Tensor, _outer, (args, kwargs))
             kwargs |= written
@@ -493,6 +500,13 @@ def _memory(value: Tensor) -> int:
 def _outer(value: Tensor) -> Tensor:
     """`value` as torch lays it out."""
     return torch.ops.growfx.batch_outer(value, value.dtype) if is_inner(value) else value
+
+
+def _turn(value: Any) -> None:
+    """Lay out a tensor that is no view itself anew, so that what is written through a view of it is written to it."""
+    if type(value) is Tensor and value._base is None and is_inner(value):
+        with torch.inference_mode(value.is_inference()):
+            value.data = _outer(value.detach())
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -160,8 +160,8 @@ def test_constants_and_weights_copied_by_keyword_are_followed_as_before() -> Non
         return F.linear(F.linear(x, kept), model.head.weight) + torch.clone(input=model.scale)[:3]
 
     class Net(Reader):
-        def forward(self, x: Tensor) -> Tensor:
-            return copied(self, x)
+        def forward(self, *given: Any) -> Tensor:
+            return copied(self, *given)
 
     torch.manual_seed(0)
     net = growfx.wrap(Net(copied).eval(), torch.randn(2, 8))

@@ -94,9 +94,19 @@ def joined_and_split(m: Block, x: Tensor) -> Tensor:
     return halves[0][:, 1:13].relu() + torch.split(torch.cat([*halves[1].chunk(4, -3), way], 1), 12, dim=1)[0]
 
 
+def written_through_a_view(m: Block, x: Tensor) -> Tensor:
+    y = m.norm_a(m.a(x))
+    y.view(len(y), -1)[:, :50] = 0.25
+    z = m.b(y)
+    z.flatten(2).mul_(2.0)
+    z.contiguous().add_(y)
+    return m.norm_b(z) + y
+
+
 JOINS = [
     *(residual, plain_sum, added_in_place, seen_twice, pooled, viewed, sum_of_three, inner_checkpoint),
     joined_and_split,
+    written_through_a_view,
 ]
 
 
