@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,12 @@ from tabulate import tabulate
 
 
 def subset(data: Path, target: Path, sizes: dict[str, int], seed: int) -> dict[str, int]:
-    """Link a part of `data` into train/, val/ and test/ of `target`; a size of 0 takes all. Returns image counts."""
+    """Link a part of `data` into train/, val/ and test/ of `target`; a size of 0 takes all. Returns image counts.
+
+    `target` is there once it is whole: an interrupted call leaves none that a later one would take for it.
+    """
+    whole, target = target, target.with_name(f"{target.name}.part")
+    shutil.rmtree(target, ignore_errors=True)
     counts = dict.fromkeys(("train", "val", "test"), 0)
     for split in ("train", "test"):
         for folder in sorted(p for p in (data / split).iterdir() if p.is_dir()):
@@ -41,6 +47,7 @@ def subset(data: Path, target: Path, sizes: dict[str, int], seed: int) -> dict[s
                 for file in chosen:
                     (target / part / folder.name / file.name).symlink_to(file.resolve())
                 counts[part] += len(chosen)
+    target.replace(whole)
     return counts
 
 
