@@ -7,6 +7,7 @@ import functools
 import operator
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -391,7 +392,7 @@ class Recorder(TorchFunctionMode):
             return func(*plain_args, **plain_kwargs) if value is None else value
         if name in _GRADIENT_HOOKS:
             self.own_gradient = True
-            return RemovableHandle({})  # nothing has a gradient while it is recorded
+            return RemovableHandle(OrderedDict())  # nothing has a gradient while it is recorded
         if name == "__get__":
             return self._attribute(func.__self__.__name__, func, args)
         if name == "_set_grad_enabled":

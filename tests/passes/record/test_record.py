@@ -697,3 +697,27 @@ def test_a_module_that_packs_sequences_is_recorded_whole() -> None:
     assert list(net.trace_report.opaque) == ["encoder"]
     assert "`encoder.rnn` takes a `PackedSequence`" in net.trace_report.opaque["encoder"]
     assert torch.equal(net(*given), expected)
+
+
+def test_a_forward_may_hook_gradients_without_asking_whether_there_are_any():
+    seen: list[torch.Tensor] = []
+
+    class Watching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            y = self.a(x)
+            handle = y.register_hook(seen.append)
+            z = self.b(y.relu())
+            if len(x) == 1:
+                handle.remove()
+            return z
+
+    net = growfx.wrap(Watching(), torch.randn(2, 4), density=0.5)
+    seen.clear()
+    for batch, hooks in ((3, 1), (1, 1)):
+        net(torch.randn(batch, 4)).sum().backward()
+        assert len(seen) == hooks
+    assert set(net.layers) == {"a", "b"}
