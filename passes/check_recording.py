@@ -48,6 +48,7 @@ from growfx.recorded.trace_report import TraceReport
 __all__ = ["Recorded", "record_checked"]
 
 _SEEDS = (0, 1, 2)
+_Named = tuple[str, Any]  # what is compared, and its value
 _REDRAWN = (1, 2)  # seeds of inputs under which a value read from data has to be the same
 
 
@@ -363,7 +364,7 @@ class _Work:
             for recording in self.net.recordings_in_mode(not self.training)
         )
 
-    def _compared(self, made: RecordedGraph, given: Inputs, expected: list[Any]) -> str:
+    def _compared(self, made: RecordedGraph, given: Inputs, expected: list[_Named]) -> str:
         for seed in _SEEDS if self.drew else _SEEDS[:1]:
             if seed != _SEEDS[0]:
                 expected = self._outcome(self.model, None, given, seed, made.own_gradient)
@@ -378,7 +379,7 @@ class _Work:
 
     def _outcome(
         self, module: nn.Module, run: Callable[..., Any] | None, given: Inputs, seed: int, gradients: bool
-    ) -> list[Any]:
+    ) -> list[_Named]:
         """Outputs, and gradients of a sum over them."""
         gradients = gradients and not self.look_inside and not self.on_meta and self._obeys()
         copied = working_copy(module, trained=gradients, own_values=self.writes)
@@ -400,7 +401,8 @@ class _Work:
             before = torch.get_rng_state(), python_randomness()
             found = list(_leaves(function(*given.args, **given.kwargs)))
             self.drew |= not torch.equal(before[0], torch.get_rng_state()) or before[1] != python_randomness()
-            return [*found, *_gradients(copied, found)] if gradients else found
+            outputs = [(f"output {place}", value) for place, value in enumerate(found)]
+            return [*outputs, *_gradients(copied, found)] if gradients else outputs
 
     def _obeys(self) -> bool:
         """Whether all weights are zero outside their masks, so that a step in train mode writes nothing."""
@@ -430,9 +432,9 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and (a.is_meta or torch.equal(a.nan_to_num(), b.nan_to_num()))
 
 
-def _gradients(module: nn.Module, outputs: list[Any]) -> list[Tensor]:
+def _gradients(module: nn.Module, outputs: list[Any]) -> list[_Named]:
     """Gradients of a weighted sum over the outputs, of every parameter that is trained."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     generator = torch.Generator().manual_seed(0)
     total: Any = 0
     for value in outputs:
@@ -442,8 +444,9 @@ def _gradients(module: nn.Module, outputs: list[Any]) -> list[Tensor]:
             total = total + (value * factors).sum() if value.requires_grad else total
     if not isinstance(total, Tensor):
         return []
-    found = cast(list[Tensor | None], torch.autograd.grad(total, trained, allow_unused=True))
-    return [torch.zeros(()) if gradient is None else gradient for gradient in found]
+    found = cast(list[Tensor | None], torch.autograd.grad(total, [*trained.values()], allow_unused=True))
+    gradients = (torch.zeros(()) if gradient is None else gradient for gradient in found)
+    return [(f"the gradient of `{name}`", gradient) for name, gradient in zip(trained, gradients, strict=True)]
 
 
 def _flags(shell: nn.Module, training: bool) -> dict[str, bool]:
@@ -483,23 +486,23 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield from _leaves(item)
 
 
-def _first_difference(expected: list[Any], got: list[Any]) -> str:
+def _first_difference(expected: list[_Named], got: list[_Named]) -> str:
     if len(expected) != len(got):
         return f"the model returns {len(expected)} values, the graph {len(got)}"
-    for i, (a, b) in enumerate(zip(expected, got, strict=True)):
+    for (what, a), (_, b) in zip(expected, got, strict=True):
         if not isinstance(a, Tensor):
             if not isinstance(b, Tensor) and a == b:
                 continue
-            return f"output {i} is {a!r} from the model and {b!r} from the graph"
+            return f"{what} is {a!r} from the model and {b!r} from the graph"
         if not isinstance(b, Tensor) or a.shape != b.shape:
             shape = tuple(b.shape) if isinstance(b, Tensor) else None
-            return f"output {i} has shape {tuple(a.shape)} from the model and {shape} from the graph"
+            return f"{what} has shape {tuple(a.shape)} from the model and {shape} from the graph"
         if a.is_meta or a.numel() == 0 or torch.equal(a, b):
             continue
         scale = float(a.detach().abs().nan_to_num().max())
         if not torch.allclose(a, b, rtol=1e-5, atol=1e-5 * scale, equal_nan=True):
             error = float((a.detach().double() - b.detach().double()).abs().max())
-            return f"output {i} differs by {error:.3g} (largest value {scale:.3g}) between the model and the graph"
+            return f"{what} differs by {error:.3g} (largest value {scale:.3g}) between the model and the graph"
     return ""
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import random
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -721,3 +722,20 @@ def test_a_forward_may_hook_gradients_without_asking_whether_there_are_any():
         net(torch.randn(batch, 4)).sum().backward()
         assert len(seen) == hooks
     assert set(net.layers) == {"a", "b"}
+
+
+def test_a_hook_that_changes_a_gradient_is_reported_by_the_weight_whose_gradient_it_is():
+    class Doubling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            y = self.a(x)
+            y.register_hook(lambda gradient: 2 * gradient)
+            return self.b(y.relu())
+
+    report = growfx.wrap(Doubling(), torch.randn(2, 4)).trace_report
+    assert not report.faithful
+    assert re.search(r"the gradient of `a\.weight` differs by .* between the model and the graph", str(report))
+    assert "output 0" not in str(report)
