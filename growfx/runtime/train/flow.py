@@ -37,7 +37,7 @@ _SPLITS: set[Any] = {torch.split, torch.Tensor.split, *_CHUNKS}
 # What gives a tensor the memory of another that lies as torch lays it out.
 _VIEWS: set[Any] = {
     *(torch.Tensor.view, torch.Tensor.contiguous, torch.Tensor.flatten, torch.Tensor.reshape),
-    *(torch.flatten, torch.reshape),
+    *(torch.Tensor.view_as, torch.Tensor.reshape_as, torch.Tensor.ravel, torch.flatten, torch.reshape, torch.ravel),
 }
 # What torch computes slowly, or not at all, on tensors whose batch is innermost.
 _OUTER: set[Any] = {

@@ -100,7 +100,10 @@ def written_through_a_view(m: Block, x: Tensor) -> Tensor:
     z = m.b(y)
     z.flatten(2).mul_(2.0)
     z.contiguous().add_(y)
-    return m.norm_b(z) + y
+    z.view_as(y).mul_(0.5)
+    w = m.norm_way(m.way(x))
+    w.ravel()[:40] = 0.5
+    return m.norm_b(z) + y + w
 
 
 JOINS = [
